@@ -1,0 +1,75 @@
+"""Loads the compiled libraries, and remembers why one is missing.
+
+Importing the package never fails: whatever could not be built or loaded is recorded here, the ops run on
+stock PyTorch instead, and ``alexnet info`` prints the record.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+FOLDER = Path(__file__).parent
+REBUILD = "pip install -e . --no-build-isolation --no-deps"
+
+
+@dataclass(frozen=True)
+class Library:
+    """One compiled library: what it serves, whether it is loaded, and if not why and what mends it."""
+
+    name: str
+    device: str
+    loaded: bool
+    reason: str = ""
+    remedy: str = ""
+
+
+def build_record() -> dict[str, str]:
+    """What the build wrote about itself (torch version, instruction sets, what was left out and why)."""
+    try:
+        record = json.loads((FOLDER / "build_info.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _load(name: str, device: str, wanted: str) -> Library:
+    """Load one library unless ``wanted`` says why this torch has no use for it."""
+    path = FOLDER / f"libalexnet_ext_{name}.so"
+    if wanted:
+        return Library(name, device, False, wanted)
+    if not path.exists():
+        record = build_record()
+        reason = record.get(f"{name}_reason") or f"{path.name} is not built"
+        return Library(name, device, False, reason, record.get(f"{name}_remedy") or REBUILD)
+    try:
+        torch.ops.load_library(str(path))
+    except Exception as error:  # a library of another machine, an older torch: anything the loader finds wrong
+        cause = error.__cause__ or error
+        return Library(name, device, False, f"{path.name} does not load: {cause}", REBUILD)
+    return Library(name, device, True)
+
+
+def _load_all() -> tuple[Library, ...]:
+    cpu = _load("cpu", "cpu", "")
+    unwanted = ""
+    if torch.version.cuda is None:
+        unwanted = "this torch is a CPU build"
+    elif not cpu.loaded:
+        unwanted = "the CPU library, which holds the schemas, is not loaded"
+    return cpu, _load("cuda", "cuda", unwanted)
+
+
+LIBRARIES: tuple[Library, ...] = _load_all()
+
+
+def has_kernel(op: str, device_type: str) -> bool:
+    """Whether ``alexnet_ext::op`` has a compiled kernel for this device type."""
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
+    if key is None or not LIBRARIES[0].loaded:
+        return False
+    name = f"alexnet_ext::{op}"
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(name, key))

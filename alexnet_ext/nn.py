@@ -1,0 +1,81 @@
+"""Drop-in layers: the constructor, state_dict and repr of their torch.nn counterparts, the fused ops inside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import ops
+
+
+class LocalResponseNorm(nn.LocalResponseNorm):
+    """``nn.LocalResponseNorm`` by ``ops.local_response_norm``: (N, C, *) to the same shape."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.local_response_norm(input, self.size, self.alpha, self.beta, self.k)
+
+
+class ReLUMaxPool2d(nn.MaxPool2d):
+    """``nn.Sequential(nn.ReLU(), nn.MaxPool2d(...))`` by ``ops.relu_max_pool2d``.
+
+    Takes ``nn.MaxPool2d``'s arguments; ``return_indices=True`` raises ValueError, as the winners are kept as
+    one byte each, not as indices.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.return_indices:
+            raise ValueError("return_indices=True is not supported: use nn.ReLU and nn.MaxPool2d")
+
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.relu_max_pool2d(input, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
+
+
+class Conv2dReLU(nn.Conv2d):
+    """``nn.Sequential(nn.Conv2d(...), nn.ReLU())`` by ``ops.conv2d_bias_relu``, every padding_mode included."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = 0
+        return ops.conv2d_bias_relu(input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
+
+
+class _Conv2dBlock(nn.Conv2d):
+    """A convolution and the fused block behind it; subclasses name the block's op and its order."""
+
+    def __init__(self, *args: Any, norm: nn.LocalResponseNorm, pool: nn.MaxPool2d, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        plain = (pool.padding, pool.dilation, pool.ceil_mode, pool.return_indices)
+        if plain not in ((0, 1, False, False), ((0, 0), (1, 1), False, False)):
+            raise ValueError(f"pool must have no padding, dilation, ceil_mode or return_indices, got {pool}")
+        self.norm = (norm.size, norm.alpha, norm.beta, norm.k)
+        self.window = (pool.kernel_size, pool.stride)
+
+    def convolution(self, input: Tensor) -> Tensor:
+        """The convolution without its bias, which the block adds."""
+        return self._conv_forward(input, self.weight, None)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, lrn={self.norm}, pool={self.window}"
+
+
+class Conv2dReLULRNMaxPool2d(_Conv2dBlock):
+    """``Conv2d -> ReLU -> LocalResponseNorm -> MaxPool2d`` by ``ops.relu_lrn_max_pool2d``: the paper's order.
+
+    Takes ``nn.Conv2d``'s arguments and the two layers as ``norm=nn.LocalResponseNorm(...)`` and
+    ``pool=nn.MaxPool2d(...)``, whose constants it copies. state_dict is the convolution's.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.relu_lrn_max_pool2d(self.convolution(input), self.bias, *self.norm, *self.window)
+
+
+class Conv2dReLUMaxPool2dLRN(_Conv2dBlock):
+    """``Conv2d -> ReLU -> MaxPool2d -> LocalResponseNorm`` by ``ops.relu_max_pool2d_lrn``: CaffeNet's order."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.relu_max_pool2d_lrn(self.convolution(input), self.bias, *self.norm, *self.window)

@@ -1,0 +1,17 @@
+"""The fused operators, one folder each. Every function takes ``backend="auto" | "native" | "triton" | "stock"``."""
+
+from ._backend import use_backend
+from .conv2d_bias_relu.op import conv2d_bias_relu
+from .local_response_norm.op import local_response_norm
+from .relu_lrn_max_pool2d.op import relu_lrn_max_pool2d
+from .relu_max_pool2d.op import relu_max_pool2d
+from .relu_max_pool2d_lrn.op import relu_max_pool2d_lrn
+
+__all__ = [
+    "conv2d_bias_relu",
+    "local_response_norm",
+    "relu_lrn_max_pool2d",
+    "relu_max_pool2d",
+    "relu_max_pool2d_lrn",
+    "use_backend",
+]

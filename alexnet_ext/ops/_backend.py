@@ -1,0 +1,75 @@
+"""Which implementation a call runs: ``native`` (compiled), ``triton`` or ``stock`` PyTorch."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+import torch
+
+from .. import _library
+
+BACKENDS = ("auto", "native", "triton", "stock")
+OPS = ("local_response_norm", "relu_max_pool2d", "conv2d_bias_relu", "relu_lrn_max_pool2d", "relu_max_pool2d_lrn")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+# Asked once, at import: torch.compile can trace a look-up here, not a question to the dispatcher.
+NATIVE = {op: {device: _library.has_kernel(op, device) for device in ("cpu", "cuda")} for op in OPS}
+
+# A plain global and not a ContextVar: torch.compile guards on the one and breaks the graph at the other.
+_current = "auto"
+
+
+def check_backend(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+
+
+class use_backend:
+    """Context manager: the backend of every call inside that says ``backend="auto"`` (modules do).
+
+    >>> with alexnet_ext.use_backend("stock"):
+    ...     y = model(x)
+
+    Raises ValueError for a name other than ``"auto"``, ``"native"``, ``"triton"`` and ``"stock"``.
+    The choice holds for the whole process, other threads included.
+    """
+
+    def __init__(self, backend: str) -> None:
+        check_backend(backend)
+        self.backend = backend
+
+    def __enter__(self) -> use_backend:
+        global _current
+        self.previous, _current = _current, self.backend
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _current
+        _current = self.previous
+
+
+def runs_native(op: str, backend: str, x: torch.Tensor, unsupported: str = "") -> bool:
+    """True when the compiled op takes this call, False when stock PyTorch does.
+
+    ``unsupported`` says what about the arguments the compiled kernel does not cover. ``"auto"`` then runs
+    stock; ``"native"`` raises RuntimeError, as does ``"triton"`` where there is no Triton kernel.
+    """
+    check_backend(backend)
+    if backend == "auto":
+        backend = _current
+    if backend == "stock":
+        return False
+    if backend == "triton":
+        raise RuntimeError(f"backend='triton' has no kernel for {op}: use 'auto', 'native' or 'stock'")
+    device = x.device.type
+    if not unsupported and x.dtype not in DTYPES:
+        unsupported = f"dtype {x.dtype}"
+    if not unsupported and x.layout != torch.strided:
+        unsupported = f"layout {x.layout}"
+    if not NATIVE[op].get(device, device == "meta" and NATIVE[op]["cpu"]):
+        unsupported = f"device {device!r} (no compiled kernel for {op} is loaded; `alexnet info` says why)"
+    if unsupported and backend == "native":
+        raise RuntimeError(f"backend='native' does not cover {unsupported}")
+    return not unsupported

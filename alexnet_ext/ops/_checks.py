@@ -1,0 +1,88 @@
+"""Argument checks shared by every backend: PyTorch's exception types, one sentence each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+IntPair = int | Sequence[int]
+
+
+def check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
+
+
+def check_same(name: str, value: torch.Tensor, x: torch.Tensor) -> None:
+    """``value`` must live where ``x`` lives, in its dtype."""
+    if value.device != x.device:
+        raise RuntimeError(f"{name} is on device {value.device}, expected {x.device}, the device of x")
+    if value.dtype != x.dtype:
+        raise RuntimeError(f"{name} has dtype {value.dtype}, expected {x.dtype}, the dtype of x")
+
+
+def check_bias(bias: torch.Tensor | None, channels: int, x: torch.Tensor) -> None:
+    if bias is None:
+        return
+    check_tensor("bias", bias)
+    if bias.dim() != 1 or bias.shape[0] != channels:
+        raise RuntimeError(f"bias has shape {list(bias.shape)}, expected [{channels}], one value a channel")
+    if bias.device != x.device:
+        raise RuntimeError(f"bias is on device {bias.device}, expected {x.device}, the device of x")
+
+
+def check_lrn(size: object, alpha: object, beta: object, k: object, name: str = "size") -> None:
+    if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {type(size).__name__} {size!r}")
+    if size <= 0:
+        raise RuntimeError(f"{name} must be greater than zero, got {size}")
+    for which, value in (("alpha", alpha), ("beta", beta), ("k", k)):
+        if isinstance(value, (bool, complex, str)) or not isinstance(value, (int, float, torch.SymFloat)):
+            raise TypeError(f"{which} must be a float, got {type(value).__name__} {value!r}")
+
+
+def pair(name: str, value: IntPair, at_least: int) -> list[int]:
+    """``value`` as [height, width]; one int stands for both."""
+    values = [value] * 2 if isinstance(value, int) else list(value)
+    if len(values) == 1:
+        values *= 2
+    if len(values) != 2 or not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
+        raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}")
+    if min(values) < at_least:
+        raise RuntimeError(f"{name} must be at least {at_least}, got {value!r}")
+    return values
+
+
+def pooled_size(size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool) -> int:
+    """Length of one pooled side (the rule of ``torch.nn.MaxPool2d``).
+
+    With ``ceil_mode`` a last window that would start beyond the input and its left padding is dropped.
+    """
+    reach = size + 2 * padding - dilation * (kernel - 1) - 1
+    length = (reach + (stride - 1 if ceil_mode else 0)) // stride + 1
+    if ceil_mode and (length - 1) * stride >= size + padding:
+        length -= 1
+    return length
+
+
+def check_pool(
+    x: torch.Tensor, kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int], ceil_mode: bool
+) -> list[int]:
+    """Check a pooling call over the last two dims of x and return the output's [height, width]."""
+    if x.dim() not in (3, 4) or 0 in x.shape[-3:]:
+        raise RuntimeError(
+            f"x has shape {list(x.shape)}, expected 3D (C, H, W) or 4D (N, C, H, W) with non-empty C, H and W"
+        )
+    for side in (0, 1):
+        if padding[side] > kernel_size[side] // 2:
+            raise RuntimeError(
+                f"padding must be at most half of kernel_size, got padding {padding} and kernel_size {kernel_size}"
+            )
+    out = [pooled_size(x.shape[-2 + i], kernel_size[i], stride[i], padding[i], dilation[i], ceil_mode) for i in (0, 1)]
+    if min(out) < 1:
+        raise RuntimeError(
+            f"kernel_size {kernel_size} with dilation {dilation} and padding {padding} leaves an output of {out} "
+            f"for x of shape {list(x.shape)}, expected at least 1 x 1"
+        )
+    return out

@@ -1,0 +1,140 @@
+"""Makes a compiled op a citizen of PyTorch: fake, autograd, double backward, autocast and vmap, in one place.
+
+An op ``NAME`` and its ``NAME_backward`` come with their schemas from C++ (csrc/library.cpp). Each op's file
+registers the rest here; a twin with the same schema in another backend registers the same functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _library
+
+_AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+_fragment = torch.library.Library("alexnet_ext", "FRAGMENT")
+
+
+def register(
+    name: str,
+    *,
+    fake: Callable[..., Any],
+    fake_backward: Callable[..., Any],
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+    reference_backward: Callable[..., Any],
+    autocast: Callable[..., tuple[Any, ...]] | None = None,
+    batched: Sequence[int] = (),
+    batched_backward: Sequence[int] = (),
+) -> None:
+    """Register everything but the kernels of ``alexnet_ext::name`` and ``alexnet_ext::name_backward``.
+
+    ``reference_backward`` is the backward op in differentiable stock PyTorch: double backward goes through it.
+    ``autocast(dtype, *args)`` returns the arguments as they should be under autocast to ``dtype``; without it
+    the op keeps its input's dtype there. ``batched`` and ``batched_backward`` are the positions of the
+    arguments with a batch dimension to fold a vmapped one into; with none, vmap loops.
+    """
+    if not _library.LIBRARIES[0].loaded:
+        return
+    op, op_backward = f"alexnet_ext::{name}", f"alexnet_ext::{name}_backward"
+    torch.library.register_fake(op, fake)
+    torch.library.register_fake(op_backward, fake_backward)
+    torch.library.register_autograd(op, backward, setup_context=setup_context)
+    torch.library.register_autograd(op_backward, _double_backward(reference_backward), setup_context=_save_all)
+    torch.library.register_vmap(op, _vmap_rule(op, batched))
+    torch.library.register_vmap(op_backward, _vmap_rule(op_backward, batched_backward))
+    if autocast is not None:
+        for device, key in _AUTOCAST_KEYS.items():
+            _fragment.impl(name, _autocast_rule(op, device, autocast), key)
+
+
+def _overload(op: str) -> Any:
+    return getattr(torch.ops.alexnet_ext, op.split("::")[1]).default
+
+
+def _autocast_rule(op: str, device: str, cast: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _AUTOCAST_KEYS[device]))
+
+    def rule(*args: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return _overload(op)(*cast(torch.get_autocast_dtype(device), *args))
+
+    return rule
+
+
+def _save_all(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
+    ctx.others = [None if isinstance(value, Tensor) else (value,) for value in inputs]
+    ctx.set_materialize_grads(False)
+
+
+def _double_backward(reference_backward: Callable[..., Any]) -> Callable[..., Any]:
+    """The gradient of a backward op, taken through its stock reference: right to any order, not fast."""
+
+    def double_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = iter(ctx.saved_tensors)
+        inputs = [next(saved) if value is None else value[0] for value in ctx.others]
+        with torch.enable_grad():
+            wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
+            for i in wanted:
+                inputs[i] = inputs[i].view_as(inputs[i])
+            outputs = reference_backward(*inputs)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
+            result: list[Tensor | None] = [None] * len(inputs)
+            if pairs and wanted:
+                found = torch.autograd.grad(
+                    [o for o, _ in pairs],
+                    [inputs[i] for i in wanted],
+                    [g for _, g in pairs],
+                    create_graph=True,
+                    allow_unused=True,
+                )
+                for i, gradient in zip(wanted, found, strict=True):
+                    result[i] = gradient
+        return tuple(result)
+
+    return double_backward
+
+
+def _vmap_rule(op: str, batched: Sequence[int]) -> Callable[..., Any]:
+    def fold(size: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
+        folded = list(args)
+        for i in batched:
+            x = args[i].unsqueeze(0).expand(size, *args[i].shape) if in_dims[i] is None else args[i]
+            x = x.movedim(in_dims[i] or 0, 0)
+            rows = x.shape[1]
+            folded[i] = x.flatten(0, 1)
+        outputs = _overload(op)(*folded)
+        if isinstance(outputs, tuple):
+            return tuple(o.unflatten(0, (size, rows)) for o in outputs)
+        return outputs.unflatten(0, (size, rows))
+
+    def loop(size: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
+        def pick(value: Any, dim: Any, b: int) -> Any:
+            return value.select(dim, b) if isinstance(value, Tensor) and dim is not None else value
+
+        results = [_overload(op)(*map(pick, args, in_dims, [b] * len(args))) for b in range(size)]
+        if isinstance(results[0], tuple):
+            return tuple(torch.stack(column) for column in zip(*results, strict=True))
+        return torch.stack(results)
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        can_fold = batched and all(i in batched or dim is None for i, dim in enumerate(in_dims))
+        outputs = (fold if can_fold else loop)(info.batch_size, in_dims, args)
+        return outputs, (0,) * len(outputs) if isinstance(outputs, tuple) else 0
+
+    return rule
+
+
+def first_gradient(outputs: Tensor, inputs: Sequence[Tensor], dy: Tensor) -> tuple[Tensor, ...]:
+    """d outputs / d inputs times dy, itself differentiable; what it does not depend on gets zeros."""
+    found = torch.autograd.grad(outputs, list(inputs), dy, create_graph=True, allow_unused=True)
+    return tuple(torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True))
+
+
+def differentiable(x: Tensor) -> Tensor:
+    return x if x.requires_grad else x.detach().requires_grad_()

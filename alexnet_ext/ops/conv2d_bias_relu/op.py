@@ -1,0 +1,185 @@
+"""Convolution with bias and ReLU; the 2012 paper's two towers are groups=2 (section 3.5)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._backend import runs_native
+from .._checks import IntPair, check_bias, check_same, check_tensor, pair
+from .._register import register
+from . import reference
+
+
+def conv2d_bias_relu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: IntPair = 1,
+    padding: IntPair | str = 0,
+    dilation: IntPair = 1,
+    groups: int = 1,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """``max(0, conv2d(x, weight) + bias)``. Equals ``F.relu(F.conv2d(x, weight, bias, ...))``, NaN kept.
+
+    Args:
+        x: (N, C_in, H, W) or (C_in, H, W), fp64, fp32, bf16 or fp16.
+        weight: (C_out, C_in / groups, kernel height, kernel width), in x's dtype.
+        bias: (C_out,) or None.
+        stride, dilation: an int or (height, width).
+        padding: an int, (height, width), ``"valid"``, or ``"same"`` with stride 1.
+        groups: divides C_in and C_out; group g of the output sees only group g of the input.
+        backend: ``"auto"``, ``"native"``, ``"triton"`` or ``"stock"``.
+
+    Returns:
+        (N, C_out, H_out, W_out) in the memory format that ``F.conv2d`` gives. Under autocast x, weight and
+        bias are cast to the autocast dtype, as in stock. Saves x, weight and the result for the backward.
+
+    Raises:
+        RuntimeError: rank, channels, groups, dtype, device or size that do not fit together.
+        ValueError: groups below 1. TypeError: a size that is neither an int nor a pair.
+    """
+    for name, value in (("x", x), ("weight", weight)):
+        check_tensor(name, value)
+    step, dilate = pair("stride", stride, 1), pair("dilation", dilation, 1)
+    pad = _padding(padding, step)
+    _check_shapes(x, weight, groups)
+    check_bias(bias, weight.shape[0], x)
+    if weight.device != x.device or not torch.is_autocast_enabled(x.device.type):
+        check_same("weight", weight, x)
+        if bias is not None:
+            check_same("bias", bias, x)
+    if pad == "same":
+        x, pad = _pad_same(x, weight, dilate)
+    _check_reach(x, weight, pad, dilate)
+    if not runs_native("conv2d_bias_relu", backend, x):
+        return reference.conv2d_bias_relu(x, weight, bias, step, pad, dilate, groups)
+    batch = x if x.dim() == 4 else x.unsqueeze(0)
+    y = torch.ops.alexnet_ext.conv2d_bias_relu(batch, weight, bias, step, pad, dilate, groups)
+    return y if x.dim() == 4 else y.squeeze(0)
+
+
+def _padding(padding: IntPair | str, stride: list[int]) -> Any:
+    if padding == "valid":
+        return [0, 0]
+    if padding == "same":
+        if stride != [1, 1]:
+            raise RuntimeError(f"padding='same' needs stride 1, got stride {stride}")
+        return padding
+    if isinstance(padding, str):
+        raise RuntimeError(f"padding must be 'valid', 'same', an int or a pair of ints, got {padding!r}")
+    return pair("padding", padding, 0)
+
+
+def _pad_same(x: Tensor, weight: Tensor, dilation: list[int]) -> tuple[Tensor, list[int]]:
+    """Padding for an output of x's size; the odd one out goes right and below (even kernels), as in PyTorch."""
+    total = [dilation[i] * (weight.shape[2 + i] - 1) for i in (0, 1)]
+    before = [t // 2 for t in total]
+    if total[0] % 2 or total[1] % 2:
+        x = F.pad(x, (0, total[1] % 2, 0, total[0] % 2))
+    return x, before
+
+
+def _check_shapes(x: Tensor, weight: Tensor, groups: int) -> None:
+    if isinstance(groups, bool) or not isinstance(groups, int):
+        raise TypeError(f"groups must be an int, got {groups!r}")
+    if groups < 1:
+        raise ValueError(f"groups must be at least 1, got {groups}")
+    if x.dim() not in (3, 4):
+        raise RuntimeError(f"x has shape {list(x.shape)}, expected 3D (unbatched) or 4D (batched)")
+    if weight.dim() != 4:
+        raise RuntimeError(f"weight has shape {list(weight.shape)}, expected 4D (C_out, C_in / groups, height, width)")
+    if weight.shape[0] % groups:
+        raise RuntimeError(f"groups={groups} does not divide the {weight.shape[0]} output channels of weight")
+    if x.shape[-3] != weight.shape[1] * groups:
+        raise RuntimeError(
+            f"Given groups={groups}, weight of size {list(weight.shape)}, expected x of shape {list(x.shape)} "
+            f"to have {weight.shape[1] * groups} channels, but got {x.shape[-3]}"
+        )
+
+
+def _check_reach(x: Tensor, weight: Tensor, padding: list[int], dilation: list[int]) -> None:
+    for i in (0, 1):
+        reach, room = dilation[i] * (weight.shape[2 + i] - 1) + 1, x.shape[-2 + i] + 2 * padding[i]
+        if reach > room:
+            raise RuntimeError(
+                f"weight reaches over {reach} values of dimension {i - 2}, expected at most {room}, "
+                f"the padded size of x"
+            )
+
+
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    return torch.ops.aten.convolution(x, weight, bias, stride, padding, dilation, False, [0, 0], groups)
+
+
+def _fake_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    empty = x.new_empty(0)
+    dx, dweight, dbias = torch.ops.aten.convolution_backward(
+        torch.ops.aten.threshold_backward(dy, y, 0),
+        x,
+        weight,
+        [weight.shape[0]],
+        stride,
+        padding,
+        dilation,
+        False,
+        [0, 0],
+        groups,
+        output_mask,
+    )
+    return tuple(empty if g is None else g for g in (dx, dweight, dbias))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _bias, *ctx.constants = inputs
+    ctx.save_for_backward(x, weight, output)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    wanted = list(ctx.needs_input_grad[:3])
+    gradients = torch.ops.alexnet_ext.conv2d_bias_relu_backward(dy, *ctx.saved_tensors, *ctx.constants, wanted)
+    return *(g if w else None for g, w in zip(gradients, wanted, strict=True)), None, None, None, None
+
+
+def _autocast(dtype: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Any, ...]:
+    """Cast to the autocast dtype as stock convolution does: every floating tensor but fp64."""
+
+    def cast(tensor: Tensor | None) -> Tensor | None:
+        wide = tensor is None or tensor.dtype == torch.float64
+        return tensor if wide else tensor.to(dtype)
+
+    return cast(x), cast(weight), cast(bias), *rest
+
+
+register(
+    "conv2d_bias_relu",
+    fake=_fake,
+    fake_backward=_fake_backward,
+    setup_context=_setup_context,
+    backward=_backward,
+    reference_backward=reference.conv2d_bias_relu_backward,
+    autocast=_autocast,
+)

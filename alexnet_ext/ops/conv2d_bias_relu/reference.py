@@ -1,0 +1,40 @@
+"""Convolution, bias and ReLU in plain PyTorch."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def conv2d_bias_relu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int] | str,
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    return F.relu(F.conv2d(x, weight, bias, stride, padding, dilation, groups))
+
+
+def conv2d_bias_relu_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dweight, dbias); what output_mask leaves out is an empty tensor."""
+    from .._register import differentiable, first_gradient
+
+    bias = x.new_zeros(weight.shape[0], requires_grad=True)
+    inputs = [differentiable(x), differentiable(weight), bias]
+    z = F.conv2d(*inputs, stride, padding, dilation, groups)
+    # Written as !(y <= 0) so that a NaN keeps its gradient, as in torch.relu.
+    dx, dweight, dbias = first_gradient(z, inputs, torch.where(y <= 0, 0, dy))
+    empty = x.new_empty(0)
+    return tuple(g if wanted else empty for g, wanted in zip((dx, dweight, dbias), output_mask, strict=True))

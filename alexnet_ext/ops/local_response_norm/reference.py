@@ -1,0 +1,25 @@
+"""Local response normalization in plain PyTorch."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def local_response_norm(x: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
+    """``F.local_response_norm``; bf16 and fp16 are computed in fp32, as the compiled op does.
+
+    (Stock squares fp16 in fp16, so 300 becomes 0, and has no bf16 or fp16 kernel for 4-D tensors on the CPU.)
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        wide = x.float() if x.dtype in HALF else x
+        y = F.local_response_norm(wide, size, alpha, beta, k)
+        return y.to(x.dtype) if x.dtype in HALF else y
+
+
+def local_response_norm_backward(dy: Tensor, x: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
+    from .._register import differentiable, first_gradient
+
+    x = differentiable(x)
+    return first_gradient(local_response_norm(x, size, alpha, beta, k), [x], dy)[0]

@@ -1,0 +1,131 @@
+"""Bias, ReLU, local response normalization and max pooling in one pass: what follows conv1 and conv2 in the paper."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._backend import runs_native
+from .._checks import IntPair, check_bias, check_lrn, check_pool, check_same, check_tensor, pair, pooled_size
+from .._register import register
+from ..relu_max_pool2d.op import MAX_TAPS, empty_pooled
+from . import reference
+
+
+def relu_lrn_max_pool2d(
+    x: Tensor,
+    bias: Tensor | None,
+    lrn_size: int,
+    alpha: float,
+    beta: float,
+    k: float,
+    kernel_size: IntPair,
+    stride: IntPair,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """``max_pool2d(local_response_norm(relu(x + bias)))``, the order of the 2012 paper (sections 3.3 to 3.5).
+
+    Equals ``F.max_pool2d(F.local_response_norm(F.relu(x + bias[:, None, None]), lrn_size, alpha, beta, k),
+    kernel_size, stride)``: windows inside the image, sizes rounded down.
+
+    Args:
+        x: (N, C, H, W) or (C, H, W), a convolution's output before its bias; fp64, fp32, bf16 or fp16.
+        bias: (C,) or None.
+        lrn_size, alpha, beta, k: as ``size``, ``alpha``, ``beta`` and ``k`` of ``local_response_norm``.
+        kernel_size, stride: the pooling window, an int or (height, width).
+        backend: ``"auto"``, ``"native"``, ``"triton"`` or ``"stock"``.
+
+    Returns:
+        The pooled tensor in x's dtype (under autocast too) and memory format. Saves x and one byte an output
+        element for the backward.
+
+    Raises:
+        RuntimeError, TypeError: as ``local_response_norm`` and ``relu_max_pool2d``; or a bias that does not fit x.
+    """
+    kernel, step, native = check_block(
+        "relu_lrn_max_pool2d", backend, x, bias, lrn_size, alpha, beta, k, kernel_size, stride
+    )
+    if not native:
+        return reference.relu_lrn_max_pool2d(x, bias, lrn_size, alpha, beta, k, kernel, step)
+    batch = x if x.dim() == 4 else x.unsqueeze(0)
+    y, _ = torch.ops.alexnet_ext.relu_lrn_max_pool2d(batch, bias, lrn_size, alpha, beta, k, kernel, step)
+    return y if x.dim() == 4 else y.squeeze(0)
+
+
+def check_block(
+    op: str,
+    backend: str,
+    x: Tensor,
+    bias: Tensor | None,
+    lrn_size: int,
+    alpha: float,
+    beta: float,
+    k: float,
+    kernel_size: IntPair,
+    stride: IntPair,
+) -> tuple[list[int], list[int], bool]:
+    """Check a fused block's arguments (either order); (kernel_size, stride, whether the compiled op runs)."""
+    check_tensor("x", x)
+    check_lrn(lrn_size, alpha, beta, k, "lrn_size")
+    kernel, step = pair("kernel_size", kernel_size, 1), pair("stride", stride, 1)
+    check_pool(x, kernel, step, [0, 0], [1, 1], False)
+    check_bias(bias, x.shape[-3], x)
+    if bias is not None and not torch.is_autocast_enabled(x.device.type):
+        check_same("bias", bias, x)
+    unsupported = f"a window of {kernel}" if kernel[0] * kernel[1] > MAX_TAPS else ""
+    return kernel, step, runs_native(op, backend, x, unsupported)
+
+
+def pool_fake(x: Tensor, kernel_size: list[int], stride: list[int]) -> tuple[Tensor, Tensor]:
+    height, width = (pooled_size(x.shape[2 + i], kernel_size[i], stride[i], 0, 1, False) for i in (0, 1))
+    return empty_pooled(x, height, width)
+
+
+def autocast_bias(dtype: torch.dtype, x: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Any, ...]:
+    """x keeps its dtype under autocast; a bias, kept in fp32, follows it."""
+    return x, bias if bias is None else bias.to(x.dtype), *rest
+
+
+def _fake(
+    x: Tensor,
+    bias: Tensor | None,
+    lrn_size: int,
+    alpha: float,
+    beta: float,
+    k: float,
+    kernel_size: list[int],
+    stride: list[int],
+) -> tuple[Tensor, Tensor]:
+    return pool_fake(x, kernel_size, stride)
+
+
+def _fake_backward(dy: Tensor, x: Tensor, bias: Tensor | None, winners: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return empty_pooled(x, x.shape[2], x.shape[3])[0], x.new_empty(x.shape[1])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, bias, *ctx.constants = inputs
+    ctx.save_for_backward(x, bias, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    dx = dbias = None
+    if dy is not None:
+        x, bias, winners = ctx.saved_tensors
+        dx, dbias = torch.ops.alexnet_ext.relu_lrn_max_pool2d_backward(dy, x, bias, winners, *ctx.constants)
+    return dx, dbias if ctx.needs_input_grad[1] else None, None, None, None, None, None, None
+
+
+register(
+    "relu_lrn_max_pool2d",
+    fake=_fake,
+    fake_backward=_fake_backward,
+    setup_context=_setup_context,
+    backward=_backward,
+    reference_backward=reference.relu_lrn_max_pool2d_backward,
+    autocast=autocast_bias,
+)

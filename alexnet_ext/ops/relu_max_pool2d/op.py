@@ -1,0 +1,116 @@
+"""ReLU, then max pooling with overlapping windows (sections 3.1 and 3.4 of the 2012 paper)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._backend import runs_native
+from .._checks import IntPair, check_pool, check_tensor, pair, pooled_size
+from .._register import register
+from . import reference
+
+MAX_TAPS = 225
+"""A winner is one byte and 255 is taken: windows to 15 x 15."""
+
+
+def relu_max_pool2d(
+    x: Tensor,
+    kernel_size: IntPair,
+    stride: IntPair | None = None,
+    padding: IntPair = 0,
+    dilation: IntPair = 1,
+    ceil_mode: bool = False,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """The maximum of each window of max(0, x).
+
+    ``y[n, c, i, j] = max(0, max_{r, s} x[n, c, i * stride - padding + r * dilation, ...])``. Equals
+    ``F.max_pool2d(F.relu(x), ...)``: NaN wins (the last one of a window), of equal values the first in
+    row-major order, padding never wins, and a value that is not positive gets no gradient.
+
+    Args:
+        x: (N, C, H, W) or (C, H, W), fp64, fp32, bf16 or fp16. Other dtypes, and windows of more than 225
+            values, run stock PyTorch.
+        kernel_size, stride, padding, dilation: an int or (height, width); stride defaults to kernel_size.
+        ceil_mode: round the output's size up.
+        backend: ``"auto"``, ``"native"``, ``"triton"`` or ``"stock"``.
+
+    Returns:
+        The pooled tensor, in x's memory format. Saves one byte an output element for the backward.
+
+    Raises:
+        RuntimeError: wrong rank, empty C, H or W, padding above half the window, an empty output.
+        TypeError: a size that is neither an int nor a pair of ints.
+    """
+    check_tensor("x", x)
+    kernel = pair("kernel_size", kernel_size, 1)
+    step = kernel if stride is None or stride == [] else pair("stride", stride, 1)
+    pad, dilate = pair("padding", padding, 0), pair("dilation", dilation, 1)
+    check_pool(x, kernel, step, pad, dilate, ceil_mode)
+    unsupported = f"a window of {kernel}" if kernel[0] * kernel[1] > MAX_TAPS else ""
+    if not runs_native("relu_max_pool2d", backend, x, unsupported):
+        return reference.relu_max_pool2d(x, kernel, step, pad, dilate, ceil_mode)
+    batch = x if x.dim() == 4 else x.unsqueeze(0)
+    y, _ = torch.ops.alexnet_ext.relu_max_pool2d(batch, kernel, step, pad, dilate, ceil_mode)
+    return y if x.dim() == 4 else y.squeeze(0)
+
+
+def empty_pooled(x: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """A pooled tensor and its winners, both in the memory format that pooling x gives."""
+    y = x.new_empty((x.shape[0], x.shape[1], height, width))
+    if torch._prims_common.suggest_memory_format(x) == torch.channels_last:
+        y = y.to(memory_format=torch.channels_last)
+    return y, torch.empty_like(y, dtype=torch.uint8)
+
+
+def _fake(
+    x: Tensor, kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int], ceil_mode: bool
+) -> tuple[Tensor, Tensor]:
+    height, width = (
+        pooled_size(x.shape[2 + i], kernel_size[i], stride[i], padding[i], dilation[i], ceil_mode) for i in (0, 1)
+    )
+    return empty_pooled(x, height, width)
+
+
+def _fake_backward(
+    dy: Tensor,
+    winners: Tensor,
+    height: int,
+    width: int,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> Tensor:
+    return empty_pooled(winners, height, width)[0].to(dy.dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, *constants, _ceil_mode = inputs
+    ctx.constants = [x.shape[2], x.shape[3], *constants]
+    ctx.save_for_backward(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    dx = None
+    if dy is not None:
+        (winners,) = ctx.saved_tensors
+        dx = torch.ops.alexnet_ext.relu_max_pool2d_backward(dy, winners, *ctx.constants)
+    return dx, None, None, None, None, None
+
+
+register(
+    "relu_max_pool2d",
+    fake=_fake,
+    fake_backward=_fake_backward,
+    setup_context=_setup_context,
+    backward=_backward,
+    reference_backward=reference.scatter_to_winners,
+    batched=(0,),
+    batched_backward=(0, 1),
+)

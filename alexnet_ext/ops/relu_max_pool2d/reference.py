@@ -1,0 +1,40 @@
+"""ReLU and max pooling in plain PyTorch, and what a one-byte winner means."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NO_GRADIENT = 255
+"""The winner of a window in which no value is positive: nothing flows back."""
+
+
+def relu_max_pool2d(
+    x: Tensor, kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int], ceil_mode: bool
+) -> Tensor:
+    return F.max_pool2d(F.relu(x), kernel_size, stride, padding, dilation, ceil_mode)
+
+
+def scatter_to_winners(
+    dy: Tensor,
+    winners: Tensor,
+    height: int,
+    width: int,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> Tensor:
+    """dx (N, C, height, width): each dy added where its window's winner stands.
+
+    A winner is the tap ``row * kernel_width + column`` within the window, or 255 for no gradient.
+    """
+    tap = winners.long()
+    rows = torch.arange(winners.shape[2], device=dy.device)[:, None] * stride[0] - padding[0]
+    columns = torch.arange(winners.shape[3], device=dy.device) * stride[1] - padding[1]
+    y = rows + tap.div(kernel_size[1], rounding_mode="floor") * dilation[0]
+    x = columns + tap.remainder(kernel_size[1]) * dilation[1]
+    flows = winners != NO_GRADIENT
+    position = torch.where(flows, y * width + x, 0).flatten(2)
+    source = torch.where(flows, dy, 0).flatten(2)
+    zeros = torch.zeros(*dy.shape[:2], height * width, dtype=dy.dtype, device=dy.device)
+    return zeros.scatter_add(2, position, source).unflatten(2, (height, width))
