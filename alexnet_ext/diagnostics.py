@@ -1,0 +1,108 @@
+"""What this installation is and whether it computes right: ``info()`` and ``check()``."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from . import _library
+from ._version import __version__
+from .ops import _backend
+
+DEVICES = ("cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend that ``backend="auto"`` picks for an op on a device, and why."""
+
+    op: str
+    device: str
+    backend: str
+    reason: str
+
+
+@dataclass(frozen=True, repr=False)
+class Info:
+    """What ``info()`` found; ``str()`` of it is a text to print, ``as_dict()`` is ready for JSON."""
+
+    version: str
+    torch: str
+    torch_cuda: str | None
+    gpus: list[str]
+    cpu_capability: str
+    cpu_count: int
+    threads: int
+    libraries: tuple[_library.Library, ...]
+    build_record: dict[str, Any]
+    choices: list[Choice] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __repr__(self) -> str:
+        lines = [
+            f"alexnet_ext {self.version}",
+            f"torch       {self.torch} ({f'CUDA {self.torch_cuda}' if self.torch_cuda else 'CPU build'})",
+            f"CPU         {self.cpu_capability}, {self.threads} threads of {self.cpu_count} processors",
+            f"GPU         {', '.join(self.gpus) or 'none'}",
+            "",
+            "Libraries",
+        ]
+        for library in self.libraries:
+            lines.append(f"  {library.name:5s} {'loaded' if library.loaded else f'not loaded: {library.reason}'}")
+            if library.remedy:
+                lines.append(f"        to mend it: {library.remedy}")
+        lines += ["", "Build record"]
+        for name, value in self.build_record.items():
+            text = value if isinstance(value, str) else json.dumps(value)
+            lines.append(f"  {name}: {text}")
+        if not self.build_record:
+            lines.append("  none: nothing has been built in this folder")
+        lines += ["", "Backends that backend='auto' picks"]
+        width = max((len(choice.op) for choice in self.choices), default=0)
+        for choice in self.choices:
+            lines.append(f"  {choice.op:{width}s}  {choice.device:4s}  {choice.backend:6s}  {choice.reason}")
+        return "\n".join(lines)
+
+
+def info() -> Info:
+    """What is installed, built and loaded, and which backend each op uses on each device and why.
+
+    >>> print(alexnet_ext.info())
+    """
+    gpus = []
+    if torch.cuda.is_available():
+        gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return Info(
+        version=__version__,
+        torch=torch.__version__,
+        torch_cuda=torch.version.cuda,
+        gpus=gpus,
+        cpu_capability=torch.backends.cpu.get_cpu_capability(),
+        cpu_count=os.cpu_count() or 1,
+        threads=torch.get_num_threads(),
+        libraries=_library.LIBRARIES,
+        build_record=_library.build_record(),
+        choices=[choice(op, device) for op in _backend.OPS for device in DEVICES],
+    )
+
+
+def choice(op: str, device: str) -> Choice:
+    """What ``backend="auto"`` runs for ``op`` on ``device`` (``"cpu"`` or ``"cuda"``) at this moment."""
+    library = next((found for found in _library.LIBRARIES if found.device == device), None)
+    current = _backend._current
+    if current == "stock":
+        return Choice(op, device, "stock", "use_backend('stock') is in force")
+    if _backend.NATIVE[op].get(device):
+        reason = "compiled kernel"
+        if device == "cuda" and not torch.cuda.is_available():
+            reason += ", though torch sees no GPU now"
+        return Choice(op, device, current if current != "auto" else "native", reason)
+    if library is None or not library.loaded:
+        return Choice(op, device, "stock", library.reason if library else f"no library serves {device}")
+    return Choice(op, device, "stock", f"the {library.name} library has no kernel for it")
