@@ -1,0 +1,10 @@
+"""Images to train on: 5,000 digits from a package, folders of pictures, or synthetic ones."""
+
+from .batches import Batch, batches
+from .digits import Digits
+from .errors import BadImage, CommandError
+from .folder import ImageFolder
+from .preprocessing import Preprocessing
+from .synthetic import Synthetic
+
+__all__ = ["BadImage", "Batch", "CommandError", "Digits", "ImageFolder", "Preprocessing", "Synthetic", "batches"]

@@ -1,0 +1,102 @@
+"""Batches in an order that seed and epoch fix, from any place in the epoch on, with broken images left out."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from .errors import BadImage
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One image, uint8 (channels, height, width), and its class; or None and the ``error`` of its file."""
+
+    index: int
+    image: Tensor | None
+    target: int
+    error: BadImage | None = None
+
+
+class Batch(NamedTuple):
+    """The readable images of a batch, uint8 (N, channels, height, width), their classes and places in the data,
+    and the errors of the others. Nothing takes the place of an image that is left out: N is smaller, even 0."""
+
+    images: Tensor
+    targets: Tensor
+    indices: Tensor
+    errors: list[BadImage]
+
+
+class Dataset(Protocol):
+    """What ``batches`` reads: ``dataset[epoch, index]``, the epoch for random crops that change with it."""
+
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample: ...
+
+
+def collate(samples: list[Sample]) -> Batch:
+    """Stack the readable images."""
+    good = [sample for sample in samples if sample.image is not None]
+    return Batch(
+        images=torch.stack([s.image for s in good if s.image is not None])
+        if good
+        else torch.empty(0, dtype=torch.uint8),
+        targets=torch.tensor([s.target for s in good], dtype=torch.int64),
+        indices=torch.tensor([s.index for s in good], dtype=torch.int64),
+        errors=[s.error for s in samples if s.error is not None],
+    )
+
+
+def permutation(length: int, seed: int, epoch: int) -> list[int]:
+    """The order of an epoch: a pure function, so that a checkpoint need only record where it stands."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    return torch.randperm(length, generator=generator).tolist()
+
+
+def batches(
+    dataset: Dataset,
+    batch_size: int,
+    *,
+    seed: int | None = None,
+    epoch: int = 0,
+    start: int = 0,
+    limit: int | None = None,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """The batches of one epoch from number ``start`` on, the last one smaller if need be.
+
+    ``seed`` None keeps the data's own order; ``limit`` stops after the first ``limit`` images. Draws nothing
+    from the global random generators.
+    """
+    order = list(range(len(dataset))) if seed is None else permutation(len(dataset), seed, epoch)
+    order = order[:limit]
+    keys = [
+        [(epoch, i) for i in order[at : at + batch_size]] for at in range(start * batch_size, len(order), batch_size)
+    ]
+    loader: DataLoader[Batch] = DataLoader(
+        dataset,  # type: ignore[arg-type]
+        batch_sampler=keys,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        worker_init_fn=_start_worker,
+        generator=torch.Generator().manual_seed(epoch),
+    )
+    return iter(loader)
+
+
+def _start_worker(_number: int) -> None:
+    """Ctrl-C reaches every process of the terminal: the trainer alone answers it, and ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

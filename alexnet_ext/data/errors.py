@@ -1,0 +1,48 @@
+"""Errors that the command line prints as one line, and the import of packages that only training needs."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from types import ModuleType
+
+
+def path_text(path: str | os.PathLike[str]) -> str:
+    """A path on one line: whatever a file name holds, a newline or a terminal's escape does not get printed."""
+    text = os.fspath(path)
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
+class CommandError(Exception):
+    """What the user can mend: one sentence for stderr, and the exit code (2: wrong usage, 1: anything else)."""
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class BadImage(CommandError):
+    """An image file that cannot be read: ``path`` and the ``reason``."""
+
+    def __init__(self, path: str | os.PathLike[str], reason: str) -> None:
+        super().__init__(f"{path_text(path)}: {reason}")
+        self.path = os.fspath(path)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[BadImage], tuple[str, str]]:
+        return BadImage, (self.path, self.reason)  # a worker process sends it to the trainer
+
+
+def os_error(path: str | os.PathLike[str], error: OSError) -> CommandError:
+    """One line for a failed system call: the file, and the system's words for what is wrong."""
+    return CommandError(f"{path_text(path)}: {error.strerror or error}")
+
+
+def require(name: str, extra: str = "train") -> ModuleType:
+    """Import a module of an optional package; CommandError with the pip command where it is missing."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or name.split(".")[0] != error.name.split(".")[0]:
+            raise
+        raise CommandError(f"{error.name} is not installed: pip install -e '.[{extra}]'") from error

@@ -1,0 +1,39 @@
+"""From the bytes of a batch of images to what the network takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How images are brought to the network; a checkpoint records it, so that prediction does the same.
+
+    size: side of the network's input. resize: side that an image file's shorter side is scaled to before the
+    square is cut out. mean, std: of each colour, in 0 to 1.
+    """
+
+    size: int
+    resize: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 (N, 1 or 3, height, width) to normalized fp32 (N, 3, size, size), on the images' device.
+
+        A grey image stands for three equal colours, and is normalized as the first.
+        """
+        channels = images.shape[1]
+        mean, std = (
+            torch.tensor(values[:channels], device=images.device).mul(255).view(1, -1, 1, 1)
+            for values in (self.mean, self.std)
+        )
+        # Normalized first: bilinear scaling commutes with it, and 28 x 28 is a sixtieth of 227 x 227.
+        x = (images.float() - mean) / std
+        if x.shape[-2:] != (self.size, self.size):
+            x = F.interpolate(x, (self.size, self.size), mode="bilinear", align_corners=False)
+        return x.expand(-1, 3, -1, -1) if channels == 1 else x
