@@ -44,7 +44,7 @@ def check_lrn(size: object, alpha: object, beta: object, k: object, name: str = 
 
 def pair(name: str, value: IntPair, at_least: int) -> list[int]:
     """``value`` as [height, width]; one int stands for both."""
-    values = [value] * 2 if isinstance(value, int) else list(value)
+    values = [value] * 2 if isinstance(value, int) else list(value) if isinstance(value, Sequence) else []
     if len(values) == 1:
         values *= 2
     if len(values) != 2 or not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
