@@ -48,10 +48,11 @@ def relu_lrn_max_pool2d(
     kernel, step, native = check_block(
         "relu_lrn_max_pool2d", backend, x, bias, lrn_size, alpha, beta, k, kernel_size, stride
     )
-    if not native:
-        return reference.relu_lrn_max_pool2d(x, bias, lrn_size, alpha, beta, k, kernel, step)
     batch = x if x.dim() == 4 else x.unsqueeze(0)
-    y, _ = torch.ops.alexnet_ext.relu_lrn_max_pool2d(batch, bias, lrn_size, alpha, beta, k, kernel, step)
+    if native:
+        y, _ = torch.ops.alexnet_ext.relu_lrn_max_pool2d(batch, bias, lrn_size, alpha, beta, k, kernel, step)
+    else:
+        y = reference.relu_lrn_max_pool2d(batch, bias, lrn_size, alpha, beta, k, kernel, step)
     return y if x.dim() == 4 else y.squeeze(0)
 
 

@@ -35,10 +35,11 @@ def relu_max_pool2d_lrn(
     kernel, step, native = check_block(
         "relu_max_pool2d_lrn", backend, x, bias, lrn_size, alpha, beta, k, kernel_size, stride
     )
-    if not native:
-        return reference.relu_max_pool2d_lrn(x, bias, lrn_size, alpha, beta, k, kernel, step)
     batch = x if x.dim() == 4 else x.unsqueeze(0)
-    y, _, _ = torch.ops.alexnet_ext.relu_max_pool2d_lrn(batch, bias, lrn_size, alpha, beta, k, kernel, step)
+    if native:
+        y, _, _ = torch.ops.alexnet_ext.relu_max_pool2d_lrn(batch, bias, lrn_size, alpha, beta, k, kernel, step)
+    else:
+        y = reference.relu_max_pool2d_lrn(batch, bias, lrn_size, alpha, beta, k, kernel, step)
     return y if x.dim() == 4 else y.squeeze(0)
 
 
