@@ -1,0 +1,315 @@
+"""What tests and benchmarks run: each op's cases, its stock equivalent, dtypes, layouts and the one tolerance table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from alexnet_ext import ops
+
+Tensors = dict[str, Tensor | None]
+
+OPS = ("local_response_norm", "relu_max_pool2d", "conv2d_bias_relu", "relu_lrn_max_pool2d", "relu_max_pool2d_lrn")
+BLOCKS = ("relu_lrn_max_pool2d", "relu_max_pool2d_lrn")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+LAYOUTS = ("contiguous", "channels_last", "transposed", "sliced", "expanded", "expanded_batch", "offset")
+
+# Error allowed, in units of eps * sqrt(summands) * max|exact|. fp32 and fp64 leave room for a power and for
+# cancellation in a gradient; bf16 and fp16 are computed in fp32, so that one rounding is most of their error.
+TOLERANCE = {torch.float64: 32.0, torch.float32: 16.0, torch.bfloat16: 2.0, torch.float16: 2.0}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an op: the shapes of its tensors by name (None: the optional bias left out), and its constants."""
+
+    op: str
+    shapes: dict[str, tuple[int, ...] | None]
+    constants: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        shapes = "-".join(f"{name}{'x'.join(map(str, shape)) if shape else shape}" for name, shape in self.items())
+        values = "-".join(f"{name}{value}".replace(" ", "") for name, value in self.constants.items())
+        return f"{self.op}-{shapes}-{values}"
+
+    def items(self) -> Iterable[tuple[str, tuple[int, ...] | None]]:
+        return self.shapes.items()
+
+
+def lrn(shape: tuple[int, ...], size: int = 5, alpha: float = 1.5, beta: float = 0.75, k: float = 2.0) -> Case:
+    return Case(
+        "local_response_norm", {"x": shape}, {"size": size, "alpha": alpha, "beta": beta, "k": k}
+    )  # alpha far above AlexNet's 1e-4, under which a wrong window would hardly show
+
+
+def pool(shape: tuple[int, ...], kernel_size: Any = 3, stride: Any = 2, **rest: Any) -> Case:
+    constants = {"kernel_size": kernel_size, "stride": stride, "padding": 0, "dilation": 1, "ceil_mode": False}
+    return Case("relu_max_pool2d", {"x": shape}, constants | rest)
+
+
+def conv(shape: tuple[int, ...], out: int, kernel: tuple[int, int], bias: bool = True, **rest: Any) -> Case:
+    constants = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1} | rest
+    weight = (out, shape[-3] // constants["groups"], *kernel)
+    return Case("conv2d_bias_relu", {"x": shape, "weight": weight, "bias": (out,) if bias else None}, constants)
+
+
+def block(op: str, shape: tuple[int, ...], bias: bool = True, **rest: Any) -> Case:
+    constants = {"lrn_size": 5, "alpha": 1.5, "beta": 0.75, "k": 2.0, "kernel_size": 3, "stride": 2}
+    return Case(op, {"x": shape, "bias": (shape[-3],) if bias else None}, constants | rest)
+
+
+# Channels and pixels one below, at and one above 8, 16, 32 and 64: the widths of vectors and of tiles.
+TILE_SHAPES = (
+    *((1, 7, 1, 9), (2, 8, 3, 5), (1, 9, 2, 4), (1, 15, 1, 17), (1, 16, 2, 8), (1, 17, 3, 5)),
+    *((1, 31, 1, 33), (1, 32, 4, 8), (1, 33, 1, 31), (1, 63, 5, 13), (1, 64, 2, 32), (1, 65, 7, 9)),
+)
+
+LRN_CASES = (
+    *(lrn(shape) for shape in ((2, 7, 5, 3), (1, 1, 1, 1), (3, 1, 2, 5), (1, 5, 1, 1), (0, 3, 2, 2), (2, 0, 2, 2))),
+    *(lrn(shape) for shape in TILE_SHAPES),
+    *(lrn((2, 6, 3, 5), size=size) for size in (1, 2, 3, 4, 7, 15, 33)),
+    *(lrn((2, 7, 3, 5), beta=beta) for beta in (0.0, 0.5, 1.0, 2.0, -1.0, 0.3)),
+    lrn((1, 8, 3, 5), size=4, alpha=1e-4, k=1.0),
+)
+LRN_OTHER_RANKS = (lrn((2, 9, 17)), lrn((2, 7, 2, 3, 5)), lrn((2, 6, 2, 3, 1, 5), size=4))
+
+POOL_CASES = (
+    *(pool(shape, 1, 1) for shape in ((1, 1, 1, 1), (0, 3, 4, 5))),
+    *(pool((2, 3, 5, width)) for width in (3, 4, 15, 16, 17, 31, 32, 33, 34, 35, 65)),
+    *(pool((2, channels, 5, 7)) for channels in (1, 7, 8, 9, 16, 31, 33, 65)),
+    pool((2, 3, 13, 9), ceil_mode=True),
+    pool((2, 3, 6, 8), 3, 2, ceil_mode=True),
+    pool((2, 3, 9, 7), 3, 2, padding=1, ceil_mode=True),
+    pool((2, 8, 6, 9), 3, 1, padding=1),
+    pool((2, 5, 8, 6), 2, 2),
+    pool((2, 3, 9, 11), (3, 2), (1, 2), padding=(1, 0)),
+    pool((2, 3, 11, 9), (2, 3), (2, 1), padding=(0, 1), dilation=(3, 2)),
+    pool((2, 3, 12, 10), 5, 3, padding=2),
+    pool((2, 3, 9, 10), 2, 4),
+    pool((1, 2, 16, 17), 15, 1, padding=7),
+    pool((1, 2, 17, 19), (16, 15), 1),
+    pool((3, 7, 6), 3, 2),
+)
+
+CONV_CASES = (
+    conv((2, 4, 7, 5), 6, (3, 3), padding=1),
+    conv((2, 4, 7, 5), 6, (3, 3), padding=1, groups=2),
+    conv((2, 4, 7, 5), 6, (3, 3), bias=False, groups=2),
+    conv((1, 1, 1, 1), 1, (1, 1)),
+    conv((0, 2, 3, 4), 4, (3, 3), padding=1),
+    conv((2, 4, 5, 6), 16, (1, 1), groups=2),
+    conv((2, 3, 9, 8), 5, (3, 2), stride=(2, 1), padding=(1, 0)),
+    conv((2, 3, 10, 9), 4, (2, 3), dilation=(3, 2), padding=(2, 1)),
+    conv((2, 6, 6, 5), 6, (3, 3), padding=1, groups=6),
+    conv((1, 3, 23, 27), 8, (11, 11), stride=4),
+    conv((2, 8, 7, 9), 16, (5, 5), padding=2, groups=2),
+    conv((1, 9, 4, 33), 7, (3, 3), padding=1),
+    conv((4, 6, 5), 6, (3, 3), padding=1, groups=2),
+)
+
+
+def _block_cases(op: str) -> tuple[Case, ...]:
+    return (
+        block(op, (2, 6, 7, 5)),
+        block(op, (2, 6, 7, 5), bias=False),
+        block(op, (1, 1, 1, 1), kernel_size=1, stride=1),
+        block(op, (0, 3, 4, 5)),
+        *(block(op, (2, 3, 5, width)) for width in (3, 4, 15, 16, 17, 33, 34, 35)),
+        *(block(op, (2, channels, 5, 7)) for channels in (1, 7, 8, 9, 17, 33, 64)),
+        *(block(op, (2, 6, 5, 7), lrn_size=size) for size in (1, 2, 4, 15)),
+        *(block(op, (2, 7, 5, 7), beta=beta) for beta in (0.5, 1.0, 0.3)),
+        block(op, (2, 5, 6, 9), kernel_size=(2, 3), stride=(1, 2)),
+        block(op, (2, 5, 9, 8), kernel_size=2, stride=3),
+        block(op, (1, 8, 7, 9), alpha=5e-4, lrn_size=5),
+        block(op, (7, 6, 5), kernel_size=3, stride=1),
+    )
+
+
+CASES: dict[str, tuple[Case, ...]] = {
+    "local_response_norm": LRN_CASES,
+    "relu_max_pool2d": POOL_CASES,
+    "conv2d_bias_relu": CONV_CASES,
+    **{op: _block_cases(op) for op in BLOCKS},
+}
+
+# One plain case an op, and the same without its bias, for what does not hang on the numbers.
+EXAMPLES = (
+    lrn((2, 6, 5, 7), size=4),
+    pool((2, 3, 9, 7), padding=1),
+    conv((2, 4, 7, 5), 6, (3, 3), padding=1, groups=2),
+    conv((2, 4, 7, 5), 6, (3, 3), bias=False),
+    *(block(op, (2, 6, 7, 9), lrn_size=4, bias=bias) for op in BLOCKS for bias in (True, False)),
+)
+
+# AlexNet's layers at batch 1: the benchmarks put their batch in front.
+ALEXNET: dict[str, tuple[Case, ...]] = {
+    "local_response_norm": tuple(lrn((1, *s), alpha=5e-4) for s in ((96, 55, 55), (256, 27, 27))),
+    "relu_max_pool2d": tuple(pool((1, *s)) for s in ((96, 55, 55), (256, 27, 27), (256, 13, 13))),
+    "conv2d_bias_relu": (
+        conv((1, 3, 227, 227), 96, (11, 11), stride=4),
+        conv((1, 96, 27, 27), 256, (5, 5), padding=2, groups=2),
+        conv((1, 256, 13, 13), 384, (3, 3), padding=1),
+        conv((1, 384, 13, 13), 384, (3, 3), padding=1, groups=2),
+        conv((1, 384, 13, 13), 256, (3, 3), padding=1, groups=2),
+    ),
+    **{op: tuple(block(op, (1, *s), alpha=5e-4) for s in ((96, 55, 55), (256, 27, 27))) for op in BLOCKS},
+}
+
+
+def _stock_lrn(x: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
+    return F.local_response_norm(x, size, alpha, beta, k)
+
+
+def _stock_pool(
+    x: Tensor, kernel_size: Any, stride: Any, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
+) -> Tensor:
+    return F.max_pool2d(F.relu(x), kernel_size, stride, padding, dilation, ceil_mode)
+
+
+def _stock_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
+) -> Tensor:
+    return F.relu(F.conv2d(x, weight, bias, stride, padding, dilation, groups))
+
+
+def _activation(x: Tensor, bias: Tensor | None) -> Tensor:
+    return F.relu(x if bias is None else x + bias[:, None, None])
+
+
+def _stock_lrn_pool(
+    x: Tensor, bias: Tensor | None, lrn_size: int, alpha: float, beta: float, k: float, kernel_size: Any, stride: Any
+) -> Tensor:
+    return F.max_pool2d(_lrn_nchw(_activation(x, bias), lrn_size, alpha, beta, k), kernel_size, stride)
+
+
+def _stock_pool_lrn(
+    x: Tensor, bias: Tensor | None, lrn_size: int, alpha: float, beta: float, k: float, kernel_size: Any, stride: Any
+) -> Tensor:
+    return _lrn_nchw(F.max_pool2d(_activation(x, bias), kernel_size, stride), lrn_size, alpha, beta, k)
+
+
+def _lrn_nchw(x: Tensor, *constants: Any) -> Tensor:
+    """LRN of (N, C, H, W), or of an unbatched (C, H, W), which LRN alone would take for (N, C, L)."""
+    return F.local_response_norm(x, *constants) if x.dim() == 4 else F.local_response_norm(x[None], *constants)[0]
+
+
+STOCK: dict[str, Callable[..., Tensor]] = {
+    "local_response_norm": _stock_lrn,
+    "relu_max_pool2d": _stock_pool,
+    "conv2d_bias_relu": _stock_conv,
+    "relu_lrn_max_pool2d": _stock_lrn_pool,
+    "relu_max_pool2d_lrn": _stock_pool_lrn,
+}
+
+
+def fused(case: Case, tensors: Tensors, backend: str = "auto") -> Tensor:
+    return getattr(ops, case.op)(**tensors, **case.constants, backend=backend)
+
+
+def stock(case: Case, tensors: Tensors) -> Tensor:
+    return STOCK[case.op](**tensors, **case.constants)
+
+
+def make(
+    case: Case,
+    dtype: torch.dtype = torch.float32,
+    layout: str = "contiguous",
+    requires_grad: bool = True,
+    seed: int = 0,
+    scale: float = 1.0,
+) -> Tensors:
+    """The case's tensors, normal random; ``layout`` is x's. Rounded to dtype once, so that all oracles see the same."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors: Tensors = {}
+    for name, shape in case.items():
+        if shape is None:
+            tensors[name] = None
+            continue
+        values = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
+        if name == "weight":
+            values /= math.sqrt(max(1, math.prod(shape[1:])))
+        tensors[name] = lay_out(values.to(dtype), layout if name == "x" else "contiguous").requires_grad_(requires_grad)
+    return tensors
+
+
+def lay_out(values: Tensor, layout: str) -> Tensor:
+    """The same values in another memory layout (the expanded ones repeat a column or a batch item)."""
+    nan = torch.nan if values.is_floating_point() else -1
+    match layout:
+        case "contiguous":
+            return values.clone(memory_format=torch.contiguous_format)
+        case "channels_last":
+            last = (0, *range(2, values.dim()), 1)
+            first = (0, values.dim() - 1, *range(1, values.dim() - 1))
+            return values.permute(last).clone(memory_format=torch.contiguous_format).permute(first)
+        case "transposed":
+            return values.mT.clone(memory_format=torch.contiguous_format).mT
+        case "sliced":
+            around = torch.full([2 * size + 1 for size in values.shape], nan, dtype=values.dtype)
+            return around[tuple(slice(1, None, 2) for _ in values.shape)].copy_(values)
+        case "expanded":
+            return values[..., :1].clone().expand(values.shape)
+        case "expanded_batch":
+            return values[:1].clone().expand(values.shape)
+        case "offset":
+            around = torch.full((values.numel() + 1,), nan, dtype=values.dtype)
+            return around[1:].view(values.shape).copy_(values)
+    raise ValueError(f"no layout {layout!r}")
+
+
+def wanting_grad(tensors: Tensors) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None and tensor.requires_grad}
+
+
+def params(cases: Iterable[Case]) -> list[Any]:
+    """Cases for parametrize, with their ids."""
+    return [pytest.param(case, id=case.id) for case in cases]
+
+
+def dtype_id(value: object) -> str | None:
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
+
+
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+each_layout = pytest.mark.parametrize("layout", LAYOUTS)
+each_example = pytest.mark.parametrize("case", params(EXAMPLES))
+
+
+def pair(value: Any) -> list[int]:
+    return [value, value] if isinstance(value, int) else list(value)
+
+
+def raw_forward(case: Case, tensors: Tensors) -> tuple[Any, ...]:
+    """The arguments of ``torch.ops.alexnet_ext.<op>``."""
+    pairs = ("kernel_size", "stride", "padding", "dilation")
+    constants = (pair(value) if name in pairs else value for name, value in case.constants.items())
+    return (*tensors.values(), *constants)
+
+
+def raw_backward(case: Case, tensors: Tensors) -> tuple[Any, ...]:
+    """The arguments of ``torch.ops.alexnet_ext.<op>_backward`` after a forward of the same tensors, dy random."""
+    x, bias = tensors["x"], tensors.get("bias")
+    arguments = raw_forward(case, tensors)
+    constants = arguments[len(tensors) :]
+    with torch.no_grad():
+        outputs = getattr(torch.ops.alexnet_ext, case.op)(*arguments)
+    y, *saved = outputs if isinstance(outputs, tuple) else (outputs,)
+    dy = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(1))
+    match case.op:
+        case "local_response_norm":
+            return dy, x, *constants
+        case "relu_max_pool2d":
+            return dy, *saved, *x.shape[2:], *constants[:-1]
+        case "conv2d_bias_relu":
+            return dy, x, tensors["weight"], y, *constants, [True, True, bias is not None]
+        case "relu_lrn_max_pool2d":
+            return dy, x, bias, *saved, *constants
+    return dy, *saved, *x.shape[2:], *constants

@@ -1,0 +1,47 @@
+"""Fixtures of all tests: reproducible, without TF32, and on request with poisoned memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from alexnet_ext import _library
+
+
+def pytest_report_header() -> str:
+    libraries = ", ".join(f"{lib.name}: {'loaded' if lib.loaded else lib.reason}" for lib in _library.LIBRARIES)
+    return f"torch {torch.__version__}, {torch.get_num_threads()} threads, libraries {libraries}"
+
+
+@pytest.fixture(autouse=True)
+def _reproducible() -> None:
+    torch.manual_seed(0)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
+@pytest.fixture
+def native() -> None:
+    """The test is about the compiled ops (test_structure fails where they are missing)."""
+    library = _library.LIBRARIES[0]
+    if not library.loaded:
+        pytest.skip(f"the compiled CPU library is not loaded: {library.reason}")
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Fresh memory holds NaN (integers: their maximum), so that an output left unwritten shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(8).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """The test sets the number of threads; afterwards it is as before."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,133 @@
+"""Holds an op against stock PyTorch in float64, values and all gradients, on the inputs as rounded to its dtype."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import cases
+from .cases import Case, Tensors
+
+Apply = Callable[[Tensor], Tensor]
+
+
+def widened(tensors: Tensors) -> Tensors:
+    """Contiguous float64 copies, which require a gradient where the originals do."""
+    return {
+        name: None if tensor is None else tensor.detach().double().contiguous().requires_grad_(tensor.requires_grad)
+        for name, tensor in tensors.items()
+    }
+
+
+def assert_matches_float64(
+    case: Case, tensors: Tensors, backend: str = "auto", then: Apply | None = None, dy_layout: str = "contiguous"
+) -> Tensor:
+    """Run the op forward and backward and compare with float64; returns the op's output.
+
+    ``then`` is applied to the output before the gradient flows back (a slice, a sum: what changes the layout of
+    the gradient the op sees), ``dy_layout`` lays out that gradient itself. Stock in the same dtype is the
+    yardstick where it has a kernel: our error may be twice its error. Outputs whose gradient hangs on a
+    rounding get none, see ``settled``.
+    """
+    dtype = tensors["x"].dtype
+    then = then or (lambda y: y)
+    exact_inputs = widened(tensors)
+    exact = cases.stock(case, exact_inputs)
+    with torch.no_grad():
+        mask = settled(case, exact_inputs, dtype).double()
+        mask = then(mask) == then(torch.ones_like(mask))
+        assert mask.any() or mask.numel() == 0 or "expanded" in dy_layout or tensors["x"].stride(-1) == 0
+        weights = torch.randn(mask.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+        dy = cases.lay_out(torch.where(mask, weights, 0.0).to(dtype), dy_layout)
+
+    def gradients(y: Tensor, inputs: Tensors) -> dict[str, Tensor]:
+        wanted = cases.wanting_grad(inputs)
+        if not wanted:
+            return {}
+        found = torch.autograd.grad(then(y), list(wanted.values()), dy.to(y.dtype))
+        return dict(zip(wanted, found, strict=True))
+
+    ours = cases.fused(case, tensors, backend)
+    assert ours.dtype == dtype
+    results = {"y": ours, **gradients(ours, tensors)}
+    expected = {"y": exact, **gradients(exact, exact_inputs)}
+    try:
+        compared = cases.stock(case, tensors)
+        stock = {"y": compared, **gradients(compared, tensors)}
+    except NotImplementedError:  # bf16 and fp16 LRN has no CPU kernel in stock
+        stock = {}
+    for name, result in results.items():
+        assert_accurate(name, result, expected[name], stock.get(name), summands(case, name))
+        if name != "y":
+            assert result.dtype == tensors[name].dtype, name
+    return ours
+
+
+def assert_accurate(name: str, ours: Tensor, exact: Tensor, stock: Tensor | None, terms: int) -> None:
+    """At most twice stock's error plus one ulp, and never above the cap of the tolerance table."""
+    assert ours.shape == exact.shape, f"{name}: shape {ours.shape}, expected {exact.shape}"
+    ours, exact = ours.detach(), exact.detach()
+    assert torch.equal(ours.isnan(), exact.isnan()), f"{name}: NaN in other places"
+    if exact.numel() == 0:
+        return
+    largest = exact.nan_to_num(0.0, 0.0, 0.0).abs().max().item()
+    eps = torch.finfo(ours.dtype).eps
+    error = _largest_error(ours, exact)
+    cap = cases.TOLERANCE[ours.dtype] * eps * math.sqrt(terms) * largest + torch.finfo(ours.dtype).smallest_normal
+    assert error <= cap, f"{name}: error {error:.3g} of {largest:.3g} in {ours.dtype}, at most {cap:.3g}"
+    if stock is not None and ours.dtype != torch.float64:
+        reach = 2 * _largest_error(stock.detach(), exact) + eps * largest
+        assert error <= reach, f"{name}: error {error:.3g}, twice stock's and an ulp is {reach:.3g}"
+
+
+def _largest_error(values: Tensor, exact: Tensor) -> float:
+    same = (values.double() == exact) | exact.isnan()
+    return torch.where(same, 0.0, (values.double() - exact).abs()).max().item()
+
+
+def summands(case: Case, name: str) -> int:
+    """How many products the longest sum behind a result has."""
+    x = case.shapes["x"]
+    batch_and_pixels = math.prod(x[:-3]) * math.prod(x[-2:])
+    if name == "bias":
+        return max(1, batch_and_pixels)
+    if case.op == "conv2d_bias_relu":
+        weight = case.shapes["weight"]
+        taps = math.prod(weight[2:])
+        return {"y": weight[1] * taps, "x": weight[0] * taps, "weight": max(1, batch_and_pixels)}[name]
+    window = case.constants.get("size", case.constants.get("lrn_size", 1))
+    taps = math.prod(cases.pair(case.constants.get("kernel_size", 1)))
+    return window * (taps if name == "x" else 1)
+
+
+def settled(case: Case, exact: Tensors, dtype: torch.dtype) -> Tensor:
+    """Outputs whose gradient rounding cannot send elsewhere, as a mask.
+
+    A pre-activation within rounding of 0 may fall on either side of ReLU, and two values of a window within
+    rounding of each other may each win it: both answers are right.
+    """
+    eps = 8 * torch.finfo(dtype).eps
+    c = case.constants
+    if case.op == "conv2d_bias_relu":
+        options = (c["stride"], c["padding"], c["dilation"], c["groups"])
+        bias = exact["bias"]
+        value = F.conv2d(exact["x"], exact["weight"], bias, *options)
+        scale = F.conv2d(exact["x"].abs(), exact["weight"].abs(), None if bias is None else bias.abs(), *options)
+        return ~(value.abs() <= eps * scale) | (scale == 0)
+    if case.op not in cases.BLOCKS:
+        return torch.ones(cases.stock(case, exact).shape, dtype=torch.bool)
+    z = exact["x"] if exact["bias"] is None else exact["x"] + exact["bias"][:, None, None]
+    values = F.relu(z)
+    if case.op == "relu_lrn_max_pool2d":
+        batch = values if values.dim() == 4 else values[None]
+        values = F.local_response_norm(batch, c["lrn_size"], c["alpha"], c["beta"], c["k"]).view_as(values)
+    (height, width), (down, right) = cases.pair(c["kernel_size"]), cases.pair(c["stride"])
+    windows = values.unfold(-2, height, down).unfold(-2, width, right).flatten(-2)
+    if windows.shape[-1] == 1:
+        return torch.ones(windows.shape[:-1], dtype=torch.bool)
+    first, second = windows.topk(2).values.unbind(-1)
+    return ~(first - second <= eps * first.abs()) | (first == 0)
