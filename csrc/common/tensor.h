@@ -1,0 +1,139 @@
+// Tensors at the boundary: checks (a sentence, as RuntimeError), layouts, allocation. Everything behind it is raw pointers.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <vector>
+
+#include "types.h"
+
+namespace alexnet_ext {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Throws std::runtime_error, Python's RuntimeError, with the parts as one sentence.
+template <class... Parts>
+inline void check(bool holds, const Parts&... parts) {
+  if (holds) return;
+  std::ostringstream sentence;
+  (sentence << ... << parts);
+  throw std::runtime_error(sentence.str());
+}
+
+inline std::string shape_text(const Tensor& x) {
+  std::ostringstream text;
+  text << '[';
+  for (int64_t i = 0; i < x.dim(); ++i) text << (i ? ", " : "") << x.size(i);
+  text << ']';
+  return text.str();
+}
+
+inline DType dtype_of(const Tensor& x, const char* name) {
+  switch (x.scalar_type()) {
+    case ScalarType::Double:
+      return DType::f64;
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::f16;
+    default:
+      check(false, name, " must be float64, float32, bfloat16 or float16");
+      return DType::f32;
+  }
+}
+
+// t must have x's dtype and device type.
+inline void check_like(const Tensor& t, const char* name, const Tensor& x) {
+  check(t.scalar_type() == x.scalar_type(), name, " must have the dtype of x");
+  check(t.is_cpu() == x.is_cpu(), name, " must be on the device of x");
+}
+
+inline void check_shape(const Tensor& t, const char* name, const std::vector<int64_t>& sizes) {
+  bool same = t.dim() == static_cast<int64_t>(sizes.size());
+  for (size_t i = 0; same && i < sizes.size(); ++i) same = t.size(i) == sizes[i];
+  if (same) return;
+  std::ostringstream expected;
+  for (size_t i = 0; i < sizes.size(); ++i) expected << (i ? ", " : "") << sizes[i];
+  check(false, name, " has shape ", shape_text(t), ", expected [", expected.str(), "]");
+}
+
+// The pointer of a bias of [channels], or null.
+inline const void* bias_data(const std::optional<Tensor>& bias, const Tensor& x, int64_t channels) {
+  if (!bias) return nullptr;
+  check_like(*bias, "bias", x);
+  check_shape(*bias, "bias", {channels});
+  return bias->data_ptr();
+}
+
+// Same strides wherever a dimension has more than one index.
+inline bool same_strides(const Tensor& a, const Tensor& b) {
+  for (int64_t i = 0; i < a.dim(); ++i)
+    if (a.size(i) > 1 && a.stride(i) != b.stride(i)) return false;
+  return true;
+}
+
+// t itself, or a copy of it, with the strides of `like`.
+inline Tensor with_strides_of(const Tensor& like, const Tensor& t) {
+  if (same_strides(t, like)) return t;
+  Tensor copy = torch::stable::empty_like(like);
+  torch::stable::copy_(copy, t);
+  return copy;
+}
+
+// PyTorch's suggested memory format: channels-last when the strides of a 4-D tensor descend as N, H, W, C.
+inline bool is_channels_last(const Tensor& x) {
+  if (x.dim() != 4 || x.stride(1) == 0) return false;
+  int64_t least = 0;
+  for (int64_t d : {1, 3, 2, 0}) {
+    if (x.size(d) == 0 || x.stride(d) < least) return false;
+    if (d == 0 && least == x.stride(1)) return false;
+    least = x.stride(d);
+    if (x.size(d) > 1) least *= x.size(d);
+  }
+  return true;
+}
+
+inline Images images_of(const Tensor& x, const char* name) {
+  check(x.dim() == 4, name, " has shape ", shape_text(x), ", expected 4D (N, C, H, W)");
+  for (int64_t i = 1; i < 4; ++i)
+    check(x.size(i) > 0, name, " has shape ", shape_text(x), ", expected non-empty C, H and W");
+  return {x.size(0), x.size(1), x.size(2), x.size(3), is_channels_last(x)};
+}
+
+// A new dense tensor for `images` on the device of `like`.
+inline Tensor empty_images(const Tensor& like, const Images& images, ScalarType dtype) {
+  using torch::headeronly::MemoryFormat;
+  const int64_t sizes[] = {images.batch, images.channels, images.height, images.width};
+  return torch::stable::empty({sizes, 4}, dtype, std::nullopt, like.device(), std::nullopt,
+                              images.channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+// x, or a copy of it where it is not dense in the layout that `images` says. Copies nothing that is NCHW or NHWC.
+inline Tensor dense(const Tensor& x, const Images& images) {
+  const int64_t c = images.channels, h = images.height, w = images.width;
+  const int64_t nchw[] = {c * h * w, h * w, w, 1}, nhwc[] = {c * h * w, 1, w * c, c};
+  const int64_t* strides = images.channels_last ? nhwc : nchw;
+  for (int64_t i = 0; i < 4; ++i) {
+    if (x.size(i) <= 1 || x.stride(i) == strides[i]) continue;
+    Tensor copy = empty_images(x, images, x.scalar_type());
+    torch::stable::copy_(copy, x);
+    return copy;
+  }
+  return x;
+}
+
+// Runs f(begin, end) over the units with PyTorch's own thread pool.
+template <class F>
+inline void parallel(int64_t units, F&& f) {
+  if (units > 0) torch::stable::parallel_for(0, units, 1, f);
+}
+
+}  // namespace alexnet_ext

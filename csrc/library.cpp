@@ -1,0 +1,55 @@
+// Every operator of the package, by schema. Kernels register themselves in csrc/<op>/<op>_ops.cpp; the fake, autograd,
+// autocast and vmap sides are in alexnet_ext/ops/<op>/op.py.
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+
+#include "common/isa.h"
+
+namespace alexnet_ext {
+namespace {
+
+std::string cpu_capability() { return isa_name(best_isa()); }
+
+}  // namespace
+}  // namespace alexnet_ext
+
+STABLE_TORCH_LIBRARY(alexnet_ext, m) {
+  m.def("cpu_capability() -> str");
+
+  m.def("local_response_norm(Tensor x, int size, float alpha, float beta, float k) -> Tensor");
+  m.def("local_response_norm_backward(Tensor dy, Tensor x, int size, float alpha, float beta, float k) -> Tensor");
+
+  m.def(
+      "relu_max_pool2d(Tensor x, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, bool ceil_mode)"
+      " -> (Tensor y, Tensor winners)");
+  m.def(
+      "relu_max_pool2d_backward(Tensor dy, Tensor winners, SymInt height, SymInt width, int[2] kernel_size,"
+      " int[2] stride, int[2] padding, int[2] dilation) -> Tensor");
+
+  m.def(
+      "conv2d_bias_relu(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation,"
+      " int groups) -> Tensor");
+  m.def(
+      "conv2d_bias_relu_backward(Tensor dy, Tensor x, Tensor weight, Tensor y, int[2] stride, int[2] padding,"
+      " int[2] dilation, int groups, bool[3] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias)");
+
+  m.def(
+      "relu_lrn_max_pool2d(Tensor x, Tensor? bias, int lrn_size, float alpha, float beta, float k,"
+      " int[2] kernel_size, int[2] stride) -> (Tensor y, Tensor winners)");
+  m.def(
+      "relu_lrn_max_pool2d_backward(Tensor dy, Tensor x, Tensor? bias, Tensor winners, int lrn_size, float alpha,"
+      " float beta, float k, int[2] kernel_size, int[2] stride) -> (Tensor dx, Tensor dbias)");
+
+  m.def(
+      "relu_max_pool2d_lrn(Tensor x, Tensor? bias, int lrn_size, float alpha, float beta, float k,"
+      " int[2] kernel_size, int[2] stride) -> (Tensor y, Tensor pooled, Tensor winners)");
+  m.def(
+      "relu_max_pool2d_lrn_backward(Tensor dy, Tensor pooled, Tensor winners, SymInt height, SymInt width,"
+      " int lrn_size, float alpha, float beta, float k, int[2] kernel_size, int[2] stride)"
+      " -> (Tensor dx, Tensor dbias)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(alexnet_ext, CompositeExplicitAutograd, m) {
+  m.impl("cpu_capability", TORCH_BOX(&alexnet_ext::cpu_capability));
+}

@@ -1,0 +1,30 @@
+// Bias + ReLU + LRN + max pooling, the order of the 2012 paper: parameters and launchers, free of PyTorch.
+//
+//   y = max pool of lrn(relu(x + bias)); winners as in relu_max_pool2d, where every window has one
+// Backward recomputes ReLU and LRN from x, the convolution's output: dx = relu'(x + bias) * lrn'(unpool(dy)).
+#pragma once
+
+#include "../local_response_norm/local_response_norm.h"
+#include "../relu_max_pool2d/relu_max_pool2d.h"
+
+namespace alexnet_ext {
+
+// Both fused blocks: no padding, dilation 1.
+struct LrnPoolBlock {
+  DType dtype;
+  Images in, out;  // the same batch, channels and layout
+  Pooling pool;
+  Lrn lrn;
+};
+
+// CPU units: bands of rows, of the output forward and of the input backward.
+template <Isa isa>
+void relu_lrn_max_pool2d_cpu(const LrnPoolBlock& p, const void* x, const void* bias, void* y, uint8_t* winners,
+                             int64_t begin, int64_t end);
+
+// bias_sums, [units][channels] in fp32 (fp64 for fp64), holds each unit's sum of dx; the caller adds them up in order.
+template <Isa isa>
+void relu_lrn_max_pool2d_backward_cpu(const LrnPoolBlock& p, const void* dy, const void* x, const void* bias,
+                                      const uint8_t* winners, void* dx, void* bias_sums, int64_t begin, int64_t end);
+
+}  // namespace alexnet_ext

@@ -1,0 +1,55 @@
+// ReLU + max pooling: parameters and launchers, free of PyTorch.
+//
+//   y = max(0, max of x over the window), NaN winning over all
+//   winner = the window's tap (row * kernel width + column) that y came from, in one byte: the first of equal values,
+//            the last NaN, 255 where no value is positive and no gradient flows
+//   dx = the sum of dy over the windows that this element won, gathered (no atomics, one fixed order)
+#pragma once
+
+#include "../common/isa.h"
+#include "../common/types.h"
+
+namespace alexnet_ext {
+
+constexpr int64_t kMaxTaps = 225;
+constexpr int kNoWinner = 255;
+
+struct Pooling {
+  // Each [height, width].
+  int64_t kernel[2], stride[2], padding[2], dilation[2];
+};
+
+struct ReluMaxPool2d {
+  DType dtype;
+  Images in, out;  // the same batch, channels and layout
+  Pooling pool;
+};
+
+// Rows of images are dealt out in bands. A small batch gets more of them, so that two cores have work even for one
+// image; they must not depend on the number of threads, or sums over bands would.
+inline int64_t band_rows(const Images& s) { return s.batch >= 16 ? s.height : 8; }
+
+inline int64_t band_count(const Images& s) { return s.batch * ceil_div(s.height, band_rows(s)); }
+
+struct Band {
+  int64_t image, first, last;
+};
+
+inline Band band_of(const Images& s, int64_t unit) {
+  int64_t rows = band_rows(s), bands = ceil_div(s.height, rows), first = unit % bands * rows;
+  return {unit / bands, first, first + rows < s.height ? first + rows : s.height};
+}
+
+// CPU units: NCHW planes, or bands of NHWC rows (of the output forward, of the input backward).
+inline int64_t relu_max_pool2d_units(const Images& s) {
+  return s.channels_last ? band_count(s) : s.batch * s.channels;
+}
+
+template <Isa isa>
+void relu_max_pool2d_cpu(const ReluMaxPool2d& p, const void* x, void* y, uint8_t* winners, int64_t begin, int64_t end);
+
+template <Isa isa>
+void relu_max_pool2d_backward_cpu(const ReluMaxPool2d& p, const void* dy, const uint8_t* winners, void* dx,
+                                  int64_t begin, int64_t end);
+
+}  // namespace alexnet_ext

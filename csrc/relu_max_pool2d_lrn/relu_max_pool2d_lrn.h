@@ -1,0 +1,20 @@
+// Bias + ReLU + max pooling + LRN, CaffeNet's order: launchers, free of PyTorch.
+//
+//   pooled = max pool of relu(x + bias), winners as in relu_max_pool2d;  y = lrn(pooled)
+// Backward needs pooled, a quarter of x at window 3 and stride 2, and not x: dx = unpool(lrn'(dy)).
+#pragma once
+
+#include "../relu_lrn_max_pool2d/relu_lrn_max_pool2d.h"
+
+namespace alexnet_ext {
+
+template <Isa isa>
+void relu_max_pool2d_lrn_cpu(const LrnPoolBlock& p, const void* x, const void* bias, void* y, void* pooled,
+                             uint8_t* winners, int64_t begin, int64_t end);
+
+// bias_sums as in relu_lrn_max_pool2d_backward_cpu.
+template <Isa isa>
+void relu_max_pool2d_lrn_backward_cpu(const LrnPoolBlock& p, const void* dy, const void* pooled,
+                                      const uint8_t* winners, void* dx, void* bias_sums, int64_t begin, int64_t end);
+
+}  // namespace alexnet_ext
