@@ -5,6 +5,18 @@ from .digits import Digits
 from .errors import BadImage, CommandError
 from .folder import ImageFolder
 from .preprocessing import Preprocessing
+from .sources import Split, open_split
 from .synthetic import Synthetic
 
-__all__ = ["BadImage", "Batch", "CommandError", "Digits", "ImageFolder", "Preprocessing", "Synthetic", "batches"]
+__all__ = [
+    "BadImage",
+    "Batch",
+    "CommandError",
+    "Digits",
+    "ImageFolder",
+    "Preprocessing",
+    "Split",
+    "Synthetic",
+    "batches",
+    "open_split",
+]

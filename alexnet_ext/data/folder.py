@@ -67,6 +67,14 @@ class ImageFolder:
             cls(root, held_out, classes, preprocessing),
         )
 
+    @classmethod
+    def held_out(cls, root: Path, preprocessing: Preprocessing, classes: tuple[str, ...]) -> ImageFolder:
+        """The images of ``root``, or of ``root/val`` where there is one, to evaluate a network of ``classes``."""
+        require("PIL.Image")
+        names = [name for name in VALIDATION_NAMES if (root / name).is_dir() and name not in classes]
+        samples, _ = list_images(root / names[0] if names else root, classes)
+        return cls(root, samples, classes, preprocessing)
+
     def __len__(self) -> int:
         return len(self.samples)
 

@@ -1,0 +1,309 @@
+"""The command ``alexnet``: options in, one line on stderr and an exit code where something is wrong.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C or SIGTERM.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from . import diagnostics, models
+from .data.errors import CommandError, path_text
+from .training.interrupt import Interrupted
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="The 2012 AlexNet on fused kernels: train it, look at it, check it.",
+)
+
+# typer's own name for these differs by version: they are the bases of an exception it has always exported.
+UsageError: type[Any] = typer.BadParameter.__mro__[1]
+
+Variant = StrEnum("Variant", {name: name for name in models.VARIANTS})  # type: ignore[misc]
+
+
+class Data(StrEnum):
+    """Data that is no folder."""
+
+    digits = "digits"
+    synthetic = "synthetic"
+
+
+class Precision(StrEnum):
+    """Number format of a step's arithmetic; weights stay fp32."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class Schedule(StrEnum):
+    """Shapes of the learning rate."""
+
+    cosine = "cosine"
+    linear = "linear"
+    constant = "constant"
+    plateau = "plateau"
+
+
+class Init(StrEnum):
+    """Starts of the weights."""
+
+    paper = "paper"
+    kaiming = "kaiming"
+    torch = "torch"
+
+
+Weights = Annotated[Path, typer.Option(help="A run folder, a checkpoint folder or a .safetensors file.")]
+Model = Annotated[Variant | None, typer.Option(help="Variant that the weights must be of.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Stock = Annotated[bool, typer.Option("--stock", help="The reference network of stock PyTorch layers.")]
+Workers = Annotated[int | None, typer.Option(min=0, help="Processes that read images.", show_default="by device")]
+
+
+@app.command()
+def train(
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="[DIR]", help="Images, one folder a class (or train/ and val/ of such).")
+    ] = None,
+    data: Annotated[Data | None, typer.Option(help="Data that is no folder.", show_default="digits")] = None,
+    model: Annotated[Variant | None, typer.Option(help="Variant of the network.", show_default="paper")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Side of the network's input.", show_default="the variant's")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, show_default="by data")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, show_default="by data")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Stop after so many steps.", show_default="by epochs")
+    ] = None,
+    lr: Annotated[float | None, typer.Option(min=0, help="Highest learning rate.", show_default="0.01")] = None,
+    momentum: Annotated[float | None, typer.Option(min=0, max=1, show_default="0.9")] = None,
+    weight_decay: Annotated[float | None, typer.Option(min=0, show_default="0.0005")] = None,
+    warmup: Annotated[
+        int | None, typer.Option(min=0, help="Steps of linear growth of the rate.", show_default="by data")
+    ] = None,
+    schedule: Annotated[
+        Schedule | None, typer.Option(help="Learning rate after the warm-up.", show_default="by data")
+    ] = None,
+    init: Annotated[Init | None, typer.Option(help="Start of the weights.", show_default="by data")] = None,
+    dropout: Annotated[float | None, typer.Option(min=0, max=1, show_default="by data")] = None,
+    precision: Annotated[
+        Precision | None, typer.Option(help="Arithmetic of a step; weights stay fp32.", show_default="fp32")
+    ] = None,
+    stock: Stock = False,
+    seed: Annotated[int | None, typer.Option(min=0, show_default="0")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/DATE-TIME-DATA-MODEL")] = None,
+    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with an interrupted run.")] = None,
+    device: Device = "auto",
+    workers: Workers = None,
+) -> None:
+    """Train on digits (5,000 from a package, nothing to download), or on a folder of images.
+
+    Ctrl-C saves a checkpoint; --resume goes on from it.
+    """
+    options = {
+        "model": model,
+        "image_size": image_size,
+        "batch_size": batch_size,
+        "epochs": epochs,
+        "steps": steps,
+        "lr": lr,
+        "momentum": momentum,
+        "weight_decay": weight_decay,
+        "warmup": warmup,
+        "schedule": schedule,
+        "init": init,
+        "dropout": dropout,
+        "precision": precision,
+        "stock": stock or None,
+        "seed": seed,
+    }
+    given: dict[str, Any] = {
+        name: str(value) if isinstance(value, StrEnum) else value
+        for name, value in options.items()
+        if value is not None
+    }
+    if folder is not None and data is not None:
+        raise CommandError(f"{path_text(folder)} and --data {data.value}: give one of them", 2)
+    if folder is not None:
+        given["data"] = os.path.abspath(folder)  # the run may be resumed from another folder
+    elif data is not None:
+        given["data"] = data.value
+
+    from .training import run
+    from .training.recipe import default
+
+    where = run.device_of(device)
+    count = _workers(workers, where.type)
+    console = Console()
+    if resume is not None:
+        if out is not None:
+            raise CommandError("--out and --resume: a run goes on in its own folder", 2)
+        run.resume(resume, given, where, count, console, _warn)
+        return
+    recipe = replace(default(given.get("data", "digits")), **given)
+    run.start(recipe, out or run.default_out(recipe), where, count, console)
+
+
+@app.command()
+def evaluate(
+    weights: Weights,
+    folder: Annotated[
+        Path | None,
+        typer.Argument(metavar="[DIR]", help="Images, one folder a class.", show_default="what the run held out"),
+    ] = None,
+    model: Model = None,
+    precision: Annotated[Precision, typer.Option()] = Precision.fp32,
+    stock: Stock = False,
+    device: Device = "auto",
+    workers: Workers = None,
+) -> None:
+    """Count how often a trained network is right, on held-out images or on a folder."""
+    from .training import run
+
+    where = run.device_of(device)
+    console = Console()
+    network, description = run.load(weights, model, stock, where, _warn)
+    result = run.evaluate_weights(
+        network, description, folder, where, precision, _workers(workers, where.type), console
+    )
+    for error in result.errors:
+        _warn(f"skipped {error}")
+    if len(description.classes) <= 20:
+        table = Table("class", "right", "images", "accuracy")
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for name, (right, images) in zip(description.classes, result.by_class(len(description.classes)), strict=True):
+            table.add_row(path_text(name), f"{right:,}", f"{images:,}", f"{right / images:.1%}" if images else "")
+        console.print(table)
+    run.say(
+        console,
+        f"top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, loss {result.loss:.4f} on {result.images:,} images "
+        f"({result.images / result.seconds:.0f} a second)",
+        style="bold",
+    )
+
+
+@app.command()
+def predict(
+    image: Annotated[Path, typer.Argument(help="A JPEG, PNG, BMP, WEBP or GIF file.")],
+    weights: Weights,
+    out: Annotated[Path | None, typer.Option(help="Picture.", show_default="predictions/IMAGE.png")] = None,
+    model: Model = None,
+    stock: Stock = False,
+    device: Device = "auto",
+) -> None:
+    """Show the five best classes of an image, and save them as a picture."""
+    from .training import run
+
+    where = run.device_of(device)
+    network, description = run.load(weights, model, stock, where, _warn)
+    picture = out or Path("predictions") / f"{image.stem}.png"
+    best = run.predict_file(network, description, image, picture, where)
+    console = Console()
+    width = max(len(path_text(name)) for name, _ in best)
+    for name, probability in best:
+        bar = "█" * round(probability * 40)
+        run.say(console, f"{path_text(name):>{width}}  {probability:6.1%}  {bar}")
+    run.say(console, f"Picture: {path_text(picture)}")
+
+
+@app.command()
+def summary(
+    model: Annotated[Variant | None, typer.Option(help="Variant of the network.", show_default="paper")] = None,
+    image_size: Annotated[int | None, typer.Option(min=1, show_default="the variant's")] = None,
+    classes: Annotated[int, typer.Option(min=1)] = 1000,
+) -> None:
+    """Print the layers of a network: shapes, parameters, multiply-adds."""
+    import torch
+
+    try:
+        with torch.device("meta"):
+            network = models.alexnet(str(model or "paper"), num_classes=classes, image_size=image_size, init="torch")
+    except ValueError as error:
+        raise CommandError(str(error), 2) from error
+    Console().print(models.summary.render(network))
+
+
+@app.command()
+def info() -> None:
+    """Say what is built and loaded, which backend each op uses, and why."""
+    print(diagnostics.info())
+
+
+@app.command()
+def check(
+    device: Device = "auto",
+    only: Annotated[list[str] | None, typer.Option(metavar="NAME", help="An op or a variant; may be repeated.")] = None,
+) -> None:
+    """Compare every op and the network with float64 references on this machine; exit code 1 when one fails."""
+    from rich.progress import Progress, SpinnerColumn, TextColumn
+
+    from .ops._backend import OPS
+    from .training.run import device_of
+
+    chosen = only or [*OPS, *models.VARIANTS]
+    unknown = [name for name in chosen if name not in (*OPS, *models.VARIANTS)]
+    if unknown:
+        expected = ", ".join((*OPS, *models.VARIANTS))
+        raise CommandError(f"--only {path_text(unknown[0])}: expected one of {expected}", 2)
+    op_names, variants = ([name for name in known if name in chosen] for known in (OPS, models.VARIANTS))
+    console = Console()
+    rows = []
+    with Progress(SpinnerColumn(), TextColumn("{task.description}"), console=console, transient=True) as progress:
+        task = progress.add_task("comparing")
+        for row in diagnostics.check(device_of(device), op_names=op_names, variants=variants):
+            rows.append(row)
+            progress.update(task, description=f"{len(rows)} compared, last {row.name} {row.dtype}")
+    console.print(diagnostics.check_table(rows))
+    passed, _ = diagnostics.verdict(rows)
+    if not passed:
+        raise typer.Exit(1)
+
+
+def _workers(given: int | None, device: str) -> int:
+    """A GPU must not wait for JPEGs; on the CPU the readers would take the cores that train."""
+    if given is not None:
+        return given
+    return min(8, len(os.sched_getaffinity(0))) if device == "cuda" else 0
+
+
+def _warn(text: str) -> None:
+    print(f"alexnet: {text}", file=sys.stderr)
+
+
+def run_command(arguments: list[str]) -> int:
+    """Run ``alexnet`` with these arguments; the exit code."""
+    try:
+        code = app(arguments or ["--help"], prog_name="alexnet", standalone_mode=False)
+    except CommandError as error:
+        _warn(str(error))
+        return error.code
+    except UsageError as error:
+        _warn(" ".join(error.format_message().split()))
+        return 2
+    except (Interrupted, KeyboardInterrupt, typer.Abort):
+        _warn("stopped")
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more to write at exit
+        return 1
+    return code if isinstance(code, int) else 0
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    # Huge pages for large tensors: a step allocates its gradients and activations afresh, and page by page that
+    # costs a tenth of it. torch reads the variable at its first allocation.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    sys.exit(run_command(sys.argv[1:]))

@@ -1,0 +1,39 @@
+"""What the name of some data means: the images to train on, those held out, and how to prepare both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from .batches import Dataset
+from .digits import Digits
+from .folder import ImageFolder
+from .preprocessing import Preprocessing
+from .synthetic import Synthetic
+
+SYNTHETIC_CLASSES, SYNTHETIC_IMAGES, SYNTHETIC_HELD_OUT = 10, 4000, 200
+
+
+class Split(NamedTuple):
+    """Training and held-out images of the same classes."""
+
+    train: Dataset
+    held_out: Dataset
+    preprocessing: Preprocessing
+
+
+def open_split(data: str, size: int, seed: int) -> Split:
+    """``"digits"``, ``"synthetic"`` or the path of a folder, for a network with an input of ``size``.
+
+    ``seed`` is that of random crops; the split never changes. Raises CommandError for a folder without images.
+    """
+    if data == "digits":
+        return Split(*Digits.split(), Digits.preprocessing(size))
+    if data == "synthetic":
+        train, held_out = (
+            Synthetic(length, SYNTHETIC_CLASSES, size, part)
+            for part, length in enumerate((SYNTHETIC_IMAGES, SYNTHETIC_HELD_OUT))
+        )
+        return Split(train, held_out, Synthetic.preprocessing(size))
+    folder, held_out_folder = ImageFolder.split(Path(data), size, seed)
+    return Split(folder, held_out_folder, folder.preprocessing)

@@ -1,0 +1,251 @@
+"""Checkpoints: ``RUN/checkpoints/step-N/`` with the weights, the trainer's state, and both files' checksums.
+
+A generation is a folder that is renamed into place when complete, so weights and state are always of one step;
+the last two are kept, and reading falls back to the older where the newer is damaged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import models
+from ..data.errors import CommandError, os_error, path_text
+from ..data.preprocessing import Preprocessing
+from .files import new_folder
+
+WEIGHTS, STATE, RECORD = "model.safetensors", "state.pt", "checkpoint.json"
+KEEP = 2
+HEADER = "alexnet_ext"  # the entry of the safetensors header that holds a Description
+DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What a weights file says of itself: enough to build the network and to bring images to it."""
+
+    config: models.AlexNetConfig
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+    data: str
+    step: int
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Description:
+        """Raises ValueError, TypeError or KeyError for anything but ``to_json``'s text."""
+        values = json.loads(text)
+        config = models.AlexNetConfig(**values["config"])
+        preprocessing = values["preprocessing"] | {k: tuple(values["preprocessing"][k]) for k in ("mean", "std")}
+        classes = tuple(str(name) for name in values["classes"])
+        if len(classes) != config.num_classes:
+            raise ValueError(f"{len(classes)} class names for {config.num_classes} outputs")
+        return cls(config, classes, Preprocessing(**preprocessing), str(values["data"]), int(values["step"]))
+
+
+def save(run: Path, model: torch.nn.Module, description: Description, state: Mapping[str, Any]) -> Path:
+    """Write the generation of ``description.step`` and remove all but the last ``KEEP``; the folder written.
+
+    Raises CommandError naming the folder where the disk is full or not writable: nothing is left half written,
+    and earlier generations stay.
+    """
+    from safetensors.torch import save_file
+
+    path = run / "checkpoints" / f"step-{description.step:08d}"
+    if path.exists():
+        if damage(path) is None:
+            return path  # the same step of the same run: the same content
+        shutil.rmtree(path, ignore_errors=True)
+    with new_folder(path) as folder:
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        save_file(weights, folder / WEIGHTS, metadata={"format": "pt", HEADER: description.to_json()})
+        with (folder / STATE).open("wb") as stream:
+            torch.save(dict(state), stream)
+        files = {
+            name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
+            for name in (WEIGHTS, STATE)
+        }
+        record = {"step": description.step, "files": files}
+        (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    for old in generations(run)[KEEP:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return path
+
+
+def generations(run: Path) -> list[Path]:
+    """The checkpoint folders of a run, newest first."""
+    found = [path for path in (run / "checkpoints").glob("step-*") if path.is_dir()]
+    return sorted(found, key=lambda path: path.name, reverse=True)
+
+
+def damage(path: Path, names: tuple[str, ...] = (WEIGHTS, STATE)) -> str | None:
+    """What is wrong with the files of a checkpoint folder (by size and checksum), or None."""
+    try:
+        files = json.loads((path / RECORD).read_text(encoding="utf-8"))["files"]
+        expected = {name: (files[name]["bytes"], files[name]["sha256"]) for name in names}
+    except OSError as error:
+        return f"{path_text(path / RECORD)}: {error.strerror or error}"
+    except (ValueError, KeyError, TypeError):
+        return f"{path_text(path / RECORD)}: damaged"
+    for name, (size, checksum) in expected.items():
+        file = path / name
+        try:
+            found = file.stat().st_size
+            if found != size:
+                return f"{path_text(file)}: damaged ({found:,} bytes of {size:,})"
+            if _sha256(file) != checksum:
+                return f"{path_text(file)}: damaged (its checksum is not the recorded one)"
+        except OSError as error:
+            return f"{path_text(file)}: {error.strerror or error}"
+    return None
+
+
+def newest(run: Path, warn: Callable[[str], None], names: tuple[str, ...] = (WEIGHTS, STATE)) -> Path:
+    """The newest checkpoint folder of a run whose files are whole; ``warn`` hears of damaged newer ones."""
+    problems: list[str] = []
+    for path in generations(run):
+        problem = damage(path, names)
+        if problem is None:
+            for earlier in problems:
+                warn(f"{earlier}; going back to {path.name}")
+            return path
+        problems.append(problem)
+    if problems:
+        raise CommandError(problems[0])
+    if not run.exists():
+        raise CommandError(f"{path_text(run)}: no such file or folder", 2)
+    raise CommandError(f"{path_text(run)}: no checkpoint in it", 2)
+
+
+def find_weights(path: Path, warn: Callable[[str], None]) -> Path:
+    """The weights file that ``path`` means: itself, or the one of a checkpoint folder or of a run's newest."""
+    if path.is_file():
+        return path
+    folder = path if (path / RECORD).exists() or (path / WEIGHTS).exists() else newest(path, warn, (WEIGHTS,))
+    if (folder / RECORD).exists():
+        problem = damage(folder, (WEIGHTS,))
+        if problem:
+            raise CommandError(problem)
+    return folder / WEIGHTS
+
+
+def read_weights(path: Path) -> tuple[Description, dict[str, Tensor]]:
+    """The description and the tensors (fp32, on the CPU) of a weights file, once its header has been checked:
+    every name, shape and dtype against the network it claims to hold, before a byte of a tensor is read."""
+    from safetensors import SafetensorError, safe_open
+
+    shown = path_text(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if HEADER not in metadata:
+                raise CommandError(f"{shown}: not written by alexnet_ext (its header says nothing of the network)")
+            try:
+                description = Description.from_json(metadata[HEADER])
+                expected = _shapes(description.config)
+            except (ValueError, TypeError, KeyError) as error:
+                raise CommandError(f"{shown}: its header does not describe a network ({_line(error)})") from error
+            found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            shapes = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in found.items()}
+            problem = _difference(expected, shapes)
+            if problem:
+                raise CommandError(f"{shown}: not the weights of variant {description.config.variant!r}: {problem}")
+            return description, {name: file.get_tensor(name).float() for name in expected}
+    except SafetensorError as error:
+        raise CommandError(f"{shown}: a damaged safetensors file ({_line(error)})") from error
+    except OSError as error:
+        raise os_error(path, error) from error
+
+
+def load_model(path: Path, variant: str | None, fused: bool) -> tuple[models.AlexNet, Description]:
+    """Build the network of a weights file; CommandError where it is of another variant than ``variant``."""
+    description, weights = read_weights(path)
+    if variant is not None and variant != description.config.variant:
+        raise CommandError(f"{path_text(path)}: weights of variant {description.config.variant!r}, not {variant!r}")
+    with torch.device("meta"):  # no time goes into a random start that is overwritten
+        model = models.alexnet(**dataclasses.asdict(description.config), fused=fused, init="torch")
+    model.load_state_dict(weights, assign=True)
+    return model, description
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The dictionary of a ``state.pt``, plain types and CPU tensors only.
+
+    Raises CommandError for a damaged file, or one whose pickle holds anything else.
+    """
+    shown = path_text(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+        if size > path.stat().st_size:  # torch stores without compressing: more is a bomb
+            raise CommandError(f"{shown}: declares {size:,} bytes, more than it has")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise os_error(path, error) from error
+    except CommandError:
+        raise
+    except Exception as error:  # zipfile, pickle and torch each have their own for a broken file
+        raise CommandError(f"{shown}: a damaged checkpoint ({_line(error)})") from error
+    if not isinstance(state, dict):
+        raise CommandError(f"{shown}: not a trainer's state")
+    return state
+
+
+def check_optimizer(path: Path, saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    """CommandError unless each saved tensor has its parameter's shape: looked at before anything is copied."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    try:
+        count = sum(len(group["params"]) for group in saved["param_groups"])
+        entries = dict(saved["state"])
+        fits = count == len(parameters) and all(
+            value is None or not isinstance(value, Tensor) or value.shape in (parameters[i].shape, torch.Size())
+            for i, values in entries.items()
+            for value in values.values()
+        )
+    except (KeyError, TypeError, IndexError, AttributeError):
+        fits = False
+    if not fits:
+        raise CommandError(f"{path_text(path)}: the optimizer's state does not fit the network")
+
+
+def _shapes(config: models.AlexNetConfig) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        model = models.alexnet(**dataclasses.asdict(config), fused=False, init="torch")
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _difference(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[tuple[int, ...], str]]
+) -> str | None:
+    for word, names in (("lacks", expected.keys() - found.keys()), ("has unknown", found.keys() - expected.keys())):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            return f"it {word} {', '.join(sorted(names)[:3])}{more}"
+    for name, shape in expected.items():
+        if found[name][0] != shape:
+            return f"{name} is {list(found[name][0])}, expected {list(shape)}"
+        if found[name][1] not in DTYPES:
+            return f"{name} is of type {found[name][1]}, expected {', '.join(DTYPES)}"
+    return None
+
+
+def _line(error: Exception) -> str:
+    """The first line of what an exception says, without a full stop."""
+    text = str(error).strip() or type(error).__name__
+    return path_text(text.splitlines()[0][:200]).rstrip(".")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,123 @@
+"""How well a network does on held-out images, and what it says of one image."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..data.batches import Dataset, batches
+from ..data.errors import BadImage
+from ..data.preprocessing import Preprocessing
+from .interrupt import Interrupted
+
+BATCH = 50
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Evaluation:
+    """Sums over the images evaluated, and for each image its five best classes.
+
+    ``guesses`` and ``probabilities`` are (N, 5 or fewer classes), best first; ``truth`` is the probability that
+    the right class got; ``indices`` are the images' places in the data, ``targets`` their classes.
+    """
+
+    loss: float
+    seconds: float
+    indices: Tensor
+    targets: Tensor
+    guesses: Tensor
+    probabilities: Tensor
+    truth: Tensor
+    errors: list[BadImage] = field(default_factory=list)
+
+    @property
+    def images(self) -> int:
+        return len(self.targets)
+
+    @property
+    def right(self) -> Tensor:
+        """Whether the best guess was right, for each image."""
+        return self.guesses[:, 0] == self.targets
+
+    @property
+    def top1(self) -> float:
+        return float(self.right.float().mean())
+
+    @property
+    def top5(self) -> float:
+        return float((self.guesses == self.targets[:, None]).any(1).float().mean())
+
+    def by_class(self, count: int) -> list[tuple[int, int]]:
+        """(right, images) for each of ``count`` classes."""
+        right = torch.bincount(self.targets[self.right], minlength=count).tolist()
+        return list(zip(right, torch.bincount(self.targets, minlength=count).tolist(), strict=True))
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """The autocast context of ``"fp32"`` (none), ``"bf16"`` or ``"fp16"``."""
+    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
+
+
+def to_device(images: Tensor, preprocessing: Preprocessing, device: torch.device) -> Tensor:
+    """A batch as the network takes it: moved as bytes, normalized there, laid out channels-last."""
+    x = preprocessing(images.to(device, non_blocking=True))
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    dataset: Dataset,
+    preprocessing: Preprocessing,
+    *,
+    device: torch.device,
+    precision: str = "fp32",
+    limit: int | None = None,
+    workers: int = 0,
+    on_batch: Callable[[int, int], None] = lambda _done, _total: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Evaluation:
+    """Evaluate on the first ``limit`` images. ``on_batch(done, total)`` hears of progress; unreadable images are
+    left out and listed. Raises Interrupted when ``stop()`` turns true. Leaves ``model`` in the mode it was in."""
+    was_training = model.training
+    model.eval()
+    start, loss, errors = time.perf_counter(), 0.0, []
+    parts: list[tuple[Tensor, ...]] = []
+    total = min(len(dataset), limit or len(dataset))
+    done = 0
+    try:
+        for batch in batches(dataset, BATCH, limit=limit, workers=workers, pin_memory=device.type == "cuda"):
+            if stop():
+                raise Interrupted
+            done += len(batch.targets) + len(batch.errors)
+            errors += batch.errors
+            if len(batch.targets):
+                with autocast(device, precision):
+                    logits = model(to_device(batch.images, preprocessing, device)).float().cpu()
+                loss += float(F.cross_entropy(logits, batch.targets, reduction="sum"))
+                scores = logits.softmax(1)
+                best = scores.topk(min(5, scores.shape[1]))
+                truth = scores.gather(1, batch.targets[:, None])[:, 0]
+                parts.append((batch.indices, batch.targets, best.indices, best.values, truth))
+            on_batch(done, total)
+    finally:
+        model.train(was_training)
+    if not parts:
+        raise errors[0]
+    indices, targets, guesses, probabilities, truth = (torch.cat(column) for column in zip(*parts, strict=True))
+    seconds = time.perf_counter() - start
+    return Evaluation(loss / len(targets), seconds, indices, targets, guesses, probabilities, truth, errors)
+
+
+@torch.no_grad()
+def predict(model: nn.Module, image: Tensor, preprocessing: Preprocessing, device: torch.device) -> Tensor:
+    """Class probabilities (on the CPU) of one uint8 image (1 or 3, height, width)."""
+    model.eval()
+    return model(to_device(image[None], preprocessing, device)).float().softmax(1)[0].cpu()

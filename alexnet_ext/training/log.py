@@ -1,0 +1,80 @@
+"""What a run writes down as it goes: metrics.jsonl and TensorBoard's events."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ..data.errors import os_error, require
+from .files import write_file
+
+METRICS = "metrics.jsonl"
+
+
+class Log:
+    """Appends to both. ``step`` and ``evaluated`` say what a resumed run has done already: lines beyond it, of
+    steps that will be taken again, are removed."""
+
+    def __init__(self, run: Path, step: int = 0, evaluated: int = -1) -> None:
+        require("tensorboard")
+        writer = require("torch.utils.tensorboard").SummaryWriter
+        self.path = run / METRICS
+        if step or self.path.exists():
+            kept = [line for line in read_metrics(self.path) if _precedes(line, step, evaluated)]
+            write_file(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        try:
+            self.stream = self.path.open("a", encoding="utf-8")
+            self.events = writer(str(run), purge_step=step + 1 if step else None)
+        except OSError as error:
+            raise os_error(self.path, error) from error
+
+    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """One line ``{"kind": ..., "step": ..., **values}``, and a curve for each number."""
+        try:
+            json.dump({"kind": kind, "step": step, **values}, self.stream)
+            self.stream.write("\n")
+            self.stream.flush()
+            for name, value in values.items():
+                if isinstance(value, (int, float)) and math.isfinite(value):
+                    self.events.add_scalar(f"{kind}/{name}", value, step)
+        except OSError as error:
+            raise os_error(self.path, error) from error
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.stream.close()
+            self.events.close()
+        except OSError as problem:
+            if kind is None:  # else the first error is the one to tell
+                raise os_error(self.path, problem) from problem
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; one that was cut short by a crash is left out."""
+    lines = []
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise os_error(path, error) from error
+    for line in text.splitlines():
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict) and {"kind", "step"} <= value.keys():
+            lines.append(value)
+    return lines
+
+
+def _precedes(line: dict[str, Any], step: int, evaluated: int) -> bool:
+    return line["step"] < step or (line["step"] == step and (line["kind"] == "train" or evaluated == step))

@@ -1,0 +1,179 @@
+"""The pictures of a run: its curves, the first layer's kernels (the paper's figure 3) and guesses (figure 4)."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.batches import Dataset
+from ..data.errors import require
+from .evaluate import Evaluation
+from .files import write_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLUE, ORANGE, RED, GREY, PALE = "#1f5fa8", "#e07b00", "#c23b22", "#5c6670", "#a9c4e4"
+STYLE = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "axes.labelcolor": GREY,
+    "axes.grid": True,
+    "grid.color": "#e6e9ec",
+    "axes.axisbelow": True,
+}
+
+
+def curves(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+    """Loss and accuracy over the steps, from the lines of a metrics.jsonl."""
+    train = [line for line in lines if line["kind"] == "train"]
+    held_out = [line for line in lines if line["kind"] == "evaluate"]
+    with require("matplotlib").rc_context(STYLE):
+        figure = _figure(10, 4)
+        for axes, name, measured, title in (
+            (figure.add_subplot(1, 2, 1), "loss", "loss", "Loss"),
+            (figure.add_subplot(1, 2, 2), "accuracy", "top1", "Accuracy"),
+        ):
+            scale = 100 if name == "accuracy" else 1
+            steps = np.array([line["step"] for line in train])
+            values = np.array([line[name] * scale for line in train], dtype=float)
+            axes.plot(steps, values, color=PALE, linewidth=1, label="training, each batch")
+            axes.plot(steps, _smooth(values), color=BLUE, linewidth=2, label="training, running mean")
+            points = [(line["step"], line[measured] * scale) for line in held_out]
+            if points:
+                axes.plot(
+                    *zip(*points, strict=True), "o-", color=ORANGE, markersize=5, label="held-out images", zorder=5
+                )
+                axes.annotate(
+                    f"{points[-1][1]:.1f} %" if scale > 1 else f"{points[-1][1]:.3f}",
+                    points[-1],
+                    xytext=(-4, -16 if scale > 1 else 10),
+                    textcoords="offset points",
+                    ha="right",
+                    color=ORANGE,
+                    fontweight="bold",
+                )
+            axes.set_title(title, loc="left", fontweight="bold")
+            axes.set_xlabel("step")
+            if scale > 1:
+                axes.set_ylim(0, 102)
+                axes.yaxis.set_major_formatter("{x:.0f} %")
+            else:
+                # A first step before warm-up can be far off: the axis shows where the run went.
+                finite = values[np.isfinite(values)]
+                axes.set_ylim(0, max(0.1, float(np.percentile(finite, 99)) * 1.05) if len(finite) else 1)
+            axes.legend(frameon=False, fontsize=9)
+        _write(figure, path)
+
+
+def kernels(path: Path, weight: Tensor) -> None:
+    """Every kernel of the first convolution as a small image; grey is zero, each kernel is scaled by itself."""
+    weight = weight.detach().float().cpu()
+    scaled = weight / weight.abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-12) * 0.5 + 0.5
+    count, _, height, width = scaled.shape
+    columns = 16 if count % 16 == 0 else 8
+    rows = -(-count // columns)
+    sheet = torch.ones(3, rows * (height + 1) - 1, columns * (width + 1) - 1)
+    for index, kernel in enumerate(scaled):
+        top, left = index // columns * (height + 1), index % columns * (width + 1)
+        sheet[:, top : top + height, left : left + width] = kernel
+    with require("matplotlib").rc_context(STYLE):
+        figure = _figure(columns * 0.6, rows * 0.6 + 0.4)
+        axes = figure.add_subplot()
+        axes.imshow(sheet.permute(1, 2, 0).numpy(), interpolation="nearest")
+        axes.set_axis_off()
+        axes.set_title(
+            f"The {count} kernels of the first convolution, {height} x {width} x 3", loc="left", fontweight="bold"
+        )
+        _write(figure, path)
+
+
+def guesses(path: Path, dataset: Dataset, result: Evaluation, classes: Sequence[str]) -> None:
+    """Eight held-out images with their five best guesses: the first ones, and those the network got most wrong."""
+    count = min(8, result.images)
+    hardest = result.truth.argsort()[: count // 2].tolist()
+    chosen = [i for i in range(result.images) if i not in hardest][: count - len(hardest)] + hardest
+    with require("matplotlib").rc_context(STYLE):
+        figure = _figure(11, 3.1 * -(-count // 4))
+        cells = figure.subfigures(-(-count // 4), min(4, count), squeeze=False)
+        for cell, i in zip(cells.flat, chosen, strict=False):
+            image = dataset[0, int(result.indices[i])].image
+            if image is None:  # readable a minute ago: the files change under us
+                continue
+            picture, bars = cell.subplots(2, 1, height_ratios=[1.5, 1])
+            _show(picture, image)
+            target = int(result.targets[i])
+            right = int(result.guesses[i, 0]) == target
+            picture.set_title(classes[target], fontweight="bold", color=BLUE if right else RED)
+            _bars(bars, result.guesses[i], result.probabilities[i], classes, target)
+        _write(figure, path)
+
+
+def prediction(path: Path, image: Any, probabilities: Tensor, classes: Sequence[str], title: str) -> None:
+    """One image (a PIL image) and its best classes."""
+    best = probabilities.topk(min(5, len(classes)))
+    with require("matplotlib").rc_context(STYLE):
+        figure = _figure(8, 3.6)
+        picture, bars = figure.subplots(1, 2, width_ratios=[1, 1.2])
+        picture.imshow(np.asarray(image), interpolation="nearest" if max(image.size) < 100 else "antialiased")
+        picture.set_axis_off()
+        picture.set_title(title, loc="left", fontsize=9, color=GREY)
+        _bars(bars, best.indices, best.values, classes, None)
+        _write(figure, path)
+
+
+def _bars(axes: Axes, order: Tensor, values: Tensor, classes: Sequence[str], target: int | None) -> None:
+    """Horizontal bars, the best on top; the right class in red, as in the paper, the others blue."""
+    places = list(range(len(order)))
+    colours = [RED if int(i) == target else BLUE for i in order]
+    axes.barh(places, values.numpy(), color=colours, height=0.72)
+    axes.set_yticks(places, [_short(classes[int(i)]) for i in order], fontsize=9)
+    for place, value in zip(places, values.tolist(), strict=True):
+        axes.text(min(value, 1) + 0.02, place, f"{value:.1%}", va="center", fontsize=8, color=GREY)
+    axes.set_ylim(len(order) - 0.4, -0.6)
+    axes.set_xlim(0, 1.22)
+    axes.set_xticks([])
+    axes.grid(visible=False)
+    axes.spines["bottom"].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+
+
+def _show(axes: Axes, image: Tensor) -> None:
+    grey = image.shape[0] == 1
+    axes.imshow(image[0] if grey else image.permute(1, 2, 0), cmap="gray" if grey else None, vmin=0, vmax=255)
+    axes.set_axis_off()
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 18 else name[:17] + "…"
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """A running mean over the last twentieth of the run, shorter at its start."""
+    width = max(1, len(values) // 20)
+    sums = np.concatenate([[0.0], np.cumsum(np.nan_to_num(values))])
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(0, ends - width)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def _figure(width: float, height: float) -> Figure:
+    """A figure that no window system and no global state of pyplot has a part in."""
+    return require("matplotlib.figure").Figure(figsize=(width, height), layout="constrained", dpi=130)
+
+
+def _write(figure: Figure, path: Path) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", facecolor="white")
+    write_file(path, buffer.getvalue())

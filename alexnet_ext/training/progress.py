@@ -1,0 +1,71 @@
+"""A run as it goes: a live bar on a terminal, a line now and then anywhere else."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+LINE_EVERY = 10.0  # seconds
+
+
+class Reporter:
+    """Context manager. ``start`` of ``total`` steps were taken by the run that this one goes on from."""
+
+    def __init__(self, total: int, start: int = 0, console: Console | None = None) -> None:
+        self.console = console or Console()
+        self.live = self.console.is_terminal
+        self.total = total
+        self.last_line = time.monotonic()
+        self.last_step = self.first_step = start
+        self.first_time = self.last_line
+        self.bar = Progress(
+            TextColumn("[bold]{task.description:8s}"),
+            BarColumn(bar_width=None, complete_style="cyan", finished_style="green"),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("left"),
+            console=self.console,
+            refresh_per_second=2,
+            expand=True,
+            disable=not self.live,
+            speed_estimate_period=60,
+        )
+        self.training = self.bar.add_task("train", total=total, completed=start, status="")
+        self.evaluation: Any = None
+
+    def step(self, step: int, loss: float, accuracy: float, rate: float) -> None:
+        """After step number ``step``; ``accuracy`` in 0 to 1, ``rate`` in images a second."""
+        status = f"loss {loss:6.3f}  accuracy {accuracy:6.1%}  {rate:5.1f} images/s"
+        self.bar.update(self.training, completed=step, status=status)
+        now = time.monotonic()
+        if not self.live and (now - self.last_line > LINE_EVERY or step == self.total):
+            seconds = (now - self.first_time) / max(1, step - self.first_step) * (self.total - step)
+            self.note(f"step {step}/{self.total}  {status}  {seconds // 60:.0f}:{seconds % 60:02.0f} left")
+            self.last_line = now
+
+    def evaluating(self, done: int, total: int) -> None:
+        """After ``done`` of ``total`` held-out images."""
+        if self.evaluation is None:
+            self.evaluation = self.bar.add_task("evaluate", total=total, status="held-out images")
+        self.bar.update(self.evaluation, completed=done, total=total)
+        if done == total:
+            self.bar.remove_task(self.evaluation)
+            self.evaluation = None
+
+    def note(self, text: str) -> None:
+        """A line above the bar."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def __enter__(self) -> Reporter:
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()

@@ -1,0 +1,274 @@
+"""A run from its options to its last picture: what ``alexnet train``, ``evaluate`` and ``predict`` do."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from .. import _library, models
+from ..data.digits import Digits
+from ..data.errors import CommandError, os_error, path_text, require
+from ..data.folder import ImageFolder
+from ..data.images import crop, read_image
+from ..data.sources import Split, open_split
+from . import checkpoint, pictures
+from .evaluate import Evaluation, evaluate, predict
+from .files import write_file
+from .log import METRICS, read_metrics
+from .progress import Reporter
+from .recipe import Recipe
+from .trainer import Trainer
+
+NEEDED = ("matplotlib", "tensorboard")  # asked for before the first step, not after the last
+
+
+def start(recipe: Recipe, out: Path, device: torch.device, workers: int, console: Console) -> Evaluation:
+    """Train from the start into the new or empty folder ``out``."""
+    for name in NEEDED:
+        require(name)
+    split = _split(recipe)
+    trainer = _trainer(recipe, split, out, device, workers)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if any(out.iterdir()):
+            raise CommandError(f"{path_text(out)}: not empty; name another --out, or go on with --resume", 2)
+    except OSError as error:
+        raise os_error(out, error) from error
+    text = json.dumps(dataclasses.asdict(recipe), indent=1) + "\n"
+    write_file(out / "recipe.json", text.encode())
+    return _train(trainer, console)
+
+
+def resume(
+    run: Path,
+    given: dict[str, Any],
+    device: torch.device,
+    workers: int,
+    console: Console,
+    warn: Callable[[str], None],
+) -> Evaluation:
+    """Go on from a run's newest whole checkpoint. ``given`` are the options that the user named: ``steps`` and
+    ``epochs`` may lengthen the run, the others must be the run's own."""
+    for name in NEEDED:
+        require(name)
+    path = checkpoint.newest(run, warn)
+    state = checkpoint.read_state(path / checkpoint.STATE)
+    try:
+        recipe = Recipe.from_dict(state["recipe"])
+    except (KeyError, TypeError) as error:
+        raise CommandError(f"{path_text(path / checkpoint.STATE)}: not of this version ({error})") from error
+    for name in recipe.differences(given):
+        if name == "model":
+            raise CommandError(f"{path_text(path)}: a run of variant {recipe.model!r}, not {given['model']!r}")
+        if name not in ("steps", "epochs"):
+            option = name.replace("_", "-")
+            raise CommandError(f"--{option} {given[name]}: the run in {path_text(run)} has {getattr(recipe, name)}", 2)
+    recipe = dataclasses.replace(recipe, **{k: given[k] for k in ("steps", "epochs") if k in given})
+    split = _split(recipe)
+    trainer = _trainer(recipe, split, run, device, workers)
+    description, weights = checkpoint.read_weights(path / checkpoint.WEIGHTS)
+    if description.config != trainer.model.config:
+        raise CommandError(f"{path_text(path)}: weights of {description.config}, expected {trainer.model.config}")
+    trainer.load(path, state, weights)
+    if trainer.step > trainer.total:
+        raise CommandError(f"{path_text(run)}: is at step {trainer.step}, beyond the {trainer.total} asked for", 2)
+    console.print(f"going on from step {trainer.step}", highlight=False)
+    return _train(trainer, console)
+
+
+def _split(recipe: Recipe) -> Split:
+    size = recipe.image_size or models.VARIANTS[recipe.model].image_size
+    return open_split(recipe.data, size, recipe.seed)
+
+
+def _trainer(recipe: Recipe, split: Split, out: Path, device: torch.device, workers: int) -> Trainer:
+    try:
+        return Trainer(recipe, split, out, device, workers)
+    except ValueError as error:  # an image too small for the variant: the message says it
+        raise CommandError(str(error), 2) from error
+
+
+def _train(trainer: Trainer, console: Console) -> Evaluation:
+    """Run, then write the pictures and say how it went."""
+    began = time.monotonic()
+    recipe, split, out = trainer.recipe, trainer.split, trainer.out
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    kind = "stock layers" if recipe.stock else "fused layers"
+    place = f"{torch.get_num_threads()} threads" if trainer.device.type == "cpu" else str(trainer.device)
+    library = next((found for found in _library.LIBRARIES if found.device == trainer.device.type), None)
+    say(console, f"AlexNet, variant {recipe.model}: {parameters / 1e6:.1f} M parameters, {kind}, {place}")
+    if not recipe.stock and library is not None and not library.loaded:
+        say(console, f"  the layers run on stock PyTorch, slower: {library.reason}; to mend it: {library.remedy}")
+    say(
+        console,
+        f"{path_text(recipe.data)}: {len(split.train):,} images to train on and {len(split.held_out):,} held out, "
+        f"{len(split.train.classes)} classes, {split.preprocessing.size} x {split.preprocessing.size}",
+    )
+    say(console, f"Run folder: {path_text(out)}")
+    with Reporter(trainer.total, trainer.step, console) as reporter:
+        result = trainer.run(reporter)
+    made = draw(trainer, result)
+    spent = time.monotonic() - began
+    right = int(result.right.sum())
+    what = "digits" if recipe.data == "digits" else "images"
+    summary = {
+        "top1": result.top1,
+        "top5": result.top5,
+        "loss": result.loss,
+        "right": right,
+        "images": result.images,
+        "steps": trainer.step,
+        "seconds": spent,
+        "skipped": len(trainer.skipped),
+    }
+    write_file(out / "result.json", (json.dumps(summary, indent=1) + "\n").encode())
+    if trainer.skipped:
+        say(console, f"{len(trainer.skipped)} of {len(split.train):,} training images were unreadable and left out")
+    say(
+        console,
+        f"{result.top1:.1%} of the {result.images:,} held-out {what} right ({right:,}; top-5 {result.top5:.1%}) "
+        f"after {trainer.step} steps, {spent // 60:.0f}:{spent % 60:02.0f} minutes",
+        style="bold",
+    )
+    say(console, f"Pictures in {path_text(out)}: {', '.join(made)}")
+    if recipe.data == "digits":
+        folder = path_text(out)
+        say(console, f"Now try: alexnet predict {folder}/samples/7.png --weights {folder}")
+    return result
+
+
+def say(console: Console, text: str, style: str | None = None) -> None:
+    """A line as it is: no markup in file names, no breaking at the terminal's width."""
+    console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+
+
+def draw(trainer: Trainer, result: Evaluation) -> list[str]:
+    """Write a run's pictures; their names."""
+    out, split = trainer.out, trainer.split
+    classes = split.train.classes
+    pictures.curves(out / "curves.png", read_metrics(out / METRICS))
+    pictures.kernels(out / "conv1.png", first_convolution(trainer.model))
+    pictures.guesses(out / "guesses.png", split.held_out, result, classes)
+    made = ["curves.png", "conv1.png", "guesses.png"]
+    if isinstance(split.held_out, Digits):
+        save_samples(out / "samples", split.held_out)
+        made.append("samples/")
+    return made
+
+
+def first_convolution(model: torch.nn.Module) -> torch.Tensor:
+    """The weights of the first convolution."""
+    return next(m.weight for m in model.modules() if isinstance(m, torch.nn.Conv2d))
+
+
+def save_samples(folder: Path, digits: Digits) -> None:
+    """One held-out digit of each class as a PNG to try ``alexnet predict`` on."""
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise os_error(folder, error) from error
+    for target, name in enumerate(digits.classes):
+        at = int((digits.targets == target).nonzero()[0])
+        buffer = io.BytesIO()
+        require("PIL.Image").fromarray(digits.images[at, 0].numpy()).save(buffer, "PNG")
+        write_file(folder / f"{name}.png", buffer.getvalue())
+
+
+def load(
+    weights: Path, variant: str | None, stock: bool, device: torch.device, warn: Callable[[str], None]
+) -> tuple[models.AlexNet, checkpoint.Description]:
+    """The network of a run, checkpoint folder or weights file, ready to evaluate."""
+    path = checkpoint.find_weights(weights, warn)
+    model, description = checkpoint.load_model(path, variant, fused=not stock)
+    model.to(device).to(memory_format=torch.channels_last)
+    return model.eval(), description
+
+
+def evaluate_weights(
+    model: models.AlexNet,
+    description: checkpoint.Description,
+    folder: Path | None,
+    device: torch.device,
+    precision: str,
+    workers: int,
+    console: Console,
+) -> Evaluation:
+    """Evaluate on the images of ``folder``, or on those that the run held out."""
+    if folder is not None:
+        dataset: Any = ImageFolder.held_out(folder, description.preprocessing, description.classes)
+    else:
+        dataset = open_split(description.data, description.preprocessing.size, 0).held_out
+        if tuple(dataset.classes) != description.classes:
+            raise CommandError(f"{path_text(description.data)}: its classes are not those trained on", 2)
+    with Reporter(0, 0, console) as reporter:
+        reporter.bar.remove_task(reporter.training)
+        result = evaluate(
+            model,
+            dataset,
+            description.preprocessing,
+            device=device,
+            precision=precision,
+            workers=workers,
+            on_batch=reporter.evaluating,
+        )
+    return result
+
+
+def predict_file(
+    model: models.AlexNet, description: checkpoint.Description, path: Path, out: Path, device: torch.device
+) -> list[tuple[str, float]]:
+    """Classify an image file and save it with its best five classes as the picture ``out``; (class, probability)."""
+    image = read_image(path)
+    if description.data == "digits":
+        image = light_on_dark(image)
+    preprocessing = description.preprocessing
+    probabilities = predict(model, crop(image, preprocessing.resize, preprocessing.size), preprocessing, device)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise os_error(out.parent, error) from error
+    pictures.prediction(out, image, probabilities, description.classes, path_text(path.name))
+    best = probabilities.topk(min(5, len(probabilities)))
+    return [(description.classes[i], p) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+
+
+def light_on_dark(image: Any) -> Any:
+    """A digit as MNIST has it, grey and light on a dark ground: turned round where its rim is light."""
+    grey = image.convert("L")
+    width, height = grey.size
+    rim = [grey.getpixel((x, y)) for x in range(width) for y in {0, height - 1}]
+    rim += [grey.getpixel((x, y)) for y in range(height) for x in {0, width - 1}]
+    if sum(rim) > 127 * len(rim):
+        grey = require("PIL.ImageOps").invert(grey)
+    return grey.convert("RGB")
+
+
+def device_of(name: str) -> torch.device:
+    """``"auto"`` (a GPU that torch can use, else the CPU) or a name that torch knows."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise CommandError(f"--device {path_text(name)}: not a device; try auto, cpu, cuda or cuda:1", 2) from error
+    if device.type not in ("cpu", "cuda"):
+        raise CommandError(f"--device {name}: expected auto, cpu or cuda", 2)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise CommandError(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs", 2)
+    return device
+
+
+def default_out(recipe: Recipe, root: Path = Path("runs")) -> Path:
+    """A new name for a run: date, time, data and variant."""
+    data = Path(recipe.data).name or "data"
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{data}-{recipe.model}"
+    taken: Sequence[Path] = sorted(root.glob(f"{name}*"))
+    return root / (f"{name}-{len(taken) + 1}" if taken else name)
