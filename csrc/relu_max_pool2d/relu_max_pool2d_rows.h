@@ -81,7 +81,8 @@ class PoolRows {
         out_width_(out_width),
         channels_(channels),
         length_(out_width + columns_.highest - columns_.lowest),
-        row_size_(channels_last_ ? width_ * channels : channels * columns_.count * length_),
+        // A vector of slack behind each row: what fills it may write whole vectors.
+        row_size_((channels_last_ ? width_ * channels : channels * columns_.count * length_) + kLanes<A>),
         cache_(pool.kernel[0]),
         rows_(pool.kernel[0] * row_size_),
         flat_(channels_last_ ? 0 : width_ * channels),
