@@ -10,8 +10,11 @@ from typing import Any
 import torch
 
 from . import _library
+from ._check import CheckRow, check, check_table, verdict
 from ._version import __version__
 from .ops import _backend
+
+__all__ = ["CheckRow", "Choice", "Info", "check", "check_table", "choice", "info", "verdict"]
 
 DEVICES = ("cpu", "cuda")
 

@@ -145,6 +145,8 @@ def render(model: AlexNet) -> Table:
         caption=f"{sums.multiply_adds / 1e9:.3f} G multiply-adds an image forward, "
         f"{training_flops(rows) / 1e9:.2f} GFLOP to train on one",
         box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
     )
     table.add_column("layer", no_wrap=True)
     table.add_column("kind")
