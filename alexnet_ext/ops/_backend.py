@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import TracebackType
 
 import torch
+from torch.autograd import forward_ad
 
 from .. import _library
 
@@ -50,6 +51,17 @@ class use_backend:
         _current = self.previous
 
 
+def _transform() -> str:
+    """What is at work around this call that compiled ops cannot go through ("" for nothing; vmap they can)."""
+    if forward_ad._current_level >= 0:  # without this the tangent of a compiled op would silently be zero
+        return "forward-mode AD"
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        stack = torch._C._functorch.get_interpreter_stack() or ()
+        if any(level.key() == torch._C._functorch.TransformType.Grad for level in stack):
+            return "the gradient transforms of torch.func"
+    return ""
+
+
 def runs_native(op: str, backend: str, x: torch.Tensor, unsupported: str = "") -> bool:
     """True when the compiled op takes this call, False when stock PyTorch does.
 
@@ -68,6 +80,7 @@ def runs_native(op: str, backend: str, x: torch.Tensor, unsupported: str = "") -
         unsupported = f"dtype {x.dtype}"
     if not unsupported and x.layout != torch.strided:
         unsupported = f"layout {x.layout}"
+    unsupported = unsupported or _transform()
     if not NATIVE[op].get(device, device == "meta" and NATIVE[op]["cpu"]):
         unsupported = f"device {device!r} (no compiled kernel for {op} is loaded; `alexnet info` says why)"
     if unsupported and backend == "native":

@@ -22,6 +22,11 @@ def check_same(name: str, value: torch.Tensor, x: torch.Tensor) -> None:
         raise RuntimeError(f"{name} has dtype {value.dtype}, expected {x.dtype}, the dtype of x")
 
 
+def autocast_enabled(x: torch.Tensor) -> bool:
+    """Whether autocast is on for x's device (PyTorch raises when asked about meta tensors, which have none)."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
 def check_bias(bias: torch.Tensor | None, channels: int, x: torch.Tensor) -> None:
     if bias is None:
         return

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._backend import runs_native
-from .._checks import IntPair, check_bias, check_same, check_tensor, pair
+from .._checks import IntPair, autocast_enabled, check_bias, check_same, check_tensor, pair
 from .._register import register
 from . import reference
 
@@ -50,7 +50,7 @@ def conv2d_bias_relu(
     pad = _padding(padding, step)
     _check_shapes(x, weight, groups)
     check_bias(bias, weight.shape[0], x)
-    if weight.device != x.device or not torch.is_autocast_enabled(x.device.type):
+    if weight.device != x.device or not autocast_enabled(x):
         check_same("weight", weight, x)
         if bias is not None:
             check_same("bias", bias, x)

@@ -1,8 +1,12 @@
 """Local response normalization in plain PyTorch."""
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .._checks import autocast_enabled
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -12,7 +16,7 @@ def local_response_norm(x: Tensor, size: int, alpha: float, beta: float, k: floa
 
     (Stock squares fp16 in fp16, so 300 becomes 0, and has no bf16 or fp16 kernel for 4-D tensors on the CPU.)
     """
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False) if autocast_enabled(x) else nullcontext():
         wide = x.float() if x.dtype in HALF else x
         y = F.local_response_norm(wide, size, alpha, beta, k)
         return y.to(x.dtype) if x.dtype in HALF else y

@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from .._backend import runs_native
-from .._checks import IntPair, check_bias, check_lrn, check_pool, check_same, check_tensor, pair, pooled_size
+from .._checks import (
+    IntPair,
+    autocast_enabled,
+    check_bias,
+    check_lrn,
+    check_pool,
+    check_same,
+    check_tensor,
+    pair,
+    pooled_size,
+)
 from .._register import register
 from ..relu_max_pool2d.op import MAX_TAPS, empty_pooled
 from . import reference
@@ -74,7 +84,7 @@ def check_block(
     kernel, step = pair("kernel_size", kernel_size, 1), pair("stride", stride, 1)
     check_pool(x, kernel, step, [0, 0], [1, 1], False)
     check_bias(bias, x.shape[-3], x)
-    if bias is not None and not torch.is_autocast_enabled(x.device.type):
+    if bias is not None and not autocast_enabled(x):
         check_same("bias", bias, x)
     unsupported = f"a window of {kernel}" if kernel[0] * kernel[1] > MAX_TAPS else ""
     return kernel, step, runs_native(op, backend, x, unsupported)
