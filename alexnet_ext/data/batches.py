@@ -59,7 +59,7 @@ def collate(samples: list[Sample]) -> Batch:
 
 def permutation(length: int, seed: int, epoch: int) -> list[int]:
     """The order of an epoch: a pure function, so that a checkpoint need only record where it stands."""
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**32)
     return torch.randperm(length, generator=generator).tolist()
 
 

@@ -34,16 +34,15 @@ def read_image(path: str | os.PathLike[str]) -> Image:
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise BadImage(path, error.strerror or str(error)) from error
+    status = os.fstat(file)
+    if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
+        os.close(file)
+        raise BadImage(path, "an empty file" if stat.S_ISREG(status.st_mode) else "not a file")
     with open(file, "rb") as stream, warnings.catch_warnings():
         warnings.simplefilter("error", images.DecompressionBombWarning)
         # Half-known EXIF blocks and odd palettes: the pixels are all that matters here.
         warnings.simplefilter("ignore", UserWarning)
         try:
-            status = os.fstat(stream.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise BadImage(path, "not a file")
-            if status.st_size == 0:
-                raise BadImage(path, "an empty file")
             with images.open(stream, formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise BadImage(path, f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")

