@@ -55,16 +55,25 @@ def new_folder(path: Path) -> Iterator[Path]:
         sync(beside)
         os.rename(beside, path)
         sync(path.parent)
-    except OSError as error:
-        raise os_error(path, error) from error
     except Exception as error:
-        # safetensors and torch.save wrap what the system said in exceptions of their own.
-        number = re.search(r"\(os error (\d+)\)", str(error))
-        if number is None:
+        cause = _system_error(error)
+        if cause is None:
             raise
-        raise os_error(path, OSError(int(number[1]), os.strerror(int(number[1])))) from error
+        raise os_error(path, cause) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def _system_error(error: BaseException | None) -> OSError | None:
+    """What the system said, also where safetensors put it into words or torch met it on the way to its own error."""
+    while error is not None:
+        if isinstance(error, OSError):
+            return error
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number:
+            return OSError(int(number[1]), os.strerror(int(number[1])))
+        error = error.__cause__ or error.__context__
+    return None
 
 
 @contextlib.contextmanager
