@@ -10,6 +10,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "huge_pages.h"
 #include "types.h"
 
 namespace alexnet_ext {
@@ -108,12 +109,20 @@ inline Images images_of(const Tensor& x, const char* name) {
   return {x.size(0), x.size(1), x.size(2), x.size(3), is_channels_last(x)};
 }
 
+// x, just allocated and not yet written, with huge pages advised where it is a large block of host memory.
+inline Tensor fresh(Tensor x) {
+  if (x.is_cpu()) advise_huge_pages(x.data_ptr(), x.numel() * x.element_size());
+  return x;
+}
+
+inline Tensor fresh_like(const Tensor& x) { return fresh(torch::stable::empty_like(x)); }
+
 // A new dense tensor for `images` on the device of `like`.
 inline Tensor empty_images(const Tensor& like, const Images& images, ScalarType dtype) {
   using torch::headeronly::MemoryFormat;
   const int64_t sizes[] = {images.batch, images.channels, images.height, images.width};
-  return torch::stable::empty({sizes, 4}, dtype, std::nullopt, like.device(), std::nullopt,
-                              images.channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  return fresh(torch::stable::empty({sizes, 4}, dtype, std::nullopt, like.device(), std::nullopt,
+                                    images.channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous));
 }
 
 // x, or a copy of it where it is not dense in the layout that `images` says. Copies nothing that is NCHW or NHWC.

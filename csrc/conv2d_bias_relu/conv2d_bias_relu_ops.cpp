@@ -39,7 +39,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, c
   check_like(dy, "dy", x);
   check_like(y, "y", x);
   check_shape(dy, "dy", {y.sizes().begin(), y.sizes().end()});
-  Tensor dz = torch::stable::empty_like(y);
+  Tensor dz = fresh_like(y);
   Tensor gradient = with_strides_of(dz, dy), result = with_strides_of(dz, y);
   const int64_t n = y.numel();
   parallel(ceil_div(n, kReluRun), [&](int64_t begin, int64_t end) {

@@ -40,7 +40,7 @@ inline void check_lrn(const Tensor& x, const Lrn& lrn) {
 template <class Launch>
 inline Tensor on_pixels(const Tensor& x, const Lrn& lrn, Launch&& launch) {
   check_lrn(x, lrn);
-  Tensor y = torch::stable::empty_like(x);
+  Tensor y = fresh_like(x);
   if (x.numel() == 0) return y;
   if (auto p = plan_pixels(y, lrn)) {
     launch(*p, with_strides_of(y, x), y);
