@@ -151,7 +151,7 @@ def _bars(axes: Axes, order: Tensor, values: Tensor, classes: Sequence[str], tar
 
 def _show(axes: Axes, image: Tensor) -> None:
     grey = image.shape[0] == 1
-    axes.imshow(image[0] if grey else image.permute(1, 2, 0), cmap="gray" if grey else None, vmin=0, vmax=255)
+    axes.imshow((image[0] if grey else image.permute(1, 2, 0)).numpy(), cmap="gray" if grey else None, vmin=0, vmax=255)
     axes.set_axis_off()
 
 

@@ -73,7 +73,7 @@ class Trainer:
         self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
             self.optimizer, factor=0.1, patience=5, threshold=1e-3, threshold_mode="abs", min_lr=recipe.lr * 0.999e-3
         )
-        self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
+        self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**10, enabled=recipe.precision == "fp16")
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = True
 
