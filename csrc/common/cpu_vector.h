@@ -169,24 +169,20 @@ inline RowPlace row_place(const Images& s, int64_t n, int64_t first, int64_t cha
 
 template <class T>
 inline void load_row(Acc<T>* dst, const T* base, const RowPlace& at) {
-  for (int64_t i = 0; i < at.pieces; ++i)
-    load_row(dst + i * at.length, base + at.offset + i * at.step, at.length);
+  for (int64_t i = 0; i < at.pieces; ++i) load_row(dst + i * at.length, base + at.offset + i * at.step, at.length);
 }
 
 template <class T>
 inline void store_row(T* base, const Acc<T>* src, const RowPlace& at) {
-  for (int64_t i = 0; i < at.pieces; ++i)
-    store_row(base + at.offset + i * at.step, src + i * at.length, at.length);
+  for (int64_t i = 0; i < at.pieces; ++i) store_row(base + at.offset + i * at.step, src + i * at.length, at.length);
 }
 
 inline void load_row(uint8_t* dst, const uint8_t* base, const RowPlace& at) {
-  for (int64_t i = 0; i < at.pieces; ++i)
-    std::memcpy(dst + i * at.length, base + at.offset + i * at.step, at.length);
+  for (int64_t i = 0; i < at.pieces; ++i) std::memcpy(dst + i * at.length, base + at.offset + i * at.step, at.length);
 }
 
 inline void store_row(uint8_t* base, const uint8_t* src, const RowPlace& at) {
-  for (int64_t i = 0; i < at.pieces; ++i)
-    std::memcpy(base + at.offset + i * at.step, src + i * at.length, at.length);
+  for (int64_t i = 0; i < at.pieces; ++i) std::memcpy(base + at.offset + i * at.step, src + i * at.length, at.length);
 }
 
 }  // namespace alexnet_ext::ALEXNET_ISA

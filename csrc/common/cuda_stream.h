@@ -18,8 +18,8 @@ class CudaStream {
 
   // Throws with the kernel's name where its launch failed.
   void check(const char* kernel, int status) const {
-    alexnet_ext::check(status == cudaSuccess, kernel, " did not launch: ",
-                       cudaGetErrorString(static_cast<cudaError_t>(status)));
+    alexnet_ext::check(status == cudaSuccess, kernel,
+                       " did not launch: ", cudaGetErrorString(static_cast<cudaError_t>(status)));
   }
 
  private:

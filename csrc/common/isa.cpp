@@ -23,8 +23,6 @@ Isa best_isa() {
 #endif
 }
 
-const char* isa_name(Isa isa) {
-  return isa == Isa::avx512 ? "AVX512" : isa == Isa::avx2 ? "AVX2" : "DEFAULT";
-}
+const char* isa_name(Isa isa) { return isa == Isa::avx512 ? "AVX512" : isa == Isa::avx2 ? "AVX2" : "DEFAULT"; }
 
 }  // namespace alexnet_ext

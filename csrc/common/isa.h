@@ -1,4 +1,5 @@
-// One CPU kernel source is compiled once for each instruction set; the best one that this CPU has is picked at run time.
+// One CPU kernel source is compiled once for each instruction set; the best one that this CPU has is picked at run
+// time.
 #pragma once
 
 #include <type_traits>

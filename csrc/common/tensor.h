@@ -1,4 +1,5 @@
-// Tensors at the boundary: checks (a sentence, as RuntimeError), layouts, allocation. Everything behind it is raw pointers.
+// Tensors at the boundary: checks (a sentence, as RuntimeError), layouts, allocation. Everything behind it is raw
+// pointers.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

@@ -21,8 +21,9 @@ Tensor forward(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias
                IntList dilation, int64_t groups) {
   DType dtype = dtype_of(x, "x");
   check_like(weight, "weight", x);
-  std::array<StableIValue, 9> stack{from(x),       from(weight), from(bias),  from(stride), from(padding),
-                                    from(dilation), from(false),  from(kNoOutputPadding), from(groups)};
+  std::array<StableIValue, 9> stack{from(x),      from(weight),           from(bias),
+                                    from(stride), from(padding),          from(dilation),
+                                    from(false),  from(kNoOutputPadding), from(groups)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution", "", stack.data(), TORCH_ABI_VERSION));
   Tensor y = to<Tensor>(stack[0]);
   const int64_t n = y.numel();

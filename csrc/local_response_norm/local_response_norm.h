@@ -3,7 +3,8 @@
 //   y_c  = x_c * s_c^-beta,   s_c = k + alpha/n * sum of x_j^2 for j in [c - n/2, c + (n-1)/2]
 //   dx_i = dy_i * s_i^-beta - (2 alpha beta / n) * x_i * sum of dy_j x_j s_j^-(beta+1) for j in [i - (n-1)/2, i + n/2]
 //
-// Window indices outside the channels count as zeros. The backward window is the forward's mirror: it differs for even n.
+// Window indices outside the channels count as zeros. The backward window is the forward's mirror: it differs for even
+// n.
 #pragma once
 
 #include "../common/isa.h"
@@ -27,9 +28,7 @@ struct LocalResponseNorm {
 // CPU: work is split into units (tiles of pixels); each call does the units [begin, end).
 constexpr int64_t kLrnTile = 64;
 
-inline int64_t local_response_norm_units(const LocalResponseNorm& p) {
-  return p.batch * ceil_div(p.pixels, kLrnTile);
-}
+inline int64_t local_response_norm_units(const LocalResponseNorm& p) { return p.batch * ceil_div(p.pixels, kLrnTile); }
 
 template <Isa isa>
 void local_response_norm_cpu(const LocalResponseNorm& p, const void* x, void* y, int64_t begin, int64_t end);
@@ -40,6 +39,7 @@ void local_response_norm_backward_cpu(const LocalResponseNorm& p, const void* dy
 
 // CUDA: asynchronous on `stream` (a cudaStream_t); returns a cudaError_t.
 int local_response_norm_cuda(const LocalResponseNorm& p, const void* x, void* y, void* stream);
-int local_response_norm_backward_cuda(const LocalResponseNorm& p, const void* dy, const void* x, void* dx, void* stream);
+int local_response_norm_backward_cuda(const LocalResponseNorm& p, const void* dy, const void* x, void* dx,
+                                      void* stream);
 
 }  // namespace alexnet_ext

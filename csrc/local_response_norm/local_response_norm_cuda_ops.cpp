@@ -16,13 +16,12 @@ Tensor forward(const Tensor& x, int64_t size, double alpha, double beta, double 
 
 Tensor backward(const Tensor& dy, const Tensor& x, int64_t size, double alpha, double beta, double k) {
   CudaStream stream(x);
-  return on_pixels(
-      dy, x, {size, alpha, beta, k},
-      [&](const LocalResponseNorm& p, const Tensor& gradient, const Tensor& in, Tensor& dx) {
-        stream.check("local_response_norm_backward",
-                     local_response_norm_backward_cuda(p, gradient.data_ptr(), in.data_ptr(), dx.data_ptr(),
-                                                       stream.get()));
-      });
+  return on_pixels(dy, x, {size, alpha, beta, k},
+                   [&](const LocalResponseNorm& p, const Tensor& gradient, const Tensor& in, Tensor& dx) {
+                     stream.check("local_response_norm_backward",
+                                  local_response_norm_backward_cuda(p, gradient.data_ptr(), in.data_ptr(),
+                                                                    dx.data_ptr(), stream.get()));
+                   });
 }
 
 }  // namespace

@@ -9,9 +9,8 @@ namespace {
 Tensor forward(const Tensor& x, int64_t size, double alpha, double beta, double k) {
   return on_pixels(x, {size, alpha, beta, k}, [](const LocalResponseNorm& p, const Tensor& in, Tensor& y) {
     parallel(local_response_norm_units(p), [&](int64_t begin, int64_t end) {
-      with_isa(best_isa(), [&](auto isa) {
-        local_response_norm_cpu<isa.value>(p, in.data_ptr(), y.data_ptr(), begin, end);
-      });
+      with_isa(best_isa(),
+               [&](auto isa) { local_response_norm_cpu<isa.value>(p, in.data_ptr(), y.data_ptr(), begin, end); });
     });
   });
 }

@@ -65,9 +65,7 @@ class LrnRows {
   // y must not overlap x, and both must have a vector of slack.
   void forward(const A* x, A* y, int64_t pixels) {
     with_power(lrn_.beta, [&](auto power) {
-      for_groups(pixels, [&](int64_t at, int64_t span, int64_t step) {
-        normalize(x + at, y + at, span, step, power);
-      });
+      for_groups(pixels, [&](int64_t at, int64_t span, int64_t step) { normalize(x + at, y + at, span, step, power); });
     });
   }
 

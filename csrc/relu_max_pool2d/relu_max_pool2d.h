@@ -41,9 +41,7 @@ inline Band band_of(const Images& s, int64_t unit) {
 }
 
 // CPU units: NCHW planes, or bands of NHWC rows (of the output forward, of the input backward).
-inline int64_t relu_max_pool2d_units(const Images& s) {
-  return s.channels_last ? band_count(s) : s.batch * s.channels;
-}
+inline int64_t relu_max_pool2d_units(const Images& s) { return s.channels_last ? band_count(s) : s.batch * s.channels; }
 
 template <Isa isa>
 void relu_max_pool2d_cpu(const ReluMaxPool2d& p, const void* x, void* y, uint8_t* winners, int64_t begin, int64_t end);

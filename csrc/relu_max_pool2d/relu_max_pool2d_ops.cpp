@@ -23,8 +23,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, IntList kernel, IntList stri
 
 Tensor backward(const Tensor& dy, const Tensor& winners, int64_t height, int64_t width, IntList kernel, IntList stride,
                 IntList padding, IntList dilation) {
-  ReluMaxPool2d p{dtype_of(dy, "dy"), {}, images_of(winners, "winners"),
-                  pooling_of(kernel, stride, padding, dilation)};
+  ReluMaxPool2d p{dtype_of(dy, "dy"), {}, images_of(winners, "winners"), pooling_of(kernel, stride, padding, dilation)};
   check_winners(winners, dy);
   p.in = unpooled(p.out, height, width, p.pool);
   Tensor gradient = dense(dy, p.out), taps = dense(winners, p.out);

@@ -89,7 +89,8 @@ class PoolRows {
         y_(out_width * channels),
         winners_(out_width * channels) {}
 
-  // For each output row in [begin, end): make(row, A* in) fills the input rows it needs, emit(row, y, winners) takes it.
+  // For each output row in [begin, end): make(row, A* in) fills the input rows it needs, emit(row, y, winners) takes
+  // it.
   template <class Make, class Emit>
   void run(int64_t begin, int64_t end, Make&& make, Emit&& emit) {
     cache_.clear();
@@ -280,8 +281,7 @@ class UnpoolRows {
             int64_t at = found[r] * row_size_ + c * length_ + before_ + j;
             for (int64_t s = columns_.taps - 1; s >= 0; --s)
               if (columns_.slot[s] == q)
-                add(sum, gradients_ + at - columns_.offset[s], taps_ + at - columns_.offset[s],
-                    r * columns_.taps + s);
+                add(sum, gradients_ + at - columns_.offset[s], taps_ + at - columns_.offset[s], r * columns_.taps + s);
           }
           store(sums + j, sum);
         }

@@ -14,7 +14,7 @@ void relu_max_pool2d_lrn_cpu(const LrnPoolBlock& p, const void* x, const void* b
 
 // bias_sums as in relu_lrn_max_pool2d_backward_cpu.
 template <Isa isa>
-void relu_max_pool2d_lrn_backward_cpu(const LrnPoolBlock& p, const void* dy, const void* pooled,
-                                      const uint8_t* winners, void* dx, void* bias_sums, int64_t begin, int64_t end);
+void relu_max_pool2d_lrn_backward_cpu(const LrnPoolBlock& p, const void* dy, const void* pooled, const uint8_t* winners,
+                                      void* dx, void* bias_sums, int64_t begin, int64_t end);
 
 }  // namespace alexnet_ext

@@ -1,9 +1,8 @@
 // CaffeNet's block on the CPU: x is read once; its pooled quarter is normalized while it is in cache.
-#include "relu_max_pool2d_lrn.h"
-
 #include "../common/cpu_bias.h"
 #include "../local_response_norm/local_response_norm_rows.h"
 #include "../relu_max_pool2d/relu_max_pool2d_rows.h"
+#include "relu_max_pool2d_lrn.h"
 
 namespace alexnet_ext {
 

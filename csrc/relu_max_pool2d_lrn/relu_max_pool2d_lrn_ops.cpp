@@ -7,8 +7,8 @@
 namespace alexnet_ext {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, std::optional<Tensor> bias, int64_t lrn_size,
-                                           double alpha, double beta, double k, IntList kernel, IntList stride) {
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, std::optional<Tensor> bias, int64_t lrn_size, double alpha,
+                                           double beta, double k, IntList kernel, IntList stride) {
   LrnPoolBlock p = block_of(x, {lrn_size, alpha, beta, k}, kernel, stride);
   p.in = images_of(x, "x");
   p.out = pooled(p.in, p.pool, false);
