@@ -140,12 +140,13 @@ CASES: dict[str, tuple[Case, ...]] = {
     **{op: _block_cases(op) for op in BLOCKS},
 }
 
-# One plain case an op, and the same without its bias, for what does not hang on the numbers.
+# One plain case an op, and the same without its bias, for what does not hang on the numbers. (Sizes that may vary
+# differ from sizes that may not: torch.compile takes equal ones for one and the same.)
 EXAMPLES = (
     lrn((2, 6, 5, 7), size=4),
     pool((2, 3, 9, 7), padding=1),
-    conv((2, 4, 7, 5), 6, (3, 3), padding=1, groups=2),
-    conv((2, 4, 7, 5), 6, (3, 3), bias=False),
+    conv((5, 4, 7, 9), 6, (3, 3), padding=1, groups=2),
+    conv((5, 4, 7, 9), 6, (3, 3), bias=False),
     *(block(op, (2, 6, 7, 9), lrn_size=4, bias=bias) for op in BLOCKS for bias in (True, False)),
 )
 
