@@ -175,6 +175,7 @@ def check(
     *,
     op_names: Sequence[str] = OPS,
     variants: Sequence[str] = tuple(VARIANTS),
+    dtypes: Sequence[str] = tuple(DTYPES),
 ) -> Iterator[CheckRow]:
     """Compare ops and networks, values and all gradients, with float64 and with stock PyTorch in the same dtype.
 
@@ -188,25 +189,32 @@ def check(
     Args:
         device: ``"cpu"``, ``"cuda"``, ...; None is the GPU where there is one.
         op_names, variants: what to check; empty for none.
+        dtypes: of ``"fp32"``, ``"bf16"`` and ``"fp16"``.
 
     Raises:
-        ValueError: an unknown op or variant.
+        ValueError: an unknown op, variant or dtype.
     """
-    for kind, asked, known in (("op_names", op_names, OPS), ("variants", variants, tuple(VARIANTS))):
+    names = (("op_names", op_names, OPS), ("variants", variants, tuple(VARIANTS)), ("dtypes", dtypes, tuple(DTYPES)))
+    for kind, asked, known in names:
         for name in asked:
             if name not in known:
                 raise ValueError(f"{kind} must be of {', '.join(known)}, got {name!r}")
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return _rows(torch.device(device), op_names, variants)
+    return _rows(torch.device(device), op_names, variants, dtypes)
 
 
-def _rows(device: torch.device, op_names: Sequence[str], variants: Sequence[str]) -> Iterator[CheckRow]:
+def _rows(
+    device: torch.device, op_names: Sequence[str], variants: Sequence[str], dtypes: Sequence[str]
+) -> Iterator[CheckRow]:
     for case in CASES:
         if case.op in op_names:
-            yield from _op_rows(case, device)
+            yield from _op_rows(case, device, dtypes)
     for variant in variants:
-        yield from _network_rows(variant, device)
+        # The variants share their layers: the paper's shows what a dtype or a layout does to them.
+        chosen = dtypes if variant == "paper" else [name for name in dtypes if name == "fp32"]
+        if chosen:
+            yield from _network_rows(variant, device, chosen)
 
 
 @contextmanager
@@ -230,7 +238,7 @@ def _with_gradients(run: Callable[..., Tensor], inputs: Sequence[Tensor], dy: Te
     return [t.detach().cpu() for t in (y, *gradients)]
 
 
-def _op_rows(case: _Case, device: torch.device) -> Iterator[CheckRow]:
+def _op_rows(case: _Case, device: torch.device, dtypes: Sequence[str]) -> Iterator[CheckRow]:
     exact = [
         _integers(i, shape, spacing) for i, (shape, spacing) in enumerate(zip(case.shapes, case.spacings, strict=True))
     ]
@@ -241,7 +249,8 @@ def _op_rows(case: _Case, device: torch.device) -> Iterator[CheckRow]:
     reference = _with_gradients(case.stock, wide, dy)
     names = ["y", "dx", *(["dweight", "dbias"] if len(case.shapes) == 3 else ["dbias"])][: len(reference)]
     backend = _backend_of([case.op], device)
-    for dtype_name, dtype in DTYPES.items():
+    for dtype_name in dtypes:
+        dtype = DTYPES[dtype_name]
         eps = torch.finfo(dtype).eps
         # Results are rounded to the dtype, sums are kept in fp32: k * eps * sqrt(K) has two parts.
         slack = eps + FP32_EPS * math.sqrt(case.terms) / 8
@@ -267,7 +276,7 @@ def _decided(values: Tensor) -> Tensor:
     return (first - second > 4 * torch.finfo(torch.bfloat16).eps * first) | (first <= 0)
 
 
-def _network_rows(variant: str, device: torch.device) -> Iterator[CheckRow]:
+def _network_rows(variant: str, device: torch.device, dtypes: Sequence[str]) -> Iterator[CheckRow]:
     model = _build(variant, fused=False)
     weights = network_weights(model)
     size = model.config.image_size
@@ -275,7 +284,7 @@ def _network_rows(variant: str, device: torch.device) -> Iterator[CheckRow]:
     names = ["y", "dx", *(f"d {name}" for name in weights)]
     reference = _run_network(model, {name: w.double() for name, w in weights.items()}, image.double(), dy)
     backend = _backend_of(OPS, device)
-    dtypes, layouts = (DTYPES, LAYOUTS) if variant == "paper" else (["fp32"], ["contiguous"])
+    layouts = list(LAYOUTS) if variant == "paper" else ["contiguous"]
     placed_weights = {name: w.to(device) for name, w in weights.items()}
     for dtype_name in dtypes:
         dtype = DTYPES[dtype_name]
@@ -386,6 +395,7 @@ def check_table(rows: Sequence[CheckRow]) -> Table:
     """The rows as a ``rich.table.Table`` to print, with the verdict and the notes below."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     notes = list(dict.fromkeys(row.note for row in rows if row.note))
     table = Table(
@@ -393,7 +403,8 @@ def check_table(rows: Sequence[CheckRow]) -> Table:
         collapse_padding=True,
         pad_edge=False,
         title="Errors against float64",
-        caption="\n".join([verdict(rows)[1], *(f"[{i}] {note}" for i, note in enumerate(notes, 1))]),
+        # A Text, for in a str rich would read an error's brackets as markup.
+        caption=Text("\n".join([verdict(rows)[1], *(f"[{i}] {note}" for i, note in enumerate(notes, 1))])),
     )
     for heading in ("what", "dtype", "layout", "runs", "worst"):
         table.add_column(heading)
