@@ -16,7 +16,9 @@
 
 namespace alexnet_ext::ALEXNET_ISA {
 
-#if defined(__AVX512F__)
+#if defined(ALEXNET_VECTOR_BYTES)
+constexpr int kVectorBytes = ALEXNET_VECTOR_BYTES;  // ALEXNET_EXT_NARROW: wide vectors made of narrower ones
+#elif defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
 #elif defined(__AVX2__)
 constexpr int kVectorBytes = 32;

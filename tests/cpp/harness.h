@@ -51,12 +51,18 @@ inline std::vector<Isa> isas() {
   std::vector<Isa> found{Isa::portable};
 #if defined(ALEXNET_X86)
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#if defined(ALEXNET_NARROW)
+  const bool avx512 = avx2;
+  const char* made_of = " (of AVX2 instructions)";
+#else
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  const char* made_of = "";
+#endif
   if (avx2) found.push_back(Isa::avx2);
   if (avx512) found.push_back(Isa::avx512);
-  std::printf("instruction sets: portable%s%s\n", avx2 ? ", avx2" : " (this CPU has no avx2)",
-              avx512 ? ", avx512" : " (this CPU has no avx512)");
+  std::printf("instruction sets: portable%s%s%s\n", avx2 ? ", avx2" : " (this CPU has no avx2)",
+              avx512 ? ", avx512" : " (this CPU has no avx512)", made_of);
 #else
   std::printf("instruction sets: portable (the only one built)\n");
 #endif
