@@ -407,7 +407,7 @@ def check_table(rows: Sequence[CheckRow]) -> Table:
         caption=Text("\n".join([verdict(rows)[1], *(f"[{i}] {note}" for i, note in enumerate(notes, 1))])),
     )
     for heading in ("what", "dtype", "layout", "runs", "worst"):
-        table.add_column(heading)
+        table.add_column(heading, overflow="fold")
     for heading in ("error", "stock's", "tolerance"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("")

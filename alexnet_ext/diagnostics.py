@@ -63,7 +63,8 @@ class Info:
         lines += ["", "Build record"]
         for name, value in self.build_record.items():
             text = value if isinstance(value, str) else json.dumps(value)
-            lines.append(f"  {name}: {text}")
+            if text:  # a reason that is empty: nothing was left out
+                lines.append(f"  {name}: {text}")
         if not self.build_record:
             lines.append("  none: nothing has been built in this folder")
         lines += ["", "Backends that backend='auto' picks"]
