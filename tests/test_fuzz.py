@@ -1,0 +1,116 @@
+"""Random shapes, constants, dtypes and layouts against float64: 500 cases an op, and 20,000 with ``pytest -m long``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from . import cases, oracle
+from .cases import Case, block, conv, lrn, pool
+
+Draw = Callable[[st.SearchStrategy[Any]], Any]
+
+sizes = st.integers(1, 6) | st.integers(1, 40)
+channels = st.integers(1, 9) | st.integers(1, 70)
+alphas = st.sampled_from([1e-4, 5e-4, 0.1, 1.5])
+betas = st.sampled_from([0.75, 0.5, 1.0, 2.0, 0.3])
+windows = st.integers(1, 5) | st.sampled_from([7, 15, 33])
+
+
+def pair_within(draw: Draw, low: int, high: tuple[int, int]) -> tuple[int, int]:
+    return draw(st.integers(low, high[0])), draw(st.integers(low, high[1]))
+
+
+def draw_shape(draw: Draw, rank: int = 4) -> tuple[int, ...]:
+    """(N, C, H, W) of at most some thousand values, rarely none."""
+    batch, plane = draw(st.integers(0, 3)), [draw(sizes) for _ in range(rank - 2)]
+    while max(batch, 1) * (count := torch.Size(plane).numel()) > 1500:
+        plane[plane.index(max(plane))] = 1 + count % 5
+    depth = min(draw(channels), max(1, 20_000 // (max(batch, 1) * torch.Size(plane).numel())))
+    return batch, depth, *plane
+
+
+@st.composite
+def lrn_cases(draw: Draw) -> Case:
+    shape = draw_shape(draw, draw(st.sampled_from([3, 4, 4, 4, 5, 6])))
+    return lrn(shape, draw(windows), draw(alphas), draw(betas), draw(st.sampled_from([1.0, 2.0, 0.5])))
+
+
+@st.composite
+def pool_cases(draw: Draw) -> Case:
+    shape = draw_shape(draw)
+    dilation = pair_within(draw, 1, (3, 3))
+    reach = [(shape[2 + i] - 1) // dilation[i] + 1 for i in (0, 1)]
+    kernel = pair_within(draw, 1, (min(reach[0], 5), min(reach[1], 5)))
+    # Stock dilates its windows but not its padding rule, so that a window may lie in the padding alone.
+    padding = pair_within(draw, 0, tuple(k // 2 if d == 1 else 0 for k, d in zip(kernel, dilation, strict=True)))
+    stride = pair_within(draw, 1, (4, 4))
+    return pool(shape, kernel, stride, padding=padding, dilation=dilation, ceil_mode=draw(st.booleans()))
+
+
+@st.composite
+def conv_cases(draw: Draw) -> Case:
+    batch, _, height, width = draw_shape(draw)
+    groups, dilation = draw(st.sampled_from([1, 1, 2, 2, 3])), pair_within(draw, 1, (2, 2))
+    padding, stride = pair_within(draw, 0, (3, 3)), pair_within(draw, 1, (3, 3))
+    reach = [(size + 2 * p - 1) // d + 1 for size, p, d in zip((height, width), padding, dilation, strict=True)]
+    kernel = pair_within(draw, 1, (min(reach[0], 5), min(reach[1], 5)))
+    each_in, each_out = draw(st.integers(1, 9)), draw(st.integers(1, 9))
+    shape = (batch, groups * each_in, height, width)
+    options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    return conv(shape, groups * each_out, kernel, draw(st.booleans()), **options)
+
+
+@st.composite
+def block_cases(draw: Draw, op: str) -> Case:
+    shape = draw_shape(draw)
+    constants = {
+        "lrn_size": draw(windows),
+        "alpha": draw(alphas),
+        "beta": draw(betas),
+        "k": draw(st.sampled_from([1, 2])),
+    }
+    kernel = pair_within(draw, 1, (min(shape[2], 4), min(shape[3], 4)))
+    return block(op, shape, draw(st.booleans()), kernel_size=kernel, stride=pair_within(draw, 1, (4, 4)), **constants)
+
+
+CASES: dict[str, st.SearchStrategy[Case]] = {
+    "local_response_norm": lrn_cases(),
+    "relu_max_pool2d": pool_cases(),
+    "conv2d_bias_relu": conv_cases(),
+    **{op: block_cases(op) for op in cases.BLOCKS},
+}
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("examples", [500, pytest.param(20_000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("op", cases.OPS)
+def test_fuzz(op: str, examples: int) -> None:
+    """500 are the same ones every time; the long run draws new ones and prints how to repeat a failure."""
+
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        derandomize=examples == 500,
+        database=None,
+        print_blob=True,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(
+        case=CASES[op],
+        dtype=st.sampled_from(cases.DTYPES),
+        layout=st.sampled_from(cases.LAYOUTS),
+        dy_layout=st.sampled_from(cases.LAYOUTS),
+        seed=st.integers(0, 99),
+    )
+    def run(case: Case, dtype: torch.dtype, layout: str, dy_layout: str, seed: int) -> None:
+        if len(case.shapes["x"]) > 4 and layout in ("transposed", "sliced", "expanded"):
+            layout = "offset"  # stock, the yardstick, cannot view these strides
+        oracle.assert_matches_float64(case, cases.make(case, dtype, layout, seed=seed), dy_layout=dy_layout)
+
+    run()
