@@ -1,0 +1,204 @@
+"""``python tests/mutation.py``: do the tests notice a fault? Plants faults in the CPU kernels, one at a time.
+
+Each fault is an exact replacement of text in a temporary copy of the tree. What depends on it is rebuilt (for the
+portable instruction set alone, which holds the same code), and the op's plain C++ test must fail, or, where the fault
+lies in front of the kernels, the named tests of pytest. Exit code 1 when a fault survives, or can no longer be planted.
+
+    python tests/mutation.py [NAME ...]     # only the faults whose name holds one of the words
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LRN = "csrc/local_response_norm/local_response_norm_rows.h"
+POOL = "csrc/relu_max_pool2d/relu_max_pool2d_rows.h"
+VECTOR = "csrc/common/cpu_vector.h"
+BIAS = "csrc/common/cpu_bias.h"
+SECONDS = 240  # a fault may make a loop endless
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One planted fault, and the test that must notice it: a C++ test's op, or pytest's arguments."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    test: str
+    times: int = 1
+
+
+FAULTS = (
+    Fault("LRN: window of even n mirrored", LRN, "return data - before_ * step;", "return data - after_ * step;",
+          "local_response_norm"),
+    Fault("LRN: window shifted by one", LRN, "window(windows + f, step)", "window(windows + f + step, step)",
+          "local_response_norm", 2),
+    Fault("LRN: last channel of the window left out", LRN, "j <= before_ + after_", "j < before_ + after_",
+          "local_response_norm"),
+    Fault("LRN: backward's mirror dropped", LRN, "terms + f - after_ * step", "terms + f - before_ * step",
+          "local_response_norm"),
+    Fault("LRN: alpha not divided by n", LRN, "static_cast<A>(lrn_.alpha / static_cast<double>(lrn_.size))",
+          "static_cast<A>(lrn_.alpha)", "local_response_norm", 2),
+    Fault("LRN: backward's factor not divided by n", LRN,
+          "2 * lrn_.alpha * lrn_.beta / static_cast<double>(lrn_.size)", "2 * lrn_.alpha * lrn_.beta",
+          "local_response_norm"),
+    Fault("LRN: 0 * inf flows through beta = 0", LRN, "if (lrn_.beta == 0)", "if (false)", "local_response_norm"),
+    Fault("LRN: last tile not cut short", "csrc/local_response_norm/local_response_norm_cpu.cpp",
+          "left < kLrnTile ? left : kLrnTile", "kLrnTile", "local_response_norm"),
+    Fault("pool: >= for >, the last of equal values wins", POOL, "(v > value) | (v != v)", "(v >= value) | (v != v)",
+          "relu_max_pool2d"),
+    Fault("pool: NaN skipped", POOL, "(v > value) | (v != v)", "(v > value)", "relu_max_pool2d"),
+    # 0 instead of -inf would be right here: the maximum starts at ReLU's 0.
+    Fault("pool: padding holds a value that can win", POOL, "to[i] = -INFINITY", "to[i] = 1", "relu_max_pool2d", 2),
+    Fault("pool: window without a winner gives tap 0", POOL, "broadcast<Int<A>>(kNoWinner)", "broadcast<Int<A>>(0)",
+          "relu_max_pool2d"),
+    Fault("pool: row stride taken for the column's", POOL, "oh * pool_.stride[0] - pool_.padding[0]",
+          "oh * pool_.stride[1] - pool_.padding[0]", "relu_max_pool2d"),
+    Fault("pool: dilation of columns ignored", POOL, "first + s * dilation", "first + s", "relu_max_pool2d"),
+    Fault("pool: padding of rows ignored backward", POOL, "ih + pool_.padding[0] - r", "ih - r", "relu_max_pool2d"),
+    Fault("pool: rows of the unit before are kept", POOL, "cache_.clear();\n    for (int64_t oh",
+          "for (int64_t oh", "relu_max_pool2d"),
+    Fault("pool: bands overlap", "csrc/relu_max_pool2d/relu_max_pool2d.h",
+          "first + rows < s.height ? first + rows : s.height", "s.height", "relu_lrn_max_pool2d"),
+    Fault("ReLU: NaN turned to 0", "csrc/conv2d_bias_relu/conv2d_bias_relu_cpu.cpp", "widen(values[i]) <= 0 ?",
+          "!(widen(values[i]) > 0) ?", "conv2d_bias_relu"),
+    Fault("ReLU: gradient 1 at 0", "csrc/conv2d_bias_relu/conv2d_bias_relu_cpu.cpp", "widen(result[i]) <= 0 ?",
+          "widen(result[i]) < 0 ?", "conv2d_bias_relu"),
+    Fault("block: ReLU's mask dropped", "csrc/relu_lrn_max_pool2d/relu_lrn_max_pool2d_cpu.cpp",
+          "mask<A>(gradient, activation, row_size);", "", "relu_lrn_max_pool2d"),
+    Fault("block: bias left out of the recomputed activation",
+          "csrc/relu_lrn_max_pool2d/relu_lrn_max_pool2d_cpu.cpp",
+          "add_bias(row, static_cast<const T*>(bias), p.in);", "", "relu_lrn_max_pool2d"),
+    Fault("bias: one channel's added to all (channels-last)", BIAS, "+= widen(bias[i]);\n    return",
+          "+= widen(bias[0]);\n    return", "relu_max_pool2d_lrn"),
+    Fault("bias gradient: tail of a row not summed", BIAS, "for (; j < s.width; ++j) sum += values[j];", "",
+          "relu_lrn_max_pool2d"),
+    Fault("bf16: truncated, not rounded", VECTOR, "(bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16", "bits >> 16",
+          "relu_max_pool2d_lrn"),
+    Fault("fp16: ties rounded up, not to even", VECTOR, "0xfffu + ((magnitude >> 13) & 1u)", "0x1000u",
+          "relu_max_pool2d_lrn"),
+    Fault("fp16: subnormals read as 0", VECTOR, "uint32_t scaled = to_bits(from_bits(magnitude) * 0x1p112f);",
+          "uint32_t scaled = magnitude < 0x800000u ? 0 : to_bits(from_bits(magnitude) * 0x1p112f);",
+          "local_response_norm"),
+    Fault("boundary: ceil_mode ignored", "csrc/relu_max_pool2d/pooling.h", "(ceil_mode ? pool.stride[i] - 1 : 0)", "0",
+          "tests/test_relu_max_pool2d.py -k sizes"),
+    Fault("boundary: a last window in the right padding is kept", "csrc/relu_max_pool2d/pooling.h",
+          "if (ceil_mode && (length - 1) * pool.stride[i] >= sides[i] + pool.padding[i]) --length;", "",
+          "tests/test_relu_max_pool2d.py -k 'sizes or small_size'"),
+    Fault("boundary: LRN takes any gradient for dense", "csrc/local_response_norm/local_response_norm_plan.h",
+          "launch(p, with_strides_of(dx, dy), in, dx);", "launch(p, dy, in, dx);",
+          "tests/test_citizen.py -k 'gradient and local_response_norm'"),
+    Fault("boundary: images of any strides taken for dense", "csrc/common/tensor.h",
+          "if (x.size(i) <= 1 || x.stride(i) == strides[i]) continue;", "continue;",
+          "tests/test_relu_max_pool2d.py -k values_and_gradients"),
+    Fault("boundary: the mask takes any gradient for dense", "csrc/conv2d_bias_relu/conv2d_bias_relu_ops.cpp",
+          "gradient = with_strides_of(dz, dy)", "gradient = dy",
+          "tests/test_citizen.py -k 'gradient and conv2d_bias_relu'"),
+    Fault("boundary: bias gradient of the first band alone", "csrc/relu_lrn_max_pool2d/block.h", "u < units_", "u < 1",
+          "tests/test_relu_lrn_max_pool2d.py -k values_and_gradients"),
+)  # fmt: skip
+
+
+class Tree:
+    """The copy of the tree that faults are planted in, and its build folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "tree"
+        self.build = folder / "build"
+        kept_out = (".*", "build", "dist", "runs", "predictions", "*.so", "__pycache__", "*.egg-info")
+        shutil.copytree(ROOT, self.folder, ignore=shutil.ignore_patterns(*kept_out))
+        # cmake and ninja of this Python before those of the distribution, which may be too old.
+        self.path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        self._run(
+            [
+                *("cmake", "-G", "Ninja", "-S", str(self.folder), "-B", str(self.build)),
+                *(f"-DPython_EXECUTABLE={sys.executable}", f"-DALEXNET_EXT_OUTPUT={self.folder / 'alexnet_ext'}"),
+                *("-DALEXNET_EXT_TESTS=ON", "-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O1"),
+                # Named as a target of its own, the machine is none that CMakeLists.txt knows instruction sets for.
+                *("-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=portable"),
+            ],
+            "the tree does not configure",
+        )
+
+    def _run(self, command: list[str], failure: str) -> None:
+        # No nvcc: the CUDA kernels are none of this script's business.
+        environment = {**os.environ, "CUDACXX": "none", "PATH": self.path}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if done.returncode:
+            raise SystemExit(f"{failure}:\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
+
+    def make(self, test: str, failure: str) -> None:
+        target = "cpu" if test.startswith("tests/") else f"test_{test}"
+        self._run(["cmake", "--build", str(self.build), "--target", target], failure)
+
+    def notices(self, test: str) -> str:
+        """Builds what ``test`` needs and runs it; how it noticed a fault, "" when it passed."""
+        self.make(test, f"{test} does not compile")
+        if not test.startswith("tests/"):
+            command = [str(self.build / f"test_{test}")]
+        else:
+            command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *shlex.split(test)]
+        try:
+            done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True, timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            return f"no end after {SECONDS} s"
+        if done.returncode == 0:
+            return ""
+        if done.returncode < 0:
+            return f"stopped by signal {-done.returncode}"
+        lines = [line for line in done.stdout.splitlines() if line.startswith("FAILED ")]
+        if done.returncode != 1 or not lines:
+            raise SystemExit(f"{' '.join(command)} did not run:\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
+        return lines[0].removeprefix("FAILED ")
+
+    def plant(self, fault: Fault) -> str:
+        """Puts the fault in place; the text that was there."""
+        path = self.folder / fault.file
+        before = path.read_text()
+        found = before.count(fault.old)
+        if found != fault.times:
+            raise SystemExit(
+                f"{fault.name}: {fault.file} holds {fault.old!r} {found} times, expected {fault.times}: "
+                "the code has changed, so tests/mutation.py must follow"
+            )
+        path.write_text(before.replace(fault.old, fault.new))
+        return before
+
+
+def main(words: list[str]) -> int:
+    faults = [fault for fault in FAULTS if not words or any(word in fault.name for word in words)]
+    if not faults:
+        raise SystemExit(f"no fault's name holds {' or '.join(words)}")
+    started = time.monotonic()
+    survivors = 0
+    with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
+        tree = Tree(Path(folder))
+        for test in dict.fromkeys(fault.test for fault in faults):
+            if noticed := tree.notices(test):
+                raise SystemExit(f"{test} fails with no fault planted: {noticed}")
+        print(f"no fault planted: all tests pass ({time.monotonic() - started:.0f} s)", flush=True)
+        for number, fault in enumerate(faults, 1):
+            before = tree.plant(fault)
+            noticed = tree.notices(fault.test)
+            (tree.folder / fault.file).write_text(before)
+            survivors += not noticed
+            verdict = "killed  " if noticed else "SURVIVED"
+            print(f"{number:2d}  {verdict}  {fault.name:56s}  {noticed[:120]}", flush=True)
+    seconds = time.monotonic() - started
+    print(f"{len(faults) - survivors} of {len(faults)} planted faults noticed in {seconds:.0f} s")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
