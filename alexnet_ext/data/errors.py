@@ -45,4 +45,4 @@ def require(name: str, extra: str = "train") -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or name.split(".")[0] != error.name.split(".")[0]:
             raise
-        raise CommandError(f"{error.name} is not installed: pip install -e '.[{extra}]'") from error
+        raise CommandError(f"{name.split('.')[0]} is not installed: pip install -e '.[{extra}]'") from error

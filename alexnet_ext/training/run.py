@@ -187,7 +187,7 @@ def load(
 ) -> tuple[models.AlexNet, checkpoint.Description]:
     """The network of a run, checkpoint folder or weights file, ready to evaluate."""
     path = checkpoint.find_weights(weights, warn)
-    model, description = checkpoint.load_model(path, variant, fused=not stock)
+    model, description = checkpoint.load_model(path, variant and str(variant), fused=not stock)
     model.to(device).to(memory_format=torch.channels_last)
     return model.eval(), description
 

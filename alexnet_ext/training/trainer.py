@@ -24,6 +24,7 @@ from .evaluate import Evaluation, autocast, evaluate, to_device
 from .files import locked
 from .interrupt import Interrupt, Interrupted
 from .log import Log
+from .memory import keep_freed_memory
 from .progress import Reporter
 from .recipe import Recipe
 
@@ -52,6 +53,8 @@ class Trainer:
         self.mark = time.perf_counter()
         self.flush_every = FLUSH_EVERY_CUDA if device.type == "cuda" else 1
 
+        if device.type == "cpu":
+            keep_freed_memory()
         seed_everything(recipe.seed)
         self.model = models.alexnet(
             variant=recipe.model,
