@@ -1,0 +1,138 @@
+# The build's steps of .ci/run: what is installed where, and every way to build that must work.
+
+environments() {
+  local name
+  for name in cpu cuda; do
+    python3 -m venv "$work/$name"
+    enter $name
+    pip install -q --upgrade pip
+  done
+  enter cpu
+  pip install -q torch==2.13.0
+  pip install -q 'setuptools>=77' 'cmake>=3.26' 'ninja>=1.11' numpy 'pytest>=8' 'hypothesis>=6.100' 'pytest-benchmark>=4'
+  python -c 'import torch; assert torch.version.cuda is None, f"{torch.__version__} is no CPU build"'
+  enter cuda
+  pip install -q torch==2.14.1 torchvision==0.29.1
+  pip install -q 'setuptools>=77' 'cmake>=3.26' 'ninja>=1.11' numpy
+  python -c 'import torch; assert torch.version.cuda, f"{torch.__version__} is no CUDA build"'
+  command -v nvcc > /dev/null || { echo "nvcc is not on PATH: the CUDA kernels cannot be compiled"; return 1; }
+}
+
+# wheel ENVIRONMENT: builds one without isolation, in $work/wheels/ENVIRONMENT.
+wheel() {
+  enter "$1"
+  pip wheel -q . --no-build-isolation --no-deps --wheel-dir "$work/wheels/$1"
+  local file
+  file=$(basename "$work/wheels/$1"/*.whl)
+  case $file in
+    alexnet_ext-*-py3-none-linux_x86_64.whl) echo "$file" ;;
+    *) echo "the wheel is named $file"; return 1 ;;
+  esac
+  python -m zipfile --list "$work/wheels/$1/$file" | grep -o 'alexnet_ext/lib[^ ]*' | sort > "$work/wheels/$1/libraries"
+  cat "$work/wheels/$1/libraries"
+}
+
+wheels() {
+  # In a folder with nothing of a toolkit beside it.
+  mkdir "$work/wrapper"
+  printf '#!/bin/sh\nexec "%s" "$@"\n' "$(command -v nvcc)" > "$work/wrapper/nvcc"
+  chmod +x "$work/wrapper/nvcc"
+  local before=$system_path
+  system_path=$work/wrapper:$before
+  wheel cuda
+  system_path=$before
+  diff "$work/wheels/cuda/libraries" <(printf 'alexnet_ext/libalexnet_ext_%s.so\n' cpu cuda)
+  # Built second in the same tree: nothing of the first may be left in it.
+  wheel cpu
+  diff "$work/wheels/cpu/libraries" <(printf 'alexnet_ext/libalexnet_ext_%s.so\n' cpu)
+}
+
+# smoke ENVIRONMENT WHEEL LIBRARY...: the wheel in this environment; the libraries must load, every op equal stock.
+smoke() {
+  enter "$1"
+  pip install -q --force-reinstall --no-deps "$work/wheels/$2"/*.whl
+  pip install -q "$work/wheels/$2"/*.whl # what it depends on
+  pip check
+  (cd "$work" && python -I "$root/.ci/smoke.py" "${@:3}")
+}
+
+wheels_run() {
+  smoke cpu cpu cpu
+  smoke cuda cpu cpu
+  smoke cuda cuda cpu cuda
+  smoke cpu cuda cpu
+}
+
+ops_under_the_other_torch() {
+  enter cpu
+  # Away from the source tree, so that the installed wheel is what is tested.
+  mkdir "$work/ops"
+  cp -r tests pyproject.toml "$work/ops"
+  (
+    cd "$work/ops"
+    python -c 'import alexnet_ext, sys; assert alexnet_ext.__file__.startswith(sys.prefix), alexnet_ext.__file__'
+    pytest tests/test_{local_response_norm,relu_max_pool2d,conv2d_bias_relu,blocks,relu_lrn_max_pool2d,relu_max_pool2d_lrn}.py
+  )
+  rm -rf "$work/ops"
+}
+
+without_nvcc() {
+  enter cuda
+  pip uninstall -q -y alexnet_ext
+  local path="" folder
+  local -a folders
+  IFS=: read -ra folders <<< "$PATH"
+  for folder in "${folders[@]}"; do [ -x "$folder/nvcc" ] || path+=${path:+:}$folder; done
+  PATH=$path pip install -q -e . --no-build-isolation
+  alexnet info | tee "$work/info"
+  grep -q 'cuda  not loaded: PyTorch .* is a CUDA build, but no working nvcc was found' "$work/info"
+  grep -q 'to mend it: put the nvcc of a CUDA toolkit on PATH, then: pip install -e . --no-build-isolation' "$work/info"
+  [ ! -e alexnet_ext/libalexnet_ext_cuda.so ]
+  python -I .ci/smoke.py cpu
+  echo "Now as the remedy says:"
+  pip install -q -e . --no-build-isolation --no-deps
+  python -I .ci/smoke.py cpu cuda
+}
+
+# editable [NAME=VALUE...]: an editable install with ninja's own words, one line a step, into $work/log.
+editable() { env "$@" NINJA_STATUS='[%f/%t, %r running] ' pip install -v -e . --no-build-isolation --no-deps > "$work/log" 2>&1; }
+
+compiled() { grep -cE '^ *\[[0-9]+/[0-9]+, [0-9]+ running\] Building' "$work/log" || true; }
+linked() { grep -cE '^ *\[[0-9]+/[0-9]+, [0-9]+ running\] Linking' "$work/log" || true; }
+running_at_most() { grep -oE ', [0-9]+ running' "$work/log" | grep -oE '[0-9]+' | sort -n | tail -1; }
+
+rebuild() {
+  enter cuda
+  editable
+  editable
+  echo "nothing touched: $(compiled) files compiled"
+  [ "$(compiled)" = 0 ]
+
+  local kernel=csrc/relu_max_pool2d/relu_max_pool2d_cpu.cpp jobs
+  for jobs in 1 2; do
+    touch $kernel
+    editable MAX_JOBS=$jobs
+    echo "$kernel touched, MAX_JOBS=$jobs: $(compiled) files compiled, $(linked) linked, $(running_at_most) at a time"
+    grep Building "$work/log"
+    # One source, once for each of three instruction sets.
+    [ "$(compiled)" = 3 ] && [ "$(grep Building "$work/log" | grep -c relu_max_pool2d_cpu.cpp)" = 3 ]
+    [ "$(linked)" = 1 ]
+    [ "$(running_at_most)" = $jobs ]
+  done
+
+  local broken=csrc/relu_max_pool2d/broken_cpu.cpp failed=0
+  echo 'int broken = "no number";' > $broken
+  editable || failed=1
+  rm $broken
+  [ $failed = 1 ] || { echo "a file that does not compile was no error"; return 1; }
+  grep -m1 "broken_cpu.cpp:1:.* error: invalid conversion from 'const char\*' to 'int'" <(tr '‘’' "''" < "$work/log" || true) ||
+    grep -m1 'broken_cpu.cpp:1:.*error: invalid conversion' "$work/log"
+  grep -m1 'alexnet_ext did not compile: the message above says why' "$work/log"
+  editable
+}
+
+planted_faults() {
+  enter cpu
+  python tests/mutation.py
+  enter cuda
+}
