@@ -37,7 +37,7 @@ class Conv2dReLU(nn.Conv2d):
     """``nn.Sequential(nn.Conv2d(...), nn.ReLU())`` by ``ops.conv2d_bias_relu``, every padding_mode included."""
 
     def forward(self, input: Tensor) -> Tensor:
-        padding = self.padding
+        padding: Any = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0

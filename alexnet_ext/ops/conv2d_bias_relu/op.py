@@ -138,7 +138,7 @@ def _fake_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     empty = x.new_empty(0)
     dx, dweight, dbias = torch.ops.aten.convolution_backward(
-        torch.ops.aten.threshold_backward(dy, y, 0),
+        torch.empty_like(y),  # the masked gradient has y's strides, whatever dy has
         x,
         weight,
         [weight.shape[0]],
@@ -150,7 +150,7 @@ def _fake_backward(
         groups,
         output_mask,
     )
-    return tuple(empty if g is None else g for g in (dx, dweight, dbias))
+    return empty if dx is None else dx, empty if dweight is None else dweight, empty if dbias is None else dbias
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -168,8 +168,7 @@ def _autocast(dtype: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor | None
     """Cast to the autocast dtype as stock convolution does: every floating tensor but fp64."""
 
     def cast(tensor: Tensor | None) -> Tensor | None:
-        wide = tensor is None or tensor.dtype == torch.float64
-        return tensor if wide else tensor.to(dtype)
+        return tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
 
     return cast(x), cast(weight), cast(bias), *rest
 

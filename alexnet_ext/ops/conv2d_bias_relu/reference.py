@@ -32,9 +32,9 @@ def conv2d_bias_relu_backward(
     from .._register import differentiable, first_gradient
 
     bias = x.new_zeros(weight.shape[0], requires_grad=True)
-    inputs = [differentiable(x), differentiable(weight), bias]
+    inputs = (differentiable(x), differentiable(weight), bias)
     z = F.conv2d(*inputs, stride, padding, dilation, groups)
     # Written as !(y <= 0) so that a NaN keeps its gradient, as in torch.relu.
     dx, dweight, dbias = first_gradient(z, inputs, torch.where(y <= 0, 0, dy))
-    empty = x.new_empty(0)
-    return tuple(g if wanted else empty for g, wanted in zip((dx, dweight, dbias), output_mask, strict=True))
+    empty, (for_x, for_weight, for_bias) = x.new_empty(0), output_mask
+    return dx if for_x else empty, dweight if for_weight else empty, dbias if for_bias else empty
