@@ -133,6 +133,14 @@ def test_gradients_of_any_layout(case: Case, dy_layout: str, dtype: torch.dtype,
     oracle.assert_matches_float64(case, cases.make(case, dtype, layout), dy_layout=dy_layout)
 
 
+@each_dtype
+@each_example
+def test_few_outputs_hang_on_a_rounding(case: Case, dtype: torch.dtype) -> None:
+    """The comparisons with float64 give such outputs no gradient: they must remain a minority."""
+    settled = oracle.settled(case, oracle.widened(cases.make(case, dtype)), dtype)
+    assert settled.double().mean() > (0.99 if dtype in (torch.float64, torch.float32) else 0.4)
+
+
 @each_example
 def test_double_backward_as_stock(case: Case) -> None:
     tensors = cases.make(case, torch.float64)

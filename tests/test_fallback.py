@@ -1,0 +1,132 @@
+"""What no compiled kernel covers runs stock PyTorch with the same results; ``native`` says what it does not cover.
+
+That importing the package never fails, whatever the library's state, is in test_build.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from alexnet_ext import ops
+
+from . import cases
+from .cases import Case, each_dtype, lrn
+
+ROOT = Path(__file__).parents[1]
+
+WITHOUT_LIBRARY = """
+import torch
+import alexnet_ext as ax
+from tests import cases, oracle
+
+for case in cases.EXAMPLES:
+    for dtype in cases.DTYPES:
+        for layout in ("contiguous", "channels_last", "sliced"):
+            oracle.assert_matches_float64(case, cases.make(case, dtype, layout))
+    tensors = cases.make(case)
+    compiled = torch.compile(lambda t: cases.fused(case, t), fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(tensors), cases.fused(case, tensors))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = cases.fused(case, tensors)
+    assert y.dtype == (torch.bfloat16 if case.op == "conv2d_bias_relu" else torch.float32)
+    try:
+        cases.fused(case, tensors, backend="native")
+    except RuntimeError as error:
+        print(error)
+print(ax.info())
+"""
+
+
+@pytest.fixture(scope="module")
+def said_without_library(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The output of a process that finds a package with a build record and no library."""
+    folder = tmp_path_factory.mktemp("stock_only")
+    package = folder / "alexnet_ext"
+    shutil.copytree(ROOT / "alexnet_ext", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    record = {"cpu_reason": "the compiler was on holiday", "cpu_remedy": "call it back"}
+    (package / "build_info.json").write_text(json.dumps(record), encoding="utf-8")
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT_LIBRARY],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("op", cases.OPS)
+def test_without_library_every_op_runs_and_native_says_why_it_does_not(op: str, said_without_library: str) -> None:
+    refusals = [line for line in said_without_library.splitlines() if line.startswith("backend='native'")]
+    assert len(refusals) == len(cases.EXAMPLES)
+    assert any(f"no compiled kernel for {op} is loaded; `alexnet info` says why" in line for line in refusals)
+
+
+def test_without_library_info_has_the_build_records_reason_and_remedy(said_without_library: str) -> None:
+    assert "cpu   not loaded: the compiler was on holiday" in said_without_library
+    assert "to mend it: call it back" in said_without_library
+    for op in cases.OPS:
+        assert any(line.split()[:3] == [op, "cpu", "stock"] for line in said_without_library.splitlines())
+
+
+@pytest.mark.usefixtures("native")
+@each_dtype
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@cases.each_example
+def test_stock_and_native_agree(case: Case, layout: str, dtype: torch.dtype) -> None:
+    tensors = cases.make(case, dtype, layout)
+    ours, stock = cases.fused(case, tensors, "native"), cases.fused(case, tensors, "stock")
+    assert "alexnet_ext" in ours.grad_fn.name() or "alexnet_ext" in ours.grad_fn.next_functions[0][0].name()
+    assert ours.dtype == stock.dtype
+    torch.testing.assert_close(ours, stock)
+
+
+@pytest.mark.parametrize(
+    ("what", "call"),
+    [
+        (r"dtype torch\.int64", lambda b: ops.local_response_norm(torch.arange(24).view(1, 6, 2, 2), 3, backend=b)),
+        (r"dtype torch\.int64", lambda b: ops.relu_max_pool2d(torch.arange(24).view(1, 6, 2, 2), 2, backend=b)),
+        ("x of rank 7", lambda b: ops.local_response_norm(torch.randn(1, 6, 1, 2, 1, 2, 1), 3, backend=b)),
+        (r"a window of \[16, 16\]", lambda b: ops.relu_max_pool2d(torch.randn(1, 1, 16, 17), 16, backend=b)),
+        (
+            r"a window of \[16, 16\]",
+            lambda b: ops.relu_lrn_max_pool2d(torch.randn(1, 1, 16, 17), None, 3, 1.0, 0.5, 1.0, 16, 1, backend=b),
+        ),
+        (
+            r"a window of \[16, 16\]",
+            lambda b: ops.relu_max_pool2d_lrn(torch.randn(1, 1, 16, 17), None, 3, 1.0, 0.5, 1.0, 16, 1, backend=b),
+        ),
+    ],
+    ids=["lrn_int64", "pool_int64", "lrn_rank7", "pool_16x16", "lrn_pool_16x16", "pool_lrn_16x16"],
+)
+@pytest.mark.usefixtures("native")
+def test_auto_runs_stock_where_native_refuses(what: str, call: object) -> None:
+    torch.manual_seed(0)
+    auto = call("auto")
+    torch.manual_seed(0)
+    assert torch.equal(auto, call("stock"))
+    with pytest.raises(RuntimeError, match=f"backend='native' does not cover {what}"):
+        call("native")
+
+
+@pytest.mark.parametrize("op", cases.OPS)
+def test_triton_is_refused_where_there_is_no_such_kernel(op: str) -> None:
+    case = next(example for example in cases.EXAMPLES if example.op == op)
+    with pytest.raises(RuntimeError, match=f"backend='triton' has no kernel for {op}"):
+        cases.fused(case, cases.make(case), "triton")
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    case = lrn((1, 2, 3, 4))
+    with pytest.raises(ValueError, match="backend must be one of auto, native, triton, stock, got 'cudnn'"):
+        cases.fused(case, cases.make(case), "cudnn")

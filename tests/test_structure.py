@@ -1,0 +1,79 @@
+"""The mirror: an op's name finds its schema, kernels, Python side, test and benchmark; and no file is long."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from alexnet_ext import ops
+from alexnet_ext.ops import _backend
+
+from . import cases
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("alexnet_ext", "benchmarks", "csrc", "tests")
+SUFFIXES = {".py", ".h", ".cpp", ".cu", ".cuh"}
+LONGEST = 500
+
+each_op = pytest.mark.parametrize("op", _backend.OPS)
+
+
+def folders(parent: str) -> set[str]:
+    return {path.name for path in (ROOT / parent).iterdir() if path.is_dir() and not path.name.startswith("_")}
+
+
+def test_the_op_folders_are_the_ops() -> None:
+    assert folders("alexnet_ext/ops") == set(_backend.OPS)
+    assert folders("csrc") == {*_backend.OPS, "common"}
+    assert set(cases.OPS) == set(_backend.OPS) == set(cases.CASES) == set(cases.ALEXNET)
+    assert set(ops.__all__) == {*_backend.OPS, "use_backend"}
+
+
+@each_op
+def test_every_op_has_its_files(op: str) -> None:
+    expected = [
+        *(f"csrc/{op}/{op}{ending}" for ending in (".h", "_cpu.cpp", "_ops.cpp")),
+        *(f"alexnet_ext/ops/{op}/{name}" for name in ("__init__.py", "op.py", "reference.py")),
+        f"tests/test_{op}.py",
+        f"benchmarks/test_{op}.py",
+    ]
+    if (ROOT / f"csrc/{op}/{op}_cuda.cu").exists():
+        expected += [f"csrc/{op}/{op}{ending}" for ending in ("_kernels.cuh", "_cuda_ops.cpp")]
+    assert [path for path in expected if not (ROOT / path).is_file()] == []
+
+
+@each_op
+def test_every_op_and_its_backward_has_a_schema_and_a_cpu_kernel(op: str) -> None:
+    library = (ROOT / "csrc/library.cpp").read_text(encoding="utf-8")
+    bindings = (ROOT / f"csrc/{op}/{op}_ops.cpp").read_text(encoding="utf-8")
+    for name in (op, f"{op}_backward"):
+        assert len(re.findall(rf'"{name}\(', library)) == 1, f"schema of {name}"
+        assert len(re.findall(rf'impl\("{name}"', bindings)) == 1, f"registration of {name}"
+
+
+@each_op
+def test_every_op_says_what_it_equals(op: str) -> None:
+    assert "Equals ``" in getattr(ops, op).__doc__.replace("\n    ", " ")
+
+
+def test_kernels_know_no_pytorch() -> None:
+    """Only the bindings, *_ops.cpp, library.cpp and what they share include torch's headers."""
+    kernels = [
+        path
+        for path in (ROOT / "csrc").rglob("*")
+        if path.suffix in SUFFIXES and path.parent.name != "common" and not path.name.endswith("_ops.cpp")
+    ]
+    kernels.remove(ROOT / "csrc/library.cpp")
+    kernels = [path for path in kernels if path.suffix != ".py"]
+    assert len(kernels) >= 2 * len(_backend.OPS)
+    including = [path for path in kernels if re.search(r"#include [<\"](torch|ATen|c10)/", path.read_text("utf-8"))]
+    assert including == []
+
+
+def test_no_file_is_long() -> None:
+    files = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.suffix in SUFFIXES]
+    assert len(files) > 50
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in files}
+    assert {name: length for name, length in lengths.items() if length > LONGEST} == {}
