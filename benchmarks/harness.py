@@ -1,0 +1,121 @@
+"""What is timed: each op at AlexNet's shapes and the whole network, ours and stock, from the tests' cases."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pytest_benchmark.fixture import BenchmarkFixture
+
+import alexnet_ext as ax
+from alexnet_ext import _library
+from tests import cases
+from tests.cases import Case
+
+BATCH = 32
+DIRECTIONS = ("forward", "forward+backward")
+NETWORK = ("training step", "inference")
+
+Run = Callable[[], Any]
+
+
+def alexnet_cases(op: str, batch: int = BATCH) -> tuple[Case, ...]:
+    """The op's calls in AlexNet, at this batch size."""
+
+    def batched(case: Case) -> Case:
+        return replace(case, shapes={**case.shapes, "x": (batch, *case.shapes["x"][1:])})
+
+    return tuple(batched(case) for case in cases.ALEXNET[op])
+
+
+def layer_name(case: Case) -> str:
+    """``32x96x55x55``; a convolution's kernel behind it."""
+    name = "x".join(map(str, case.shapes["x"]))
+    weight = case.shapes.get("weight")
+    return f"{name} {'x'.join(map(str, weight))}" if weight else name
+
+
+def op_run(case: Case, direction: str, backend: str) -> Run:
+    """A function that runs the op once. Images need no gradient, so neither does a convolution of 3 channels."""
+    tensors = cases.make(case)
+    if case.shapes["x"][1] == 3:
+        tensors["x"].requires_grad_(False)
+    wanted = list(cases.wanting_grad(tensors).values())
+    with torch.no_grad():
+        dy = torch.randn_like(cases.fused(case, tensors, backend))
+
+    def forward() -> None:
+        with torch.no_grad():
+            cases.fused(case, tensors, backend)
+
+    def forward_backward() -> None:
+        torch.autograd.grad(cases.fused(case, tensors, backend), wanted, dy)
+
+    return forward if direction == "forward" else forward_backward
+
+
+def network_run(kind: str, fused: bool, batch: int = BATCH) -> Run:
+    """One step of the paper's SGD on the paper's network with random images, or one inference."""
+    torch.manual_seed(0)
+    model = ax.models.alexnet("paper", fused=fused)
+    images, labels = torch.randn(batch, 3, 227, 227), torch.randint(0, 1000, (batch,))
+    if kind == "inference":
+        model.eval()
+
+        def infer() -> None:
+            with torch.no_grad():
+                model(images)
+
+        return infer
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+
+    return step
+
+
+def bytes_moved(case: Case) -> int | None:
+    """Bytes that forward and backward must read and write at least (fp32), or None where arithmetic bounds."""
+    x = 4 * math.prod(case.shapes["x"])
+    if case.op == "conv2d_bias_relu":
+        return None
+    if case.op == "local_response_norm":
+        return 5 * x  # read x, write y; read dy and x, write dx
+    y_shape = cases.stock(
+        case, {n: None if s is None else torch.empty(s, device="meta") for n, s in case.items()}
+    ).shape
+    elements = math.prod(y_shape)
+    y, winners = 4 * elements, elements
+    return {
+        "relu_max_pool2d": (x + y + winners) + (y + winners + x),
+        "relu_lrn_max_pool2d": (x + y + winners) + (y + x + winners + x),
+        "relu_max_pool2d_lrn": (x + y + y + winners) + (y + y + winners + x),
+    }[case.op]
+
+
+def op_benchmark(op: str) -> Callable[..., None]:
+    """A pytest-benchmark test of the op: native beside stock in one group for each layer and direction."""
+
+    @pytest.mark.parametrize("backend", ["native", "stock"])
+    @pytest.mark.parametrize("direction", DIRECTIONS)
+    @pytest.mark.parametrize("case", [pytest.param(c, id=layer_name(c).replace(" ", "-")) for c in alexnet_cases(op)])
+    def test(benchmark: BenchmarkFixture, case: Case, direction: str, backend: str) -> None:
+        require_library(backend)
+        benchmark.group = f"{op} {layer_name(case)} {direction}"
+        benchmark(op_run(case, direction, backend))
+
+    return test
+
+
+def require_library(backend: str) -> None:
+    library = _library.LIBRARIES[0]
+    if backend == "native" and not library.loaded:
+        pytest.skip(f"the compiled CPU library is not loaded: {library.reason}")

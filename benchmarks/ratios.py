@@ -1,0 +1,208 @@
+"""``python -m benchmarks.ratios``: how many times faster than stock PyTorch, fp32, on this machine's CPU.
+
+Ours and stock take turns, so that what else the machine does hits both; a time is the median of its rounds. Prints
+the table and writes it to benchmarks/results/DEVICE-DATE.md and .json.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+import alexnet_ext as ax
+from alexnet_ext import _library
+
+from . import harness
+from .harness import Run
+
+RESULTS = Path(__file__).parent / "results"
+TARGETS = {
+    "local_response_norm": 10.0,
+    "relu_max_pool2d": 2.0,
+    "relu_lrn_max_pool2d": 10.0,
+    "relu_max_pool2d_lrn": 10.0,
+    "training step": 1.8,
+    "inference": 1.3,
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contest. ``floor_ms`` is what copying the bytes that must move would take; ``target`` a ratio."""
+
+    name: str
+    shape: str
+    stock_ms: float
+    ours_ms: float
+    floor_ms: float | None
+    target: float | None
+    rounds: int
+
+    @property
+    def ratio(self) -> float:
+        return self.stock_ms / self.ours_ms
+
+    def cells(self) -> list[str]:
+        floor, target = self.floor_ms, self.target
+        return [
+            self.name,
+            self.shape,
+            f"{self.stock_ms:.2f}",
+            f"{self.ours_ms:.2f}",
+            "" if floor is None else f"{floor:.2f}",
+            f"{self.ratio:.2f}",
+            "" if target is None else f"{target:g}",
+            "" if target is None else ("yes" if self.ratio >= target else "no"),
+        ]
+
+
+HEADINGS = ("forward + backward", "shape", "stock ms", "ours ms", "floor ms", "ratio", "target", "reached")
+
+
+def milliseconds(run: Run) -> float:
+    start = time.perf_counter()
+    run()
+    return (time.perf_counter() - start) * 1e3
+
+
+def contest(ours: Run, stock: Run, seconds: float) -> tuple[float, float, int]:
+    """Medians of both and the number of rounds: as many as fit into ``seconds``, 5 at least and 100 at most."""
+    milliseconds(ours), milliseconds(stock)
+    once = milliseconds(ours) + milliseconds(stock)
+    rounds = max(5, min(100, int(seconds * 1e3 / once)))
+    pairs = [(milliseconds(ours), milliseconds(stock)) for _ in range(rounds)]
+    return statistics.median(o for o, _ in pairs), statistics.median(s for _, s in pairs), rounds
+
+
+def copy_rate() -> float:
+    """Bytes a millisecond, read and written, of a large copy: the best of ten."""
+    source = torch.ones(2**26)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / min(milliseconds(lambda: target.copy_(source)) for _ in range(10))
+
+
+def op_rows(batch: int, seconds: float, rate: float) -> Iterator[Row]:
+    """A row for each of an op's layers, then their sum, which the target is for."""
+    for op in (
+        "local_response_norm",
+        "relu_max_pool2d",
+        "relu_lrn_max_pool2d",
+        "relu_max_pool2d_lrn",
+        "conv2d_bias_relu",
+    ):
+        rows = []
+        for case in harness.alexnet_cases(op, batch):
+            runs = (harness.op_run(case, "forward+backward", backend) for backend in ("native", "stock"))
+            ours, stock, rounds = contest(*runs, seconds)
+            moved = harness.bytes_moved(case)
+            floor = None if moved is None else moved / rate
+            rows.append(Row(op, harness.layer_name(case), stock, ours, floor, None, rounds))
+            yield rows[-1]
+        floors = [row.floor_ms for row in rows if row.floor_ms is not None]
+        yield Row(
+            op,
+            "all layers",
+            sum(row.stock_ms for row in rows),
+            sum(row.ours_ms for row in rows),
+            sum(floors) if floors else None,
+            TARGETS.get(op),
+            min(row.rounds for row in rows),
+        )
+
+
+def network_rows(batch: int, seconds: float) -> Iterator[Row]:
+    for kind in harness.NETWORK:
+        ours, stock, rounds = contest(*(harness.network_run(kind, fused, batch) for fused in (True, False)), seconds)
+        yield Row(f"AlexNet {kind}", f"{batch}x3x227x227", stock, ours, None, TARGETS[kind], rounds)
+
+
+def device_name() -> str:
+    """The CPU's model as its maker prints it."""
+    try:
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def circumstances(batch: int, rate: float) -> dict[str, Any]:
+    return {
+        "device": device_name(),
+        "instructions": str(torch.ops.alexnet_ext.cpu_capability()),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "alexnet_ext": ax.__version__,
+        "dtype": "float32",
+        "batch": batch,
+        "copy_gb_per_s": round(rate / 1e6, 2),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "command": shlex.join(["python", "-m", "benchmarks.ratios", *sys.argv[1:]]),
+    }
+
+
+def markdown(facts: dict[str, Any], rows: list[Row]) -> str:
+    lines = [f"# {facts['device']}, {facts['date']}", ""]
+    lines += [f"- {name}: {value}" for name, value in facts.items()]
+    lines += ["", "Times are forward and backward together; inference is forward alone.", ""]
+    table = [HEADINGS, ["---", "---", *["---:"] * (len(HEADINGS) - 2)], *(row.cells() for row in rows)]
+    lines += ["| " + " | ".join(cells) + " |" for cells in table]
+    return "\n".join(lines) + "\n"
+
+
+def write(folder: Path, facts: dict[str, Any], rows: list[Row]) -> Path:
+    """Both files, named by device and date; returns the readable one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    slug = re.sub(r"[^a-z0-9]+", "-", f"{facts['device']} {facts['threads']} threads".lower()).strip("-")
+    path = folder / f"{slug}-{facts['date']}.md"
+    path.write_text(markdown(facts, rows), encoding="utf-8")
+    data = {**facts, "rows": [{**asdict(row), "ratio": row.ratio} for row in rows]}
+    path.with_suffix(".json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def main(
+    batch: Annotated[int, typer.Option(help="Images in a batch.", min=1)] = harness.BATCH,
+    threads: Annotated[int, typer.Option(help="Threads of both contestants.", min=1)] = 2,
+    seconds: Annotated[
+        float, typer.Option(help="Time for a row of an op; a row of the network has five times it.")
+    ] = 4,
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
+) -> None:
+    """How many times faster than stock PyTorch, in one run on this machine's CPU."""
+    if not _library.LIBRARIES[0].loaded:
+        typer.echo(f"the compiled CPU library is not loaded: {_library.LIBRARIES[0].reason}", err=True)
+        raise typer.Exit(1)
+    torch.set_num_threads(threads)
+    rate = copy_rate()
+    table = Table(*HEADINGS, title=f"{device_name()}, {threads} threads, batch {batch}, fp32")
+    rows = []
+    with Progress(transient=True) as progress:
+        task = progress.add_task("measuring", total=None)
+        for source in (op_rows(batch, seconds, rate), network_rows(batch, 5 * seconds)):
+            for row in source:
+                rows.append(row)
+                table.add_row(*row.cells(), end_section=row.shape == "all layers")
+                progress.update(task, advance=1, description=f"{row.name} {row.shape}")
+    path = write(out, circumstances(batch, rate), rows)
+    Console().print(table)
+    typer.echo(f"written to {path} and {path.with_suffix('.json').name}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
