@@ -103,10 +103,9 @@ def choice(op: str, device: str) -> Choice:
     if current == "stock":
         return Choice(op, device, "stock", "use_backend('stock') is in force")
     if _backend.NATIVE[op].get(device):
-        reason = "compiled kernel"
-        if device == "cuda" and not torch.cuda.is_available():
-            reason += ", though torch sees no GPU now"
-        return Choice(op, device, current if current != "auto" else "native", reason)
+        if current == "auto" and device in _backend.UNPROVEN:
+            return Choice(op, device, "stock", "its compiled kernel has not been run on a GPU yet: ask for 'native'")
+        return Choice(op, device, current if current != "auto" else "native", "compiled kernel")
     if library is None or not library.loaded:
         return Choice(op, device, "stock", library.reason if library else f"no library serves {device}")
     return Choice(op, device, "stock", f"the {library.name} library has no kernel for it")

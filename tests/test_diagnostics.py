@@ -31,7 +31,8 @@ def test_info_of_this_installation() -> None:
     assert {(c.op, c.device) for c in info.choices} == {(op, device) for op in OPS for device in ("cpu", "cuda")}
     for choice in info.choices:
         assert choice.reason
-        assert (choice.backend == "native") == bool(_backend.NATIVE[choice.op][choice.device])
+        proven = _backend.NATIVE[choice.op][choice.device] and choice.device not in _backend.UNPROVEN
+        assert (choice.backend == "native") == bool(proven)
     assert json.loads(json.dumps(info.as_dict()))["version"] == ax.__version__
 
 
@@ -57,12 +58,14 @@ def test_info_says_why_each_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_library, "LIBRARIES", libraries)
     monkeypatch.setattr(_library, "build_record", lambda: {"torch": "2.13.0", "isa": ["AVX2", "AVX512"]})
     monkeypatch.setattr(_backend, "NATIVE", {op: {"cpu": True, "cuda": op == OPS[0]} for op in OPS})
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     text = str(ax.info())
     assert "  cpu   loaded" in text
     assert '  isa: ["AVX2", "AVX512"]' in text
     assert diagnostics.choice(OPS[1], "cpu").reason == "compiled kernel"
-    assert diagnostics.choice(OPS[0], "cuda").reason == "compiled kernel, though torch sees no GPU now"
+    unproven = "its compiled kernel has not been run on a GPU yet: ask for 'native'"
+    assert diagnostics.choice(OPS[0], "cuda") == diagnostics.Choice(OPS[0], "cuda", "stock", unproven)
+    with ax.use_backend("native"):
+        assert diagnostics.choice(OPS[0], "cuda").backend == "native"
     assert diagnostics.choice(OPS[1], "cuda") == diagnostics.Choice(
         OPS[1], "cuda", "stock", "the cuda library has no kernel for it"
     )

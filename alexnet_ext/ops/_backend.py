@@ -16,6 +16,9 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Asked once, at import: torch.compile can trace a look-up here, not a question to the dispatcher.
 NATIVE = {op: {device: _library.has_kernel(op, device) for device in ("cpu", "cuda")} for op in OPS}
 
+# Devices whose compiled kernels build but have not been run and measured yet: "auto" leaves them to stock PyTorch.
+UNPROVEN = ("cuda",)
+
 # A plain global and not a ContextVar: torch.compile guards on the one and breaks the graph at the other.
 _current = "auto"
 
@@ -83,6 +86,8 @@ def runs_native(op: str, backend: str, x: torch.Tensor, unsupported: str = "") -
     unsupported = unsupported or _transform()
     if not NATIVE[op].get(device, device == "meta" and NATIVE[op]["cpu"]):
         unsupported = f"device {device!r} (no compiled kernel for {op} is loaded; `alexnet info` says why)"
+    if backend == "auto" and device in UNPROVEN:
+        return False
     if unsupported and backend == "native":
         raise RuntimeError(f"backend='native' does not cover {unsupported}")
     return not unsupported
