@@ -102,7 +102,7 @@ def _train(trainer: Trainer, console: Console) -> Evaluation:
     recipe, split, out = trainer.recipe, trainer.split, trainer.out
     parameters = sum(p.numel() for p in trainer.model.parameters())
     kind = "stock layers" if recipe.stock else "fused layers"
-    place = f"{torch.get_num_threads()} threads" if trainer.device.type == "cpu" else str(trainer.device)
+    place = count(torch.get_num_threads(), "thread") if trainer.device.type == "cpu" else str(trainer.device)
     library = next((found for found in _library.LIBRARIES if found.device == trainer.device.type), None)
     say(console, f"AlexNet, variant {recipe.model}: {parameters / 1e6:.1f} M parameters, {kind}, {place}")
     if not recipe.stock and library is not None and not library.loaded:
@@ -135,7 +135,7 @@ def _train(trainer: Trainer, console: Console) -> Evaluation:
     say(
         console,
         f"{result.top1:.1%} of the {result.images:,} held-out {what} right ({right:,}; top-5 {result.top5:.1%}) "
-        f"after {trainer.step} steps, {spent // 60:.0f}:{spent % 60:02.0f} minutes",
+        f"after {count(trainer.step, 'step')}, {spent // 60:.0f}:{spent % 60:02.0f} minutes",
         style="bold",
     )
     say(console, f"Pictures in {path_text(out)}: {', '.join(made)}")
@@ -148,6 +148,11 @@ def _train(trainer: Trainer, console: Console) -> Evaluation:
 def say(console: Console, text: str, style: str | None = None) -> None:
     """A line as it is: no markup in file names, no breaking at the terminal's width."""
     console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+
+
+def count(number: int, noun: str) -> str:
+    """A number and its noun, in the plural unless it is 1."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def draw(trainer: Trainer, result: Evaluation) -> list[str]:
