@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import diagnostics, models
-from .data.errors import CommandError, path_text
+from .data.errors import CommandError, os_error, path_text
 from .training.interrupt import Interrupted
 
 app = typer.Typer(
@@ -26,7 +26,9 @@ app = typer.Typer(
     help="The 2012 AlexNet on fused kernels: train it, look at it, check it.",
 )
 
-# typer's own name for these differs by version: they are the bases of an exception it has always exported.
+# What torch says, on the CPU and on a GPU.
+OUT_OF_MEMORY = ("can't allocate memory", "CUDA out of memory")
+# The name of its module differs by typer's version: it is the base of an exception that has always been exported.
 UsageError: type[Any] = typer.BadParameter.__mro__[1]
 
 Variant = StrEnum("Variant", {name: name for name in models.VARIANTS})  # type: ignore[misc]
@@ -295,8 +297,18 @@ def run_command(arguments: list[str]) -> int:
     except (Interrupted, KeyboardInterrupt, typer.Abort):
         _warn("stopped")
         return 130
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
+            raise
+        _warn("out of memory; try a smaller --batch-size")
+        return 1
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more to write at exit
+        return 1
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _warn(str(os_error(error.filename, error)))
         return 1
     return code if isinstance(code, int) else 0
 

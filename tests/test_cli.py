@@ -233,6 +233,14 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixt
     assert f"{tmp_path}/file/run: Not a directory" in line
 
 
+def test_what_the_system_or_memory_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "x" * 300
+    assert fails(capsys, 1, "evaluate", "--weights", name) == f"alexnet: {name}: File name too long"
+    assert "File name too long" in fails(capsys, 1, "train", "--data", "synthetic", *SMALL, "--out", tmp_path / name)
+    huge = ["train", "--data", "synthetic", "--image-size", "4000000", "--out", tmp_path / "run"]
+    assert "out of memory" in fails(capsys, 1, *huge)
+
+
 def test_weights_of_another_variant_and_damaged_ones(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
