@@ -33,8 +33,8 @@ def relu_max_pool2d(
     row-major order, padding never wins, and a value that is not positive gets no gradient.
 
     Args:
-        x: (N, C, H, W) or (C, H, W), fp64, fp32, bf16 or fp16. Other dtypes, and windows of more than 225
-            values, run stock PyTorch.
+        x: (N, C, H, W) or (C, H, W), fp64, fp32, bf16 or fp16. Other dtypes, windows of more than 225 values
+            and a dilation above H or W run stock PyTorch.
         kernel_size, stride, padding, dilation: an int or (height, width); stride defaults to kernel_size.
         ceil_mode: round the output's size up.
         backend: ``"auto"``, ``"native"``, ``"triton"`` or ``"stock"``.
@@ -52,6 +52,8 @@ def relu_max_pool2d(
     pad, dilate = pair("padding", padding, 0), pair("dilation", dilation, 1)
     check_pool(x, kernel, step, pad, dilate, ceil_mode)
     unsupported = f"a window of {kernel}" if kernel[0] * kernel[1] > MAX_TAPS else ""
+    if any(kernel[i] > 1 and dilate[i] > x.shape[-2 + i] for i in (0, 1)):
+        unsupported = f"dilation {dilate}, whose windows may step over an x of shape {list(x.shape)}"
     if not runs_native("relu_max_pool2d", backend, x, unsupported):
         return reference.relu_max_pool2d(x, kernel, step, pad, dilate, ceil_mode)
     batch = x if x.dim() == 4 else x.unsqueeze(0)
