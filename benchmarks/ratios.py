@@ -200,7 +200,8 @@ def main(
                 table.add_row(*row.cells(), end_section=row.shape == "all layers")
                 progress.update(task, advance=1, description=f"{row.name} {row.shape}")
     path = write(out, circumstances(batch, rate), rows)
-    Console().print(table)
+    console = Console()
+    console.print(table, width=None if console.is_terminal else 130, crop=console.is_terminal)
     typer.echo(f"written to {path} and {path.with_suffix('.json').name}")
 
 
