@@ -5,15 +5,15 @@ environments() {
   for name in cpu cuda; do
     python3 -m venv "$work/$name"
     enter $name
-    pip install -q --upgrade pip
+    pip install -qq --upgrade pip
   done
   enter cpu
-  pip install -q torch==2.13.0
-  pip install -q 'setuptools>=77' 'cmake>=3.26' 'ninja>=1.11' numpy 'pytest>=8' 'hypothesis>=6.100' 'pytest-benchmark>=4'
+  pip install -qq torch==2.13.0
+  pip install -qq 'setuptools>=77' 'cmake>=3.26' 'ninja>=1.11' numpy 'pytest>=8' 'hypothesis>=6.100' 'pytest-benchmark>=4'
   python -c 'import torch; assert torch.version.cuda is None, f"{torch.__version__} is no CPU build"'
   enter cuda
-  pip install -q torch==2.14.1 torchvision==0.29.1
-  pip install -q 'setuptools>=77' 'cmake>=3.26' 'ninja>=1.11' numpy
+  pip install -qq torch==2.14.1 torchvision==0.29.1
+  pip install -qq 'setuptools>=77' 'cmake>=3.26' 'ninja>=1.11' numpy
   python -c 'import torch; assert torch.version.cuda, f"{torch.__version__} is no CUDA build"'
   command -v nvcc > /dev/null || { echo "nvcc is not on PATH: the CUDA kernels cannot be compiled"; return 1; }
 }
@@ -21,7 +21,7 @@ environments() {
 # wheel ENVIRONMENT: builds one without isolation, in $work/wheels/ENVIRONMENT.
 wheel() {
   enter "$1"
-  pip wheel -q . --no-build-isolation --no-deps --wheel-dir "$work/wheels/$1"
+  pip wheel -qq . --no-build-isolation --no-deps --wheel-dir "$work/wheels/$1"
   local file
   file=$(basename "$work/wheels/$1"/*.whl)
   case $file in
@@ -50,8 +50,8 @@ wheels() {
 # smoke ENVIRONMENT WHEEL LIBRARY...: the wheel in this environment; the libraries must load, every op equal stock.
 smoke() {
   enter "$1"
-  pip install -q --force-reinstall --no-deps "$work/wheels/$2"/*.whl
-  pip install -q "$work/wheels/$2"/*.whl # what it depends on
+  pip install -qq --force-reinstall --no-deps "$work/wheels/$2"/*.whl
+  pip install -qq "$work/wheels/$2"/*.whl # what it depends on
   pip check
   (cd "$work" && python -I "$root/.ci/smoke.py" "${@:3}")
 }
@@ -78,19 +78,19 @@ ops_under_the_other_torch() {
 
 without_nvcc() {
   enter cuda
-  pip uninstall -q -y alexnet_ext
+  pip uninstall -qq -y alexnet_ext
   local path="" folder
   local -a folders
   IFS=: read -ra folders <<< "$PATH"
   for folder in "${folders[@]}"; do [ -x "$folder/nvcc" ] || path+=${path:+:}$folder; done
-  PATH=$path pip install -q -e . --no-build-isolation
+  PATH=$path pip install -qq -e . --no-build-isolation
   alexnet info | tee "$work/info"
   grep -q 'cuda  not loaded: PyTorch .* is a CUDA build, but no working nvcc was found' "$work/info"
   grep -q 'to mend it: put the nvcc of a CUDA toolkit on PATH, then: pip install -e . --no-build-isolation' "$work/info"
   [ ! -e alexnet_ext/libalexnet_ext_cuda.so ]
   python -I .ci/smoke.py cpu
   echo "Now as the remedy says:"
-  pip install -q -e . --no-build-isolation --no-deps
+  pip install -qq -e . --no-build-isolation --no-deps
   python -I .ci/smoke.py cpu cuda
 }
 
