@@ -1,4 +1,4 @@
-"""Drives CMakeLists.txt, the one truth of the build, from pip: configures, builds with ninja, puts libraries in place."""
+"""Drives CMakeLists.txt, the one truth of the build, from pip: configure, build with ninja, put libraries in place."""
 
 import os
 import shutil
