@@ -87,6 +87,7 @@ def test_interrupted_and_resumed_is_bit_for_bit_the_straight_run(
     assert same(straight, again)
     assert torch.equal(result.probabilities, expected.probabilities)
     assert again.plateau.state_dict() == straight.plateau.state_dict()
+    assert torch.equal(again.start, straight.start)
     logged, expected_log = (
         [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in read_metrics(path)]
         for path in (tmp_path / "broken" / "metrics.jsonl", tmp_path / "straight" / "metrics.jsonl")
@@ -366,26 +367,29 @@ def test_pictures_are_written_and_show_what_they_are_given(tmp_path: Path) -> No
     pictures.curves(tmp_path / "none.png", [])
     weight = torch.zeros(96, 3, 11, 11)
     weight[5, 0] = 1.0  # one kernel, red
-    pictures.kernels(tmp_path / "k.png", weight)
+    pictures.kernels(tmp_path / "k.png", weight, torch.zeros_like(weight))
     image = pixels(tmp_path / "k.png").astype(int)
     red = (image[..., 0] > 250) & (abs(image[..., 1] - 128) < 3) & (abs(image[..., 2] - 128) < 3)
     grey = (abs(image - 128) < 3).all(-1)
     assert red.sum() / (red.sum() + grey.sum()) == pytest.approx(1 / 96, rel=0.2)
     columns = np.nonzero(red)[1]
     assert columns.min() / image.shape[1] == pytest.approx(5 / 16, abs=0.03), "the sixth of a row of sixteen"
+    pictures.kernels(tmp_path / "both.png", weight + 0.01, torch.full_like(weight, 2.0))
+    assert len(pixels(tmp_path / "both.png")) == 2 * len(image), "what training added, below"
 
 
-def test_guesses_show_the_right_class_in_red(tmp_path: Path) -> None:
+def test_guesses_show_the_right_class_in_green(tmp_path: Path) -> None:
     data = Valued([0, 1, 2], [0, 1, 2], 6)
     result = evaluate(Fixed(6), data, Synthetic.preprocessing(8), device=torch.device("cpu"))
     pictures.guesses(tmp_path / "right.png", data, result, data.classes)
     result.targets = torch.tensor([5, 5, 5])
     pictures.guesses(tmp_path / "wrong.png", data, result, data.classes)
-    red = [
-        int((np.abs(pixels(tmp_path / name).astype(int) - (0xC2, 0x3B, 0x22)).max(-1) < 3).sum())
+    green = [
+        int((np.abs(pixels(tmp_path / name).astype(int) - (0x2A, 0x8F, 0x4D)).max(-1) < 3).sum())
         for name in ("right.png", "wrong.png")
     ]
-    assert red[0] > 3 * red[1] > 0
+    assert green[0] > 100
+    assert green[1] == 0
 
 
 def test_a_run_leaves_its_files(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BLUE, ORANGE, RED, GREY, PALE = "#1f5fa8", "#e07b00", "#c23b22", "#5c6670", "#a9c4e4"
+BLUE, PALE, ORANGE, GREEN, RED, GREY = "#1f5fa8", "#a9c4e4", "#e07b00", "#2a8f4d", "#c23b22", "#5c6670"
 STYLE = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -77,26 +77,37 @@ def curves(path: Path, lines: Sequence[dict[str, Any]]) -> None:
         _write(figure, path)
 
 
-def kernels(path: Path, weight: Tensor) -> None:
-    """Every kernel of the first convolution as a small image; grey is zero, each kernel is scaled by itself."""
-    weight = weight.detach().float().cpu()
-    scaled = weight / weight.abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-12) * 0.5 + 0.5
-    count, _, height, width = scaled.shape
+def kernels(path: Path, weight: Tensor, start: Tensor) -> None:
+    """Every kernel of the first convolution as a small image.
+
+    After a short run they still look like their random ``start``; what training added is then drawn below.
+    """
+    weight, start = weight.detach().float().cpu(), start.detach().float().cpu()
+    count, _, height, width = weight.shape
+    sheets = [(f"The {count} kernels of the first convolution, {height} x {width} x 3", weight)]
+    if (weight - start).norm() < start.norm():
+        sheets.append(("What training has added to their random start", weight - start))
     columns = 16 if count % 16 == 0 else 8
     rows = -(-count // columns)
-    sheet = torch.ones(3, rows * (height + 1) - 1, columns * (width + 1) - 1)
+    with require("matplotlib").rc_context(STYLE):
+        figure = _figure(columns * 0.6, (rows * 0.6 + 0.4) * len(sheets))
+        for index, (title, values) in enumerate(sheets, 1):
+            axes = figure.add_subplot(len(sheets), 1, index)
+            axes.imshow(_sheet(values, columns), interpolation="nearest")
+            axes.set_axis_off()
+            axes.set_title(title, loc="left", fontweight="bold")
+        _write(figure, path)
+
+
+def _sheet(weight: Tensor, columns: int) -> np.ndarray:
+    """Kernels side by side, (height, width, 3); grey is zero, each is scaled by its largest value."""
+    scaled = weight / weight.abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-12) * 0.5 + 0.5
+    count, _, height, width = scaled.shape
+    sheet = torch.ones(3, -(-count // columns) * (height + 1) - 1, columns * (width + 1) - 1)
     for index, kernel in enumerate(scaled):
         top, left = index // columns * (height + 1), index % columns * (width + 1)
         sheet[:, top : top + height, left : left + width] = kernel
-    with require("matplotlib").rc_context(STYLE):
-        figure = _figure(columns * 0.6, rows * 0.6 + 0.4)
-        axes = figure.add_subplot()
-        axes.imshow(sheet.permute(1, 2, 0).numpy(), interpolation="nearest")
-        axes.set_axis_off()
-        axes.set_title(
-            f"The {count} kernels of the first convolution, {height} x {width} x 3", loc="left", fontweight="bold"
-        )
-        _write(figure, path)
+    return sheet.permute(1, 2, 0).numpy()
 
 
 def guesses(path: Path, dataset: Dataset, result: Evaluation, classes: Sequence[str]) -> None:
@@ -105,7 +116,9 @@ def guesses(path: Path, dataset: Dataset, result: Evaluation, classes: Sequence[
     hardest = result.truth.argsort()[: count // 2].tolist()
     chosen = [i for i in range(result.images) if i not in hardest][: count - len(hardest)] + hardest
     with require("matplotlib").rc_context(STYLE):
-        figure = _figure(11, 3.1 * -(-count // 4))
+        figure = _figure(11, 3.1 * -(-count // 4) + 0.3)
+        title = "Held-out images and their five best guesses, the right class in green; the lower row is the most wrong"
+        figure.suptitle(title, x=0.01, ha="left", fontsize=10, color=GREY)
         cells = figure.subfigures(-(-count // 4), min(4, count), squeeze=False)
         for cell, i in zip(cells.flat, chosen, strict=False):
             image = dataset[0, int(result.indices[i])].image
@@ -115,7 +128,7 @@ def guesses(path: Path, dataset: Dataset, result: Evaluation, classes: Sequence[
             _show(picture, image)
             target = int(result.targets[i])
             right = int(result.guesses[i, 0]) == target
-            picture.set_title(classes[target], fontweight="bold", color=BLUE if right else RED)
+            picture.set_title(classes[target], fontweight="bold", color=GREEN if right else RED)
             _bars(bars, result.guesses[i], result.probabilities[i], classes, target)
         _write(figure, path)
 
@@ -134,9 +147,9 @@ def prediction(path: Path, image: Any, probabilities: Tensor, classes: Sequence[
 
 
 def _bars(axes: Axes, order: Tensor, values: Tensor, classes: Sequence[str], target: int | None) -> None:
-    """Horizontal bars, the best on top; the right class in red, as in the paper, the others blue."""
+    """Horizontal bars, the best on top; the right class in green, the others blue."""
     places = list(range(len(order)))
-    colours = [RED if int(i) == target else BLUE for i in order]
+    colours = [GREEN if int(i) == target else BLUE for i in order]
     axes.barh(places, values.numpy(), color=colours, height=0.72)
     axes.set_yticks(places, [_short(classes[int(i)]) for i in order], fontsize=9)
     for place, value in zip(places, values.tolist(), strict=True):

@@ -25,7 +25,7 @@ from .files import write_file
 from .log import METRICS, read_metrics
 from .progress import Reporter
 from .recipe import Recipe
-from .trainer import Trainer
+from .trainer import Trainer, first_kernels
 
 NEEDED = ("matplotlib", "tensorboard")  # asked for before the first step, not after the last
 
@@ -160,18 +160,13 @@ def draw(trainer: Trainer, result: Evaluation) -> list[str]:
     out, split = trainer.out, trainer.split
     classes = split.train.classes
     pictures.curves(out / "curves.png", read_metrics(out / METRICS))
-    pictures.kernels(out / "conv1.png", first_convolution(trainer.model))
+    pictures.kernels(out / "conv1.png", first_kernels(trainer.model), trainer.start)
     pictures.guesses(out / "guesses.png", split.held_out, result, classes)
     made = ["curves.png", "conv1.png", "guesses.png"]
     if isinstance(split.held_out, Digits):
         save_samples(out / "samples", split.held_out)
         made.append("samples/")
     return made
-
-
-def first_convolution(model: torch.nn.Module) -> torch.Tensor:
-    """The weights of the first convolution."""
-    return next(m.weight for m in model.modules() if isinstance(m, torch.nn.Conv2d))
 
 
 def save_samples(folder: Path, digits: Digits) -> None:

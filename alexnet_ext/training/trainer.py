@@ -65,6 +65,7 @@ class Trainer:
             init=recipe.init,
         )
         self.model.to(device).to(memory_format=torch.channels_last)
+        self.start = first_kernels(self.model).detach().clone()  # for the picture of what training adds to it
         self.optimizer = torch.optim.SGD(
             self.model.parameters(),
             lr=recipe.lr,
@@ -232,6 +233,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "plateau": self.plateau.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "start": self.start,
             "random": random_state(),
         }
         return checkpoint.save(self.out, self.model, self.description, state)
@@ -249,7 +251,10 @@ class Trainer:
                 )
             checkpoint.check_optimizer(path, state["optimizer"], self.optimizer)
             numbers = [int(state[name]) for name in ("step", "epoch", "batch", "evaluated")]
+            if state["start"].shape != self.start.shape:
+                raise ValueError(f"start is of shape {list(state['start'].shape)}")
             self.model.load_state_dict(weights)
+            self.start.copy_(state["start"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.plateau.load_state_dict(state["plateau"])
             self.scaler.load_state_dict(state["scaler"])
@@ -258,6 +263,11 @@ class Trainer:
             set_random_state(state["random"])  # last: whatever was drawn on the way here does not count
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise CommandError(f"{shown}: not a trainer's state of this version ({error!r})") from error
+
+
+def first_kernels(model: torch.nn.Module) -> Tensor:
+    """The weights of the first convolution."""
+    return next(module.weight for module in model.modules() if isinstance(module, torch.nn.Conv2d))
 
 
 def seed_everything(seed: int) -> None:
