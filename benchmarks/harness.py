@@ -20,6 +20,7 @@ from tests.cases import Case
 BATCH = 32
 DIRECTIONS = ("forward", "forward+backward")
 NETWORK = ("training step", "inference")
+LAYOUTS = ("contiguous", "channels_last")
 
 Run = Callable[[], Any]
 
@@ -40,9 +41,9 @@ def layer_name(case: Case) -> str:
     return f"{name} {'x'.join(map(str, weight))}" if weight else name
 
 
-def op_run(case: Case, direction: str, backend: str) -> Run:
+def op_run(case: Case, direction: str, backend: str, layout: str = "contiguous") -> Run:
     """A function that runs the op once. Images need no gradient, so neither does a convolution of 3 channels."""
-    tensors = cases.make(case)
+    tensors = cases.make(case, layout=layout)
     if case.shapes["x"][1] == 3:
         tensors["x"].requires_grad_(False)
     wanted = list(cases.wanting_grad(tensors).values())
@@ -59,11 +60,15 @@ def op_run(case: Case, direction: str, backend: str) -> Run:
     return forward if direction == "forward" else forward_backward
 
 
-def network_run(kind: str, fused: bool, batch: int = BATCH) -> Run:
+def network_run(
+    kind: str, fused: bool, batch: int = BATCH, layout: str = "contiguous", fused_optimizer: bool = False
+) -> Run:
     """One step of the paper's SGD on the paper's network with random images, or one inference."""
     torch.manual_seed(0)
     model = ax.models.alexnet("paper", fused=fused)
     images, labels = torch.randn(batch, 3, 227, 227), torch.randint(0, 1000, (batch,))
+    if layout == "channels_last":
+        model, images = (x.to(memory_format=torch.channels_last) for x in (model, images))
     if kind == "inference":
         model.eval()
 
@@ -72,7 +77,7 @@ def network_run(kind: str, fused: bool, batch: int = BATCH) -> Run:
                 model(images)
 
         return infer
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4, fused=fused_optimizer)
 
     def step() -> None:
         optimizer.zero_grad()

@@ -6,6 +6,7 @@ the table and writes it to benchmarks/results/DEVICE-DATE.md and .json.
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
 import re
@@ -28,15 +29,15 @@ from rich.table import Table
 import alexnet_ext as ax
 from alexnet_ext import _library
 
-from . import harness
+from . import harness, worker
 from .harness import Run
 
 RESULTS = Path(__file__).parent / "results"
+OPS = ("local_response_norm", "relu_max_pool2d", "relu_lrn_max_pool2d", "relu_max_pool2d_lrn", "conv2d_bias_relu")
 TARGETS = {
     "local_response_norm": 10.0,
     "relu_max_pool2d": 2.0,
     "relu_lrn_max_pool2d": 10.0,
-    "relu_max_pool2d_lrn": 10.0,
     "training step": 1.8,
     "inference": 1.3,
 }
@@ -47,6 +48,7 @@ class Row:
     """One contest. ``floor_ms`` is what copying the bytes that must move would take; ``target`` a ratio."""
 
     name: str
+    layout: str
     shape: str
     stock_ms: float
     ours_ms: float
@@ -62,6 +64,7 @@ class Row:
         floor, target = self.floor_ms, self.target
         return [
             self.name,
+            self.layout,
             self.shape,
             f"{self.stock_ms:.2f}",
             f"{self.ours_ms:.2f}",
@@ -72,7 +75,7 @@ class Row:
         ]
 
 
-HEADINGS = ("forward + backward", "shape", "stock ms", "ours ms", "floor ms", "ratio", "target", "reached")
+HEADINGS = ("forward + backward", "layout", "shape", "stock ms", "ours ms", "floor ms", "ratio", "target", "reached")
 
 
 def milliseconds(run: Run) -> float:
@@ -99,24 +102,19 @@ def copy_rate() -> float:
 
 def op_rows(batch: int, seconds: float, rate: float) -> Iterator[Row]:
     """A row for each of an op's layers, then their sum, which the target is for."""
-    for op in (
-        "local_response_norm",
-        "relu_max_pool2d",
-        "relu_lrn_max_pool2d",
-        "relu_max_pool2d_lrn",
-        "conv2d_bias_relu",
-    ):
+    for op, layout in itertools.product(OPS, harness.LAYOUTS):
         rows = []
         for case in harness.alexnet_cases(op, batch):
-            runs = (harness.op_run(case, "forward+backward", backend) for backend in ("native", "stock"))
+            runs = (harness.op_run(case, "forward+backward", backend, layout) for backend in ("native", "stock"))
             ours, stock, rounds = contest(*runs, seconds)
             moved = harness.bytes_moved(case)
             floor = None if moved is None else moved / rate
-            rows.append(Row(op, harness.layer_name(case), stock, ours, floor, None, rounds))
+            rows.append(Row(op, layout, harness.layer_name(case), stock, ours, floor, None, rounds))
             yield rows[-1]
         floors = [row.floor_ms for row in rows if row.floor_ms is not None]
         yield Row(
             op,
+            layout,
             "all layers",
             sum(row.stock_ms for row in rows),
             sum(row.ours_ms for row in rows),
@@ -127,9 +125,15 @@ def op_rows(batch: int, seconds: float, rate: float) -> Iterator[Row]:
 
 
 def network_rows(batch: int, seconds: float) -> Iterator[Row]:
-    for kind in harness.NETWORK:
-        ours, stock, rounds = contest(*(harness.network_run(kind, fused, batch) for fused in (True, False)), seconds)
-        yield Row(f"AlexNet {kind}", f"{batch}x3x227x227", stock, ours, None, TARGETS[kind], rounds)
+    """The network in one loop with one optimizer, then `alexnet train` beside a loop as tutorials show it."""
+    shape = f"{batch}x3x227x227"
+    for kind, layout in itertools.product(harness.NETWORK, harness.LAYOUTS):
+        runs = (harness.network_run(kind, fused, batch, layout) for fused in (True, False))
+        ours, stock, rounds = contest(*runs, seconds)
+        yield Row(f"AlexNet {kind}", layout, shape, stock, ours, None, TARGETS[kind], rounds)
+    with worker.Worker("train", batch) as train, worker.Worker("plain", batch) as plain:
+        ours, stock, rounds = contest(train.step, plain.step, seconds)
+    yield Row("alexnet train, a step", "as it runs", shape, stock, ours, None, TARGETS["training step"], rounds)
 
 
 def device_name() -> str:
@@ -156,11 +160,19 @@ def circumstances(batch: int, rate: float) -> dict[str, Any]:
     }
 
 
+NOTES = (
+    "Times are medians of turns, forward and backward together; inference is forward alone. Floor: the bytes that",
+    'must move, at the rate of a large copy. "alexnet train, a step" is two processes taking turns: the settings of',
+    "`alexnet train` (channels-last, fused SGD, malloc that keeps freed memory) beside stock layers in a plain loop",
+    "with PyTorch's defaults; the rows above it differ in the layers alone.",
+)
+
+
 def markdown(facts: dict[str, Any], rows: list[Row]) -> str:
     lines = [f"# {facts['device']}, {facts['date']}", ""]
     lines += [f"- {name}: {value}" for name, value in facts.items()]
-    lines += ["", "Times are forward and backward together; inference is forward alone.", ""]
-    table = [HEADINGS, ["---", "---", *["---:"] * (len(HEADINGS) - 2)], *(row.cells() for row in rows)]
+    lines += ["", *NOTES, ""]
+    table = [HEADINGS, ["---", "---", "---", *["---:"] * (len(HEADINGS) - 3)], *(row.cells() for row in rows)]
     lines += ["| " + " | ".join(cells) + " |" for cells in table]
     return "\n".join(lines) + "\n"
 
@@ -201,7 +213,9 @@ def main(
                 progress.update(task, advance=1, description=f"{row.name} {row.shape}")
     path = write(out, circumstances(batch, rate), rows)
     console = Console()
-    console.print(table, width=None if console.is_terminal else 130, crop=console.is_terminal)
+    if not console.is_terminal:
+        console = Console(width=140)
+    console.print(table)
     typer.echo(f"written to {path} and {path.with_suffix('.json').name}")
 
 
