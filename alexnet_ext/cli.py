@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -143,7 +142,7 @@ def train(
         given["data"] = data.value
 
     from .training import run
-    from .training.recipe import default
+    from .training.recipe import chosen
 
     where = run.device_of(device)
     count = _workers(workers, where.type)
@@ -153,7 +152,7 @@ def train(
             raise CommandError("--out and --resume: a run goes on in its own folder", 2)
         run.resume(resume, given, where, count, console, _warn)
         return
-    recipe = replace(default(given.get("data", "digits")), **given)
+    recipe = chosen(given)
     run.start(recipe, out or run.default_out(recipe), where, count, console)
 
 

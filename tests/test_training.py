@@ -26,7 +26,7 @@ from alexnet_ext.training.evaluate import evaluate, predict
 from alexnet_ext.training.interrupt import Interrupted
 from alexnet_ext.training.log import Log, read_metrics
 from alexnet_ext.training.progress import Reporter
-from alexnet_ext.training.recipe import DIGITS, IMAGENET, SCHEDULES, Recipe, default
+from alexnet_ext.training.recipe import DIGITS, IMAGENET, SCHEDULES, Recipe, chosen, default
 from alexnet_ext.training.trainer import Trainer, random_state, set_random_state
 
 SIZE = 67  # the smallest input that the paper's five stages can take
@@ -289,6 +289,9 @@ def test_recipes_are_the_papers_for_folders_and_a_quick_one_for_digits() -> None
     assert (folder.epochs, folder.init, folder.schedule, folder.dropout) == (90, "paper", "plateau", 0.5)
     assert default("digits") == DIGITS
     assert DIGITS.init == "kaiming"
+    assert chosen({}) == DIGITS
+    assert chosen({"epochs": 3, "lr": 0.02}).total_steps(4000) == 375
+    assert chosen({"epochs": 3, "steps": 7}).total_steps(4000) == 7
     assert folder.total_steps(129) == 180
     assert replace(folder, steps=7).total_steps(129) == 7
     assert folder.differences({"lr": 0.01, "seed": 4, "data": "/images"}) == ["seed"]
