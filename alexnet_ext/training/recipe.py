@@ -58,6 +58,10 @@ class Recipe:
         """Raises TypeError for what another version of the package wrote."""
         return cls(**values)
 
+    def changed(self, given: dict[str, Any]) -> Recipe:
+        """This recipe with what is given; epochs take the place of a number of steps."""
+        return replace(self, **({"steps": None} if "epochs" in given else {}) | given)
+
     def differences(self, given: dict[str, Any]) -> list[str]:
         """The names in ``given`` whose value is not this recipe's."""
         return [
@@ -88,11 +92,8 @@ IMAGENET = Recipe(data="")
 
 
 def chosen(given: dict[str, Any]) -> Recipe:
-    """The default for ``given["data"]`` (digits) with what is given; epochs replace the default's number of steps."""
-    recipe = default(given.get("data", "digits"))
-    if "epochs" in given:
-        recipe = replace(recipe, steps=None)
-    return replace(recipe, **given)
+    """The default for ``given["data"]`` (digits) with the rest of what is given."""
+    return default(given.get("data", "digits")).changed(given)
 
 
 def default(data: str) -> Recipe:

@@ -71,7 +71,7 @@ def resume(
         if name not in ("steps", "epochs"):
             option = name.replace("_", "-")
             raise CommandError(f"--{option} {given[name]}: the run in {path_text(run)} has {getattr(recipe, name)}", 2)
-    recipe = dataclasses.replace(recipe, **{k: given[k] for k in ("steps", "epochs") if k in given})
+    recipe = recipe.changed({k: given[k] for k in ("steps", "epochs") if k in given})
     split = _split(recipe)
     trainer = _trainer(recipe, split, run, device, workers)
     description, weights = checkpoint.read_weights(path / checkpoint.WEIGHTS)
