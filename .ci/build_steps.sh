@@ -71,7 +71,9 @@ ops_under_the_other_torch() {
   (
     cd "$work/ops"
     python -c 'import alexnet_ext, sys; assert alexnet_ext.__file__.startswith(sys.prefix), alexnet_ext.__file__'
-    pytest tests/test_{local_response_norm,relu_max_pool2d,conv2d_bias_relu,blocks,relu_lrn_max_pool2d,relu_max_pool2d_lrn}.py
+    # One dtype and three layouts of the large grid, and all the rest.
+    pytest tests/test_{local_response_norm,relu_max_pool2d,conv2d_bias_relu,blocks,relu_lrn_max_pool2d,relu_max_pool2d_lrn}.py \
+      -k 'not (values_and_gradients or ties) or (float32 and (contiguous or channels_last or sliced))'
   )
   rm -rf "$work/ops"
 }
@@ -113,9 +115,10 @@ rebuild() {
     touch $kernel
     editable MAX_JOBS=$jobs
     echo "$kernel touched, MAX_JOBS=$jobs: $(compiled) files compiled, $(linked) linked, $(running_at_most) at a time"
-    grep Building "$work/log"
+    grep 'Building CXX' "$work/log"
     # One source, once for each of three instruction sets.
-    [ "$(compiled)" = 3 ] && [ "$(grep Building "$work/log" | grep -c relu_max_pool2d_cpu.cpp)" = 3 ]
+    [ "$(compiled)" = 3 ]
+    [ "$(grep -c 'Building CXX.*relu_max_pool2d_cpu.cpp' "$work/log")" = 3 ]
     [ "$(linked)" = 1 ]
     [ "$(running_at_most)" = $jobs ]
   done
@@ -125,9 +128,9 @@ rebuild() {
   editable || failed=1
   rm $broken
   [ $failed = 1 ] || { echo "a file that does not compile was no error"; return 1; }
-  grep -m1 "broken_cpu.cpp:1:.* error: invalid conversion from 'const char\*' to 'int'" <(tr '‘’' "''" < "$work/log" || true) ||
-    grep -m1 'broken_cpu.cpp:1:.*error: invalid conversion' "$work/log"
+  grep -m1 'broken_cpu.cpp:1:.*error: invalid conversion' "$work/log"
   grep -m1 'alexnet_ext did not compile: the message above says why' "$work/log"
+  ! grep Traceback "$work/log" || return 1
   editable
 }
 
