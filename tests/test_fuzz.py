@@ -55,13 +55,22 @@ def pool_cases(draw: Draw) -> Case:
 @st.composite
 def conv_cases(draw: Draw) -> Case:
     batch, _, height, width = draw_shape(draw)
-    groups, dilation = draw(st.sampled_from([1, 1, 2, 2, 3])), pair_within(draw, 1, (2, 2))
-    padding, stride = pair_within(draw, 0, (3, 3)), pair_within(draw, 1, (3, 3))
-    reach = [(size + 2 * p - 1) // d + 1 for size, p, d in zip((height, width), padding, dilation, strict=True)]
-    kernel = pair_within(draw, 1, (min(reach[0], 5), min(reach[1], 5)))
+    groups, dilation, stride = (
+        draw(st.sampled_from([1, 2, 3])),
+        pair_within(draw, 1, (2, 2)),
+        pair_within(draw, 1, (3, 3)),
+    )
+    kernel = pair_within(draw, 1, (5, 5))
+    padding, sizes = [], [height, width]
+    for i in (0, 1):
+        # Every window must touch the image: of one in the padding alone oneDNN's convolution with a bias crashes on
+        # channels-last inputs, under torch.nn as well (oneDNN#5942, pytorch#195394).
+        reach = dilation[i] * (kernel[i] - 1)
+        padding.append(draw(st.integers(0, min(3, reach))))
+        sizes[i] = max(sizes[i], reach + 1 - 2 * padding[i])
     each_in, each_out = draw(st.integers(1, 9)), draw(st.integers(1, 9))
-    shape = (batch, groups * each_in, height, width)
-    options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    shape = (batch, groups * each_in, *sizes)
+    options = {"stride": stride, "padding": tuple(padding), "dilation": dilation, "groups": groups}
     return conv(shape, groups * each_out, kernel, draw(st.booleans()), **options)
 
 
