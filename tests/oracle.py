@@ -62,19 +62,34 @@ def assert_matches_float64(
         stock = {"y": compared, **gradients(compared, tensors)}
     except NotImplementedError:  # bf16 and fp16 LRN has no CPU kernel in stock
         stock = {}
-    magnitudes: dict[str, Tensor] = {}
-    if case.op == "conv2d_bias_relu":  # sums of products may cancel: what they are made of is the measure
-        parts = {
-            n: None if t is None else t.detach().abs().requires_grad_(t.requires_grad) for n, t in exact_inputs.items()
-        }
+    if case.op == "conv2d_bias_relu":
+        parts = {name: None if tensor is None else tensor.detach().abs() for name, tensor in exact_inputs.items()}
+        parts = {n: t if t is None else t.requires_grad_(tensors[n].requires_grad) for n, t in parts.items()}
         whole = cases.stock(case, parts)
-        magnitudes = {"y": whole, **gradients(whole, parts, dy.abs())}
+        terms = {"y": whole, **gradients(whole, parts, dy.abs())}
+    else:
+        terms = terms_of_gradients(case, expected, dy)
     for name, result in results.items():
-        magnitude = magnitudes[name].max().item() if name in magnitudes and result.numel() else 0.0
+        magnitude = terms[name].max().item() if name in terms and result.numel() else 0.0
         assert_accurate(name, result, expected[name], stock.get(name), summands(case, name), magnitude)
         if name != "y":
             assert result.dtype == tensors[name].dtype, name
     return ours
+
+
+def terms_of_gradients(case: Case, expected: dict[str, Tensor], dy: Tensor) -> dict[str, Tensor]:
+    """What LRN's and the blocks' gradients are made of, in magnitude, where it may cancel.
+
+    A bias's gradient is the sum of x's. An element's own part and its neighbours' may cancel in x's: among many
+    elements the largest does not, among few it may.
+    """
+    terms = {}
+    if "x" in expected and dy.numel():
+        if "bias" in expected:
+            terms["bias"] = expected["x"].abs().flatten(-2).sum(-1).view(-1, case.shapes["bias"][0]).sum(0)
+        if expected["x"].numel() < ENOUGH:
+            terms["x"] = dy.double().abs().max() * case.constants.get("k", 1.0) ** -case.constants.get("beta", 0.0)
+    return terms
 
 
 def assert_accurate(
