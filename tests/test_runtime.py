@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from alexnet_ext import ops
+
 from . import cases, oracle
 from .cases import Case, block, conv, each_dtype, each_example, lrn, pool
 
@@ -215,6 +217,21 @@ def test_one_dimension_beyond_65535(op: str, many: tuple[int, ...]) -> None:
     )
     tensors = cases.make(case)
     oracle.assert_matches_float64(case, tensors)
+
+
+@pytest.mark.long
+def test_more_than_2_to_31_elements() -> None:
+    """Offsets beyond 32 bits: the first and last rows equal those of a tensor of four rows."""
+    if (free := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")) < 12 * 2**30:
+        pytest.skip(f"needs 12 GiB of free memory, found {free / 2**30:.1f}")
+    x = torch.empty(1, 2, 40_000, 30_000, dtype=torch.float16).copy_(torch.randn(1, 2, 1, 30_000).half())
+    x[:, :, -3:] = torch.randn(1, 2, 3, 30_000).half()
+    for run in (lambda t: ops.local_response_norm(t, 3, 1.0), lambda t: ops.relu_max_pool2d(t, (1, 2), 1)):
+        y = run(x)
+        assert y.numel() > 2**31
+        for rows in (slice(None, 4), slice(-4, None)):
+            assert torch.equal(y[:, :, rows], run(x[:, :, rows].contiguous()))
+        del y
 
 
 @pytest.mark.usefixtures("native")
