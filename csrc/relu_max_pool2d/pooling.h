@@ -29,20 +29,22 @@ inline Pooling pooling_of(const IntList& kernel, const IntList& stride, const In
   return pool;
 }
 
-// The output's sizes (the rule of torch.nn.MaxPool2d; the same as pooled_size in alexnet_ext/ops/_checks.py).
+// Length of one pooled side (the rule of torch.nn.MaxPool2d; the same as pooled_size in alexnet_ext/ops/_checks.py).
+inline int64_t pooled_length(int64_t side, const Pooling& pool, int i, bool ceil_mode) {
+  int64_t reach = side + 2 * pool.padding[i] - pool.dilation[i] * (pool.kernel[i] - 1) - 1;
+  if (ceil_mode) reach += pool.stride[i] - 1;
+  if (reach < 0) return 0;
+  int64_t length = reach / pool.stride[i] + 1;
+  return ceil_mode && (length - 1) * pool.stride[i] >= side + pool.padding[i] ? length - 1 : length;
+}
+
+// The output's images.
 inline Images pooled(const Images& in, const Pooling& pool, bool ceil_mode) {
   Images out = in;
-  int64_t sides[2] = {in.height, in.width};
-  for (int i = 0; i < 2; ++i) {
-    int64_t reach = sides[i] + 2 * pool.padding[i] - pool.dilation[i] * (pool.kernel[i] - 1) - 1;
-    check(reach >= 0, "kernel_size ", pool.kernel[i], " with dilation ", pool.dilation[i], " does not fit a side of ",
-          sides[i]);
-    int64_t length = (reach + (ceil_mode ? pool.stride[i] - 1 : 0)) / pool.stride[i] + 1;
-    if (ceil_mode && (length - 1) * pool.stride[i] >= sides[i] + pool.padding[i]) --length;
-    sides[i] = length;
-  }
-  out.height = sides[0];
-  out.width = sides[1];
+  out.height = pooled_length(in.height, pool, 0, ceil_mode);
+  out.width = pooled_length(in.width, pool, 1, ceil_mode);
+  check(out.height > 0 && out.width > 0, "kernel_size ", pool.kernel[0], " x ", pool.kernel[1],
+        " leaves nothing of an input of ", in.height, " x ", in.width);
   return out;
 }
 
@@ -57,10 +59,12 @@ inline Images unpooled(const Images& out, int64_t height, int64_t width, const P
   Images in = out;
   in.height = height;
   in.width = width;
-  Images down = pooled(in, pool, false), up = pooled(in, pool, true);
-  check(out.height >= down.height && out.height <= up.height && out.width >= down.width && out.width <= up.width,
-        "winners has height and width ", out.height, " x ", out.width, ", expected ", down.height, " x ", down.width,
-        " for an input of ", height, " x ", width);
+  const int64_t sides[] = {height, width}, lengths[] = {out.height, out.width};
+  for (int i = 0; i < 2; ++i) {
+    int64_t down = pooled_length(sides[i], pool, i, false), up = pooled_length(sides[i], pool, i, true);
+    check(lengths[i] >= down && lengths[i] <= up, "winners has ", i == 0 ? "height " : "width ", lengths[i],
+          ", expected ", down, " to ", up, " for an input of ", height, " x ", width);
+  }
   return in;
 }
 

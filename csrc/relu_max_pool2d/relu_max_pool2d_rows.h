@@ -114,13 +114,18 @@ class PoolRows {
   struct Best {
     Vec<A> value{};
     Vec<Int<A>> tap = broadcast<Int<A>>(kNoWinner);
-    bool empty = !floor;
+    bool empty = true;
 
     void take(const A* p, Int<A> candidate) {
       Vec<A> v = load(p);
-      if (!floor && empty) {
-        value = v, tap = broadcast(candidate), empty = false;
-        return;
+      if (empty) {
+        empty = false;
+        // Under ReLU a window with nothing above zero returns its first value's zero, with that one's sign.
+        value = floor ? (v == 0 ? v : Vec<A>{}) : v;
+        if (!floor) {
+          tap = broadcast(candidate);
+          return;
+        }
       }
       // A NaN takes this branch from any value and no value takes it from a NaN: the last NaN wins, as in PyTorch.
       Vec<Int<A>> better = (v > value) | (v != v);
