@@ -63,6 +63,8 @@ FAULTS = (
     Fault("pool: padding holds a value that can win", POOL, "to[i] = -INFINITY", "to[i] = 1", "relu_max_pool2d", 2),
     Fault("pool: window without a winner gives tap 0", POOL, "broadcast<Int<A>>(kNoWinner)", "broadcast<Int<A>>(0)",
           "relu_max_pool2d"),
+    Fault("pool: zero loses its sign", POOL, "value = floor ? (v == 0 ? v : Vec<A>{}) : v;",
+          "value = floor ? Vec<A>{} : v;", "relu_max_pool2d"),
     Fault("pool: row stride taken for the column's", POOL, "oh * pool_.stride[0] - pool_.padding[0]",
           "oh * pool_.stride[1] - pool_.padding[0]", "relu_max_pool2d"),
     Fault("pool: dilation of columns ignored", POOL, "first + s * dilation", "first + s", "relu_max_pool2d"),

@@ -28,18 +28,24 @@ Results<T> run(Isa isa, const ReluMaxPool2d& p, const Array<T>& x, const Array<T
   return out;
 }
 
-// The first of the greatest values above 0, the last NaN, or nothing: 0 and no winner.
+// The first of the greatest values above 0, the last NaN, or no winner: then 0, with the sign that ReLU leaves the
+// first value's (-0 stays -0). In an NCHW window that begins left of the image the padding hides that sign.
 template <class T>
 void compare(const ReluMaxPool2d& p, const Array<T>& x, const Array<T>& dy, const Results<T>& got) {
   for_elements(p.out, [&](int64_t n, int64_t c, int64_t oh, int64_t ow) {
     double best = 0;
+    bool first = true;
     int winner = kNoWinner;
     for_taps(p.in, p.pool, oh, ow, [&](int64_t h, int64_t w, int64_t tap) {
       const double v = value(x[at(p.in, n, c, h, w)]);
+      if (first && v == 0) best = v;
+      first = false;
       if (v > best || v != v) best = v, winner = tap;
     });
     const int64_t o = at(p.out, n, c, oh, ow);
     expect_equal("y", o, got.y[o], best);
+    const bool sign_kept = p.in.channels_last || ow * p.pool.stride[1] >= p.pool.padding[1];
+    if (best == 0 && sign_kept) expect_byte("sign of y", o, std::signbit(value(got.y[o])), std::signbit(best));
     expect_byte("winners", o, got.winners[o], winner);
   });
   // dy holds small integers, so that sums are exact in every type.
@@ -66,6 +72,7 @@ void check(Isa isa, const Images& in, const Pooling& pool, bool ceil) {
       double v = mode == 1 ? normal(random) : integer(random, -4, 3);
       if (mode == 2 && integer(random, 0, 5) == 0)
         v = integer(random, 0, 2) ? NAN : integer(random, 0, 1) ? INFINITY : -INFINITY;
+      if (v == 0 && integer(random, 0, 1)) v = -0.0;
       x[i] = x_before[i] = rounded<T>(v);
     }
     for (int64_t i = 0; i < dy.size(); ++i) dy[i] = rounded<T>(integer(random, -3, 3));
