@@ -40,8 +40,13 @@ inline Band band_of(const Images& s, int64_t unit) {
   return {unit / bands, first, first + rows < s.height ? first + rows : s.height};
 }
 
-// CPU units: NCHW planes, or bands of NHWC rows (of the output forward, of the input backward).
-inline int64_t relu_max_pool2d_units(const Images& s) { return s.channels_last ? band_count(s) : s.batch * s.channels; }
+// NCHW planes taken together, so that small planes do not cost more in calls than in values.
+constexpr int64_t kPlanes = 16;
+
+// CPU units: groups of NCHW planes, or bands of NHWC rows (of the output forward, of the input backward).
+inline int64_t relu_max_pool2d_units(const Images& s) {
+  return s.channels_last ? band_count(s) : s.batch * ceil_div(s.channels, kPlanes);
+}
 
 template <Isa isa>
 void relu_max_pool2d_cpu(const ReluMaxPool2d& p, const void* x, void* y, uint8_t* winners, int64_t begin, int64_t end);

@@ -11,12 +11,15 @@ struct Piece {
 };
 
 Piece piece_of(const Images& s, int64_t unit) {
-  if (!s.channels_last) return {unit / s.channels, unit % s.channels, 1, 0, s.height};
+  if (!s.channels_last) {
+    int64_t groups = ceil_div(s.channels, kPlanes), first = unit % groups * kPlanes, left = s.channels - first;
+    return {unit / groups, first, left < kPlanes ? left : kPlanes, 0, s.height};
+  }
   Band band = band_of(s, unit);
   return {band.image, 0, s.channels, band.first, band.last};
 }
 
-int64_t channels_at_once(const Images& s) { return s.channels_last ? s.channels : 1; }
+int64_t channels_at_once(const Images& s) { return s.channels_last || s.channels < kPlanes ? s.channels : kPlanes; }
 
 }  // namespace
 }  // namespace ALEXNET_ISA
