@@ -32,6 +32,7 @@ NEEDED = ("matplotlib", "tensorboard")  # asked for before the first step, not a
 
 def start(recipe: Recipe, out: Path, device: torch.device, workers: int, console: Console) -> Evaluation:
     """Train from the start into the new or empty folder ``out``."""
+    began = time.monotonic()
     for name in NEEDED:
         require(name)
     split = _split(recipe)
@@ -44,7 +45,7 @@ def start(recipe: Recipe, out: Path, device: torch.device, workers: int, console
         raise os_error(out, error) from error
     text = json.dumps(dataclasses.asdict(recipe), indent=1) + "\n"
     write_file(out / "recipe.json", text.encode())
-    return _train(trainer, console)
+    return _train(trainer, console, began)
 
 
 def resume(
@@ -57,6 +58,7 @@ def resume(
 ) -> Evaluation:
     """Go on from a run's newest whole checkpoint. ``given`` are the options that the user named: ``steps`` and
     ``epochs`` may lengthen the run, the others must be the run's own."""
+    began = time.monotonic()
     for name in NEEDED:
         require(name)
     path = checkpoint.newest(run, warn)
@@ -81,7 +83,7 @@ def resume(
     if trainer.step > trainer.total:
         raise CommandError(f"{path_text(run)}: is at step {trainer.step}, beyond the {trainer.total} asked for", 2)
     console.print(f"going on from step {trainer.step}", highlight=False)
-    return _train(trainer, console)
+    return _train(trainer, console, began)
 
 
 def _split(recipe: Recipe) -> Split:
@@ -96,9 +98,8 @@ def _trainer(recipe: Recipe, split: Split, out: Path, device: torch.device, work
         raise CommandError(str(error), 2) from error
 
 
-def _train(trainer: Trainer, console: Console) -> Evaluation:
-    """Run, then write the pictures and say how it went."""
-    began = time.monotonic()
+def _train(trainer: Trainer, console: Console, began: float) -> Evaluation:
+    """Run, then write the pictures and say how it went, reading the data (since ``began``) included."""
     recipe, split, out = trainer.recipe, trainer.split, trainer.out
     parameters = sum(p.numel() for p in trainer.model.parameters())
     kind = "stock layers" if recipe.stock else "fused layers"
