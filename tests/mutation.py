@@ -71,6 +71,8 @@ FAULTS = (
     Fault("pool: padding of rows ignored backward", POOL, "ih + pool_.padding[0] - r", "ih - r", "relu_max_pool2d"),
     Fault("pool: rows of the unit before are kept", POOL, "cache_.clear();\n    for (int64_t oh",
           "for (int64_t oh", "relu_max_pool2d"),
+    Fault("pool: last group of planes not cut short", "csrc/relu_max_pool2d/relu_max_pool2d_cpu.cpp",
+          "left < kPlanes ? left : kPlanes", "kPlanes", "relu_max_pool2d"),
     Fault("pool: bands overlap", "csrc/relu_max_pool2d/relu_max_pool2d.h",
           "first + rows < s.height ? first + rows : s.height", "s.height", "relu_lrn_max_pool2d"),
     Fault("ReLU: NaN turned to 0", "csrc/conv2d_bias_relu/conv2d_bias_relu_cpu.cpp", "widen(values[i]) <= 0 ?",
