@@ -110,7 +110,7 @@ rebuild() {
   echo "nothing touched: $(compiled) files compiled"
   [ "$(compiled)" = 0 ]
 
-  local kernel=csrc/relu_max_pool2d/relu_max_pool2d_cpu.cpp jobs
+  local kernel=csrc/conv2d_bias_relu/conv2d_bias_relu_cpu.cpp jobs
   for jobs in 1 2; do
     touch $kernel
     editable MAX_JOBS=$jobs
@@ -118,12 +118,12 @@ rebuild() {
     grep 'Building CXX' "$work/log"
     # One source, once for each of three instruction sets.
     [ "$(compiled)" = 3 ]
-    [ "$(grep -c 'Building CXX.*relu_max_pool2d_cpu.cpp' "$work/log")" = 3 ]
+    [ "$(grep -c 'Building CXX.*conv2d_bias_relu_cpu.cpp' "$work/log")" = 3 ]
     [ "$(linked)" = 1 ]
     [ "$(running_at_most)" = $jobs ]
   done
 
-  local broken=csrc/relu_max_pool2d/broken_cpu.cpp failed=0
+  local broken=csrc/conv2d_bias_relu/broken_cpu.cpp failed=0
   echo 'int broken = "no number";' > $broken
   editable || failed=1
   rm $broken
@@ -131,7 +131,6 @@ rebuild() {
   grep -m1 'broken_cpu.cpp:1:.*error: invalid conversion' "$work/log"
   grep -m1 'alexnet_ext did not compile: the message above says why' "$work/log"
   ! grep Traceback "$work/log" || return 1
-  editable
 }
 
 planted_faults() {
