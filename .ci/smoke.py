@@ -45,6 +45,11 @@ OPS: dict[str, tuple[list[tuple[int, ...]], Callable[..., torch.Tensor], Callabl
         lambda x, weight, bias: ax.ops.conv2d_bias_relu(x, weight, bias, padding=1, groups=2, backend="native"),
         lambda x, weight, bias: F.relu(F.conv2d(x, weight, bias, padding=1, groups=2)),
     ),
+    "linear_bias_relu": (
+        [(9, 33), (17, 33), (17,)],
+        lambda x, weight, bias: ax.ops.linear_bias_relu(x, weight, bias, backend="native"),
+        lambda x, weight, bias: F.relu(F.linear(x, weight, bias)),
+    ),
     "relu_lrn_max_pool2d": (
         [(2, 17, 9, 7), (17,)],
         lambda x, bias: ax.ops.relu_lrn_max_pool2d(x, bias, **block, backend="native"),
@@ -81,7 +86,8 @@ def main() -> int:
         for dtype in (torch.float32, torch.float64):
             for memory_format in (torch.contiguous_format, torch.channels_last):
                 tensors = [torch.randn(shape, dtype=dtype) for shape in shapes]
-                tensors[0] = tensors[0].to(memory_format=memory_format)
+                if tensors[0].dim() == 4:
+                    tensors[0] = tensors[0].to(memory_format=memory_format)
                 for got, expected in zip(results(fused, tensors), results(stock, tensors), strict=True):
                     torch.testing.assert_close(got, expected, msg=lambda text, name=name: f"{name}: {text}")
         print(f"  {name}: as stock")

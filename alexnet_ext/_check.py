@@ -149,6 +149,15 @@ CASES = (
     _convolution("one tower", 1),
     _convolution("two towers", 2),
     _Case(
+        "linear_bias_relu",
+        "linear_bias_relu",
+        ((32, 1024), (512, 1024), (512,)),
+        (0.5, 2.0**-10, 2.0**-3),
+        lambda x, w, b: ops.linear_bias_relu(x, w, b),
+        lambda x, w, b: F.relu(F.linear(x, w, b)),
+        terms=1024,
+    ),
+    _Case(
         "relu_lrn_max_pool2d",
         "relu_lrn_max_pool2d",
         ((1, 96, 55, 55), (96,)),
@@ -257,7 +266,10 @@ def _op_rows(case: _Case, device: torch.device, dtypes: Sequence[str]) -> Iterat
         cap = 4 * (eps + FP32_EPS * math.sqrt(case.terms))
         for layout, memory_format in LAYOUTS.items():
             inputs = [x.to(device, dtype) for x in exact]
-            inputs[0] = inputs[0].contiguous(memory_format=memory_format)
+            if inputs[0].dim() == 4:
+                inputs[0] = inputs[0].contiguous(memory_format=memory_format)
+            elif layout != "contiguous":
+                continue
             yield _row(
                 (case.name, dtype_name, layout, backend),
                 names,

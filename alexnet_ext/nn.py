@@ -44,6 +44,13 @@ class Conv2dReLU(nn.Conv2d):
         return ops.conv2d_bias_relu(input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
 
 
+class LinearReLU(nn.Linear):
+    """``nn.Sequential(nn.Linear(...), nn.ReLU())`` by ``ops.linear_bias_relu``."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.linear_bias_relu(input, self.weight, self.bias)
+
+
 class _Conv2dBlock(nn.Conv2d):
     """A convolution and the fused block behind it; subclasses name the block's op and its order."""
 

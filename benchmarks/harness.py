@@ -90,7 +90,7 @@ def network_run(
 def bytes_moved(case: Case) -> int | None:
     """Bytes that forward and backward must read and write at least (fp32), or None where arithmetic bounds."""
     x = 4 * math.prod(case.shapes["x"])
-    if case.op == "conv2d_bias_relu":
+    if case.op in cases.PRODUCTS:
         return None
     if case.op == "local_response_norm":
         return 5 * x  # read x, write y; read dy and x, write dx

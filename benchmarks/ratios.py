@@ -33,7 +33,14 @@ from . import harness, worker
 from .harness import Run
 
 RESULTS = Path(__file__).parent / "results"
-OPS = ("local_response_norm", "relu_max_pool2d", "relu_lrn_max_pool2d", "relu_max_pool2d_lrn", "conv2d_bias_relu")
+OPS = (
+    "local_response_norm",
+    "relu_max_pool2d",
+    "relu_lrn_max_pool2d",
+    "relu_max_pool2d_lrn",
+    "conv2d_bias_relu",
+    "linear_bias_relu",
+)
 TARGETS = {
     "local_response_norm": 10.0,
     "relu_max_pool2d": 2.0,

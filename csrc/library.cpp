@@ -34,6 +34,11 @@ STABLE_TORCH_LIBRARY(alexnet_ext, m) {
       "conv2d_bias_relu_backward(Tensor dy, Tensor x, Tensor weight, Tensor y, int[2] stride, int[2] padding,"
       " int[2] dilation, int groups, bool[3] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias)");
 
+  m.def("linear_bias_relu(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def(
+      "linear_bias_relu_backward(Tensor dy, Tensor x, Tensor weight, Tensor y, bool[3] output_mask)"
+      " -> (Tensor dx, Tensor dweight, Tensor dbias)");
+
   m.def(
       "relu_lrn_max_pool2d(Tensor x, Tensor? bias, int lrn_size, float alpha, float beta, float k,"
       " int[2] kernel_size, int[2] stride) -> (Tensor y, Tensor winners)");

@@ -16,7 +16,15 @@ from alexnet_ext import ops
 
 Tensors = dict[str, Tensor | None]
 
-OPS = ("local_response_norm", "relu_max_pool2d", "conv2d_bias_relu", "relu_lrn_max_pool2d", "relu_max_pool2d_lrn")
+OPS = (
+    "local_response_norm",
+    "relu_max_pool2d",
+    "conv2d_bias_relu",
+    "linear_bias_relu",
+    "relu_lrn_max_pool2d",
+    "relu_max_pool2d_lrn",
+)
+PRODUCTS = ("conv2d_bias_relu", "linear_bias_relu")
 BLOCKS = ("relu_lrn_max_pool2d", "relu_max_pool2d_lrn")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = ("contiguous", "channels_last", "transposed", "sliced", "expanded", "expanded_batch", "offset")
@@ -59,6 +67,11 @@ def conv(shape: tuple[int, ...], out: int, kernel: tuple[int, int], bias: bool =
     constants = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1} | rest
     weight = (out, shape[-3] // constants["groups"], *kernel)
     return Case("conv2d_bias_relu", {"x": shape, "weight": weight, "bias": (out,) if bias else None}, constants)
+
+
+def linear(shape: tuple[int, ...], outputs: int, bias: bool = True) -> Case:
+    weight = (outputs, shape[-1])
+    return Case("linear_bias_relu", {"x": shape, "weight": weight, "bias": (outputs,) if bias else None})
 
 
 def block(op: str, shape: tuple[int, ...], bias: bool = True, **rest: Any) -> Case:
@@ -116,6 +129,21 @@ CONV_CASES = (
 )
 
 
+# Rows about the 8 where forward turns to tiles, and about what a tile and its vectors hold; inputs and outputs about
+# the blocks of 512, 128, 48 and 12.
+LINEAR_CASES = (
+    *(linear((rows, 33), 17) for rows in (0, 1, 2, 7, 8, 9, 16, 17, 31, 32, 33, 49, 70)),
+    *(linear((9, inputs), 14) for inputs in (1, 2, 127, 129, 511, 512, 513, 1030)),
+    *(linear((5, inputs), 13) for inputs in (0, 1, 511, 513)),
+    *(linear((17, 19), outputs) for outputs in (1, 11, 12, 13, 47, 48, 49, 127, 129, 260)),
+    linear((12, 20), 9, bias=False),
+    linear((3, 0), 4),
+    linear((2, 3, 10), 6),
+    linear((2, 3, 4, 5), 7, bias=False),
+    linear((21,), 6),
+)
+
+
 def _block_cases(op: str) -> tuple[Case, ...]:
     return (
         block(op, (2, 6, 7, 5)),
@@ -137,6 +165,7 @@ CASES: dict[str, tuple[Case, ...]] = {
     "local_response_norm": LRN_CASES,
     "relu_max_pool2d": POOL_CASES,
     "conv2d_bias_relu": CONV_CASES,
+    "linear_bias_relu": LINEAR_CASES,
     **{op: _block_cases(op) for op in BLOCKS},
 }
 
@@ -147,6 +176,8 @@ EXAMPLES = (
     pool((2, 3, 9, 7), padding=1),
     conv((5, 4, 7, 9), 6, (3, 3), padding=1, groups=2),
     conv((5, 4, 7, 9), 6, (3, 3), bias=False),
+    linear((10, 7), 6),
+    linear((10, 7), 6, bias=False),
     *(block(op, (2, 6, 7, 9), lrn_size=4, bias=bias) for op in BLOCKS for bias in (True, False)),
 )
 
@@ -161,6 +192,7 @@ ALEXNET: dict[str, tuple[Case, ...]] = {
         conv((1, 384, 13, 13), 384, (3, 3), padding=1, groups=2),
         conv((1, 384, 13, 13), 256, (3, 3), padding=1, groups=2),
     ),
+    "linear_bias_relu": (linear((1, 9216), 4096), linear((1, 4096), 4096)),
     **{op: tuple(block(op, (1, *s), alpha=5e-4) for s in ((96, 55, 55), (256, 27, 27))) for op in BLOCKS},
 }
 
@@ -179,6 +211,10 @@ def _stock_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
 ) -> Tensor:
     return F.relu(F.conv2d(x, weight, bias, stride, padding, dilation, groups))
+
+
+def _stock_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.relu(F.linear(x, weight, bias))
 
 
 def _activation(x: Tensor, bias: Tensor | None) -> Tensor:
@@ -206,6 +242,7 @@ STOCK: dict[str, Callable[..., Tensor]] = {
     "local_response_norm": _stock_lrn,
     "relu_max_pool2d": _stock_pool,
     "conv2d_bias_relu": _stock_conv,
+    "linear_bias_relu": _stock_linear,
     "relu_lrn_max_pool2d": _stock_lrn_pool,
     "relu_max_pool2d_lrn": _stock_pool_lrn,
 }
@@ -311,6 +348,8 @@ def raw_backward(case: Case, tensors: Tensors) -> tuple[Any, ...]:
             return dy, *saved, *x.shape[2:], *constants[:-1]
         case "conv2d_bias_relu":
             return dy, x, tensors["weight"], y, *constants, [True, True, bias is not None]
+        case "linear_bias_relu":
+            return dy, x, tensors["weight"], y, [True, True, bias is not None]
         case "relu_lrn_max_pool2d":
             return dy, x, bias, *saved, *constants
     return dy, *saved, *x.shape[2:], *constants

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LRN = "csrc/local_response_norm/local_response_norm_rows.h"
 POOL = "csrc/relu_max_pool2d/relu_max_pool2d_rows.h"
 VECTOR = "csrc/common/cpu_vector.h"
+LINEAR = "csrc/linear_bias_relu/linear_bias_relu_cpu.cpp"
 BIAS = "csrc/common/cpu_bias.h"
 SECONDS = 240  # a fault may make a loop endless
 
@@ -79,6 +80,16 @@ FAULTS = (
           "!(widen(values[i]) > 0) ?", "conv2d_bias_relu"),
     Fault("ReLU: gradient 1 at 0", "csrc/conv2d_bias_relu/conv2d_bias_relu_cpu.cpp", "widen(result[i]) <= 0 ?",
           "widen(result[i]) < 0 ?", "conv2d_bias_relu"),
+    Fault("linear: a row left over from the tiles not computed", LINEAR, "for (; i < rows; ++i) tile<1, V>",
+          "for (; i < rows - 1; ++i) tile<1, V>", "linear_bias_relu"),
+    Fault("linear: blocks of the sum overwrite one another", LINEAR, "add ? load(place) + sum[r][v] : sum[r][v]",
+          "sum[r][v]", "linear_bias_relu"),
+    Fault("linear: NaN turned to 0", LINEAR, "row[i] = z <= 0 ?", "row[i] = !(z > 0) ?", "linear_bias_relu"),
+    Fault("linear: padding of the rows not zero", LINEAR, "widen(in[m * columns + k]) : Acc<T>(0)",
+          "widen(in[m * columns + k]) : Acc<T>(1)", "linear_bias_relu"),
+    Fault("boundary: rows of any strides taken for dense", "csrc/linear_bias_relu/linear_bias_relu_ops.cpp",
+          "return torch::stable::contiguous(t);", "return t;",
+          "tests/test_linear_bias_relu.py -k 'values_and_gradients and transposed and float32'"),
     Fault("block: ReLU's mask dropped", "csrc/relu_lrn_max_pool2d/relu_lrn_max_pool2d_cpu.cpp",
           "mask<A>(gradient, activation, row_size);", "", "relu_lrn_max_pool2d"),
     Fault("block: bias left out of the recomputed activation",

@@ -62,7 +62,7 @@ def assert_matches_float64(
         stock = {"y": compared, **gradients(compared, tensors)}
     except NotImplementedError:  # bf16 and fp16 LRN has no CPU kernel in stock
         stock = {}
-    if case.op == "conv2d_bias_relu":
+    if case.op in cases.PRODUCTS:
         parts = {name: None if tensor is None else tensor.detach().abs() for name, tensor in exact_inputs.items()}
         parts = {n: t if t is None else t.requires_grad_(tensors[n].requires_grad) for n, t in parts.items()}
         whole = cases.stock(case, parts)
@@ -124,6 +124,10 @@ def _largest_error(values: Tensor, exact: Tensor) -> float:
 def summands(case: Case, name: str) -> int:
     """How many products the longest sum behind a result has."""
     x = case.shapes["x"]
+    if case.op == "linear_bias_relu":
+        outputs, inputs = case.shapes["weight"]
+        rows = max(1, math.prod(x[:-1]))
+        return {"y": max(1, inputs), "x": outputs, "weight": rows, "bias": rows}[name]
     batch_and_pixels = math.prod(x[:-3]) * math.prod(x[-2:])
     if name == "bias":
         return max(1, batch_and_pixels)
@@ -144,11 +148,12 @@ def settled(case: Case, exact: Tensors, dtype: torch.dtype) -> Tensor:
     """
     eps = 8 * torch.finfo(dtype).eps
     c = case.constants
-    if case.op == "conv2d_bias_relu":
-        options = (c["stride"], c["padding"], c["dilation"], c["groups"])
+    if case.op in cases.PRODUCTS:
+        product = F.linear if case.op == "linear_bias_relu" else F.conv2d
+        options = [c[name] for name in ("stride", "padding", "dilation", "groups") if name in c]
         bias = exact["bias"]
-        value = F.conv2d(exact["x"], exact["weight"], bias, *options)
-        scale = F.conv2d(exact["x"].abs(), exact["weight"].abs(), None if bias is None else bias.abs(), *options)
+        value = product(exact["x"], exact["weight"], bias, *options)
+        scale = product(exact["x"].abs(), exact["weight"].abs(), None if bias is None else bias.abs(), *options)
         return ~(value.abs() <= eps * scale) | (scale == 0)
     if case.op not in cases.BLOCKS:
         return torch.ones(cases.stock(case, exact).shape, dtype=torch.bool)

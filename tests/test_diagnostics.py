@@ -17,7 +17,9 @@ from alexnet_ext import _check, _library, diagnostics, ops
 from alexnet_ext.diagnostics import check, check_table, verdict
 from alexnet_ext.ops import _backend
 
-OPS = ("local_response_norm", "relu_max_pool2d", "conv2d_bias_relu", "relu_lrn_max_pool2d", "relu_max_pool2d_lrn")
+from . import cases
+
+OPS = cases.OPS
 
 
 def test_info_of_this_installation() -> None:

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from . import cases, oracle
-from .cases import Case, block, conv, lrn, pool
+from .cases import Case, block, conv, linear, lrn, pool
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 
@@ -75,6 +75,12 @@ def conv_cases(draw: Draw) -> Case:
 
 
 @st.composite
+def linear_cases(draw: Draw) -> Case:
+    rows, inputs, outputs = draw(st.integers(0, 70)), draw(st.integers(0, 600)), draw(st.integers(1, 60))
+    return linear((rows, inputs), outputs, draw(st.booleans()))
+
+
+@st.composite
 def block_cases(draw: Draw, op: str) -> Case:
     shape = draw_shape(draw)
     constants = {
@@ -91,6 +97,7 @@ CASES: dict[str, st.SearchStrategy[Case]] = {
     "local_response_norm": lrn_cases(),
     "relu_max_pool2d": pool_cases(),
     "conv2d_bias_relu": conv_cases(),
+    "linear_bias_relu": linear_cases(),
     **{op: block_cases(op) for op in cases.BLOCKS},
 }
 

@@ -157,6 +157,8 @@ def test_fused_layers() -> None:
     assert isinstance(layers.conv3, ax.nn.Conv2dReLU)
     assert isinstance(layers.conv4, ax.nn.Conv2dReLU)
     assert isinstance(layers.pool5, ax.nn.ReLUMaxPool2d)
+    assert isinstance(meta("paper").classifier.fc6, ax.nn.LinearReLU)
+    assert isinstance(meta("paper").classifier.fc7, ax.nn.LinearReLU)
     assert isinstance(meta("caffe").features.conv1, ax.nn.Conv2dReLULRNMaxPool2d)
     assert isinstance(meta("caffenet").features.conv2, ax.nn.Conv2dReLUMaxPool2dLRN)
     assert isinstance(meta("torchvision").features.pool1, ax.nn.ReLUMaxPool2d)

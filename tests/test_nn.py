@@ -53,6 +53,14 @@ PAIRS: dict[str, Pair] = {
         lambda: ax.nn.Conv2dReLU(4, 6, (2, 3), padding="same", padding_mode="reflect"),
         lambda: nn.Sequential(nn.Conv2d(4, 6, (2, 3), padding="same", padding_mode="reflect"), nn.ReLU()),
     ),
+    "linear": (
+        lambda: ax.nn.LinearReLU(11, 6),
+        lambda: nn.Sequential(nn.Linear(11, 6), nn.ReLU()),
+    ),
+    "linear_no_bias": (
+        lambda: ax.nn.LinearReLU(11, 5, False),
+        lambda: nn.Sequential(nn.Linear(11, 5, False), nn.ReLU()),
+    ),
     "conv_relu_lrn_pool": (
         lambda: ax.nn.Conv2dReLULRNMaxPool2d(4, 6, 3, padding=1, groups=2, norm=LRN, pool=POOL),
         lambda: conv_then(nn.ReLU(), LRN, POOL, groups=2),
@@ -69,7 +77,7 @@ def layer(stock: nn.Module) -> nn.Module:
     """The torch.nn layer that ours takes the name, the arguments and the parameters of."""
     if not isinstance(stock, nn.Sequential):
         return stock
-    return next(part for part in stock if isinstance(part, (nn.Conv2d, nn.MaxPool2d)))
+    return next(part for part in stock if isinstance(part, (nn.Conv2d, nn.Linear, nn.MaxPool2d)))
 
 
 def results(module: nn.Module, x: Tensor) -> list[Tensor]:

@@ -97,6 +97,7 @@ SAVED: dict[str, Callable[[Tensor, Tensor], int]] = {
     "local_response_norm": lambda x, y: x.nbytes,
     "relu_max_pool2d": lambda x, y: y.numel(),
     "conv2d_bias_relu": lambda x, y: x.nbytes + y.nbytes,
+    "linear_bias_relu": lambda x, y: x.nbytes + y.nbytes,
     "relu_lrn_max_pool2d": lambda x, y: x.nbytes + y.numel(),
     "relu_max_pool2d_lrn": lambda x, y: y.nbytes + y.numel(),
 }
@@ -189,7 +190,7 @@ def test_writing_into_what_was_saved_raises(case: Case) -> None:
     tensors = cases.make(case)
     leaf, tensors["x"] = tensors["x"], tensors["x"] * 1.0
     y = cases.fused(case, tensors)
-    (y if case.op == "conv2d_bias_relu" else tensors["x"]).detach().add_(1)
+    (y if case.op in cases.PRODUCTS else tensors["x"]).detach().add_(1)
     if case.op == "relu_max_pool2d_lrn":  # keeps its own copy of what it needs
         y.sum().backward()
         untouched = cases.make(case)
@@ -332,6 +333,24 @@ BAD_CALLS: dict[str, dict[str, Callable[[tuple[Any, ...]], tuple[Any, ...]]]] = 
         "y_dtype": change(3, lambda y: y.half()),
         "stride0": change(4, [0, 1]),
         "groups0": change(7, 0),
+    },
+    "linear_bias_relu": {
+        "x_int": change(0, lambda x: x.int()),
+        "x_rank": change(0, flat),
+        "x_inputs": change(0, smaller),
+        "weight_dtype": change(1, lambda w: w.double()),
+        "weight_rank": change(1, flat),
+        "weight_inputs": change(1, lambda w: w[:, :1]),
+        "bias_length": change(2, smaller),
+        "bias_rank": change(2, lambda b: b[:, None]),
+        "bias_dtype": change(2, lambda b: b.half()),
+    },
+    "linear_bias_relu_backward": {
+        **DY_BAD,
+        "x_inputs": change(1, lambda x: x[:, :2]),
+        "weight_rank": change(2, flat),
+        "y_shape": change(3, smaller),
+        "y_dtype": change(3, lambda y: y.half()),
     },
     **{
         op: {

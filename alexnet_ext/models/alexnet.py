@@ -150,7 +150,7 @@ class AlexNet(nn.Module):
         if table.any_size:
             size = 6
             self.features.add_module("avgpool", nn.AdaptiveAvgPool2d(size))
-        self.classifier = _classifier(table, channels * size * size, config)
+        self.classifier = _classifier(table, channels * size * size, config, fused)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, 3, image_size, image_size) to (N, num_classes) before the softmax.
@@ -212,13 +212,13 @@ def _convolution(
     return {"conv": convolution, **layers}, size
 
 
-def _classifier(table: Variant, features: int, config: AlexNetConfig) -> nn.Sequential:
+def _classifier(table: Variant, features: int, config: AlexNetConfig, fused: bool) -> nn.Sequential:
     layers = nn.Sequential()
     for index, inputs in ((6, features), (7, 4096)):
         if table.dropout_first:
             layers.add_module(f"drop{index}", nn.Dropout(config.dropout))
-        layers.add_module(f"fc{index}", nn.Linear(inputs, 4096))
-        layers.add_module(f"relu{index}", nn.ReLU(inplace=True))
+        layers.add_module(f"fc{index}", fused_nn.LinearReLU(inputs, 4096) if fused else nn.Linear(inputs, 4096))
+        layers.add_module(f"relu{index}", nn.Identity() if fused else nn.ReLU(inplace=True))
         if not table.dropout_first:
             layers.add_module(f"drop{index}", nn.Dropout(config.dropout))
     layers.add_module("fc8", nn.Linear(4096, config.num_classes))

@@ -2,6 +2,7 @@
 
 from ._backend import use_backend
 from .conv2d_bias_relu.op import conv2d_bias_relu
+from .linear_bias_relu.op import linear_bias_relu
 from .local_response_norm.op import local_response_norm
 from .relu_lrn_max_pool2d.op import relu_lrn_max_pool2d
 from .relu_max_pool2d.op import relu_max_pool2d
@@ -9,6 +10,7 @@ from .relu_max_pool2d_lrn.op import relu_max_pool2d_lrn
 
 __all__ = [
     "conv2d_bias_relu",
+    "linear_bias_relu",
     "local_response_norm",
     "relu_lrn_max_pool2d",
     "relu_max_pool2d",

@@ -10,7 +10,14 @@ from torch.autograd import forward_ad
 from .. import _library
 
 BACKENDS = ("auto", "native", "triton", "stock")
-OPS = ("local_response_norm", "relu_max_pool2d", "conv2d_bias_relu", "relu_lrn_max_pool2d", "relu_max_pool2d_lrn")
+OPS = (
+    "local_response_norm",
+    "relu_max_pool2d",
+    "conv2d_bias_relu",
+    "linear_bias_relu",
+    "relu_lrn_max_pool2d",
+    "relu_max_pool2d_lrn",
+)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # Asked once, at import: torch.compile can trace a look-up here, not a question to the dispatcher.

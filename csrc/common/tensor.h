@@ -67,13 +67,15 @@ inline void check_shape(const Tensor& t, const char* name, const std::vector<int
   check(false, name, " has shape ", shape_text(t), ", expected [", expected.str(), "]");
 }
 
-// The pointer of a bias of [channels], or null.
-inline const void* bias_data(const std::optional<Tensor>& bias, const Tensor& x, int64_t channels) {
-  if (!bias) return nullptr;
+// The bias of [channels], dense, or none.
+inline std::optional<Tensor> dense_bias(const std::optional<Tensor>& bias, const Tensor& x, int64_t channels) {
+  if (!bias) return std::nullopt;
   check_like(*bias, "bias", x);
   check_shape(*bias, "bias", {channels});
-  return bias->data_ptr();
+  return torch::stable::contiguous(*bias);
 }
+
+inline const void* data_or_null(const std::optional<Tensor>& t) { return t ? t->data_ptr() : nullptr; }
 
 // Same strides wherever a dimension has more than one index.
 inline bool same_strides(const Tensor& a, const Tensor& b) {

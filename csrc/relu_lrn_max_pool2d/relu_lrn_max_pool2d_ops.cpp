@@ -12,7 +12,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, std::optional<Tensor> bias, 
   p.in = images_of(x, "x");
   p.out = pooled(p.in, p.pool, false);
   if (bias) bias = torch::stable::contiguous(*bias);
-  const void* b = bias_data(bias, x, p.in.channels);
+  const std::optional<Tensor> bias_row = dense_bias(bias, x, p.in.channels);
+  const void* b = data_or_null(bias_row);
   Tensor in = dense(x, p.in);
   Tensor y = empty_images(x, p.out, x.scalar_type()), winners = empty_images(x, p.out, ScalarType::Byte);
   parallel(band_count(p.out), [&](int64_t begin, int64_t end) {
@@ -34,7 +35,8 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, std::opti
   check_winners(winners, dy);
   check_like(dy, "dy", x);
   if (bias) bias = torch::stable::contiguous(*bias);
-  const void* b = bias_data(bias, x, p.in.channels);
+  const std::optional<Tensor> bias_row = dense_bias(bias, x, p.in.channels);
+  const void* b = data_or_null(bias_row);
   Tensor in = dense(x, p.in), gradient = dense(dy, p.out), taps = dense(winners, p.out);
   Tensor dx = empty_images(x, p.in, x.scalar_type());
   BiasSums sums(p);

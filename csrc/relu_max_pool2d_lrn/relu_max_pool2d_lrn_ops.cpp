@@ -13,7 +13,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, std::optional<Tensor
   p.in = images_of(x, "x");
   p.out = pooled(p.in, p.pool, false);
   if (bias) bias = torch::stable::contiguous(*bias);
-  const void* b = bias_data(bias, x, p.in.channels);
+  const std::optional<Tensor> bias_row = dense_bias(bias, x, p.in.channels);
+  const void* b = data_or_null(bias_row);
   Tensor in = dense(x, p.in);
   Tensor y = empty_images(x, p.out, x.scalar_type()), kept = empty_images(x, p.out, x.scalar_type());
   Tensor winners = empty_images(x, p.out, ScalarType::Byte);

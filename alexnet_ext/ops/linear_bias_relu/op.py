@@ -1,0 +1,94 @@
+"""The linear layer with bias and ReLU: fc6 and fc7 of the 2012 paper (section 3.5)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._backend import runs_native
+from .._checks import autocast_enabled, check_bias, check_same, check_tensor
+from .._register import register
+from . import reference
+
+
+def linear_bias_relu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
+    """``max(0, x @ weight.T + bias)``. Equals ``F.relu(F.linear(x, weight, bias))``, NaN kept.
+
+    On the CPU the weight passes through the caches once forward and once for each gradient, which is what a batch
+    of up to a few hundred rows costs. There is no CUDA kernel: ``"auto"`` runs stock PyTorch there.
+
+    Args:
+        x: (*, inputs), rank 1 or more, fp64, fp32, bf16 or fp16 (computed in fp32).
+        weight: (outputs, inputs), in x's dtype.
+        bias: (outputs,) or None.
+        backend: ``"auto"``, ``"native"``, ``"triton"`` or ``"stock"``.
+
+    Returns:
+        (*, outputs), contiguous. Under autocast x, weight and bias are cast to the autocast dtype, as in stock.
+        Saves x, weight and the result for the backward.
+
+    Raises:
+        RuntimeError: rank, size, dtype or device that do not fit together.
+        TypeError: x, weight or bias is not a Tensor.
+    """
+    for name, value in (("x", x), ("weight", weight)):
+        check_tensor(name, value)
+    if weight.dim() != 2:
+        raise RuntimeError(f"weight has shape {list(weight.shape)}, expected 2D (outputs, inputs)")
+    if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+        raise RuntimeError(
+            f"x has shape {list(x.shape)}, expected (*, {weight.shape[1]}) for weight of shape {list(weight.shape)}"
+        )
+    check_bias(bias, weight.shape[0], x)
+    if weight.device != x.device or not autocast_enabled(x):
+        check_same("weight", weight, x)
+        if bias is not None:
+            check_same("bias", bias, x)
+    if not runs_native("linear_bias_relu", backend, x):
+        return reference.linear_bias_relu(x, weight, bias)
+    if x.dim() == 2:
+        return torch.ops.alexnet_ext.linear_bias_relu(x, weight, bias)
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return torch.ops.alexnet_ext.linear_bias_relu(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _fake_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, y: Tensor, output_mask: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = (x.shape, weight.shape, weight.shape[:1])
+    dx, dweight, dbias = (x.new_empty(s if wanted else (0,)) for s, wanted in zip(shapes, output_mask, strict=True))
+    return dx, dweight, dbias
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _bias = inputs
+    ctx.save_for_backward(x, weight, output)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    wanted = list(ctx.needs_input_grad)
+    gradients = torch.ops.alexnet_ext.linear_bias_relu_backward(dy, *ctx.saved_tensors, wanted)
+    return tuple(g if w else None for g, w in zip(gradients, wanted, strict=True))
+
+
+def _autocast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Any, ...]:
+    """Cast to the autocast dtype as stock does: every floating tensor but fp64."""
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+register(
+    "linear_bias_relu",
+    fake=_fake,
+    fake_backward=_fake_backward,
+    setup_context=_setup_context,
+    backward=_backward,
+    reference_backward=reference.linear_bias_relu_backward,
+    autocast=_autocast,
+    batched=(0,),
+)

@@ -1,0 +1,101 @@
+// linear_bias_relu as PyTorch operators on the CPU.
+#include <torch/csrc/stable/library.h>
+
+#include "../common/tensor.h"
+#include "../conv2d_bias_relu/conv2d_bias_relu.h"
+#include "linear_bias_relu.h"
+
+namespace alexnet_ext {
+namespace {
+
+void check_rank(const Tensor& t, const char* name) {
+  check(t.dim() == 2, name, " has shape ", shape_text(t), ", expected 2D");
+}
+
+LinearBiasRelu plan(const Tensor& x, const Tensor& weight) {
+  const DType dtype = dtype_of(x, "x");
+  check_rank(x, "x");
+  check_rank(weight, "weight");
+  check_like(weight, "weight", x);
+  check_shape(weight, "weight", {weight.size(0), x.size(1)});
+  return {dtype, x.size(0), x.size(1), weight.size(0)};
+}
+
+Tensor rows_of(const Tensor& t) { return torch::stable::contiguous(t); }
+
+Tensor empty(const Tensor& like, std::vector<int64_t> sizes) {
+  return fresh(torch::stable::new_empty(like, {sizes.data(), sizes.size()}));
+}
+
+// source^T, widened, as the kernels read it.
+Tensor packed(const LinearBiasRelu& p, const Tensor& source) {
+  const int64_t columns = source.size(1), sizes[] = {columns, padded_rows(p)};
+  const auto wide = p.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float;
+  Tensor result = torch::stable::new_empty(source, {sizes, 2}, wide);
+  parallel(ceil_div(columns, kPackRun), [&](int64_t begin, int64_t end) {
+    with_isa(best_isa(),
+             [&](auto isa) { pack_rows_cpu<isa.value>(p, columns, source.data_ptr(), result.data_ptr(), begin, end); });
+  });
+  return result;
+}
+
+Tensor forward(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias) {
+  const LinearBiasRelu p = plan(x, weight);
+  const std::optional<Tensor> bias_row = dense_bias(bias, x, p.outputs);
+  const void* b = data_or_null(bias_row);
+  const Tensor in = rows_of(x), w = rows_of(weight), in_packed = p.rows < kFewRows ? in : packed(p, in);
+  Tensor y = empty(x, {p.rows, p.outputs});
+  parallel(p.rows == 0 ? 0 : ceil_div(p.outputs, kForwardOutputs), [&](int64_t begin, int64_t end) {
+    with_isa(best_isa(), [&](auto isa) {
+      linear_bias_relu_cpu<isa.value>(p, in.data_ptr(), in_packed.data_ptr(), w.data_ptr(), b, y.data_ptr(), begin,
+                                      end);
+    });
+  });
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& y,
+                                            std::vector<bool> output_mask) {
+  const LinearBiasRelu p = plan(x, weight);
+  for (auto [t, name] : {std::pair{&dy, "dy"}, std::pair{&y, "y"}}) {
+    check_like(*t, name, x);
+    check_shape(*t, name, {p.rows, p.outputs});
+  }
+  const Tensor in = rows_of(x), w = rows_of(weight), gradient = rows_of(dy), result = rows_of(y);
+  Tensor dz = empty(x, {p.rows, p.outputs});
+  parallel(ceil_div(dz.numel(), kReluRun), [&](int64_t begin, int64_t end) {
+    with_isa(best_isa(), [&](auto isa) {
+      relu_mask_cpu<isa.value>(p.dtype, gradient.data_ptr(), result.data_ptr(), dz.data_ptr(), dz.numel(), begin, end);
+    });
+  });
+  Tensor dx = empty(x, {0}), dweight = empty(x, {0}), dbias = empty(x, {0});
+  if (output_mask.at(0)) {
+    dx = empty(x, {p.rows, p.inputs});
+    const Tensor dz_packed = packed(p, dz);
+    parallel(p.rows == 0 ? 0 : ceil_div(p.inputs, kInputs), [&](int64_t begin, int64_t end) {
+      with_isa(best_isa(), [&](auto isa) {
+        linear_input_gradient_cpu<isa.value>(p, dz_packed.data_ptr(), w.data_ptr(), dx.data_ptr(), begin, end);
+      });
+    });
+  }
+  if (output_mask.at(1)) dweight = empty(x, {p.outputs, p.inputs});
+  if (output_mask.at(2)) dbias = empty(x, {p.outputs});
+  if (output_mask.at(1) || output_mask.at(2)) {
+    void* for_weight = output_mask.at(1) ? dweight.data_ptr() : nullptr;
+    void* for_bias = output_mask.at(2) ? dbias.data_ptr() : nullptr;
+    parallel(ceil_div(p.outputs, kWeightOutputs), [&](int64_t begin, int64_t end) {
+      with_isa(best_isa(), [&](auto isa) {
+        linear_weight_gradient_cpu<isa.value>(p, dz.data_ptr(), in.data_ptr(), for_weight, for_bias, begin, end);
+      });
+    });
+  }
+  return {dx, dweight, dbias};
+}
+
+}  // namespace
+}  // namespace alexnet_ext
+
+STABLE_TORCH_LIBRARY_IMPL(alexnet_ext, CPU, m) {
+  m.impl("linear_bias_relu", TORCH_BOX(&alexnet_ext::forward));
+  m.impl("linear_bias_relu_backward", TORCH_BOX(&alexnet_ext::backward));
+}
