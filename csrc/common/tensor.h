@@ -52,10 +52,14 @@ inline DType dtype_of(const Tensor& x, const char* name) {
   }
 }
 
-// t must have x's dtype and device type.
+inline void check_device(const Tensor& t, const char* name, const Tensor& x) {
+  check(t.is_cpu() == x.is_cpu() && t.get_device_index() == x.get_device_index(), name, " must be on the device of x");
+}
+
+// t must have x's dtype and device.
 inline void check_like(const Tensor& t, const char* name, const Tensor& x) {
   check(t.scalar_type() == x.scalar_type(), name, " must have the dtype of x");
-  check(t.is_cpu() == x.is_cpu(), name, " must be on the device of x");
+  check_device(t, name, x);
 }
 
 inline void check_shape(const Tensor& t, const char* name, const std::vector<int64_t>& sizes) {

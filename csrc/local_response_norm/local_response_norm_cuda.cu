@@ -6,7 +6,7 @@ int local_response_norm_cuda(const LocalResponseNorm& p, const void* x, void* y,
   cudaError_t status = cudaSuccess;
   with_type(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    status = launch(local_response_norm_kernel<T>, p.batch * p.pixels, stream, p, static_cast<const T*>(x),
+    status = launch(local_response_norm_kernel<T>, blocks_for(p.batch * p.pixels), 0, stream, p, static_cast<const T*>(x),
                     static_cast<T*>(y));
   });
   return status;
@@ -17,7 +17,7 @@ int local_response_norm_backward_cuda(const LocalResponseNorm& p, const void* dy
   cudaError_t status = cudaSuccess;
   with_type(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    status = launch(local_response_norm_backward_kernel<T>, p.batch * p.pixels, stream, p, static_cast<const T*>(dy),
+    status = launch(local_response_norm_backward_kernel<T>, blocks_for(p.batch * p.pixels), 0, stream, p, static_cast<const T*>(dy),
                     static_cast<const T*>(x), static_cast<T*>(dx));
   });
   return status;
