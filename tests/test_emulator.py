@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from . import cases, emulated, oracle
-from .cases import Case, each_dtype, lrn, pool
+from .cases import Case, block, each_dtype, lrn, pool
 
 LAYOUTS = ("contiguous", "channels_last", "sliced", "offset")
 
@@ -55,8 +55,26 @@ POOL_CASES = (
     pool((3, 7, 6), 3, 2),
     pool((2, 40, 9, 17)),
 )
-CASES = LRN_CASES + POOL_CASES
+BLOCK_CASES = tuple(
+    case
+    for op in cases.BLOCKS
+    for case in (
+        block(op, (2, 6, 7, 5)),
+        block(op, (2, 16, 7, 5), bias=False),
+        block(op, (1, 1, 1, 1), kernel_size=1, stride=1),
+        block(op, (0, 8, 4, 5)),
+        *(block(op, (2, channels, 5, 7)) for channels in (1, 7, 8, 9, 24, 40)),
+        *(block(op, (2, 8, 5, 7), lrn_size=size) for size in (1, 2, 4, 15)),
+        block(op, (2, 16, 5, 7), beta=0.3),
+        block(op, (2, 8, 6, 9), kernel_size=(2, 3), stride=(1, 2)),
+        block(op, (2, 8, 9, 8), kernel_size=2, stride=3),
+        block(op, (24, 6, 5), kernel_size=3, stride=1),
+        block(op, (3, 24, 11, 13)),  # several blocks, and rows of bias sums
+    )
+)
+CASES = LRN_CASES + POOL_CASES + BLOCK_CASES
 EXAMPLES = (lrn((3, 48, 3, 5)), lrn((2, 24, 3, 5), size=4), pool((2, 24, 9, 7), padding=1), pool((2, 5, 9, 7), 2, 2))
+EXAMPLES += tuple(block(op, (2, channels, 7, 9)) for op in cases.BLOCKS for channels in (9, 24))
 
 
 @pytest.mark.usefixtures("poisoned", "emulator")

@@ -27,4 +27,16 @@ class CudaStream {
   void* stream_ = nullptr;
 };
 
+// Sums for each channel, and the workspace in which kernels leave their rows of them, in the arithmetic type of x.
+struct DeviceSums {
+  Tensor rows, total;
+
+  DeviceSums(const Tensor& x, int64_t row_count, int64_t channels) : rows(x), total(x) {
+    const int64_t workspace[] = {row_count, channels}, size[] = {channels};
+    const ScalarType wide = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+    rows = torch::stable::empty({workspace, 2}, wide, std::nullopt, x.device());
+    total = torch::stable::empty({size, 1}, x.scalar_type(), std::nullopt, x.device());
+  }
+};
+
 }  // namespace alexnet_ext

@@ -29,6 +29,9 @@ __device__ inline T narrow(Acc<T> v) {
 }
 
 constexpr int kBlockThreads = 256;
+// At least this many on a multiprocessor: a thread may have 64 registers. Left to itself ptxas spills some to have
+// fewer.
+constexpr int kBlocksPerProcessor = 4;
 // Kernels stride over their work with 64-bit indices, so that a grid need not be larger.
 constexpr int64_t kMaxBlocks = 1 << 20;
 

@@ -8,7 +8,7 @@
 namespace alexnet_ext {
 
 template <class T, int V, int K>
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
     relu_max_pool2d_kernel(DevicePooling pool, DeviceImages in, DeviceImages out, int64_t n, const T* __restrict__ x,
                            T* __restrict__ y, uint8_t* __restrict__ winners) {
   for_each(n / V, [&](int64_t i) {
@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kBlockThreads)
 }
 
 template <class T, int V>
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
     relu_max_pool2d_backward_kernel(DevicePooling pool, DeviceImages in, DeviceImages out, int64_t n,
                                     const T* __restrict__ dy, const uint8_t* __restrict__ winners, T* __restrict__ dx) {
   for_each(n / V, [&](int64_t i) {
