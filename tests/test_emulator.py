@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from . import cases, emulated, oracle
-from .cases import Case, block, each_dtype, lrn, pool
+from .cases import Case, block, conv, each_dtype, lrn, pool
 
 LAYOUTS = ("contiguous", "channels_last", "sliced", "offset")
 
@@ -72,9 +72,19 @@ BLOCK_CASES = tuple(
         block(op, (3, 24, 11, 13)),  # several blocks, and rows of bias sums
     )
 )
-CASES = LRN_CASES + POOL_CASES + BLOCK_CASES
+CONV_CASES = (
+    conv((2, 4, 7, 5), 6, (3, 3), padding=1, groups=2),
+    conv((2, 4, 7, 5), 6, (3, 3), bias=False),
+    conv((1, 1, 1, 1), 1, (1, 1)),
+    conv((0, 2, 3, 4), 4, (3, 3), padding=1),
+    conv((2, 4, 5, 6), 16, (1, 1), groups=2),  # planes of 30: vectors reach from one into the next
+    conv((3, 3, 15, 13), 24, (3, 2), stride=(2, 1), padding=(1, 0)),
+    conv((2, 8, 3, 3), 40, (1, 1)),
+)
+CASES = LRN_CASES + POOL_CASES + BLOCK_CASES + CONV_CASES
 EXAMPLES = (lrn((3, 48, 3, 5)), lrn((2, 24, 3, 5), size=4), pool((2, 24, 9, 7), padding=1), pool((2, 5, 9, 7), 2, 2))
 EXAMPLES += tuple(block(op, (2, channels, 7, 9)) for op in cases.BLOCKS for channels in (9, 24))
+EXAMPLES += (conv((3, 4, 9, 7), 24, (3, 3)), conv((3, 4, 9, 7), 9, (3, 3)))
 
 
 @pytest.mark.usefixtures("poisoned", "emulator")

@@ -1,9 +1,9 @@
 // Sums over all pixels, for each channel, in one fixed order: the bias gradient.
 //
-// Blocks leave their sums as rows of [rows][channels] in a workspace, and a second kernel adds the rows up. How many
-// rows there are hangs on the shape alone, so that the same input gives the same bits on every GPU.
+// Blocks leave their sums as rows of [rows][channels] in a workspace, and a second kernel adds the rows up.
 #pragma once
 
+#include "channel_sums.h"
 #include "images.cuh"
 
 namespace alexnet_ext {
@@ -33,6 +33,32 @@ inline cudaError_t sum_rows(int64_t rows, int64_t channels, const void* sums, vo
                 static_cast<const Acc<T>*>(sums), static_cast<T*>(total));
 }
 
+// ---- V neighbouring channels of channels-last images: a thread stays at its channels
+
+// The row's sums = those of this block's threads. The inner kOwners lanes of each warp walk along the vectors of V
+// channels in memory order, all blocks together in steps that are a multiple of a pixel's vectors.
+template <int V, int kOwners, class A>
+__device__ inline void sum_vectors(const A (&sum)[V], const Divisor& vectors, A* __restrict__ sums) {
+  constexpr int kBlockOwners = kBlockThreads / kWarp * kOwners, kOuter = (kWarp - kOwners) / 2;
+  A* shared = shared_memory<A>();
+#pragma unroll
+  for (int i = 0; i < V; ++i) shared[threadIdx.x * V + i] = sum[i];
+  __syncthreads();
+  const int64_t start = static_cast<int64_t>(blockIdx.x) * kBlockOwners;
+  const int count = static_cast<int>(vectors.value), before = static_cast<int>(start - vectors.divide(start) * count);
+  const int channels = count * V;
+  for (int channel = threadIdx.x; channel < channels; channel += kBlockThreads) {
+    // The block's owner i stands at vector (before + i) % count of a pixel.
+    const int vector = channel / V;
+    A total = 0;
+    for (int i = vector >= before ? vector - before : vector - before + count; i < kBlockOwners; i += count) {
+      const int thread = i / kOwners * kWarp + kOuter + i % kOwners;
+      total += shared[thread * V + channel % V];
+    }
+    sums[static_cast<int64_t>(blockIdx.x) * channels + channel] = total;
+  }
+}
+
 // ---- element by element: a thread stays at one channel
 
 // A block's threads: `lanes` neighbouring channels of channels-last images, one channel of contiguous ones, and as many
@@ -51,7 +77,7 @@ struct ChannelBlocks {
   int64_t blocks() const { return rows * by_groups.value; }
 };
 
-// The row's sums += what f(position) returns for each of this block's elements.
+// The row's sums = those of what f(position) returns for each of this block's elements; null sums: none wanted.
 template <class A, class F>
 __device__ inline void sum_elements(const ChannelBlocks& work, const DeviceImages& s, A* __restrict__ sums, F&& f) {
   A* shared = shared_memory<A>();
@@ -70,6 +96,7 @@ __device__ inline void sum_elements(const ChannelBlocks& work, const DeviceImage
       sum += f(at);
     }
   }
+  if (sums == nullptr) return;
   shared[threadIdx.x] = sum;
   __syncthreads();
   if (static_cast<int>(threadIdx.x) >= work.lanes || channel >= s.channels) return;

@@ -28,6 +28,7 @@ __device__ inline T narrow(Acc<T> v) {
   }
 }
 
+constexpr int kWarp = 32;
 constexpr int kBlockThreads = 256;
 // At least this many on a multiprocessor: a thread may have 64 registers. Left to itself ptxas spills some to have
 // fewer.

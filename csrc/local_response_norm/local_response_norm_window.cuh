@@ -95,7 +95,6 @@ __device__ inline float inverse_three_quarters(float r) {
 // ---- eight channels a lane, the lanes beside it holding the neighbours
 
 constexpr int kLaneChannels = 8;
-constexpr int kWarp = 32;
 // The outer lanes of a warp only supply the neighbours of the others.
 constexpr int kOwners = kWarp - 2;
 constexpr int kBlockOwners = kBlockThreads / kWarp * kOwners;

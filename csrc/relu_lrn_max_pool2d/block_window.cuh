@@ -63,26 +63,4 @@ struct Lane {
   }
 };
 
-// The row's sums = those of this block's lanes, each of which has stayed at the same channels: the grid's step is a
-// multiple of a pixel's lanes.
-__device__ inline void sum_lanes(const float (&sum)[kLaneChannels], const Divisor& lanes, float* __restrict__ sums) {
-  float* shared = shared_memory<float>();
-#pragma unroll
-  for (int i = 0; i < kLaneChannels; ++i) shared[threadIdx.x * kLaneChannels + i] = sum[i];
-  __syncthreads();
-  const int64_t start = static_cast<int64_t>(blockIdx.x) * kBlockOwners;
-  const int count = static_cast<int>(lanes.value), before = static_cast<int>(start - lanes.divide(start) * count);
-  const int channels = count * kLaneChannels;
-  for (int channel = threadIdx.x; channel < channels; channel += kBlockThreads) {
-    // Owner i of the block is lane 1 + i % 30 of warp i / 30, and stands at lane (before + i) % count of a pixel.
-    const int lane = channel / kLaneChannels;
-    float total = 0;
-    for (int i = lane >= before ? lane - before : lane - before + count; i < kBlockOwners; i += count) {
-      const int thread = i / kOwners * kWarp + 1 + i % kOwners;
-      total += shared[thread * kLaneChannels + channel % kLaneChannels];
-    }
-    sums[static_cast<int64_t>(blockIdx.x) * channels + channel] = total;
-  }
-}
-
 }  // namespace alexnet_ext

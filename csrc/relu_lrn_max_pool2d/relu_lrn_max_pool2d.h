@@ -27,18 +27,8 @@ template <Isa isa>
 void relu_lrn_max_pool2d_backward_cpu(const LrnPoolBlock& p, const void* dy, const void* x, const void* bias,
                                       const uint8_t* winners, void* dx, void* bias_sums, int64_t begin, int64_t end);
 
-// CUDA's bias gradient goes through a workspace of [rows][channels] in fp32 (fp64 for fp64): enough rows to fill a GPU,
-// and a multiple of the eighths of the channels, so that a thread stays at its channels.
-constexpr int64_t kMaxLaneSums = 2048;
-
-inline int64_t bias_sum_rows(const LrnPoolBlock& p) {
-  constexpr int64_t kRows = 528, kElements = 2048;  // four blocks on each of 132 multiprocessors; a block's elements
-  const int64_t n = p.in.batch * p.in.channels * p.in.height * p.in.width, wanted = ceil_div(n, kElements);
-  const int64_t lanes = p.in.channels % 8 == 0 && p.in.channels <= kMaxLaneSums ? p.in.channels / 8 : 1;
-  return ceil_div(wanted < kRows ? wanted : kRows, lanes) * lanes;
-}
-
-// CUDA: asynchronous on `stream` (a cudaStream_t); return a cudaError_t.
+// CUDA: asynchronous on `stream` (a cudaStream_t); return a cudaError_t. bias_sums is a workspace of
+// [sum_rows_of(p.in)][channels] in fp32 (fp64 for fp64).
 int relu_lrn_max_pool2d_cuda(const LrnPoolBlock& p, const void* x, const void* bias, void* y, uint8_t* winners,
                              void* stream);
 int relu_lrn_max_pool2d_backward_cuda(const LrnPoolBlock& p, const void* dy, const void* x, const void* bias,

@@ -30,7 +30,7 @@ int relu_lrn_max_pool2d_backward_cuda(const LrnPoolBlock& p, const void* dy, con
                                       const uint8_t* winners, void* dx, void* bias_sums, void* dbias, void* stream) {
   if (!fits(p.in)) return cudaErrorInvalidValue;
   cudaError_t status = cudaSuccess;
-  const int64_t rows = bias_sum_rows(p);
+  const int64_t rows = sum_rows_of(p.in);
   with_type(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const DeviceBlock<Acc<T>> block(p);

@@ -23,7 +23,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, std::opti
   return on_block_backward(
       dy, x, bias, winners, {lrn_size, alpha, beta, k}, kernel, stride,
       [&](const LrnPoolBlock& p, const void* gradient, const void* in, const void* b, const uint8_t* taps, void* dx) {
-        DeviceSums sums(x, bias_sum_rows(p), p.in.channels);
+        DeviceSums sums(x, p.in);
         stream.check("relu_lrn_max_pool2d_backward",
                      relu_lrn_max_pool2d_backward_cuda(p, gradient, in, b, taps, dx, sums.rows.data_ptr(),
                                                        sums.total.data_ptr(), stream.get()));

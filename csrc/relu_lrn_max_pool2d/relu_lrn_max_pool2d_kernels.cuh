@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
     }
     if (owns) store<kLaneChannels>(dx + v * kLaneChannels, out);
   });
-  sum_lanes(sum, p.lanes, sums);
+  sum_vectors<kLaneChannels, kOwners>(sum, p.lanes, sums);
 }
 
 // ---- any layout, window and beta: element by element

@@ -24,7 +24,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dy, const Tensor& kept, const 
   return on_block_backward(
       dy, kept, winners, height, width, {lrn_size, alpha, beta, k}, kernel, stride,
       [&](const LrnPoolBlock& p, const void* gradient, const void* activation, const uint8_t* taps, void* dx) {
-        DeviceSums sums(kept, bias_sum_rows(p), p.in.channels);
+        DeviceSums sums(kept, p.in);
         stream.check("relu_max_pool2d_lrn_backward",
                      relu_max_pool2d_lrn_backward_cuda(p, gradient, activation, taps, dx, sums.rows.data_ptr(),
                                                        sums.total.data_ptr(), stream.get()));

@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
 }
 
 template <class T, int N>
-__global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
+__global__ void __launch_bounds__(kBlockThreads, 3)  // 85 registers
     relu_max_pool2d_lrn_lanes_backward_kernel(DeviceBlock<float> p, int64_t vectors, const T* __restrict__ dy,
                                               const T* __restrict__ pooled, const uint8_t* __restrict__ winners,
                                               T* __restrict__ dx, float* __restrict__ sums) {
@@ -49,7 +49,8 @@ __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
     const int64_t base = p.out.at(at.image, lane.channel, 0, 0);
     float out[kLaneChannels] = {};
     for_windows(p.pool, p.out, at.row, at.column, [&](int oh, int ow, int tap) {
-      // All lanes, as they exchange values; those whose window does not exist, or is not theirs, with zeros.
+      if (__ballot_sync(0xffffffff, tap >= 0) == 0) return;
+      // All lanes, as they exchange values; those whose window does not exist with zeros.
       float values[kLaneChannels] = {}, gradient[kLaneChannels] = {}, dpooled[kLaneChannels];
       Bytes<kLaneChannels> won = 0;
       if (tap >= 0) {
@@ -68,7 +69,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
     for (int i = 0; i < kLaneChannels; ++i) sum[i] += out[i];
     store<kLaneChannels>(dx + v * kLaneChannels, out);
   });
-  sum_lanes(sum, p.lanes, sums);
+  sum_vectors<kLaneChannels, kOwners>(sum, p.lanes, sums);
 }
 
 // ---- any layout, window and beta: element by element
