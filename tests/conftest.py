@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from alexnet_ext import _library
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--emulator", default=ROOT / "build" / "emulator", help="the folder that the emulator is built in")
 
 
 def pytest_report_header() -> str:

@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include "channel_sums.h"
 #include "tensor.h"
 
 namespace alexnet_ext {
@@ -25,6 +26,18 @@ class CudaStream {
  private:
   torch::stable::accelerator::DeviceGuard guard_;
   void* stream_ = nullptr;
+};
+
+// Sums for each channel, and the workspace in which kernels leave their rows of them, in the arithmetic type of x.
+struct DeviceSums {
+  Tensor rows, total;
+
+  DeviceSums(const Tensor& x, const Images& s) : rows(x), total(x) {
+    const int64_t workspace[] = {sum_rows_of(s), s.channels}, size[] = {s.channels};
+    const ScalarType wide = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+    rows = torch::stable::empty({workspace, 2}, wide, std::nullopt, x.device());
+    total = torch::stable::empty({size, 1}, x.scalar_type(), std::nullopt, x.device());
+  }
 };
 
 }  // namespace alexnet_ext

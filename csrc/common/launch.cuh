@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 
 #include "types.h"
 
@@ -27,18 +28,52 @@ __device__ inline T narrow(Acc<T> v) {
   }
 }
 
+constexpr int kWarp = 32;
 constexpr int kBlockThreads = 256;
+// At least this many on a multiprocessor: a thread may have 64 registers. Left to itself ptxas spills some to have
+// fewer.
+constexpr int kBlocksPerProcessor = 4;
+// Kernels stride over their work with 64-bit indices, so that a grid need not be larger.
+constexpr int64_t kMaxBlocks = 1 << 20;
 
-// Launches kernel(arguments...) with at least `threads` threads in blocks of kBlockThreads. The grid is one-dimensional
-// and capped, so kernels stride over their work with 64-bit indices. Returns the launch's cudaError_t.
+// As many blocks as give each of `threads` threads one turn, at most kMaxBlocks.
+inline int64_t blocks_for(int64_t threads) {
+  const int64_t blocks = ceil_div(threads, kBlockThreads);
+  return blocks < kMaxBlocks ? blocks : kMaxBlocks;
+}
+
+// Launches kernel(arguments...) in blocks of kBlockThreads; 0 blocks launch nothing. Returns the launch's cudaError_t.
 template <class... Parameters, class... Arguments>
-inline cudaError_t launch(void (*kernel)(Parameters...), int64_t threads, void* stream, const Arguments&... arguments) {
-  constexpr int64_t kMaxBlocks = 1 << 20;
-  int64_t blocks = ceil_div(threads, kBlockThreads);
+inline cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int64_t shared_bytes, void* stream,
+                          const Arguments&... arguments) {
   if (blocks == 0) return cudaSuccess;
-  kernel<<<static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks), kBlockThreads, 0,
+#if defined(__CUDACC__)
+  kernel<<<static_cast<unsigned>(blocks), kBlockThreads, static_cast<size_t>(shared_bytes),
            static_cast<cudaStream_t>(stream)>>>(arguments...);
   return cudaGetLastError();
+#else  // tests/emulator
+  (void)stream;
+  emulator::run({static_cast<unsigned>(blocks)}, {kBlockThreads}, shared_bytes, [&] { kernel(arguments...); });
+  return cudaSuccess;
+#endif
+}
+
+// The block's shared memory, of the bytes that its launch asked for.
+template <class T>
+__device__ inline T* shared_memory() {
+#if defined(__CUDACC__)
+  extern __shared__ __align__(16) unsigned char bytes[];
+  return reinterpret_cast<T*>(bytes);
+#else
+  return static_cast<T*>(emulator::shared_memory());
+#endif
+}
+
+// f(i) for all i < n, over the threads of the grid.
+template <class F>
+__device__ inline void for_each(int64_t n, F&& f) {
+  const int64_t threads = static_cast<int64_t>(gridDim.x) * kBlockThreads;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kBlockThreads + threadIdx.x; i < n; i += threads) f(i);
 }
 
 }  // namespace alexnet_ext

@@ -52,10 +52,14 @@ inline DType dtype_of(const Tensor& x, const char* name) {
   }
 }
 
-// t must have x's dtype and device type.
+inline void check_device(const Tensor& t, const char* name, const Tensor& x) {
+  check(t.is_cpu() == x.is_cpu() && t.get_device_index() == x.get_device_index(), name, " must be on the device of x");
+}
+
+// t must have x's dtype and device.
 inline void check_like(const Tensor& t, const char* name, const Tensor& x) {
   check(t.scalar_type() == x.scalar_type(), name, " must have the dtype of x");
-  check(t.is_cpu() == x.is_cpu(), name, " must be on the device of x");
+  check_device(t, name, x);
 }
 
 inline void check_shape(const Tensor& t, const char* name, const std::vector<int64_t>& sizes) {
@@ -67,15 +71,13 @@ inline void check_shape(const Tensor& t, const char* name, const std::vector<int
   check(false, name, " has shape ", shape_text(t), ", expected [", expected.str(), "]");
 }
 
-// The bias of [channels], dense, or none.
-inline std::optional<Tensor> dense_bias(const std::optional<Tensor>& bias, const Tensor& x, int64_t channels) {
-  if (!bias) return std::nullopt;
+// The pointer of a bias of [channels], or null.
+inline const void* bias_data(const std::optional<Tensor>& bias, const Tensor& x, int64_t channels) {
+  if (!bias) return nullptr;
   check_like(*bias, "bias", x);
   check_shape(*bias, "bias", {channels});
-  return torch::stable::contiguous(*bias);
+  return bias->data_ptr();
 }
-
-inline const void* data_or_null(const std::optional<Tensor>& t) { return t ? t->data_ptr() : nullptr; }
 
 // Same strides wherever a dimension has more than one index.
 inline bool same_strides(const Tensor& a, const Tensor& b) {

@@ -31,6 +31,12 @@ struct Type {
   using type = T;
 };
 
+// A number known to the compiler.
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
+};
+
 // Calls f(Type<T>{}) with the C++ type of dtype.
 template <class F>
 inline void with_type(DType dtype, F&& f) {

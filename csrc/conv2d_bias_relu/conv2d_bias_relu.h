@@ -1,4 +1,4 @@
-// ReLU behind a convolution, free of PyTorch: in place forward, folded into the gradient backward.
+// Bias and ReLU behind a convolution, free of PyTorch: in place forward, folded into the gradient backward.
 #pragma once
 
 #include "../common/isa.h"
@@ -16,5 +16,15 @@ void relu_inplace_cpu(DType dtype, void* y, int64_t n, int64_t begin, int64_t en
 // dz = dy where y > 0 or y is NaN, else 0. dz may be dy.
 template <Isa isa>
 void relu_mask_cpu(DType dtype, const void* dy, const void* y, void* dz, int64_t n, int64_t begin, int64_t end);
+
+// CUDA: asynchronous on `stream` (a cudaStream_t); return a cudaError_t. y, dy and dz are dense in the layout of s.
+
+// y = max(0, y + bias), NaN kept; a null bias adds nothing.
+int bias_relu_cuda(DType dtype, const Images& s, void* y, const void* bias, void* stream);
+
+// dz as above, and dbias = its sum over all pixels of a channel, by way of `sums`, a workspace of
+// [sum_rows_of(s)][channels] in fp32 (fp64 for fp64). Null sums and dbias: dz alone.
+int relu_mask_cuda(DType dtype, const Images& s, const void* dy, const void* y, void* dz, void* sums, void* dbias,
+                   void* stream);
 
 }  // namespace alexnet_ext

@@ -41,8 +41,8 @@ Tensor packed(const LinearBiasRelu& p, const Tensor& source) {
 
 Tensor forward(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias) {
   const LinearBiasRelu p = plan(x, weight);
-  const std::optional<Tensor> bias_row = dense_bias(bias, x, p.outputs);
-  const void* b = data_or_null(bias_row);
+  if (bias) bias = torch::stable::contiguous(*bias);
+  const void* b = bias_data(bias, x, p.outputs);
   const Tensor in = rows_of(x), w = rows_of(weight), in_packed = p.rows < kFewRows ? in : packed(p, in);
   Tensor y = empty(x, {p.rows, p.outputs});
   parallel(p.rows == 0 ? 0 : ceil_div(p.outputs, kForwardOutputs), [&](int64_t begin, int64_t end) {

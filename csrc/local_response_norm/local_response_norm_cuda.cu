@@ -1,24 +1,117 @@
+#include <algorithm>
+
 #include "local_response_norm_kernels.cuh"
 
 namespace alexnet_ext {
+namespace {
+
+// f(Constant<n>) for the windows that fast kernels are made for.
+template <class F>
+cudaError_t with_window(int64_t size, F&& f) {
+  if (size == 3) return f(Constant<3>{});
+  if (size == 5) return f(Constant<5>{});
+  return f(Constant<7>{});
+}
+
+bool has_lanes(const LocalResponseNorm& p, bool aligned) {
+  return p.channel_stride == 1 && p.pixel_stride == p.channels && p.channels % kLaneChannels == 0 && aligned &&
+         (p.batch == 1 || p.batch_stride == p.channels * p.pixels);
+}
+
+bool has_pixels(const LocalResponseNorm& p) { return p.pixel_stride == 1 && p.channel_stride == p.pixels; }
+
+// Chunks of channels, so that images of few pixels fill a GPU too; 16 channels at least, as each end is read twice.
+Chunks chunks_of(const LocalResponseNorm& p) {
+  constexpr int64_t kEnough = 1 << 18, kLeast = 16;
+  const int64_t wanted = ceil_div(kEnough, p.batch * p.pixels), most = std::max<int64_t>(1, p.channels / kLeast);
+  const int64_t channels = ceil_div(p.channels, std::min(wanted, most)), chunks = ceil_div(p.channels, channels);
+  return {p.pixels,
+          p.batch_stride,
+          p.batch * chunks * p.pixels,
+          static_cast<int>(chunks),
+          static_cast<int>(channels),
+          Divisor(p.pixels),
+          Divisor(chunks)};
+}
+
+Pixels pixels_of(const LocalResponseNorm& p) {
+  return {p.batch_stride,
+          p.channel_stride,
+          p.pixel_stride,
+          p.batch * p.channels * p.pixels,
+          p.channel_stride > p.pixel_stride,
+          Divisor(p.channels),
+          Divisor(p.pixels)};
+}
+
+bool fits(const LocalResponseNorm& p) {
+  return p.channels <= kMaxSide && p.pixels <= kMaxSide && p.batch * p.channels * p.pixels <= int64_t{1} << 37;
+}
+
+}  // namespace
 
 int local_response_norm_cuda(const LocalResponseNorm& p, const void* x, void* y, void* stream) {
+  if (!fits(p)) return cudaErrorInvalidValue;
   cudaError_t status = cudaSuccess;
   with_type(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    status = launch(local_response_norm_kernel<T>, p.batch * p.pixels, stream, p, static_cast<const T*>(x),
-                    static_cast<T*>(y));
+    const DeviceLrn<Acc<T>> lrn(p.lrn, p.channels);
+    const T* in = static_cast<const T*>(x);
+    T* out = static_cast<T*>(y);
+    if constexpr (__is_same(Acc<T>, float)) {
+      if (has_fast_lrn(p.lrn) && has_lanes(p, aligned(x, y))) {
+        const int64_t lanes = p.channels / kLaneChannels, vectors = p.batch * p.pixels * lanes;
+        status = with_window(p.lrn.size, [&](auto n) {
+          return launch(local_response_norm_lanes_kernel<T, n.value>, lane_blocks(vectors), 0, stream, lrn,
+                        Divisor(lanes), vectors, in, out);
+        });
+        return;
+      }
+      if (has_fast_lrn(p.lrn) && has_pixels(p)) {
+        const Chunks work = chunks_of(p);
+        status = with_window(p.lrn.size, [&](auto n) {
+          return launch(local_response_norm_pixels_kernel<T, n.value>, blocks_for(work.threads), 0, stream, lrn, work,
+                        in, out);
+        });
+        return;
+      }
+    }
+    const Pixels work = pixels_of(p);
+    status = launch(local_response_norm_kernel<T>, blocks_for(work.n), 0, stream, lrn, work, in, out);
   });
   return status;
 }
 
 int local_response_norm_backward_cuda(const LocalResponseNorm& p, const void* dy, const void* x, void* dx,
                                       void* stream) {
+  if (!fits(p)) return cudaErrorInvalidValue;
   cudaError_t status = cudaSuccess;
   with_type(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    status = launch(local_response_norm_backward_kernel<T>, p.batch * p.pixels, stream, p, static_cast<const T*>(dy),
-                    static_cast<const T*>(x), static_cast<T*>(dx));
+    const DeviceLrn<Acc<T>> lrn(p.lrn, p.channels);
+    const T *gradient = static_cast<const T*>(dy), *in = static_cast<const T*>(x);
+    T* out = static_cast<T*>(dx);
+    if constexpr (__is_same(Acc<T>, float)) {
+      if (has_fast_lrn(p.lrn) && has_lanes(p, aligned(dy, x, dx))) {
+        const int64_t lanes = p.channels / kLaneChannels, vectors = p.batch * p.pixels * lanes;
+        status = with_window(p.lrn.size, [&](auto n) {
+          return launch(local_response_norm_lanes_backward_kernel<T, n.value>, lane_blocks(vectors), 0, stream, lrn,
+                        Divisor(lanes), vectors, gradient, in, out);
+        });
+        return;
+      }
+      if (has_fast_lrn(p.lrn) && has_pixels(p)) {
+        const Chunks work = chunks_of(p);
+        status = with_window(p.lrn.size, [&](auto n) {
+          return launch(local_response_norm_pixels_backward_kernel<T, n.value>, blocks_for(work.threads), 0, stream,
+                        lrn, work, gradient, in, out);
+        });
+        return;
+      }
+    }
+    const Pixels work = pixels_of(p);
+    status =
+        launch(local_response_norm_backward_kernel<T>, blocks_for(work.n), 0, stream, lrn, work, gradient, in, out);
   });
   return status;
 }

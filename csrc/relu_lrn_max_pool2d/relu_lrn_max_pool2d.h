@@ -27,4 +27,11 @@ template <Isa isa>
 void relu_lrn_max_pool2d_backward_cpu(const LrnPoolBlock& p, const void* dy, const void* x, const void* bias,
                                       const uint8_t* winners, void* dx, void* bias_sums, int64_t begin, int64_t end);
 
+// CUDA: asynchronous on `stream` (a cudaStream_t); return a cudaError_t. bias_sums is a workspace of
+// [sum_rows_of(p.in)][channels] in fp32 (fp64 for fp64).
+int relu_lrn_max_pool2d_cuda(const LrnPoolBlock& p, const void* x, const void* bias, void* y, uint8_t* winners,
+                             void* stream);
+int relu_lrn_max_pool2d_backward_cuda(const LrnPoolBlock& p, const void* dy, const void* x, const void* bias,
+                                      const uint8_t* winners, void* dx, void* bias_sums, void* dbias, void* stream);
+
 }  // namespace alexnet_ext

@@ -50,6 +50,7 @@ inline Images pooled(const Images& in, const Pooling& pool, bool ceil_mode) {
 
 inline void check_winners(const Tensor& winners, const Tensor& dy) {
   check(winners.scalar_type() == ScalarType::Byte, "winners must be uint8");
+  check_device(winners, "winners", dy);
   check_shape(dy, "dy", {winners.size(0), winners.size(1), winners.size(2), winners.size(3)});
 }
 

@@ -55,4 +55,9 @@ template <Isa isa>
 void relu_max_pool2d_backward_cpu(const ReluMaxPool2d& p, const void* dy, const uint8_t* winners, void* dx,
                                   int64_t begin, int64_t end);
 
+// CUDA: asynchronous on `stream` (a cudaStream_t); returns a cudaError_t.
+int relu_max_pool2d_cuda(const ReluMaxPool2d& p, const void* x, void* y, uint8_t* winners, void* stream);
+int relu_max_pool2d_backward_cuda(const ReluMaxPool2d& p, const void* dy, const uint8_t* winners, void* dx,
+                                  void* stream);
+
 }  // namespace alexnet_ext

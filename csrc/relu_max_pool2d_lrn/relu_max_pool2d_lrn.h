@@ -17,4 +17,11 @@ template <Isa isa>
 void relu_max_pool2d_lrn_backward_cpu(const LrnPoolBlock& p, const void* dy, const void* pooled, const uint8_t* winners,
                                       void* dx, void* bias_sums, int64_t begin, int64_t end);
 
+// CUDA: asynchronous on `stream` (a cudaStream_t); return a cudaError_t. bias_sums as in
+// relu_lrn_max_pool2d_backward_cuda.
+int relu_max_pool2d_lrn_cuda(const LrnPoolBlock& p, const void* x, const void* bias, void* y, void* pooled,
+                             uint8_t* winners, void* stream);
+int relu_max_pool2d_lrn_backward_cuda(const LrnPoolBlock& p, const void* dy, const void* pooled, const uint8_t* winners,
+                                      void* dx, void* bias_sums, void* dbias, void* stream);
+
 }  // namespace alexnet_ext

@@ -1,0 +1,107 @@
+// Sums over all pixels, for each channel, in one fixed order: the bias gradient.
+//
+// Blocks leave their sums as rows of [rows][channels] in a workspace, and a second kernel adds the rows up.
+#pragma once
+
+#include "channel_sums.h"
+#include "images.cuh"
+
+namespace alexnet_ext {
+
+// The workspace's elements are of the arithmetic type.
+template <class T>
+__global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
+    sum_rows_kernel(int64_t rows, int64_t channels, const Acc<T>* __restrict__ sums, T* __restrict__ total) {
+  // 32 neighbouring channels and 8 runs of rows a block.
+  constexpr int kChannels = 32, kRuns = kBlockThreads / kChannels;
+  double* shared = shared_memory<double>();
+  const int run = threadIdx.x / kChannels;
+  const int64_t channel = static_cast<int64_t>(blockIdx.x) * kChannels + threadIdx.x % kChannels;
+  double sum = 0;
+  if (channel < channels)
+    for (int64_t row = run; row < rows; row += kRuns) sum += sums[row * channels + channel];
+  shared[threadIdx.x] = sum;
+  __syncthreads();
+  if (run != 0 || channel >= channels) return;
+  for (int i = 1; i < kRuns; ++i) sum += shared[threadIdx.x + i * kChannels];
+  total[channel] = narrow<T>(static_cast<Acc<T>>(sum));
+}
+
+template <class T>
+inline cudaError_t sum_rows(int64_t rows, int64_t channels, const void* sums, void* total, void* stream) {
+  return launch(sum_rows_kernel<T>, ceil_div(channels, 32), kBlockThreads * sizeof(double), stream, rows, channels,
+                static_cast<const Acc<T>*>(sums), static_cast<T*>(total));
+}
+
+// ---- V neighbouring channels of channels-last images: a thread stays at its channels
+
+// The row's sums = those of this block's threads. The inner kOwners lanes of each warp walk along the vectors of V
+// channels in memory order, all blocks together in steps that are a multiple of a pixel's vectors.
+template <int V, int kOwners, class A>
+__device__ inline void sum_vectors(const A (&sum)[V], const Divisor& vectors, A* __restrict__ sums) {
+  constexpr int kBlockOwners = kBlockThreads / kWarp * kOwners, kOuter = (kWarp - kOwners) / 2;
+  A* shared = shared_memory<A>();
+#pragma unroll
+  for (int i = 0; i < V; ++i) shared[threadIdx.x * V + i] = sum[i];
+  __syncthreads();
+  const int64_t start = static_cast<int64_t>(blockIdx.x) * kBlockOwners;
+  const int count = static_cast<int>(vectors.value), before = static_cast<int>(start - vectors.divide(start) * count);
+  const int channels = count * V;
+  for (int channel = threadIdx.x; channel < channels; channel += kBlockThreads) {
+    // The block's owner i stands at vector (before + i) % count of a pixel.
+    const int vector = channel / V;
+    A total = 0;
+    for (int i = vector >= before ? vector - before : vector - before + count; i < kBlockOwners; i += count) {
+      const int thread = i / kOwners * kWarp + kOuter + i % kOwners;
+      total += shared[thread * V + channel % V];
+    }
+    sums[static_cast<int64_t>(blockIdx.x) * channels + channel] = total;
+  }
+}
+
+// ---- element by element: a thread stays at one channel
+
+// A block's threads: `lanes` neighbouring channels of channels-last images, one channel of contiguous ones, and as many
+// pixels as there is room for.
+struct ChannelBlocks {
+  int64_t pixels, rows;
+  int lanes;
+  Divisor by_groups;
+
+  ChannelBlocks(const Images& s, int64_t row_count)
+      : pixels(s.batch * s.height * s.width),
+        rows(row_count),
+        lanes(s.channels_last ? 32 : 1),
+        by_groups(ceil_div(s.channels, lanes)) {}
+
+  int64_t blocks() const { return rows * by_groups.value; }
+};
+
+// The row's sums = those of what f(position) returns for each of this block's elements; null sums: none wanted.
+template <class A, class F>
+__device__ inline void sum_elements(const ChannelBlocks& work, const DeviceImages& s, A* __restrict__ sums, F&& f) {
+  A* shared = shared_memory<A>();
+  const int64_t row = work.by_groups.divide(blockIdx.x);
+  const int lane = threadIdx.x % work.lanes, runs = kBlockThreads / work.lanes;
+  const int64_t channel = (blockIdx.x - row * work.by_groups.value) * work.lanes + lane;
+  A sum = 0;
+  if (channel < s.channels) {
+    Position at;
+    at.channel = static_cast<int>(channel);
+    for (int64_t pixel = row * runs + threadIdx.x / work.lanes; pixel < work.pixels; pixel += work.rows * runs) {
+      const int64_t line = s.by_width.divide(pixel);
+      at.column = static_cast<int>(pixel - line * s.width);
+      at.image = s.by_height.divide(line);
+      at.row = static_cast<int>(line - at.image * s.height);
+      sum += f(at);
+    }
+  }
+  if (sums == nullptr) return;
+  shared[threadIdx.x] = sum;
+  __syncthreads();
+  if (static_cast<int>(threadIdx.x) >= work.lanes || channel >= s.channels) return;
+  for (int i = 1; i < runs; ++i) sum += shared[threadIdx.x + i * work.lanes];
+  sums[row * s.channels + channel] = sum;
+}
+
+}  // namespace alexnet_ext

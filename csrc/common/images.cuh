@@ -1,0 +1,167 @@
+// Elements of images on the device: where they lie, and V neighbouring ones at a time.
+#pragma once
+
+#include "launch.cuh"
+
+namespace alexnet_ext {
+
+inline int64_t elements(const Images& s) { return s.batch * s.channels * s.height * s.width; }
+
+// Division by a number that the host knows: a multiplication by its reciprocal, of 64 bits, instead of a subroutine.
+// Exact for n with n * divisor < 2^64.
+struct Divisor {
+  int64_t value;
+  uint64_t reciprocal;
+
+  explicit Divisor(int64_t divisor)
+      : value(divisor), reciprocal(~uint64_t{0} / static_cast<uint64_t>(divisor) + 1) {}  // 0 for 1
+
+  __device__ int64_t divide(int64_t n) const {
+    return value == 1 ? n : static_cast<int64_t>(__umul64hi(static_cast<uint64_t>(n), reciprocal));
+  }
+};
+
+struct Position {
+  int64_t image;
+  int channel, row, column;
+};
+
+// Images as kernels take them: in the constant bank, so that sides and steps cost no registers.
+struct DeviceImages {
+  int channels, height, width;
+  bool channels_last;
+  int64_t image_step, channel_step, row_step, column_step;
+  Divisor by_channels, by_height, by_width;
+
+  explicit DeviceImages(const Images& s)
+      : channels(static_cast<int>(s.channels)),
+        height(static_cast<int>(s.height)),
+        width(static_cast<int>(s.width)),
+        channels_last(s.channels_last),
+        image_step(s.channels * s.height * s.width),
+        channel_step(s.channels_last ? 1 : s.height * s.width),
+        row_step(s.channels_last ? s.width * s.channels : s.width),
+        column_step(s.channels_last ? s.channels : 1),
+        by_channels(s.channels),
+        by_height(s.height),
+        by_width(s.width) {}
+
+  __device__ int64_t at(int64_t image, int channel, int row, int column) const {
+    return image * image_step + channel * channel_step + row * row_step + column * column_step;
+  }
+
+  // The position of element i in memory.
+  __device__ Position position(int64_t i) const {
+    Position at;
+    if (channels_last) at.channel = take(i, by_channels);
+    at.column = take(i, by_width);
+    at.row = take(i, by_height);
+    if (!channels_last) at.channel = take(i, by_channels);
+    at.image = i;
+    return at;
+  }
+
+ private:
+  // The remainder of i, which becomes the quotient.
+  __device__ static int take(int64_t& i, const Divisor& by) {
+    const int64_t quotient = by.divide(i);
+    const int rest = static_cast<int>(i - quotient * by.value);
+    i = quotient;
+    return rest;
+  }
+};
+
+// Whether kernels may count sides in 32 bits, and divide as above. 128 GiB of bytes with sides up to 2^26 may.
+constexpr int64_t kMaxSide = 1 << 26;
+
+inline bool fits(const Images& s) {
+  return s.channels <= kMaxSide && s.height <= kMaxSide && s.width <= kMaxSide && elements(s) <= int64_t{1} << 37;
+}
+
+// ---- V neighbouring elements: one, or as many as fill accesses of 16 bytes, at an aligned address
+
+template <class T>
+constexpr int kVector = 16 / sizeof(T);
+
+template <int V, class T>
+__device__ inline void load(Acc<T> (&values)[V], const T* from) {
+  if constexpr (V == 1) {
+    values[0] = widen(*from);
+  } else {
+    static_assert(V % kVector<T> == 0);
+#pragma unroll
+    for (int i = 0; i < V; i += kVector<T>) {
+      const uint4 bits = *reinterpret_cast<const uint4*>(from + i);
+      T elements[kVector<T>];
+      memcpy(elements, &bits, sizeof bits);
+#pragma unroll
+      for (int j = 0; j < kVector<T>; ++j) values[i + j] = widen(elements[j]);
+    }
+  }
+}
+
+template <int V, class T>
+__device__ inline void store(T* to, const Acc<T> (&values)[V]) {
+  if constexpr (V == 1) {
+    *to = narrow<T>(values[0]);
+  } else {
+    static_assert(V % kVector<T> == 0);
+#pragma unroll
+    for (int i = 0; i < V; i += kVector<T>) {
+      T elements[kVector<T>];
+#pragma unroll
+      for (int j = 0; j < kVector<T>; ++j) elements[j] = narrow<T>(values[i + j]);
+      uint4 bits;
+      memcpy(&bits, elements, sizeof bits);
+      *reinterpret_cast<uint4*>(to + i) = bits;
+    }
+  }
+}
+
+// V bytes as one number, the first lowest.
+template <int V>
+struct BytesOf;
+template <>
+struct BytesOf<1> {
+  using type = uint8_t;
+};
+template <>
+struct BytesOf<2> {
+  using type = uint16_t;
+};
+template <>
+struct BytesOf<4> {
+  using type = uint32_t;
+};
+template <>
+struct BytesOf<8> {
+  using type = uint64_t;
+};
+template <int V>
+using Bytes = typename BytesOf<V>::type;
+
+template <int V>
+__device__ inline int byte_of(Bytes<V> bytes, int i) {
+  return static_cast<int>(bytes >> (8 * i) & 255);
+}
+
+template <int V>
+__device__ inline Bytes<V> load_bytes(const uint8_t* from) {
+  return *reinterpret_cast<const Bytes<V>*>(from);
+}
+
+template <int V>
+__device__ inline void store_bytes(uint8_t* to, const int (&values)[V]) {
+  Bytes<V> bytes = 0;
+#pragma unroll
+  for (int i = 0; i < V; ++i) bytes |= static_cast<Bytes<V>>(static_cast<Bytes<V>>(values[i]) << (8 * i));
+  *reinterpret_cast<Bytes<V>*>(to) = bytes;
+}
+
+// Whether every pointer allows accesses of 16 bytes; null does. (Winners need V bytes, which is less.)
+template <class... Pointers>
+inline bool aligned(const Pointers*... pointers) {
+  return ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
+}
+
+}  // namespace alexnet_ext

@@ -1,0 +1,49 @@
+// conv2d_bias_relu as PyTorch operators on CUDA: PyTorch's own convolution (cuDNN) without its bias; bias and ReLU in
+// one pass in place behind it; the ReLU mask and the bias gradient in one pass before its backward.
+#include <torch/csrc/stable/library.h>
+
+#include "../common/cuda_stream.h"
+#include "conv2d_bias_relu_plan.h"
+
+namespace alexnet_ext {
+namespace {
+
+Tensor forward(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, IntList stride, IntList padding,
+               IntList dilation, int64_t groups) {
+  CudaStream stream(x);
+  DType dtype = dtype_of(x, "x");
+  check_like(weight, "weight", x);
+  if (bias) bias = torch::stable::contiguous(*bias);
+  const void* b = bias_data(bias, x, weight.size(0));
+  Tensor y = convolution(x, weight, std::nullopt, {stride, padding, dilation, groups});
+  const Images images = images_of(y, "y");
+  y = dense(y, images);
+  stream.check("bias_relu", bias_relu_cuda(dtype, images, y.data_ptr(), b, stream.get()));
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& y,
+                                            IntList stride, IntList padding, IntList dilation, int64_t groups,
+                                            std::vector<bool> output_mask) {
+  CudaStream stream(x);
+  DType dtype = dtype_of(x, "x");
+  check_gradient(dy, x, y);
+  const Images images = images_of(y, "y");
+  Tensor gradient = dense(dy, images), result = dense(y, images), dz = empty_images(y, images, y.scalar_type());
+  std::optional<DeviceSums> sums;
+  if (output_mask.at(2)) sums.emplace(x, images);
+  stream.check("relu_mask", relu_mask_cuda(dtype, images, gradient.data_ptr(), result.data_ptr(), dz.data_ptr(),
+                                           sums ? sums->rows.data_ptr() : nullptr,
+                                           sums ? sums->total.data_ptr() : nullptr, stream.get()));
+  auto gradients = convolution_backward(dz, x, weight, {stride, padding, dilation, groups},
+                                        {output_mask.at(0), output_mask.at(1), false});
+  return {gradients[0], gradients[1], sums ? sums->total : gradients[2]};
+}
+
+}  // namespace
+}  // namespace alexnet_ext
+
+STABLE_TORCH_LIBRARY_IMPL(alexnet_ext, CUDA, m) {
+  m.impl("conv2d_bias_relu", TORCH_BOX(&alexnet_ext::forward));
+  m.impl("conv2d_bias_relu_backward", TORCH_BOX(&alexnet_ext::backward));
+}

@@ -1,0 +1,182 @@
+// LRN on the device, one element or eight at a time: the CUDA core of every op that normalizes.
+//
+// A window sum is computed afresh for every element: a running sum would drag an inf, or the rounding of a large value,
+// through all channels behind it.
+#pragma once
+
+#include "../common/images.cuh"
+#include "local_response_norm.h"
+
+namespace alexnet_ext {
+
+// LRN as kernels take it.
+template <class A>
+struct DeviceLrn {
+  int channels, before, after;
+  A mean, factor, beta, k;
+
+  DeviceLrn(const Lrn& lrn, int64_t count)
+      : channels(static_cast<int>(count)),
+        before(static_cast<int>(lrn.size / 2 < count ? lrn.size / 2 : count)),
+        after(static_cast<int>((lrn.size - 1) / 2 < count ? (lrn.size - 1) / 2 : count)),
+        mean(static_cast<A>(lrn.alpha / static_cast<double>(lrn.size))),
+        factor(static_cast<A>(2 * lrn.alpha * lrn.beta / static_cast<double>(lrn.size))),
+        beta(static_cast<A>(lrn.beta)),
+        k(static_cast<A>(lrn.k)) {}
+};
+
+// ---- any window, any beta: one element, its neighbours asked for one by one; x(j) and dy(j) are those of channel j
+
+template <class A>
+__device__ inline A power(A s, A beta) {
+  const A root = sqrt(s);
+  if (beta == A(0.75)) return root * sqrt(root);
+  if (beta == A(0.5)) return root;
+  if (beta == A(1)) return s;
+  return pow(s, beta);
+}
+
+template <class A, class X>
+__device__ inline A lrn_scale(const DeviceLrn<A>& lrn, int c, X&& x) {
+  const int first = c > lrn.before ? c - lrn.before : 0;
+  const int last = c + lrn.after < lrn.channels ? c + lrn.after : lrn.channels - 1;
+  A sum = 0;
+#pragma unroll 1
+  for (int j = first; j <= last; ++j) {
+    const A v = x(j);
+    sum += v * v;
+  }
+  return lrn.k + lrn.mean * sum;
+}
+
+template <class A, class X>
+__device__ inline A lrn_value(const DeviceLrn<A>& lrn, int c, X&& x) {
+  return x(c) / power(lrn_scale(lrn, c, x), lrn.beta);
+}
+
+template <class A, class X, class Dy>
+__device__ inline A lrn_gradient(const DeviceLrn<A>& lrn, int c, X&& x, Dy&& dy) {
+  // The mirrored window: the outputs whose window holds channel c.
+  const int first = c > lrn.after ? c - lrn.after : 0;
+  const int last = c + lrn.before < lrn.channels ? c + lrn.before : lrn.channels - 1;
+  A sum = 0, own = 0;
+#pragma unroll 1
+  for (int j = first; j <= last; ++j) {
+    const A s = lrn_scale(lrn, j, x);
+    // dy * s^-beta first: where s overflowed it is 0, and x * s^-(beta+1) alone would be inf * 0.
+    const A scaled = dy(j) / power(s, lrn.beta);
+    sum += scaled * x(j) / s;
+    if (j == c) own = scaled;
+  }
+  // pow(s, 0) is a constant whatever s is, so nothing flows through it, not even 0 * inf.
+  return lrn.beta == 0 ? own : own - lrn.factor * x(c) * sum;
+}
+
+// ---- n = 3, 5 or 7 and beta = 3/4: the window in registers
+
+inline bool has_fast_lrn(const Lrn& lrn) {
+  return lrn.beta == 0.75 && (lrn.size == 3 || lrn.size == 5 || lrn.size == 7);
+}
+
+// s^-1/2, from which s^-3/4 = r * sqrt(r) and 1/s = r * r: two instructions of the special function unit and no
+// division. r is never subnormal, and 0, inf and NaN come out as they must: s = inf gives 0, 0 inf, a negative s NaN.
+__device__ inline float inverse_root(float s) { return rsqrtf(s); }
+
+__device__ inline float inverse_three_quarters(float r) {
+#if defined(__CUDA_ARCH__)
+  float root;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(r));
+  return r * root;
+#else
+  return r * sqrt(r);
+#endif
+}
+
+// ---- eight channels a lane, the lanes beside it holding the neighbours
+
+constexpr int kLaneChannels = 8;
+// The outer lanes of a warp only supply the neighbours of the others.
+constexpr int kOwners = kWarp - 2;
+constexpr int kBlockOwners = kBlockThreads / kWarp * kOwners;
+
+inline int64_t lane_blocks(int64_t vectors) {
+  const int64_t blocks = ceil_div(vectors, kBlockOwners);
+  return blocks < kMaxBlocks ? blocks : kMaxBlocks;
+}
+
+// f(v, owns) for all v < vectors, as often for all lanes of a warp. Lanes in memory order, so that the lane beside
+// holds the channels beside, wherever a pixel has them. Where `owns` is false f must not write.
+template <class F>
+__device__ inline void for_lanes(int64_t vectors, F&& f) {
+  const int lane = threadIdx.x % kWarp;
+  const int64_t warp = static_cast<int64_t>(blockIdx.x) * (kBlockThreads / kWarp) + threadIdx.x / kWarp;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kBlockOwners;
+  for (int64_t first = warp * kOwners; first < vectors; first += step) {
+    const int64_t v = first + lane - 1;
+    const bool owns = lane > 0 && lane < kWarp - 1 && v < vectors;
+    f(v < 0 ? 0 : v < vectors ? v : vectors - 1, owns);
+  }
+}
+
+// Window sums of v; `first` and `last` say that the pixel has no channels before or behind this lane's.
+template <int N>
+__device__ inline void window_sums(float (&sum)[kLaneChannels], const float (&v)[kLaneChannels], bool first,
+                                   bool last) {
+  constexpr int kHalf = N / 2;
+  constexpr unsigned kAll = 0xffffffff;
+  float wide[kLaneChannels + 2 * kHalf];
+#pragma unroll
+  for (int i = 0; i < kLaneChannels; ++i) wide[kHalf + i] = v[i];
+#pragma unroll
+  for (int i = 0; i < kHalf; ++i) {
+    const float before = __shfl_up_sync(kAll, v[kLaneChannels - kHalf + i], 1);
+    const float behind = __shfl_down_sync(kAll, v[i], 1);
+    wide[i] = first ? 0 : before;
+    wide[kHalf + kLaneChannels + i] = last ? 0 : behind;
+  }
+#pragma unroll
+  for (int i = 0; i < kLaneChannels; ++i) {
+    sum[i] = wide[i];
+#pragma unroll
+    for (int j = 1; j < N; ++j) sum[i] += wide[i + j];
+  }
+}
+
+// s^-1/2 of the lane's channels.
+template <int N>
+__device__ inline void inverse_roots(float (&root)[kLaneChannels], const DeviceLrn<float>& lrn,
+                                     const float (&x)[kLaneChannels], bool first, bool last) {
+  float squares[kLaneChannels];
+#pragma unroll
+  for (int i = 0; i < kLaneChannels; ++i) squares[i] = x[i] * x[i];
+  window_sums<N>(root, squares, first, last);
+#pragma unroll
+  for (int i = 0; i < kLaneChannels; ++i) root[i] = inverse_root(lrn.k + lrn.mean * root[i]);
+}
+
+template <int N>
+__device__ inline void lrn_values(float (&y)[kLaneChannels], const DeviceLrn<float>& lrn,
+                                  const float (&x)[kLaneChannels], bool first, bool last) {
+  float root[kLaneChannels];
+  inverse_roots<N>(root, lrn, x, first, last);
+#pragma unroll
+  for (int i = 0; i < kLaneChannels; ++i) y[i] = x[i] * inverse_three_quarters(root[i]);
+}
+
+template <int N>
+__device__ inline void lrn_gradients(float (&dx)[kLaneChannels], const DeviceLrn<float>& lrn,
+                                     const float (&x)[kLaneChannels], const float (&dy)[kLaneChannels], bool first,
+                                     bool last) {
+  float root[kLaneChannels], scaled[kLaneChannels], terms[kLaneChannels], sum[kLaneChannels];
+  inverse_roots<N>(root, lrn, x, first, last);
+#pragma unroll
+  for (int i = 0; i < kLaneChannels; ++i) {
+    scaled[i] = dy[i] * inverse_three_quarters(root[i]);
+    terms[i] = scaled[i] * x[i] * (root[i] * root[i]);
+  }
+  window_sums<N>(sum, terms, first, last);
+#pragma unroll
+  for (int i = 0; i < kLaneChannels; ++i) dx[i] = scaled[i] - lrn.factor * x[i] * sum[i];
+}
+
+}  // namespace alexnet_ext

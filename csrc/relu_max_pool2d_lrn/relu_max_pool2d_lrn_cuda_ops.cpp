@@ -1,0 +1,41 @@
+// relu_max_pool2d_lrn as PyTorch operators on CUDA: the input's device, the current stream, the launch checked.
+#include <torch/csrc/stable/library.h>
+
+#include "../common/cuda_stream.h"
+#include "relu_max_pool2d_lrn_plan.h"
+
+namespace alexnet_ext {
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, std::optional<Tensor> bias, int64_t lrn_size, double alpha,
+                                           double beta, double k, IntList kernel, IntList stride) {
+  CudaStream stream(x);
+  return on_block(x, bias, {lrn_size, alpha, beta, k}, kernel, stride,
+                  [&](const LrnPoolBlock& p, const void* in, const void* b, void* y, void* kept, uint8_t* winners) {
+                    stream.check("relu_max_pool2d_lrn",
+                                 relu_max_pool2d_lrn_cuda(p, in, b, y, kept, winners, stream.get()));
+                  });
+}
+
+std::tuple<Tensor, Tensor> backward(const Tensor& dy, const Tensor& kept, const Tensor& winners, int64_t height,
+                                    int64_t width, int64_t lrn_size, double alpha, double beta, double k,
+                                    IntList kernel, IntList stride) {
+  CudaStream stream(kept);
+  return on_block_backward(
+      dy, kept, winners, height, width, {lrn_size, alpha, beta, k}, kernel, stride,
+      [&](const LrnPoolBlock& p, const void* gradient, const void* activation, const uint8_t* taps, void* dx) {
+        DeviceSums sums(kept, p.in);
+        stream.check("relu_max_pool2d_lrn_backward",
+                     relu_max_pool2d_lrn_backward_cuda(p, gradient, activation, taps, dx, sums.rows.data_ptr(),
+                                                       sums.total.data_ptr(), stream.get()));
+        return sums.total;
+      });
+}
+
+}  // namespace
+}  // namespace alexnet_ext
+
+STABLE_TORCH_LIBRARY_IMPL(alexnet_ext, CUDA, m) {
+  m.impl("relu_max_pool2d_lrn", TORCH_BOX(&alexnet_ext::forward));
+  m.impl("relu_max_pool2d_lrn_backward", TORCH_BOX(&alexnet_ext::backward));
+}
