@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._backend import runs_native
+from .._backend import operator
 from .._checks import IntPair, autocast_enabled, check_bias, check_same, check_tensor, pair
 from .._register import register
 from . import reference
@@ -57,10 +57,11 @@ def conv2d_bias_relu(
     if pad == "same":
         x, pad = _pad_same(x, weight, dilate)
     _check_reach(x, weight, pad, dilate)
-    if not runs_native("conv2d_bias_relu", backend, x):
+    op = operator("conv2d_bias_relu", backend, x)
+    if op is None:
         return reference.conv2d_bias_relu(x, weight, bias, step, pad, dilate, groups)
     batch = x if x.dim() == 4 else x.unsqueeze(0)
-    y = torch.ops.alexnet_ext.conv2d_bias_relu(batch, weight, bias, step, pad, dilate, groups)
+    y = op(batch, weight, bias, step, pad, dilate, groups)
     return y if x.dim() == 4 else y.squeeze(0)
 
 
@@ -158,9 +159,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x, weight, output)
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+def _backward(op: Any, ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     wanted = list(ctx.needs_input_grad[:3])
-    gradients = torch.ops.alexnet_ext.conv2d_bias_relu_backward(dy, *ctx.saved_tensors, *ctx.constants, wanted)
+    gradients = op(dy, *ctx.saved_tensors, *ctx.constants, wanted)
     return *(g if w else None for g, w in zip(gradients, wanted, strict=True)), None, None, None, None
 
 
@@ -175,6 +176,10 @@ def _autocast(dtype: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor | None
 
 register(
     "conv2d_bias_relu",
+    schema="(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, int groups) "
+    "-> Tensor",
+    schema_backward="(Tensor dy, Tensor x, Tensor weight, Tensor y, int[2] stride, int[2] padding, int[2] dilation, int "
+    "groups, bool[3] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias)",
     fake=_fake,
     fake_backward=_fake_backward,
     setup_context=_setup_context,
