@@ -65,14 +65,14 @@ def _forward_kernel(
     pixel, channel, inside, own = tile_at(tl.program_id(0), pixels, channels, HALO, BLOCK_P, BLOCK_C, WIDE)
     image, row, column = pixel // (out_height * out_width), pixel // out_width % out_height, pixel % out_width
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    value = tl.full([BLOCK_P, BLOCK_C], -1.0, ACC)
-    winner = tl.full([BLOCK_P, BLOCK_C], 255, tl.int32)
+    value = tl.full([BLOCK_P, BLOCK_C], float("-inf"), ACC)
+    winner = tl.zeros([BLOCK_P, BLOCK_C], tl.int32)
     corner = image * x_batch + row * STRIDE_H * x_row + column * STRIDE_W * x_column + channel * x_channel
     for r in range(KERNEL_H):
-        for s in range(KERNEL_W):
+        for s in tl.range(0, KERNEL_W, loop_unroll_factor=KERNEL_W if KERNEL_W <= 3 else 1):
             x = tl.load(x_ptr + corner + r * x_row + s * x_column, inside, 0.0)
             v = lrn(activation(x, bias_ptr, channel, channels, BIAS), BEFORE, AFTER, MEAN, BETA, K)
-            value, winner = take(value, winner, v, inside, r * KERNEL_W + s, False)
+            value, winner = take(value, winner, v, r * KERNEL_W + s)
     at = image * out_batch + row * out_row + column * out_column + channel * out_channel
     tl.store(y_ptr + at, value.to(y_ptr.dtype.element_ty), own)
     tl.store(winners_ptr + at, winner.to(tl.uint8), own)

@@ -20,16 +20,19 @@ PARTIAL_SUMS = 1024
 
 
 @triton.jit
-def take(value, winner, v, inside, tap, FLOOR: tl.constexpr):
-    """The best of a window so far, after ``v``. With FLOOR the maximum starts at 0; start with (-1, 255)."""
-    if FLOOR:
-        # Under ReLU a window with nothing above zero returns its first value's zero, with that one's sign.
-        value = tl.where(inside & (value == -1.0), tl.where(v == 0, v, 0.0), value)
-        up = inside & ((v > value) | (v != v))
-    else:
-        up = inside & ((v > value) | (v != v) | (winner == 255))
-    # A NaN wins from any value and no value wins from a NaN: the last NaN stays, as in PyTorch.
+def take(value, winner, v, tap):
+    """The best of a window so far, after ``v``. Start with (0, 255) under ReLU, else with (-inf, 0).
+
+    A NaN wins from any value and no value wins from a NaN: the last NaN stays, as in PyTorch.
+    """
+    up = (v > value) | (v != v)
     return tl.where(up, v, value), tl.where(up, tap, winner)
+
+
+@triton.jit
+def floored(value, winner, first):
+    """Under ReLU a window with nothing above zero returns its first value's zero, with that one's sign."""
+    return tl.where(winner == 255, tl.where(first == 0, first, 0.0), value)
 
 
 @triton.jit
@@ -76,20 +79,21 @@ def unpool(
     total = tl.zeros([BLOCK_P, BLOCK_C], ACC)
     REACH_H: tl.constexpr = (KERNEL_H - 1) * DILATION_H // STRIDE_H
     REACH_W: tl.constexpr = (KERNEL_W - 1) * DILATION_W // STRIDE_W
-    for i in range(REACH_H + 1):
+    for i in tl.range(0, REACH_H + 1, loop_unroll_factor=REACH_H + 1 if REACH_H < 3 else 1):
         oh = (row + PADDING_H) // STRIDE_H - REACH_H + i
         down = row + PADDING_H - oh * STRIDE_H
-        for j in range(REACH_W + 1):
+        for j in tl.range(0, REACH_W + 1, loop_unroll_factor=REACH_W + 1 if REACH_W < 3 else 1):
             ow = (column + PADDING_W) // STRIDE_W - REACH_W + j
             right = column + PADDING_W - ow * STRIDE_W
             reaches = (oh >= 0) & (oh < out_height) & (ow >= 0) & (ow < out_width)
             reaches &= (down <= (KERNEL_H - 1) * DILATION_H) & (right <= (KERNEL_W - 1) * DILATION_W)
             reaches &= (down % DILATION_H == 0) & (right % DILATION_W == 0)
             at = image * out_batch + oh * out_row + ow * out_column + channel * out_channel
-            won = tl.load(winners_ptr + at, inside & reaches, 255)
-            won = (won == down // DILATION_H * KERNEL_W + right // DILATION_W) & inside & reaches
+            winner = tl.load(winners_ptr + at, inside & reaches, 255).to(tl.int32)
             at = image * dy_batch + oh * dy_row + ow * dy_column + channel * dy_channel
-            total += accumulator(tl.load(dy_ptr + at, won, 0.0))
+            # Loaded whether it won or not: a mask that hangs on data would break up the 16-byte loads.
+            dy = accumulator(tl.load(dy_ptr + at, inside & reaches, 0.0))
+            total += tl.where(winner == down // DILATION_H * KERNEL_W + right // DILATION_W, dy, 0.0)
     return total
 
 
@@ -128,18 +132,23 @@ def _forward_kernel(
     pixel, channel, _, own = tile_at(tl.program_id(0), pixels, channels, HALO, BLOCK_P, BLOCK_C, WIDE)
     image, row, column = pixel // (out_height * out_width), pixel // out_width % out_height, pixel % out_width
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    value = tl.full([BLOCK_P, BLOCK_C], -1.0, ACC)
+    value = tl.zeros([BLOCK_P, BLOCK_C], ACC)
     winner = tl.full([BLOCK_P, BLOCK_C], 255, tl.int32)
-    for r in range(KERNEL_H):
-        ih = row * STRIDE_H - PADDING_H + r * DILATION_H
-        for s in range(KERNEL_W):
-            iw = column * STRIDE_W - PADDING_W + s * DILATION_W
+    top, left = row * STRIDE_H - PADDING_H, column * STRIDE_W - PADDING_W
+    for r in tl.range(0, KERNEL_H, loop_unroll_factor=KERNEL_H if KERNEL_H <= 3 else 1):
+        ih = top + r * DILATION_H
+        for s in tl.range(0, KERNEL_W, loop_unroll_factor=KERNEL_W if KERNEL_W <= 3 else 1):
+            iw = left + s * DILATION_W
             inside = own & (ih >= 0) & (ih < height) & (iw >= 0) & (iw < width)
             at = image * x_batch + ih * x_row + iw * x_column + channel * x_channel
             v = accumulator(tl.load(x_ptr + at, inside, 0.0))
-            value, winner = take(value, winner, v, inside, r * KERNEL_W + s, True)
+            value, winner = take(value, winner, v, r * KERNEL_W + s)
+    ih = top + tl.maximum(tl.cdiv(-top, DILATION_H), 0) * DILATION_H
+    iw = left + tl.maximum(tl.cdiv(-left, DILATION_W), 0) * DILATION_W
+    at = image * x_batch + ih * x_row + iw * x_column + channel * x_channel
+    first = accumulator(tl.load(x_ptr + at, own & (ih < height) & (iw < width), 0.0))
+    value = floored(value, winner, first)
     at = image * out_batch + row * out_row + column * out_column + channel * out_channel
-    value = tl.where(value == -1.0, 0.0, value)  # a window that lies in the padding alone
     tl.store(y_ptr + at, value.to(y_ptr.dtype.element_ty), own)
     tl.store(winners_ptr + at, winner.to(tl.uint8), own)
 

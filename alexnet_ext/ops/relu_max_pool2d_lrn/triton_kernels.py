@@ -17,7 +17,7 @@ from .._triton import accumulator_dtype, empty_images, is_wide, tile, tile_at
 from ..local_response_norm import triton_kernels as local_response_norm
 from ..local_response_norm.triton_kernels import constants, lrn
 from ..relu_max_pool2d import triton_kernels as relu_max_pool2d
-from ..relu_max_pool2d.triton_kernels import take, window, with_bias
+from ..relu_max_pool2d.triton_kernels import floored, take, window, with_bias
 
 
 @triton.jit
@@ -61,15 +61,16 @@ def _forward_kernel(
     pixel, channel, inside, own = tile_at(tl.program_id(0), pixels, channels, HALO, BLOCK_P, BLOCK_C, WIDE)
     image, row, column = pixel // (out_height * out_width), pixel // out_width % out_height, pixel % out_width
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    value = tl.full([BLOCK_P, BLOCK_C], -1.0, ACC)
+    value = tl.zeros([BLOCK_P, BLOCK_C], ACC)
     winner = tl.full([BLOCK_P, BLOCK_C], 255, tl.int32)
     corner = image * x_batch + row * STRIDE_H * x_row + column * STRIDE_W * x_column + channel * x_channel
-    for r in range(KERNEL_H):
-        for s in range(KERNEL_W):
+    for r in tl.range(0, KERNEL_H, loop_unroll_factor=KERNEL_H if KERNEL_H <= 3 else 1):
+        for s in tl.range(0, KERNEL_W, loop_unroll_factor=KERNEL_W if KERNEL_W <= 3 else 1):
             x = tl.load(x_ptr + corner + r * x_row + s * x_column, inside, 0.0)
             z = with_bias(x, bias_ptr, channel, channels, BIAS)
-            value, winner = take(value, winner, z, inside, r * KERNEL_W + s, True)
-    value = tl.where(inside, value, 0.0)  # the window of the last channels sums zeros behind them
+            value, winner = take(value, winner, z, r * KERNEL_W + s)
+    first = with_bias(tl.load(x_ptr + corner, inside, 0.0), bias_ptr, channel, channels, BIAS)
+    value = floored(value, winner, first)
     y = lrn(value, BEFORE, AFTER, MEAN, BETA, K)
     at = image * out_batch + row * out_row + column * out_column + channel * out_channel
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), own)
