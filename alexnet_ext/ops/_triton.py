@@ -66,31 +66,9 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def empty_images(like: Tensor, height: int, width: int, dtype: torch.dtype) -> Tensor:
-    """A new (N, C, height, width) in the memory format that ``like`` suggests."""
-    return torch.empty(
-        (like.shape[0], like.shape[1], height, width),
-        dtype=dtype,
-        device=like.device,
-        memory_format=torch._prims_common.suggest_memory_format(like),
-    )
-
-
 def is_wide(*tensors: Tensor) -> bool:
     """Whether an offset into one of the tensors may pass 2^31 - 1, tiles that reach over the end included."""
     return any(
         sum(abs(stride) * size for size, stride in zip(x.shape, x.stride(), strict=True)) >= 2**31 - 2**22
         for x in tensors
     )
-
-
-def same_strides(a: Tensor, b: Tensor) -> bool:
-    """Same strides wherever a dimension has more than one index."""
-    return all(
-        size <= 1 or left == right for size, left, right in zip(a.shape, a.stride(), b.stride(), strict=True)
-    )
-
-
-def with_strides_of(like: Tensor, x: Tensor) -> Tensor:
-    """x itself, or a copy of it, with the strides of ``like``."""
-    return x if same_strides(like, x) else torch.empty_like(like, dtype=x.dtype).copy_(x)

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._backend import operator
-from .._checks import IntPair, autocast_enabled, check_bias, check_same, check_tensor, pair
+from .._checks import IntPair, autocast_enabled, check_bias, check_same, check_tensor, pair, pooled_size
+from .._layout import convolved_format, new_images
 from .._register import register
 from . import reference
 
@@ -123,7 +124,10 @@ def _fake(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    return torch.ops.aten.convolution(x, weight, bias, stride, padding, dilation, False, [0, 0], groups)
+    height, width = (
+        pooled_size(x.shape[2 + i], weight.shape[2 + i], stride[i], padding[i], dilation[i], False) for i in (0, 1)
+    )
+    return new_images(x, (x.shape[0], weight.shape[0], height, width), convolved_format(x, weight))
 
 
 def _fake_backward(
@@ -137,21 +141,14 @@ def _fake_backward(
     groups: int,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
+    layout = convolved_format(x, weight)
+    for_x, for_weight, for_bias = output_mask
     empty = x.new_empty(0)
-    dx, dweight, dbias = torch.ops.aten.convolution_backward(
-        torch.empty_like(y),  # the masked gradient has y's strides, whatever dy has
-        x,
-        weight,
-        [weight.shape[0]],
-        stride,
-        padding,
-        dilation,
-        False,
-        [0, 0],
-        groups,
-        output_mask,
+    return (
+        new_images(x, x.shape, layout) if for_x else empty,
+        new_images(x, weight.shape, layout) if for_weight else empty,
+        x.new_empty(weight.shape[0]) if for_bias else empty,
     )
-    return empty if dx is None else dx, empty if dweight is None else dweight, empty if dbias is None else dbias
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

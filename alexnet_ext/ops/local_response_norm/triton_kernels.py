@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from .._triton import accumulator, is_wide, tile, tile_at, with_strides_of
+from .._layout import with_strides_of
+from .._triton import accumulator, is_wide, tile, tile_at
 
 
 @triton.jit

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from .._checks import pooled_size
-from .._triton import accumulator_dtype, empty_images, is_wide, tile, tile_at
+from .._layout import empty_images
+from .._triton import accumulator_dtype, is_wide, tile, tile_at
 from ..local_response_norm.triton_kernels import constants, lrn, lrn_backward
 from ..relu_max_pool2d.triton_kernels import PARTIAL_SUMS, store_sums, take, total, unpool, window, with_bias
 
@@ -182,7 +183,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     batch, channels, height, width = x.shape
     out_height, out_width = (pooled_size(x.shape[2 + i], kernel_size[i], stride[i], 0, 1, False) for i in (0, 1))
-    y = empty_images(x, out_height, out_width, x.dtype)
+    y = empty_images(x, out_height, out_width)
     winners = empty_images(x, out_height, out_width, torch.uint8)
     if y.numel() == 0:
         return y, winners

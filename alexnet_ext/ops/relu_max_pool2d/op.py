@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .._backend import operator
 from .._checks import IntPair, check_pool, check_tensor, pair, pooled_size
+from .._layout import empty_images
 from .._register import register
 from . import reference
 
@@ -64,10 +65,7 @@ def relu_max_pool2d(
 
 def empty_pooled(x: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     """A pooled tensor and its winners, both in the memory format that pooling x gives."""
-    y = x.new_empty((x.shape[0], x.shape[1], height, width))
-    if torch._prims_common.suggest_memory_format(x) == torch.channels_last:
-        y = y.to(memory_format=torch.channels_last)
-    return y, torch.empty_like(y, dtype=torch.uint8)
+    return empty_images(x, height, width), empty_images(x, height, width, torch.uint8)
 
 
 def _fake(
@@ -89,7 +87,7 @@ def _fake_backward(
     padding: list[int],
     dilation: list[int],
 ) -> Tensor:
-    return empty_pooled(winners, height, width)[0].to(dy.dtype)
+    return empty_images(winners, height, width, dy.dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from .._checks import pooled_size
-from .._triton import accumulator, accumulator_dtype, empty_images, is_wide, tile, tile_at
+from .._layout import empty_images
+from .._triton import accumulator, accumulator_dtype, is_wide, tile, tile_at
 
 PARTIAL_SUMS = 1024
 """Programs that share a bias gradient. It hangs on nothing but the shape, so that the sum's order does not either."""
@@ -255,7 +256,7 @@ def forward(
     out_height, out_width = (
         pooled_size(x.shape[2 + i], kernel_size[i], stride[i], padding[i], dilation[i], ceil_mode) for i in (0, 1)
     )
-    y = empty_images(x, out_height, out_width, x.dtype)
+    y = empty_images(x, out_height, out_width)
     winners = empty_images(x, out_height, out_width, torch.uint8)
     if y.numel() == 0:
         return y, winners

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from .._checks import pooled_size
-from .._triton import accumulator_dtype, empty_images, is_wide, tile, tile_at
+from .._layout import empty_images
+from .._triton import accumulator_dtype, is_wide, tile, tile_at
 from ..local_response_norm import triton_kernels as local_response_norm
 from ..local_response_norm.triton_kernels import constants, lrn
 from ..relu_max_pool2d import triton_kernels as relu_max_pool2d
