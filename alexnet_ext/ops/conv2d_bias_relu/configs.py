@@ -54,9 +54,14 @@ def blocks(major: int, kernel: str, dtype: torch.dtype, precision: str, columns:
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": warps, "num_stages": stages}
 
 
+def architecture(x: Tensor) -> int:
+    """Major compute capability of x's device; in the interpreter the newest that the table has."""
+    return torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else max(TABLE)
+
+
 def known(kernel: str, x: Tensor, precision: str, columns: int) -> dict[str, int] | None:
     """Block sizes for x's device; None where they are to be searched, which a CUDA graph's capture does not allow."""
-    major = torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else max(TABLE)
+    major = architecture(x)
     if major not in TABLE:
         if not torch.cuda.is_current_stream_capturing():
             return None

@@ -399,6 +399,11 @@ class SpaceToDepth:
         return self.unfold(dweight)[:, :, : self.kernel[0], : self.kernel[1]]
 
 
+def empty_result(x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> Tensor:
+    size = [pooled_size(x.shape[2 + i], weight.shape[2 + i], stride[i], padding[i], dilation[i], False) for i in (0, 1)]
+    return new_images(x, (x.shape[0], weight.shape[0], *size), convolved_format(x, weight))
+
+
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -408,12 +413,11 @@ def forward(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    size = [pooled_size(x.shape[2 + i], weight.shape[2 + i], stride[i], padding[i], dilation[i], False) for i in (0, 1)]
-    y = new_images(x, (x.shape[0], weight.shape[0], *size), convolved_format(x, weight))
+    y = empty_result(x, weight, stride, padding, dilation)
     if y.numel() == 0:
         return y
     if SpaceToDepth.helps(weight, stride, dilation, groups):
-        rewrite = SpaceToDepth(x, weight, stride, padding, size)
+        rewrite = SpaceToDepth(x, weight, stride, padding, list(y.shape[2:]))
         x, weight, stride, padding = rewrite.images(x), rewrite.weights(weight), [1, 1], [0, 0]
     product(x, weight, bias, y, stride, [1, 1], padding, dilation, groups, True)
     return y
