@@ -17,7 +17,6 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Asked once, at import: torch.compile can trace a look-up here, not a question to the dispatcher.
 NATIVE = {op: {device: _library.has_kernel(op, device) for device in ("cpu", "cuda")} for op in OPS}
 TRITON = {op: {"cpu": _library.INTERPRETED, "cuda": _library.TRITON.loaded} for op in OPS}
-KERNELS = {"native": NATIVE, "triton": TRITON}
 
 # What "auto" prefers by device, where there is a kernel: stock PyTorch runs the rest. The interpreter is no choice.
 PREFERENCE = {"cpu": ("native",), "cuda": ("native", "triton"), "meta": ("native", "triton")}
@@ -71,9 +70,17 @@ def _transform() -> str:
     return ""
 
 
-def _has_kernel(backend: str, op: str, device: str) -> bool:
-    kernels = KERNELS[backend][op]
+def has_kernel(backend: str, op: str, device: str) -> bool:
+    kernels = (NATIVE if backend == "native" else TRITON)[op]
     return any(kernels.values()) if device == "meta" else kernels.get(device, False)
+
+
+def preferred(op: str, device: str) -> str:
+    """What ``"auto"`` runs for a call that our kernels cover."""
+    for backend in PREFERENCE.get(device, ()):
+        if has_kernel(backend, op, device) and (backend, device) not in UNPROVEN:
+            return backend
+    return "stock"
 
 
 def _refusal(backend: str, op: str, device: str) -> str:
@@ -103,11 +110,8 @@ def choose(op: str, backend: str, x: torch.Tensor, unsupported: str = "") -> str
         unsupported = f"layout {x.layout}"
     unsupported = unsupported or _transform()
     if backend == "auto":
-        for candidate in () if unsupported else PREFERENCE.get(device, ()):
-            if _has_kernel(candidate, op, device) and (candidate, device) not in UNPROVEN:
-                return candidate
-        return "stock"
-    if not _has_kernel(backend, op, device):
+        return "stock" if unsupported else preferred(op, device)
+    if not has_kernel(backend, op, device):
         unsupported = _refusal(backend, op, device)
     if unsupported:
         raise RuntimeError(f"backend={backend!r} does not cover {unsupported}")
