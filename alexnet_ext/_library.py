@@ -6,7 +6,9 @@ stock PyTorch instead, and ``alexnet info`` prints the record.
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,6 +66,25 @@ def _load_all() -> tuple[Library, ...]:
 
 
 LIBRARIES: tuple[Library, ...] = _load_all()
+
+
+def _find_triton() -> Library:
+    """Triton is imported, and its kernels defined, only where they can run: on a GPU, or in its interpreter."""
+    if importlib.util.find_spec("triton") is None:
+        return Library("triton", "cuda", False, "Triton is not installed", "pip install triton")
+    if torch.version.cuda is None and os.environ.get("TRITON_INTERPRET", "0") != "1":
+        remedy = "install a CUDA build of torch, or set TRITON_INTERPRET=1 before Python starts"
+        return Library("triton", "cuda", False, "this torch is a CPU build", remedy)
+    try:
+        import triton  # noqa: F401
+    except Exception as error:  # whatever an installation that is broken raises
+        return Library("triton", "cuda", False, f"Triton does not import: {error}", "pip install triton")
+    return Library("triton", "cuda", True)
+
+
+TRITON = _find_triton()
+INTERPRETED = TRITON.loaded and os.environ.get("TRITON_INTERPRET", "0") == "1"
+"""Triton kernels run in its interpreter: slowly, on CPU tensors."""
 
 
 def has_kernel(op: str, device_type: str) -> bool:

@@ -17,6 +17,7 @@ from .ops import _backend
 __all__ = ["CheckRow", "Choice", "Info", "check", "check_table", "choice", "info", "verdict"]
 
 DEVICES = ("cpu", "cuda")
+KERNELS = {"native": "compiled kernel", "triton": "Triton kernel"}
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,9 @@ class Info:
             "Libraries",
         ]
         for library in self.libraries:
-            lines.append(f"  {library.name:5s} {'loaded' if library.loaded else f'not loaded: {library.reason}'}")
+            lines.append(f"  {library.name:6s} {'loaded' if library.loaded else f'not loaded: {library.reason}'}")
             if library.remedy:
-                lines.append(f"        to mend it: {library.remedy}")
+                lines.append(f"         to mend it: {library.remedy}")
         lines += ["", "Build record"]
         for name, value in self.build_record.items():
             text = value if isinstance(value, str) else json.dumps(value)
@@ -90,7 +91,7 @@ def info() -> Info:
         cpu_capability=torch.backends.cpu.get_cpu_capability(),
         cpu_count=os.cpu_count() or 1,
         threads=torch.get_num_threads(),
-        libraries=_library.LIBRARIES,
+        libraries=(*_library.LIBRARIES, _library.TRITON),
         build_record=_library.build_record(),
         choices=[choice(op, device) for op in _backend.OPS for device in DEVICES],
     )
@@ -98,14 +99,18 @@ def info() -> Info:
 
 def choice(op: str, device: str) -> Choice:
     """What ``backend="auto"`` runs for ``op`` on ``device`` (``"cpu"`` or ``"cuda"``) at this moment."""
-    library = next((found for found in _library.LIBRARIES if found.device == device), None)
     current = _backend._current
     if current == "stock":
         return Choice(op, device, "stock", "use_backend('stock') is in force")
-    if _backend.NATIVE[op].get(device):
-        if current == "auto" and device in _backend.UNPROVEN:
-            return Choice(op, device, "stock", "its compiled kernel has not been run on a GPU yet: ask for 'native'")
-        return Choice(op, device, current if current != "auto" else "native", "compiled kernel")
+    picked = _backend.preferred(op, device) if current == "auto" else current
+    if picked != "stock" and _backend.has_kernel(picked, op, device):
+        return Choice(op, device, picked, KERNELS[picked])
+    for backend in _backend.PREFERENCE[device]:
+        if _backend.has_kernel(backend, op, device):
+            return Choice(
+                op, device, "stock", f"its {KERNELS[backend]} has not been run on a GPU yet: ask for {backend!r}"
+            )
+    library = next((found for found in _library.LIBRARIES if found.device == device), None)
     if library is None or not library.loaded:
         return Choice(op, device, "stock", library.reason if library else f"no library serves {device}")
     return Choice(op, device, "stock", f"the {library.name} library has no kernel for it")

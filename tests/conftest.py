@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from alexnet_ext import _library
+# Triton's interpreter is chosen when Triton is first imported, so for the whole process: without a GPU its kernels run
+# there, on CPU tensors. What is compiled ahead of time is compiled in a process of its own (tests/triton_ahead.py).
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+
+from alexnet_ext import _library  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -33,7 +33,7 @@ def test_info_of_this_installation() -> None:
     assert {(c.op, c.device) for c in info.choices} == {(op, device) for op in OPS for device in ("cpu", "cuda")}
     for choice in info.choices:
         assert choice.reason
-        proven = _backend.NATIVE[choice.op][choice.device] and choice.device not in _backend.UNPROVEN
+        proven = _backend.NATIVE[choice.op][choice.device] and ("native", choice.device) not in _backend.UNPROVEN
         assert (choice.backend == "native") == bool(proven)
     assert json.loads(json.dumps(info.as_dict()))["version"] == ax.__version__
 
@@ -43,11 +43,16 @@ def test_info_names_what_is_missing_why_and_the_remedy(monkeypatch: pytest.Monke
     unwanted = _library.Library("cuda", "cuda", False, "this torch is a CPU build")
     monkeypatch.setattr(_library, "LIBRARIES", (missing, unwanted))
     monkeypatch.setattr(_library, "build_record", dict)
-    monkeypatch.setattr(_backend, "NATIVE", {op: {"cpu": False, "cuda": False} for op in OPS})
+    untritoned = _library.Library("triton", "cuda", False, "Triton is not installed", "pip install triton")
+    monkeypatch.setattr(_library, "TRITON", untritoned)
+    for kernels in ("NATIVE", "TRITON"):
+        monkeypatch.setattr(_backend, kernels, {op: {"cpu": False, "cuda": False} for op in OPS})
     lines = str(ax.info()).splitlines()
-    assert "  cpu   not loaded: no compiler was found" in lines
-    assert "        to mend it: apt install g++" in lines
-    assert "  cuda  not loaded: this torch is a CPU build" in lines
+    assert "  cpu    not loaded: no compiler was found" in lines
+    assert "         to mend it: apt install g++" in lines
+    assert "  cuda   not loaded: this torch is a CPU build" in lines
+    assert "  triton not loaded: Triton is not installed" in lines
+    assert "         to mend it: pip install triton" in lines
     assert "  none: nothing has been built in this folder" in lines
     assert {(c.device, c.backend, c.reason) for c in ax.info().choices} == {
         ("cpu", "stock", "no compiler was found"),
@@ -60,14 +65,21 @@ def test_info_says_why_each_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_library, "LIBRARIES", libraries)
     monkeypatch.setattr(_library, "build_record", lambda: {"torch": "2.13.0", "isa": ["AVX2", "AVX512"]})
     monkeypatch.setattr(_backend, "NATIVE", {op: {"cpu": True, "cuda": op == OPS[0]} for op in OPS})
+    monkeypatch.setattr(_backend, "TRITON", {op: {"cpu": False, "cuda": op == OPS[2]} for op in OPS})
     text = str(ax.info())
-    assert "  cpu   loaded" in text
+    assert "  cpu    loaded" in text
     assert '  isa: ["AVX2", "AVX512"]' in text
     assert diagnostics.choice(OPS[1], "cpu").reason == "compiled kernel"
     unproven = "its compiled kernel has not been run on a GPU yet: ask for 'native'"
     assert diagnostics.choice(OPS[0], "cuda") == diagnostics.Choice(OPS[0], "cuda", "stock", unproven)
+    unproven = "its Triton kernel has not been run on a GPU yet: ask for 'triton'"
+    assert diagnostics.choice(OPS[2], "cuda") == diagnostics.Choice(OPS[2], "cuda", "stock", unproven)
     with ax.use_backend("native"):
         assert diagnostics.choice(OPS[0], "cuda").backend == "native"
+    with ax.use_backend("triton"):
+        assert diagnostics.choice(OPS[2], "cuda").reason == "Triton kernel"
+    monkeypatch.setattr(_backend, "UNPROVEN", {("native", "cuda")})
+    assert diagnostics.choice(OPS[2], "cuda").backend == "triton"
     assert diagnostics.choice(OPS[1], "cuda") == diagnostics.Choice(
         OPS[1], "cuda", "stock", "the cuda library has no kernel for it"
     )

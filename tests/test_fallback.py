@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from alexnet_ext import ops
+from alexnet_ext import _library, ops
+from alexnet_ext.ops import _backend
 
 from . import cases
 from .cases import Case, each_dtype, lrn
@@ -31,6 +32,8 @@ for case in cases.EXAMPLES:
     for dtype in cases.DTYPES:
         for layout in ("contiguous", "channels_last", "sliced"):
             oracle.assert_matches_float64(case, cases.make(case, dtype, layout))
+    if ax._library.INTERPRETED:
+        oracle.assert_matches_float64(case, cases.make(case), "triton")
     tensors = cases.make(case)
     torch._dynamo.reset()
     compiled = torch.compile(lambda t: cases.fused(case, t), fullgraph=True, backend="eager")
@@ -74,7 +77,7 @@ def test_without_library_every_op_runs_and_native_says_why_it_does_not(op: str, 
 
 
 def test_without_library_info_has_the_build_records_reason_and_remedy(said_without_library: str) -> None:
-    assert "cpu   not loaded: the compiler was on holiday" in said_without_library
+    assert "cpu    not loaded: the compiler was on holiday" in said_without_library
     assert "to mend it: call it back" in said_without_library
     for op in cases.OPS:
         assert any(line.split()[:3] == [op, "cpu", "stock"] for line in said_without_library.splitlines())
@@ -121,9 +124,16 @@ def test_auto_runs_stock_where_native_refuses(what: str, call: object) -> None:
 
 
 @pytest.mark.parametrize("op", cases.OPS)
-def test_triton_is_refused_where_there_is_no_such_kernel(op: str) -> None:
+def test_triton_says_what_to_do_where_it_cannot_run(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = next(example for example in cases.EXAMPLES if example.op == op)
-    with pytest.raises(RuntimeError, match=f"backend='triton' has no kernel for {op}"):
+    monkeypatch.setattr(_backend, "TRITON", {name: {"cpu": False, "cuda": True} for name in cases.OPS})
+    found = _library.Library("triton", "cuda", True)
+    monkeypatch.setattr(_library, "TRITON", found)
+    with pytest.raises(RuntimeError, match=r"'cpu' \(move the tensors to a GPU, or set TRITON_INTERPRET=1"):
+        cases.fused(case, cases.make(case), "triton")
+    missing = _library.Library("triton", "cuda", False, "Triton is not installed", "pip install triton")
+    monkeypatch.setattr(_library, "TRITON", missing)
+    with pytest.raises(RuntimeError, match=r"Triton is not installed; to mend it: pip install triton"):
         cases.fused(case, cases.make(case), "triton")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
@@ -22,9 +23,13 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # Asked once, at import: torch.compile can trace a look-up here, not a question to the dispatcher.
 NATIVE = {op: {device: _library.has_kernel(op, device) for device in ("cpu", "cuda")} for op in OPS}
+TRITON = {op: {"cpu": _library.INTERPRETED, "cuda": _library.TRITON.loaded} for op in OPS}
 
-# Devices whose compiled kernels build but have not been run and measured yet: "auto" leaves them to stock PyTorch.
-UNPROVEN = ("cuda",)
+# What "auto" prefers by device, where there is a kernel: stock PyTorch runs the rest. The interpreter is no choice.
+PREFERENCE = {"cpu": ("native",), "cuda": ("native", "triton"), "meta": ("native", "triton")}
+
+# Kernels that build but have not been run and measured yet: "auto" leaves them to stock PyTorch.
+UNPROVEN = {("native", "cuda"), ("triton", "cuda")}
 
 # A plain global and not a ContextVar: torch.compile guards on the one and breaks the graph at the other.
 _current = "auto"
@@ -72,29 +77,57 @@ def _transform() -> str:
     return ""
 
 
-def runs_native(op: str, backend: str, x: torch.Tensor, unsupported: str = "") -> bool:
-    """True when the compiled op takes this call, False when stock PyTorch does.
+def has_kernel(backend: str, op: str, device: str) -> bool:
+    kernels = (NATIVE if backend == "native" else TRITON)[op]
+    return any(kernels.values()) if device == "meta" else kernels.get(device, False)
 
-    ``unsupported`` says what about the arguments the compiled kernel does not cover. ``"auto"`` then runs
-    stock; ``"native"`` raises RuntimeError, as does ``"triton"`` where there is no Triton kernel.
+
+def preferred(op: str, device: str) -> str:
+    """What ``"auto"`` runs for a call that our kernels cover."""
+    for backend in PREFERENCE.get(device, ()):
+        if has_kernel(backend, op, device) and (backend, device) not in UNPROVEN:
+            return backend
+    return "stock"
+
+
+def _refusal(backend: str, op: str, device: str) -> str:
+    """Why ``backend`` has no kernel for ``op`` on ``device``, and what to do."""
+    if backend == "native":
+        return f"device {device!r} (no compiled kernel for {op} is loaded; `alexnet info` says why)"
+    if not _library.TRITON.loaded:
+        return f"device {device!r} ({_library.TRITON.reason}; to mend it: {_library.TRITON.remedy})"
+    return f"device {device!r} (move the tensors to a GPU, or set TRITON_INTERPRET=1 before Python starts)"
+
+
+def choose(op: str, backend: str, x: torch.Tensor, unsupported: str = "") -> str:
+    """Which of ``"native"``, ``"triton"`` and ``"stock"`` runs this call.
+
+    ``unsupported`` says what about the arguments our kernels do not cover. ``"auto"`` then runs stock;
+    ``"native"`` and ``"triton"`` raise RuntimeError, as they do where there is no such kernel.
     """
     check_backend(backend)
     if backend == "auto":
         backend = _current
     if backend == "stock":
-        return False
-    if backend == "triton":
-        raise RuntimeError(f"backend='triton' has no kernel for {op}: use 'auto', 'native' or 'stock'")
+        return backend
     device = x.device.type
     if not unsupported and x.dtype not in DTYPES:
         unsupported = f"dtype {x.dtype}"
     if not unsupported and x.layout != torch.strided:
         unsupported = f"layout {x.layout}"
     unsupported = unsupported or _transform()
-    if not NATIVE[op].get(device, device == "meta" and NATIVE[op]["cpu"]):
-        unsupported = f"device {device!r} (no compiled kernel for {op} is loaded; `alexnet info` says why)"
-    if backend == "auto" and device in UNPROVEN:
-        return False
-    if unsupported and backend == "native":
-        raise RuntimeError(f"backend='native' does not cover {unsupported}")
-    return not unsupported
+    if backend == "auto":
+        return "stock" if unsupported else preferred(op, device)
+    if not has_kernel(backend, op, device):
+        unsupported = _refusal(backend, op, device)
+    if unsupported:
+        raise RuntimeError(f"backend={backend!r} does not cover {unsupported}")
+    return backend
+
+
+def operator(op: str, backend: str, x: torch.Tensor, unsupported: str = "") -> Any:
+    """The operator that runs this call, chosen as ``choose`` says; None where stock PyTorch runs it."""
+    backend = choose(op, backend, x, unsupported)
+    if backend == "stock":
+        return None
+    return getattr(torch.ops.alexnet_ext, op if backend == "native" else f"{op}_{backend}")

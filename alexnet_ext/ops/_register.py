@@ -1,11 +1,14 @@
-"""Makes a compiled op a citizen of PyTorch: fake, autograd, double backward, autocast and vmap, in one place.
+"""Makes an op a citizen of PyTorch: fake, autograd, double backward, autocast and vmap, in one place.
 
-An op ``NAME`` and its ``NAME_backward`` come with their schemas from C++ (csrc/library.cpp). Each op's file
-registers the rest here; a twin with the same schema in another backend registers the same functions.
+An op ``NAME`` and its ``NAME_backward`` come with their schemas and kernels from C++ (csrc/library.cpp). Their Triton
+twins, ``NAME_triton`` and ``NAME_triton_backward``, are defined here with the same schemas from ``forward`` and
+``backward`` of ``ops/NAME/triton_kernels.py``. Both get the same everything else.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +24,8 @@ _fragment = torch.library.Library("alexnet_ext", "FRAGMENT")
 def register(
     name: str,
     *,
+    schema: str,
+    schema_backward: str,
     fake: Callable[..., Any],
     fake_backward: Callable[..., Any],
     setup_context: Callable[..., None],
@@ -30,25 +35,32 @@ def register(
     batched: Sequence[int] = (),
     batched_backward: Sequence[int] = (),
 ) -> None:
-    """Register everything but the kernels of ``alexnet_ext::name`` and ``alexnet_ext::name_backward``.
+    """Register everything but the compiled kernels of ``alexnet_ext::name``, its backward and their Triton twins.
 
-    ``reference_backward`` is the backward op in differentiable stock PyTorch: double backward goes through it.
-    ``autocast(dtype, *args)`` returns the arguments as they should be under autocast to ``dtype``; without it
-    the op keeps its input's dtype there. ``batched`` and ``batched_backward`` are the positions of the
+    The schemas are those of csrc/library.cpp. ``backward(op, ctx, *gradients)`` is handed the backward op of the twin
+    that ran forward. ``reference_backward`` is the backward op in differentiable stock PyTorch: double backward goes
+    through it. ``autocast(dtype, *args)`` returns the arguments as they should be under autocast to ``dtype``;
+    without it the op keeps its input's dtype there. ``batched`` and ``batched_backward`` are the positions of the
     arguments with a batch dimension to fold a vmapped one into; with none, vmap loops.
     """
-    if not _library.LIBRARIES[0].loaded:
-        return
-    op, op_backward = f"alexnet_ext::{name}", f"alexnet_ext::{name}_backward"
-    torch.library.register_fake(op, fake)
-    torch.library.register_fake(op_backward, fake_backward)
-    torch.library.register_autograd(op, backward, setup_context=setup_context)
-    torch.library.register_autograd(op_backward, _double_backward(reference_backward), setup_context=_save_all)
-    torch.library.register_vmap(op, _vmap_rule(op, batched))
-    torch.library.register_vmap(op_backward, _vmap_rule(op_backward, batched_backward))
-    if autocast is not None:
-        for device, key in _AUTOCAST_KEYS.items():
-            _fragment.impl(name, _autocast_rule(op, device, autocast), key)
+    twins = [name] if _library.LIBRARIES[0].loaded else []
+    if _library.TRITON.loaded:
+        kernels = importlib.import_module(f"{__package__}.{name}.triton_kernels")
+        twins.append(f"{name}_triton")
+        for twin, run, signature in (("", kernels.forward, schema), ("_backward", kernels.backward, schema_backward)):
+            torch.library.triton_op(f"alexnet_ext::{twins[-1]}{twin}", run, mutates_args=(), schema=signature)
+    for twin in twins:
+        op, op_backward = f"alexnet_ext::{twin}", f"alexnet_ext::{twin}_backward"
+        torch.library.register_fake(op, fake)
+        torch.library.register_fake(op_backward, fake_backward)
+        gradient = functools.partial(backward, _overload(op_backward))
+        torch.library.register_autograd(op, gradient, setup_context=setup_context)
+        torch.library.register_autograd(op_backward, _double_backward(reference_backward), setup_context=_save_all)
+        torch.library.register_vmap(op, _vmap_rule(op, batched))
+        torch.library.register_vmap(op_backward, _vmap_rule(op_backward, batched_backward))
+        if autocast is not None:
+            for device, key in _AUTOCAST_KEYS.items():
+                _fragment.impl(twin, _autocast_rule(op, device, autocast), key)
 
 
 def _overload(op: str) -> Any:

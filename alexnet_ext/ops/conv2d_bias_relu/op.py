@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._backend import runs_native
-from .._checks import IntPair, autocast_enabled, check_bias, check_same, check_tensor, pair
+from .._backend import operator
+from .._checks import IntPair, autocast_enabled, check_bias, check_same, check_tensor, pair, pooled_size
+from .._layout import convolved_format, new_images
 from .._register import register
 from . import reference
 
@@ -57,10 +58,11 @@ def conv2d_bias_relu(
     if pad == "same":
         x, pad = _pad_same(x, weight, dilate)
     _check_reach(x, weight, pad, dilate)
-    if not runs_native("conv2d_bias_relu", backend, x):
+    op = operator("conv2d_bias_relu", backend, x)
+    if op is None:
         return reference.conv2d_bias_relu(x, weight, bias, step, pad, dilate, groups)
     batch = x if x.dim() == 4 else x.unsqueeze(0)
-    y = torch.ops.alexnet_ext.conv2d_bias_relu(batch, weight, bias, step, pad, dilate, groups)
+    y = op(batch, weight, bias, step, pad, dilate, groups)
     return y if x.dim() == 4 else y.squeeze(0)
 
 
@@ -122,7 +124,10 @@ def _fake(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    return torch.ops.aten.convolution(x, weight, bias, stride, padding, dilation, False, [0, 0], groups)
+    height, width = (
+        pooled_size(x.shape[2 + i], weight.shape[2 + i], stride[i], padding[i], dilation[i], False) for i in (0, 1)
+    )
+    return new_images(x, (x.shape[0], weight.shape[0], height, width), convolved_format(x, weight))
 
 
 def _fake_backward(
@@ -136,21 +141,14 @@ def _fake_backward(
     groups: int,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
+    layout = convolved_format(x, weight)
+    for_x, for_weight, for_bias = output_mask
     empty = x.new_empty(0)
-    dx, dweight, dbias = torch.ops.aten.convolution_backward(
-        torch.empty_like(y),  # the masked gradient has y's strides, whatever dy has
-        x,
-        weight,
-        [weight.shape[0]],
-        stride,
-        padding,
-        dilation,
-        False,
-        [0, 0],
-        groups,
-        output_mask,
+    return (
+        new_images(x, x.shape, layout) if for_x else empty,
+        new_images(x, weight.shape, layout) if for_weight else empty,
+        x.new_empty(weight.shape[0]) if for_bias else empty,
     )
-    return empty if dx is None else dx, empty if dweight is None else dweight, empty if dbias is None else dbias
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -158,9 +156,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x, weight, output)
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+def _backward(op: Any, ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     wanted = list(ctx.needs_input_grad[:3])
-    gradients = torch.ops.alexnet_ext.conv2d_bias_relu_backward(dy, *ctx.saved_tensors, *ctx.constants, wanted)
+    gradients = op(dy, *ctx.saved_tensors, *ctx.constants, wanted)
     return *(g if w else None for g, w in zip(gradients, wanted, strict=True)), None, None, None, None
 
 
@@ -175,6 +173,10 @@ def _autocast(dtype: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor | None
 
 register(
     "conv2d_bias_relu",
+    schema="(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, int groups) "
+    "-> Tensor",
+    schema_backward="(Tensor dy, Tensor x, Tensor weight, Tensor y, int[2] stride, int[2] padding, int[2] dilation, int "
+    "groups, bool[3] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias)",
     fake=_fake,
     fake_backward=_fake_backward,
     setup_context=_setup_context,

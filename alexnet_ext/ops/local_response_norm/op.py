@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._backend import runs_native
+from .._backend import operator
 from .._checks import check_lrn, check_tensor
 from .._register import register
 from . import reference
@@ -43,9 +43,10 @@ def local_response_norm(
     if x.dim() < 3:
         raise ValueError(f"x has {x.dim()} dimensions, expected 3D or higher dimensionality (N, C, ...)")
     unsupported = f"x of rank {x.dim()}" if x.dim() > 6 else ""
-    if not runs_native("local_response_norm", backend, x, unsupported):
+    op = operator("local_response_norm", backend, x, unsupported)
+    if op is None:
         return reference.local_response_norm(x, size, alpha, beta, k)
-    return torch.ops.alexnet_ext.local_response_norm(x, size, alpha, beta, k)
+    return op(x, size, alpha, beta, k)
 
 
 def _fake(x: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
@@ -61,14 +62,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x)
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+def _backward(op: Any, ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     (x,) = ctx.saved_tensors
-    dx = torch.ops.alexnet_ext.local_response_norm_backward(dy, x, *ctx.constants)
+    dx = op(dy, x, *ctx.constants)
     return dx, None, None, None, None
 
 
 register(
     "local_response_norm",
+    schema="(Tensor x, int size, float alpha, float beta, float k) -> Tensor",
+    schema_backward="(Tensor dy, Tensor x, int size, float alpha, float beta, float k) -> Tensor",
     fake=_fake,
     fake_backward=_fake_backward,
     setup_context=_setup_context,

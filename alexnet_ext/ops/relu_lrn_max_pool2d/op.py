@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._backend import runs_native
+from .._backend import operator
 from .._checks import (
     IntPair,
     autocast_enabled,
@@ -55,12 +55,12 @@ def relu_lrn_max_pool2d(
     Raises:
         RuntimeError, TypeError: as ``local_response_norm`` and ``relu_max_pool2d``; or a bias that does not fit x.
     """
-    kernel, step, native = check_block(
+    kernel, step, op = check_block(
         "relu_lrn_max_pool2d", backend, x, bias, lrn_size, alpha, beta, k, kernel_size, stride
     )
     batch = x if x.dim() == 4 else x.unsqueeze(0)
-    if native:
-        y, _ = torch.ops.alexnet_ext.relu_lrn_max_pool2d(batch, bias, lrn_size, alpha, beta, k, kernel, step)
+    if op is not None:
+        y, _ = op(batch, bias, lrn_size, alpha, beta, k, kernel, step)
     else:
         y = reference.relu_lrn_max_pool2d(batch, bias, lrn_size, alpha, beta, k, kernel, step)
     return y if x.dim() == 4 else y.squeeze(0)
@@ -77,8 +77,8 @@ def check_block(
     k: float,
     kernel_size: IntPair,
     stride: IntPair,
-) -> tuple[list[int], list[int], bool]:
-    """Check a fused block's arguments (either order); (kernel_size, stride, whether the compiled op runs)."""
+) -> tuple[list[int], list[int], Any]:
+    """Check a fused block's arguments (either order); (kernel_size, stride, the operator that runs or None)."""
     check_tensor("x", x)
     check_lrn(lrn_size, alpha, beta, k, "lrn_size")
     kernel, step = pair("kernel_size", kernel_size, 1), pair("stride", stride, 1)
@@ -87,7 +87,7 @@ def check_block(
     if bias is not None and not autocast_enabled(x):
         check_same("bias", bias, x)
     unsupported = f"a window of {kernel}" if kernel[0] * kernel[1] > MAX_TAPS else ""
-    return kernel, step, runs_native(op, backend, x, unsupported)
+    return kernel, step, operator(op, backend, x, unsupported)
 
 
 def pool_fake(x: Tensor, kernel_size: list[int], stride: list[int]) -> tuple[Tensor, Tensor]:
@@ -123,16 +123,20 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+def _backward(op: Any, ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
     dx = dbias = None
     if dy is not None:
         x, bias, winners = ctx.saved_tensors
-        dx, dbias = torch.ops.alexnet_ext.relu_lrn_max_pool2d_backward(dy, x, bias, winners, *ctx.constants)
+        dx, dbias = op(dy, x, bias, winners, *ctx.constants)
     return dx, dbias if ctx.needs_input_grad[1] else None, None, None, None, None, None, None
 
 
 register(
     "relu_lrn_max_pool2d",
+    schema="(Tensor x, Tensor? bias, int lrn_size, float alpha, float beta, float k, int[2] kernel_size, int[2] "
+    "stride) -> (Tensor y, Tensor winners)",
+    schema_backward="(Tensor dy, Tensor x, Tensor? bias, Tensor winners, int lrn_size, float alpha, float beta, float k, "
+    "int[2] kernel_size, int[2] stride) -> (Tensor dx, Tensor dbias)",
     fake=_fake,
     fake_backward=_fake_backward,
     setup_context=_setup_context,

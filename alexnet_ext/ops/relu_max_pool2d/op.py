@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._backend import runs_native
+from .._backend import operator
 from .._checks import IntPair, check_pool, check_tensor, pair, pooled_size
+from .._layout import empty_images
 from .._register import register
 from . import reference
 
@@ -54,19 +55,17 @@ def relu_max_pool2d(
     unsupported = f"a window of {kernel}" if kernel[0] * kernel[1] > MAX_TAPS else ""
     if any(kernel[i] > 1 and dilate[i] > x.shape[-2 + i] for i in (0, 1)):
         unsupported = f"dilation {dilate}, whose windows may step over an x of shape {list(x.shape)}"
-    if not runs_native("relu_max_pool2d", backend, x, unsupported):
+    op = operator("relu_max_pool2d", backend, x, unsupported)
+    if op is None:
         return reference.relu_max_pool2d(x, kernel, step, pad, dilate, ceil_mode)
     batch = x if x.dim() == 4 else x.unsqueeze(0)
-    y, _ = torch.ops.alexnet_ext.relu_max_pool2d(batch, kernel, step, pad, dilate, ceil_mode)
+    y, _ = op(batch, kernel, step, pad, dilate, ceil_mode)
     return y if x.dim() == 4 else y.squeeze(0)
 
 
 def empty_pooled(x: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     """A pooled tensor and its winners, both in the memory format that pooling x gives."""
-    y = x.new_empty((x.shape[0], x.shape[1], height, width))
-    if torch._prims_common.suggest_memory_format(x) == torch.channels_last:
-        y = y.to(memory_format=torch.channels_last)
-    return y, torch.empty_like(y, dtype=torch.uint8)
+    return empty_images(x, height, width), empty_images(x, height, width, torch.uint8)
 
 
 def _fake(
@@ -88,7 +87,7 @@ def _fake_backward(
     padding: list[int],
     dilation: list[int],
 ) -> Tensor:
-    return empty_pooled(winners, height, width)[0].to(dy.dtype)
+    return empty_images(winners, height, width, dy.dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -98,16 +97,20 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+def _backward(op: Any, ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
     dx = None
     if dy is not None:
         (winners,) = ctx.saved_tensors
-        dx = torch.ops.alexnet_ext.relu_max_pool2d_backward(dy, winners, *ctx.constants)
+        dx = op(dy, winners, *ctx.constants)
     return dx, None, None, None, None, None
 
 
 register(
     "relu_max_pool2d",
+    schema="(Tensor x, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, bool ceil_mode) -> "
+    "(Tensor y, Tensor winners)",
+    schema_backward="(Tensor dy, Tensor winners, SymInt height, SymInt width, int[2] kernel_size, int[2] stride, int[2] "
+    "padding, int[2] dilation) -> Tensor",
     fake=_fake,
     fake_backward=_fake_backward,
     setup_context=_setup_context,

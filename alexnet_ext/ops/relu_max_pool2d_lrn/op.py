@@ -11,6 +11,7 @@ from .._checks import IntPair
 from .._register import register
 from ..relu_lrn_max_pool2d.op import autocast_bias, check_block, pool_fake
 from ..relu_max_pool2d.op import empty_pooled
+from ..relu_max_pool2d.reference import scatter_to_winners
 from . import reference
 
 
@@ -32,12 +33,12 @@ def relu_max_pool2d_lrn(
     lrn_size, alpha, beta, k)``. Arguments, result and errors as ``relu_lrn_max_pool2d``. Saves the pooled
     activation (a quarter of x at window 3, stride 2) and one byte an output element, not x.
     """
-    kernel, step, native = check_block(
+    kernel, step, op = check_block(
         "relu_max_pool2d_lrn", backend, x, bias, lrn_size, alpha, beta, k, kernel_size, stride
     )
     batch = x if x.dim() == 4 else x.unsqueeze(0)
-    if native:
-        y, _, _ = torch.ops.alexnet_ext.relu_max_pool2d_lrn(batch, bias, lrn_size, alpha, beta, k, kernel, step)
+    if op is not None:
+        y, _, _ = op(batch, bias, lrn_size, alpha, beta, k, kernel, step)
     else:
         y = reference.relu_max_pool2d_lrn(batch, bias, lrn_size, alpha, beta, k, kernel, step)
     return y if x.dim() == 4 else y.squeeze(0)
@@ -70,22 +71,24 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dy: Tensor | None, dpooled: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+def _backward(op: Any, ctx: Any, dy: Tensor | None, dpooled: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
     dx = dbias = None
     pooled, winners = ctx.saved_tensors
     if dy is not None:
-        dx, dbias = torch.ops.alexnet_ext.relu_max_pool2d_lrn_backward(dy, pooled, winners, *ctx.size, *ctx.constants)
+        dx, dbias = op(dy, pooled, winners, *ctx.size, *ctx.constants)
     if dpooled is not None:  # only in double backward, where the saved pooled values are themselves differentiated
         kernel_size, stride = ctx.constants[-2:]
-        more = torch.ops.alexnet_ext.relu_max_pool2d_backward(
-            dpooled, winners, *ctx.size, kernel_size, stride, [0, 0], [1, 1]
-        )
+        more = scatter_to_winners(dpooled, winners, *ctx.size, kernel_size, stride, [0, 0], [1, 1])
         dx, dbias = (more, more.sum((0, 2, 3))) if dx is None else (dx + more, dbias + more.sum((0, 2, 3)))
     return dx, dbias if ctx.needs_input_grad[1] else None, None, None, None, None, None, None
 
 
 register(
     "relu_max_pool2d_lrn",
+    schema="(Tensor x, Tensor? bias, int lrn_size, float alpha, float beta, float k, int[2] kernel_size, int[2] "
+    "stride) -> (Tensor y, Tensor pooled, Tensor winners)",
+    schema_backward="(Tensor dy, Tensor pooled, Tensor winners, SymInt height, SymInt width, int lrn_size, float alpha, "
+    "float beta, float k, int[2] kernel_size, int[2] stride) -> (Tensor dx, Tensor dbias)",
     fake=_fake,
     fake_backward=_fake_backward,
     setup_context=_setup_context,

@@ -1,0 +1,74 @@
+"""What the Triton kernels of two or more ops share: tiles, offsets, widening, strides."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def accumulator(x):
+    """x as the arithmetic has it: fp64 as it is, everything else as fp32."""
+    if x.dtype == tl.float64:
+        return x
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def tile_at(
+    block, pixels, channels, HALO: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr
+):
+    """(pixel [BLOCK_P, 1], channel [1, BLOCK_C], inside, own) of a block of pixels and this program's channels.
+
+    Channel blocks overlap by HALO on each side: ``inside`` elements are the tensor's, ``own`` ones this program's.
+    """
+    index: tl.constexpr = tl.int64 if WIDE else tl.int32
+    pixel = (tl.cast(block, index) * BLOCK_P + tl.arange(0, BLOCK_P))[:, None]
+    lane = tl.arange(0, BLOCK_C)[None, :]
+    channel = tl.program_id(1).to(index) * (BLOCK_C - 2 * HALO) - HALO + lane
+    inside = (pixel < pixels) & (channel >= 0) & (channel < channels)
+    if HALO == 0:
+        return pixel, channel, inside, inside
+    else:
+        return pixel, channel, inside, inside & (lane >= HALO) & (lane < BLOCK_C - HALO)
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is at least n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def warps(elements: int) -> int:
+    """Warps for a tile: 16 elements a thread, so that the handful of fp32 tiles a kernel holds stays in registers."""
+    return min(32, max(1, power_of_two(elements) // 512))
+
+
+def tile(channels: int, channel_stride: int, reach: int | None) -> tuple[dict[str, int], int]:
+    """Block sizes for tiles of pixels by channels, and how many channel blocks there are.
+
+    Where channels meet (``reach``: over how many of them), all stand in one tile if that is possible, else blocks
+    overlap by ``reach`` on each side. A tile is longest along what lies side by side in memory.
+    """
+    block_c, halo = power_of_two(channels), 0
+    if reach is None:
+        block_c = min(block_c, max(256 if channel_stride == 1 else 8, power_of_two(channels // 2**15)))
+    elif channels > 1024:
+        block_c, halo = max(1024, power_of_two(4 * reach)), reach
+    block_p = min(128 if channel_stride == 1 else 512, max(4096 // block_c, 1 if channel_stride == 1 else 16))
+    blocks = {"HALO": halo, "BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": warps(block_p * block_c)}
+    return blocks, triton.cdiv(channels, block_c - 2 * halo)
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def is_wide(*tensors: Tensor) -> bool:
+    """Whether an offset into one of the tensors may pass 2^31 - 1, tiles that reach over the end included."""
+    return any(
+        sum(abs(stride) * size for size, stride in zip(x.shape, x.stride(), strict=True)) >= 2**31 - 2**22
+        for x in tensors
+    )

@@ -1,0 +1,464 @@
+"""Convolution as an implicit matrix product in Triton: channels-last, groups as a grid axis.
+
+Rows are output pixels, columns a group's output channels, and the sum runs over K = taps x channels in one flat range,
+so that 48 channels a group waste nothing of a power-of-two block (48 x 25 = 1200 = 75 x 16). Three directions:
+
+- forward: bias and ReLU in the epilogue, y written once;
+- the input's gradient: the same kernel over the masked gradient, with flipped weights and, where the convolution has a
+  stride, with the gradient spread out by it;
+- the weight's gradient: rows are a group's output channels, columns taps x input channels, and the sum runs over the
+  pixels. It is split into parts, which a second pass adds up in order: no atomics.
+
+The ReLU mask is applied to dy in a pass of its own, which also brings any strides of dy to channels-last and adds up
+the bias gradient: three times the bytes of y, where masking inside both products would read y beside dy once a tap.
+
+A first layer (few channels, a stride) is rewritten exactly by space-to-depth: stride x stride x 3 channels, stride 1.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import wrap_triton
+
+from .._checks import pooled_size
+from .._layout import convolved_format, new_images
+from .._triton import accumulator, accumulator_dtype, is_wide, tile, tile_at
+from ..relu_max_pool2d.triton_kernels import PARTIAL_SUMS, store_sums, total
+from . import configs
+
+
+@triton.jit
+def _product_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    pixels,
+    height,
+    width,
+    out_height,
+    out_width,
+    x_batch,
+    x_row,
+    x_column,
+    y_batch,
+    y_channel,
+    y_row,
+    y_column,
+    C_IN: tl.constexpr,
+    C_OUT: tl.constexpr,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    SPREAD_H: tl.constexpr,
+    SPREAD_W: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    BIAS: tl.constexpr,
+    RELU: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """y[pixel, group, n] = sum over k = (tap, c) of x[pixel moved by tap, group, c] * weight[group, n, k].
+
+    x: channels-last; weight: [groups * C_OUT, taps, C_IN]; y: any strides. With SPREAD above 1, x stands for an image in which
+    SPREAD - 1 zeros follow each of its rows (columns).
+    """
+    index: tl.constexpr = tl.int64 if WIDE else tl.int32
+    columns: tl.constexpr = (C_OUT + BLOCK_N - 1) // BLOCK_N
+    block = tl.program_id(0).to(index)
+    group = tl.program_id(1)
+    # Neighbouring programs share pixels: x is the larger operand.
+    pixel = block // columns * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = (block % columns).to(tl.int32) * BLOCK_N + tl.arange(0, BLOCK_N)
+    image, out_row, out_column = pixel // (out_height * out_width), pixel // out_width % out_height, pixel % out_width
+    top, left = out_row * STRIDE_H - PADDING_H, out_column * STRIDE_W - PADDING_W
+    corner = image * x_batch + group * C_IN
+    if SPREAD_H == 1 and SPREAD_W == 1:
+        corner += top * x_row + left * x_column
+    K: tl.constexpr = KERNEL_H * KERNEL_W * C_IN
+    ACC: tl.constexpr = tl.float64 if y_ptr.dtype.element_ty == tl.float64 else tl.float32
+    weights = weight_ptr + (group * C_OUT + n).to(tl.int64)[None, :] * K
+    sums = tl.zeros([BLOCK_M, BLOCK_N], ACC)
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        tap, c = k // C_IN, k % C_IN
+        down, right = tap // KERNEL_W * DILATION_H, tap % KERNEL_W * DILATION_W
+        inside = (pixel < pixels)[:, None] & (k < K)[None, :]
+        if SPREAD_H == 1 and SPREAD_W == 1:
+            at = corner[:, None] + (down * x_row + right * x_column + c)[None, :]
+            if PADDING_H != 0:
+                row = top[:, None] + down[None, :]
+                inside &= (row >= 0) & (row < height)
+            if PADDING_W != 0:
+                column = left[:, None] + right[None, :]
+                inside &= (column >= 0) & (column < width)
+        else:
+            row, column = top[:, None] + down[None, :], left[:, None] + right[None, :]
+            inside &= (row >= 0) & (row % SPREAD_H == 0) & (row // SPREAD_H < height)
+            inside &= (column >= 0) & (column % SPREAD_W == 0) & (column // SPREAD_W < width)
+            at = corner[:, None] + row // SPREAD_H * x_row + column // SPREAD_W * x_column + c[None, :]
+        a = tl.load(x_ptr + at, inside, 0.0)
+        b = tl.load(weights + k[:, None], (k < K)[:, None] & (n < C_OUT)[None, :], 0.0)
+        sums = tl.dot(a, b, sums, input_precision=PRECISION, out_dtype=ACC)
+    if BIAS:
+        sums += accumulator(tl.load(bias_ptr + group * C_OUT + n, n < C_OUT, 0.0))[None, :]
+    if RELU:
+        sums = tl.where(sums <= 0, 0.0, sums)  # written so that NaN stays
+    at = image * y_batch + out_row * y_row + out_column * y_column
+    at = at[:, None] + ((group * C_OUT + n) * y_channel)[None, :]
+    tl.store(y_ptr + at, sums.to(y_ptr.dtype.element_ty), (pixel < pixels)[:, None] & (n < C_OUT)[None, :])
+
+
+@triton.jit
+def _weight_kernel(
+    dz_ptr,
+    x_ptr,
+    partial_ptr,
+    pixels,
+    height,
+    width,
+    out_height,
+    out_width,
+    x_batch,
+    x_row,
+    x_column,
+    part_pixels,
+    C_IN: tl.constexpr,
+    C_OUT: tl.constexpr,
+    GROUPS: tl.constexpr,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """partial[part, group, co, k = (tap, c)] = sum over the part's pixels of dz[pixel, group, co] * x[..., group, c]."""
+    index: tl.constexpr = tl.int64 if WIDE else tl.int32
+    K: tl.constexpr = KERNEL_H * KERNEL_W * C_IN
+    columns: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
+    block, part, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    m = block // columns * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = block % columns * BLOCK_N + tl.arange(0, BLOCK_N)
+    tap, c = k // C_IN, k % C_IN
+    down, right = (tap // KERNEL_W * DILATION_H - PADDING_H), (tap % KERNEL_W * DILATION_W - PADDING_W)
+    ACC: tl.constexpr = tl.float64 if partial_ptr.dtype.element_ty == tl.float64 else tl.float32
+    sums = tl.zeros([BLOCK_M, BLOCK_N], ACC)
+    first = part.to(index) * part_pixels
+    for start in range(0, part_pixels, BLOCK_K):
+        pixel = first + start + tl.arange(0, BLOCK_K)
+        there = (pixel < pixels) & (start + tl.arange(0, BLOCK_K) < part_pixels)
+        at = pixel[:, None] * (GROUPS * C_OUT) + (group * C_OUT + m)[None, :]
+        a = tl.load(dz_ptr + at, there[:, None] & (m < C_OUT)[None, :], 0.0)
+        row = (pixel // out_width % out_height * STRIDE_H)[:, None] + down[None, :]
+        column = (pixel % out_width * STRIDE_W)[:, None] + right[None, :]
+        inside = (row >= 0) & (row < height) & (column >= 0) & (column < width) & there[:, None] & (k < K)[None, :]
+        at = (pixel // (out_height * out_width) * x_batch + group * C_IN)[:, None] + c[None, :]
+        b = tl.load(x_ptr + (at + row * x_row + column * x_column), inside, 0.0)
+        sums = tl.dot(tl.trans(a), b, sums, input_precision=PRECISION, out_dtype=ACC)
+    at = (part * GROUPS + group).to(tl.int64) * (C_OUT * K) + m[:, None] * K + k[None, :]
+    tl.store(partial_ptr + at, sums, (m < C_OUT)[:, None] & (k < K)[None, :])
+
+
+@triton.jit
+def _mask_kernel(
+    dy_ptr,
+    y_ptr,
+    dz_ptr,
+    sums_ptr,
+    pixels,
+    channels,
+    height,
+    width,
+    dy_batch,
+    dy_channel,
+    dy_row,
+    dy_column,
+    y_batch,
+    y_channel,
+    y_row,
+    y_column,
+    HALO: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """dz = dy where y is positive or NaN, channels-last, and its sums by channel."""
+    sums = tl.zeros([1, BLOCK_C], tl.float64 if dy_ptr.dtype.element_ty == tl.float64 else tl.float32)
+    for block in range(tl.program_id(0), tl.cdiv(pixels, BLOCK_P), tl.num_programs(0)):
+        pixel, channel, inside, _ = tile_at(block, pixels, channels, HALO, BLOCK_P, BLOCK_C, WIDE)
+        image, row, column = pixel // (height * width), pixel // width % height, pixel % width
+        at = image * dy_batch + row * dy_row + column * dy_column + channel * dy_channel
+        dy = accumulator(tl.load(dy_ptr + at, inside, 0.0))
+        at = image * y_batch + row * y_row + column * y_column + channel * y_channel
+        y = accumulator(tl.load(y_ptr + at, inside, 0.0))
+        dz = tl.where(y <= 0, 0.0, dy)
+        tl.store(dz_ptr + pixel * channels + channel, dz.to(dz_ptr.dtype.element_ty), inside)
+        sums += tl.sum(dz, 0, keep_dims=True)
+    store_sums(sums, sums_ptr, channels, HALO, BLOCK_C)
+
+
+_product_tuned = triton.autotune(configs.CANDIDATES, key=["pixels", "C_IN", "C_OUT"])(_product_kernel)
+_weight_tuned = triton.autotune(configs.CANDIDATES, key=["pixels", "C_IN", "C_OUT"])(_weight_kernel)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Of fp32 products: TF32 where PyTorch's flags allow it for cuDNN's convolutions at this moment, else IEEE."""
+    allowed = dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return "tf32" if allowed else "ieee"
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def sides(**values: list[int]) -> dict[str, int]:
+    """KERNEL=[h, w] as KERNEL_H=h, KERNEL_W=w, and so on."""
+    return {f"{name}_{side}": int(value[i]) for name, value in values.items() for i, side in enumerate("HW")}
+
+
+def product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    stride: list[int],
+    spread: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    relu: bool,
+) -> None:
+    """Write ``y`` = convolution of x, spread out, with weight, plus bias, through ReLU."""
+    x, weight = channels_last(x), channels_last(weight)
+    c_in, c_out, pixels = int(weight.shape[1]), int(weight.shape[0]) // groups, y.shape[0] * y.shape[2] * y.shape[3]
+    given = (
+        x,
+        weight,
+        x if bias is None else bias.contiguous(),
+        y,
+        pixels,
+        *x.shape[2:],
+        *y.shape[2:],
+        x.stride(0),
+        x.stride(2),
+        x.stride(3),
+        *y.stride(),
+    )
+    constants = {
+        "C_IN": c_in,
+        "C_OUT": c_out,
+        **sides(KERNEL=list(weight.shape[2:]), STRIDE=stride, SPREAD=spread, PADDING=padding, DILATION=dilation),
+        "BIAS": bias is not None,
+        "RELU": relu,
+        "PRECISION": precision(x.dtype),
+        "WIDE": is_wide(x, y),
+    }
+
+    def grid(blocks: dict[str, int]) -> tuple[int, int]:
+        return triton.cdiv(pixels, blocks["BLOCK_M"]) * triton.cdiv(c_out, blocks["BLOCK_N"]), groups
+
+    blocks = configs.known("product", x, constants["PRECISION"], c_out)
+    if blocks is None:
+        wrap_triton(_product_tuned)[grid](*given, **constants)
+    else:
+        wrap_triton(_product_kernel)[grid(blocks)](*given, **constants, **blocks)
+
+
+def weight_gradient(
+    dz: Tensor, x: Tensor, shape: list[int], stride: list[int], padding: list[int], dilation: list[int], groups: int
+) -> Tensor:
+    """dweight (C_out, C_in / groups, height, width), in the accumulator's dtype; dz is channels-last."""
+    x = channels_last(x)
+    c_out, c_in, pixels = int(shape[0]) // groups, int(shape[1]), dz.shape[0] * dz.shape[2] * dz.shape[3]
+    k = c_in * int(shape[2]) * int(shape[3])
+    parts, part_pixels = split(pixels, c_out, k, groups)
+    partial = dz.new_empty((parts, groups * c_out, shape[2], shape[3], c_in), dtype=accumulator_dtype(dz.dtype))
+    given = (
+        dz,
+        x,
+        partial,
+        pixels,
+        *x.shape[2:],
+        *dz.shape[2:],
+        x.stride(0),
+        x.stride(2),
+        x.stride(3),
+        part_pixels,
+    )
+    constants = {
+        "C_IN": c_in,
+        "C_OUT": c_out,
+        "GROUPS": groups,
+        **sides(KERNEL=shape[2:], STRIDE=stride, PADDING=padding, DILATION=dilation),
+        "PRECISION": precision(x.dtype),
+        "WIDE": is_wide(x, dz),
+    }
+
+    def grid(blocks: dict[str, int]) -> tuple[int, int, int]:
+        return triton.cdiv(c_out, blocks["BLOCK_M"]) * triton.cdiv(k, blocks["BLOCK_N"]), parts, groups
+
+    blocks = configs.known("weight", x, constants["PRECISION"], k)
+    if blocks is None:
+        wrap_triton(_weight_tuned)[grid](*given, **constants)
+    else:
+        wrap_triton(_weight_kernel)[grid(blocks)](*given, **constants, **blocks)
+    return partial.sum(0).permute(0, 3, 1, 2)
+
+
+def split(pixels: int, c_out: int, k: int, groups: int) -> tuple[int, int]:
+    """(parts, pixels of each): about 512 programs of 128 x 128 in all, a part of 1024 pixels at least.
+
+    It hangs on the shape alone, so that the order of the sum does not hang on the device or its configuration.
+    """
+    tiles = triton.cdiv(c_out, 128) * triton.cdiv(k, 128) * groups
+    parts = max(1, min(triton.cdiv(512, tiles), triton.cdiv(pixels, 1024)))
+    part_pixels = triton.cdiv(pixels, parts)
+    return triton.cdiv(pixels, part_pixels), part_pixels
+
+
+def masked(dy: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """(dz, dbias): the gradient where y is positive or NaN, channels-last, and its sums by channel."""
+    batch, channels, height, width = y.shape
+    dz = new_images(dy, y.shape, torch.channels_last)
+    blocks, channel_blocks = tile(channels, 1, None)
+    pixels = batch * height * width
+    programs = min(triton.cdiv(pixels, blocks["BLOCK_P"]), PARTIAL_SUMS)
+    partial = dz.new_empty((programs, channels), dtype=accumulator_dtype(dy.dtype))
+    wrap_triton(_mask_kernel)[(programs, channel_blocks)](
+        dy,
+        y,
+        dz,
+        partial,
+        pixels,
+        channels,
+        height,
+        width,
+        *dy.stride(),
+        *y.stride(),
+        **blocks,
+        WIDE=is_wide(dy, y, dz),
+    )
+    return dz, total(partial, dy.dtype)
+
+
+class SpaceToDepth:
+    """The exact rewrite of a strided convolution over few channels to stride 1 over stride x stride x channels.
+
+    Taps are padded with zeros to whole strides: 11 x 11 at stride 4 over 3 channels becomes 3 x 3 over 48.
+    """
+
+    def __init__(self, x: Tensor, weight: Tensor, stride: list[int], padding: list[int], size: list[int]) -> None:
+        self.stride, self.kernel = stride, weight.shape[2:]
+        self.taps = [triton.cdiv(self.kernel[i], stride[i]) for i in (0, 1)]
+        after = [(size[i] + self.taps[i] - 1) * stride[i] - x.shape[2 + i] - padding[i] for i in (0, 1)]
+        self.margins = [padding[1], after[1], padding[0], after[0]]
+
+    @staticmethod
+    def helps(weight: Tensor, stride: list[int], dilation: list[int], groups: int) -> bool:
+        return groups == 1 and weight.shape[1] < 16 and min(stride) > 1 and dilation == [1, 1]
+
+    def fold(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, stride * stride * C, H / stride, W / stride)."""
+        x = x.unflatten(3, (-1, self.stride[1])).unflatten(2, (-1, self.stride[0]))
+        return x.permute(0, 3, 5, 1, 2, 4).flatten(1, 3)
+
+    def unfold(self, x: Tensor) -> Tensor:
+        x = x.unflatten(1, (*self.stride, -1)).permute(0, 3, 4, 1, 5, 2)
+        return x.flatten(4, 5).flatten(2, 3)
+
+    def images(self, x: Tensor) -> Tensor:
+        return self.fold(F.pad(x, self.margins))
+
+    def weights(self, weight: Tensor) -> Tensor:
+        more = [self.taps[i] * self.stride[i] - self.kernel[i] for i in (0, 1)]
+        return self.fold(F.pad(weight, (0, more[1], 0, more[0])))
+
+    def images_back(self, dx: Tensor) -> Tensor:
+        return F.pad(self.unfold(dx), [-margin for margin in self.margins])
+
+    def weights_back(self, dweight: Tensor) -> Tensor:
+        return self.unfold(dweight)[:, :, : self.kernel[0], : self.kernel[1]]
+
+
+def empty_result(x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> Tensor:
+    size = [pooled_size(x.shape[2 + i], weight.shape[2 + i], stride[i], padding[i], dilation[i], False) for i in (0, 1)]
+    return new_images(x, (x.shape[0], weight.shape[0], *size), convolved_format(x, weight))
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    y = empty_result(x, weight, stride, padding, dilation)
+    if y.numel() == 0:
+        return y
+    if SpaceToDepth.helps(weight, stride, dilation, groups):
+        rewrite = SpaceToDepth(x, weight, stride, padding, list(y.shape[2:]))
+        x, weight, stride, padding = rewrite.images(x), rewrite.weights(weight), [1, 1], [0, 0]
+    product(x, weight, bias, y, stride, [1, 1], padding, dilation, groups, True)
+    return y
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    layout, (for_x, for_weight, for_bias) = convolved_format(x, weight), output_mask
+    dx = new_images(x, x.shape, layout) if for_x else x.new_empty(0)
+    dweight = new_images(x, weight.shape, layout) if for_weight else x.new_empty(0)
+    if y.numel() == 0:
+        return dx.zero_(), dweight.zero_(), x.new_zeros(weight.shape[0] if for_bias else 0)
+    dz, dbias = masked(dy, y)
+    rewrite = None
+    if SpaceToDepth.helps(weight, stride, dilation, groups):
+        rewrite = SpaceToDepth(x, weight, stride, padding, list(y.shape[2:]))
+        x, weight, stride, padding = rewrite.images(x), rewrite.weights(weight), [1, 1], [0, 0]
+    if for_weight:
+        found = weight_gradient(dz, x, list(weight.shape), stride, padding, dilation, groups)
+        dweight.copy_(found if rewrite is None else rewrite.weights_back(found))
+    if for_x:
+        found = dx if rewrite is None else new_images(x, x.shape, torch.channels_last)
+        input_gradient(dz, weight, found, stride, padding, dilation, groups)
+        if rewrite is not None:
+            dx.copy_(rewrite.images_back(found))
+    return dx, dweight, dbias if for_bias else x.new_empty(0)
+
+
+def input_gradient(
+    dz: Tensor, weight: Tensor, dx: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int
+) -> None:
+    """Write ``dx``: dz, spread out by the stride, convolved with the flipped weights of each group."""
+    flipped = weight.unflatten(0, (groups, -1)).transpose(1, 2).flip(3, 4).flatten(0, 1)
+    around = [dilation[i] * (weight.shape[2 + i] - 1) - padding[i] for i in (0, 1)]
+    product(dz, flipped, None, dx, [1, 1], stride, around, dilation, groups, False)

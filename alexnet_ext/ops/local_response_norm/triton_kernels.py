@@ -1,0 +1,233 @@
+"""LRN in Triton, forward and backward, for any layout whose pixels can be walked with one stride.
+
+A tile is [pixels, channels]. x is read from memory once and its neighbouring channels are gathered from the tile;
+each window is summed afresh, never kept as a running sum. Bytes: forward reads x and writes y, backward reads dy
+and x and writes dx. Formulas: csrc/local_response_norm/local_response_norm.h.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import wrap_triton
+
+from .._layout import with_strides_of
+from .._triton import accumulator, is_wide, tile, tile_at
+
+
+@triton.jit
+def inverse_power(s, BETA: tl.constexpr):
+    """s ** -BETA, PyTorch's values for negative s included; approximate roots (an ulp or two) but for fp64."""
+    FP64: tl.constexpr = s.dtype == tl.float64
+    if BETA == 0:
+        return tl.full(s.shape, 1.0, s.dtype)
+    elif BETA == 1:
+        return 1.0 / s
+    elif BETA == 0.5 and FP64:
+        return 1.0 / tl.sqrt(s)
+    elif BETA == 0.5:
+        return tl.rsqrt(s)
+    elif BETA == 0.75 and FP64:
+        root = tl.sqrt(s)
+        return 1.0 / (root * tl.sqrt(root))
+    elif BETA == 0.75:
+        root = tl.rsqrt(s)
+        return root * tl.sqrt(root)
+    elif BETA % 2 == 0:
+        return tl.exp2(tl.log2(tl.abs(s)) * (-BETA))
+    elif BETA % 1 == 0:
+        return tl.where(s < 0, -1.0, 1.0).to(s.dtype) * tl.exp2(tl.log2(tl.abs(s)) * (-BETA))
+    else:
+        return tl.exp2(tl.log2(s) * (-BETA))
+
+
+@triton.jit
+def shifted(t, BY: tl.constexpr):
+    """The tile's value BY channels further on, 0 beyond its ends."""
+    channel = tl.arange(0, t.shape[1])[None, :] + BY
+    inside = (channel >= 0) & (channel < t.shape[1])
+    index = tl.broadcast_to(tl.where(inside, channel, 0), t.shape)
+    return tl.where(inside, tl.gather(t, index, 1), 0.0)
+
+
+@triton.jit
+def window_sum(t, BEFORE: tl.constexpr, AFTER: tl.constexpr):
+    total = t
+    for j in tl.static_range(1, BEFORE + 1):
+        total += shifted(t, -j)
+    for j in tl.static_range(1, AFTER + 1):
+        total += shifted(t, j)
+    return total
+
+
+@triton.jit
+def lrn(x, BEFORE: tl.constexpr, AFTER: tl.constexpr, MEAN: tl.constexpr, BETA: tl.constexpr, K: tl.constexpr):
+    """LRN of a tile whose channels outside the tensor are 0."""
+    return x * inverse_power(K + MEAN * window_sum(x * x, BEFORE, AFTER), BETA)
+
+
+@triton.jit
+def lrn_backward(
+    dy,
+    x,
+    inside,
+    BEFORE: tl.constexpr,
+    AFTER: tl.constexpr,
+    MEAN: tl.constexpr,
+    BETA: tl.constexpr,
+    K: tl.constexpr,
+):
+    """dx of a tile; ``inside`` says which of its elements are the tensor's (the others have dy = x = 0)."""
+    s = K + MEAN * window_sum(x * x, BEFORE, AFTER)
+    # dy * s^-beta first: where s overflowed it is 0, and x * s^-(beta+1) alone would be inf * 0.
+    scaled = dy * inverse_power(s, BETA)
+    if BETA == 0:  # a constant whatever s is, so nothing flows through it, not even 0 * inf
+        return scaled
+    else:
+        terms = tl.where(inside, scaled * x / s, 0.0)
+        return scaled - (2 * MEAN * BETA) * x * window_sum(terms, AFTER, BEFORE)
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr,
+    y_ptr,
+    batch,
+    channels,
+    pixels,
+    batch_stride,
+    channel_stride,
+    pixel_stride,
+    BEFORE: tl.constexpr,
+    AFTER: tl.constexpr,
+    MEAN: tl.constexpr,
+    BETA: tl.constexpr,
+    K: tl.constexpr,
+    HALO: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    pixel, channel, inside, own = tile_at(
+        tl.program_id(0), batch * pixels, channels, HALO, BLOCK_P, BLOCK_C, WIDE
+    )
+    at = pixel // pixels * batch_stride + pixel % pixels * pixel_stride + channel * channel_stride
+    x = tl.load(x_ptr + at, inside, 0.0)
+    y = lrn(accumulator(x), BEFORE, AFTER, MEAN, BETA, K)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), own)
+
+
+@triton.jit
+def _backward_kernel(
+    dy_ptr,
+    x_ptr,
+    dx_ptr,
+    batch,
+    channels,
+    pixels,
+    batch_stride,
+    channel_stride,
+    pixel_stride,
+    BEFORE: tl.constexpr,
+    AFTER: tl.constexpr,
+    MEAN: tl.constexpr,
+    BETA: tl.constexpr,
+    K: tl.constexpr,
+    HALO: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    pixel, channel, inside, own = tile_at(
+        tl.program_id(0), batch * pixels, channels, HALO, BLOCK_P, BLOCK_C, WIDE
+    )
+    at = pixel // pixels * batch_stride + pixel % pixels * pixel_stride + channel * channel_stride
+    x = accumulator(tl.load(x_ptr + at, inside, 0.0))
+    dy = accumulator(tl.load(dy_ptr + at, inside, 0.0))
+    dx = lrn_backward(dy, x, inside, BEFORE, AFTER, MEAN, BETA, K)
+    tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), own)
+
+
+def constants(size: int, alpha: float, beta: float, k: float, channels: int) -> dict[str, float]:
+    """What the tile functions take: the window, cut to the channels there are, and the formula's constants."""
+    return {
+        "BEFORE": min(size // 2, channels - 1),
+        "AFTER": min((size - 1) // 2, channels - 1),
+        "MEAN": float(alpha) / size,
+        "BETA": float(beta),
+        "K": float(k),
+    }
+
+
+def plan_pixels(x: Tensor) -> tuple[int, int] | None:
+    """(pixels, their stride) of a dense (N, C, *), or None where its pixels cannot be walked with one stride."""
+    sides = [(x.stride(d), x.shape[d]) for d in range(2, x.dim()) if x.shape[d] != 1]
+    pixels, pixel_stride = 1, 1
+    for stride, size in sorted(sides, key=lambda side: side[0]):  # from the smallest up: H and W may lie either way
+        if pixels == 1:
+            pixel_stride = stride
+        elif stride != pixel_stride * pixels:
+            return None
+        pixels *= size
+    return pixels, pixel_stride
+
+
+def forward(x: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
+    y = torch.empty_like(x)
+    if x.numel() == 0:
+        return y
+    plan = plan_pixels(y)
+    if plan is None:
+        return y.copy_(forward(x.contiguous(), size, alpha, beta, k))
+    x, (pixels, pixel_stride), channels = with_strides_of(y, x), plan, int(x.shape[1])
+    lrn_constants = constants(size, alpha, beta, k, channels)
+    blocks, channel_blocks = tile(channels, y.stride(1), lrn_constants["BEFORE"])
+    grid = (triton.cdiv(x.shape[0] * pixels, blocks["BLOCK_P"]), channel_blocks)
+    wrap_triton(_forward_kernel)[grid](
+        x,
+        y,
+        x.shape[0],
+        channels,
+        pixels,
+        y.stride(0),
+        y.stride(1),
+        pixel_stride,
+        **lrn_constants,
+        **blocks,
+        WIDE=is_wide(y),
+    )
+    return y
+
+
+def backward(
+    dy: Tensor, x: Tensor, size: int, alpha: float, beta: float, k: float, dtype: torch.dtype | None = None
+) -> Tensor:
+    """dx in ``dtype`` (default x's)."""
+    dx = torch.empty_like(x, dtype=dtype)
+    if x.numel() == 0:
+        return dx
+    plan = plan_pixels(dx)
+    if plan is None:
+        return dx.copy_(backward(dy, x.contiguous(), size, alpha, beta, k))
+    dy, x = with_strides_of(dx, dy), with_strides_of(dx, x)
+    (pixels, pixel_stride), channels = plan, int(x.shape[1])
+    lrn_constants = constants(size, alpha, beta, k, channels)
+    blocks, channel_blocks = tile(channels, dx.stride(1), lrn_constants["BEFORE"] + lrn_constants["AFTER"])
+    grid = (triton.cdiv(x.shape[0] * pixels, blocks["BLOCK_P"]), channel_blocks)
+    wrap_triton(_backward_kernel)[grid](
+        dy,
+        x,
+        dx,
+        x.shape[0],
+        channels,
+        pixels,
+        dx.stride(0),
+        dx.stride(1),
+        pixel_stride,
+        **lrn_constants,
+        **blocks,
+        WIDE=is_wide(dx),
+    )
+    return dx

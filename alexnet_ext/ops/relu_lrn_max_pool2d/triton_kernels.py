@@ -1,0 +1,256 @@
+"""Bias, ReLU, LRN and max pooling in one Triton kernel each way: the paper's order.
+
+Forward holds a tile of pooled pixels with all their channels and normalizes each of the window's input pixels in
+turn; x comes from memory once and its overlaps from cache. Backward holds a tile of input pixels, gathers the
+pooling's gradient and goes through LRN and ReLU; each program adds up its part of the bias gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import wrap_triton
+
+from .._checks import pooled_size
+from .._layout import empty_images
+from .._triton import accumulator_dtype, is_wide, tile, tile_at
+from ..local_response_norm.triton_kernels import constants, lrn, lrn_backward
+from ..relu_max_pool2d.triton_kernels import PARTIAL_SUMS, store_sums, take, total, unpool, window, with_bias
+
+
+@triton.jit
+def activation(x, bias_ptr, channel, channels, BIAS: tl.constexpr):
+    z = with_bias(x, bias_ptr, channel, channels, BIAS)
+    return tl.where(z <= 0, 0.0, z)  # written so that NaN stays
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr,
+    bias_ptr,
+    y_ptr,
+    winners_ptr,
+    pixels,
+    channels,
+    out_height,
+    out_width,
+    x_batch,
+    x_channel,
+    x_row,
+    x_column,
+    out_batch,
+    out_channel,
+    out_row,
+    out_column,
+    BIAS: tl.constexpr,
+    BEFORE: tl.constexpr,
+    AFTER: tl.constexpr,
+    MEAN: tl.constexpr,
+    BETA: tl.constexpr,
+    K: tl.constexpr,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    HALO: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    pixel, channel, inside, own = tile_at(tl.program_id(0), pixels, channels, HALO, BLOCK_P, BLOCK_C, WIDE)
+    image, row, column = pixel // (out_height * out_width), pixel // out_width % out_height, pixel % out_width
+    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    value = tl.full([BLOCK_P, BLOCK_C], float("-inf"), ACC)
+    winner = tl.zeros([BLOCK_P, BLOCK_C], tl.int32)
+    corner = image * x_batch + row * STRIDE_H * x_row + column * STRIDE_W * x_column + channel * x_channel
+    for r in range(KERNEL_H):
+        for s in tl.range(0, KERNEL_W, loop_unroll_factor=KERNEL_W if KERNEL_W <= 3 else 1):
+            x = tl.load(x_ptr + corner + r * x_row + s * x_column, inside, 0.0)
+            v = lrn(activation(x, bias_ptr, channel, channels, BIAS), BEFORE, AFTER, MEAN, BETA, K)
+            value, winner = take(value, winner, v, r * KERNEL_W + s)
+    at = image * out_batch + row * out_row + column * out_column + channel * out_channel
+    tl.store(y_ptr + at, value.to(y_ptr.dtype.element_ty), own)
+    tl.store(winners_ptr + at, winner.to(tl.uint8), own)
+
+
+@triton.jit
+def _backward_kernel(
+    dy_ptr,
+    x_ptr,
+    bias_ptr,
+    winners_ptr,
+    dx_ptr,
+    sums_ptr,
+    pixels,
+    channels,
+    height,
+    width,
+    out_height,
+    out_width,
+    dy_batch,
+    dy_channel,
+    dy_row,
+    dy_column,
+    x_batch,
+    x_channel,
+    x_row,
+    x_column,
+    out_batch,
+    out_channel,
+    out_row,
+    out_column,
+    dx_batch,
+    dx_channel,
+    dx_row,
+    dx_column,
+    BIAS: tl.constexpr,
+    BEFORE: tl.constexpr,
+    AFTER: tl.constexpr,
+    MEAN: tl.constexpr,
+    BETA: tl.constexpr,
+    K: tl.constexpr,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    HALO: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    sums = tl.zeros([1, BLOCK_C], tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32)
+    for block in range(tl.program_id(0), tl.cdiv(pixels, BLOCK_P), tl.num_programs(0)):
+        pixel, channel, inside, own = tile_at(block, pixels, channels, HALO, BLOCK_P, BLOCK_C, WIDE)
+        image, row, column = pixel // (height * width), pixel // width % height, pixel % width
+        dnorm = unpool(
+            dy_ptr,
+            winners_ptr,
+            image,
+            row,
+            column,
+            channel,
+            inside,
+            out_height,
+            out_width,
+            dy_batch,
+            dy_channel,
+            dy_row,
+            dy_column,
+            out_batch,
+            out_channel,
+            out_row,
+            out_column,
+            KERNEL_H,
+            KERNEL_W,
+            STRIDE_H,
+            STRIDE_W,
+            PADDING_H,
+            PADDING_W,
+            DILATION_H,
+            DILATION_W,
+            BLOCK_P,
+            BLOCK_C,
+        )
+        at = image * x_batch + row * x_row + column * x_column + channel * x_channel
+        active = activation(tl.load(x_ptr + at, inside, 0.0), bias_ptr, channel, channels, BIAS)
+        dx = lrn_backward(dnorm, active, inside, BEFORE, AFTER, MEAN, BETA, K)
+        dx = tl.where((active <= 0) | ~own, 0.0, dx)
+        at = image * dx_batch + row * dx_row + column * dx_column + channel * dx_channel
+        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), own)
+        sums += tl.sum(dx, 0, keep_dims=True)
+    store_sums(sums, sums_ptr, channels, HALO, BLOCK_C)
+
+
+def forward(
+    x: Tensor,
+    bias: Tensor | None,
+    lrn_size: int,
+    alpha: float,
+    beta: float,
+    k: float,
+    kernel_size: list[int],
+    stride: list[int],
+) -> tuple[Tensor, Tensor]:
+    batch, channels, height, width = x.shape
+    out_height, out_width = (pooled_size(x.shape[2 + i], kernel_size[i], stride[i], 0, 1, False) for i in (0, 1))
+    y = empty_images(x, out_height, out_width)
+    winners = empty_images(x, out_height, out_width, torch.uint8)
+    if y.numel() == 0:
+        return y, winners
+    lrn_constants = constants(lrn_size, alpha, beta, k, channels)
+    blocks, channel_blocks = tile(channels, y.stride(1), lrn_constants["BEFORE"])
+    pixels = batch * out_height * out_width
+    wrap_triton(_forward_kernel)[(triton.cdiv(pixels, blocks["BLOCK_P"]), channel_blocks)](
+        x,
+        x if bias is None else bias.contiguous(),
+        y,
+        winners,
+        pixels,
+        channels,
+        out_height,
+        out_width,
+        *x.stride(),
+        *y.stride(),
+        BIAS=bias is not None,
+        **lrn_constants,
+        **window(kernel_size, stride),
+        **blocks,
+        WIDE=is_wide(x, y),
+    )
+    return y, winners
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    winners: Tensor,
+    lrn_size: int,
+    alpha: float,
+    beta: float,
+    k: float,
+    kernel_size: list[int],
+    stride: list[int],
+) -> tuple[Tensor, Tensor]:
+    batch, channels, height, width = x.shape
+    dx = empty_images(x, height, width, x.dtype)
+    if dx.numel() == 0:
+        return dx, dx.new_zeros(channels)
+    lrn_constants = constants(lrn_size, alpha, beta, k, channels)
+    blocks, channel_blocks = tile(channels, dx.stride(1), lrn_constants["BEFORE"] + lrn_constants["AFTER"])
+    pixels = batch * height * width
+    programs = min(triton.cdiv(pixels, blocks["BLOCK_P"]), PARTIAL_SUMS)
+    partial = dx.new_empty((programs, channels), dtype=accumulator_dtype(x.dtype))
+    wrap_triton(_backward_kernel)[(programs, channel_blocks)](
+        dy,
+        x,
+        x if bias is None else bias.contiguous(),
+        winners,
+        dx,
+        partial,
+        pixels,
+        channels,
+        height,
+        width,
+        *winners.shape[2:],
+        *dy.stride(),
+        *x.stride(),
+        *winners.stride(),
+        *dx.stride(),
+        BIAS=bias is not None,
+        **lrn_constants,
+        **window(kernel_size, stride),
+        **blocks,
+        WIDE=is_wide(dy, x, winners, dx),
+    )
+    return dx, total(partial, x.dtype)

@@ -1,0 +1,336 @@
+"""ReLU and max pooling in Triton, forward and backward, for any strides; winners as in csrc/relu_max_pool2d.
+
+A tile is [pixels, channels]. Bytes: forward reads x (the windows' overlaps from cache) and writes y and a byte a
+value; backward gathers each dx from the at most ceil(window / stride)^2 windows that reach it: no atomics, one order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import wrap_triton
+
+from .._checks import pooled_size
+from .._layout import empty_images
+from .._triton import accumulator, accumulator_dtype, is_wide, tile, tile_at
+
+PARTIAL_SUMS = 1024
+"""Programs that share a bias gradient. It hangs on nothing but the shape, so that the sum's order does not either."""
+
+
+@triton.jit
+def take(value, winner, v, tap):
+    """The best of a window so far, after ``v``. Start with (0, 255) under ReLU, else with (-inf, 0).
+
+    A NaN wins from any value and no value wins from a NaN: the last NaN stays, as in PyTorch.
+    """
+    up = (v > value) | (v != v)
+    return tl.where(up, v, value), tl.where(up, tap, winner)
+
+
+@triton.jit
+def floored(value, winner, first):
+    """Under ReLU a window with nothing above zero returns its first value's zero, with that one's sign."""
+    return tl.where(winner == 255, tl.where(first == 0, first, 0.0), value)
+
+
+@triton.jit
+def with_bias(x, bias_ptr, channel, channels, BIAS: tl.constexpr):
+    """x + bias in the accumulator's type."""
+    x = accumulator(x)
+    if BIAS:
+        x += accumulator(tl.load(bias_ptr + channel, (channel >= 0) & (channel < channels), 0.0))
+    return x
+
+
+@triton.jit
+def unpool(
+    dy_ptr,
+    winners_ptr,
+    image,
+    row,
+    column,
+    channel,
+    inside,
+    out_height,
+    out_width,
+    dy_batch,
+    dy_channel,
+    dy_row,
+    dy_column,
+    out_batch,
+    out_channel,
+    out_row,
+    out_column,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """The gradient of a tile of input pixels: dy of the windows that each of them won, in ascending order."""
+    ACC: tl.constexpr = tl.float64 if dy_ptr.dtype.element_ty == tl.float64 else tl.float32
+    total = tl.zeros([BLOCK_P, BLOCK_C], ACC)
+    REACH_H: tl.constexpr = (KERNEL_H - 1) * DILATION_H // STRIDE_H
+    REACH_W: tl.constexpr = (KERNEL_W - 1) * DILATION_W // STRIDE_W
+    for i in tl.range(0, REACH_H + 1, loop_unroll_factor=REACH_H + 1 if REACH_H < 3 else 1):
+        oh = (row + PADDING_H) // STRIDE_H - REACH_H + i
+        down = row + PADDING_H - oh * STRIDE_H
+        for j in tl.range(0, REACH_W + 1, loop_unroll_factor=REACH_W + 1 if REACH_W < 3 else 1):
+            ow = (column + PADDING_W) // STRIDE_W - REACH_W + j
+            right = column + PADDING_W - ow * STRIDE_W
+            reaches = (oh >= 0) & (oh < out_height) & (ow >= 0) & (ow < out_width)
+            reaches &= (down <= (KERNEL_H - 1) * DILATION_H) & (right <= (KERNEL_W - 1) * DILATION_W)
+            reaches &= (down % DILATION_H == 0) & (right % DILATION_W == 0)
+            at = image * out_batch + oh * out_row + ow * out_column + channel * out_channel
+            winner = tl.load(winners_ptr + at, inside & reaches, 255).to(tl.int32)
+            at = image * dy_batch + oh * dy_row + ow * dy_column + channel * dy_channel
+            # Loaded whether it won or not: a mask that hangs on data would break up the 16-byte loads.
+            dy = accumulator(tl.load(dy_ptr + at, inside & reaches, 0.0))
+            total += tl.where(winner == down // DILATION_H * KERNEL_W + right // DILATION_W, dy, 0.0)
+    return total
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr,
+    y_ptr,
+    winners_ptr,
+    pixels,
+    channels,
+    height,
+    width,
+    out_height,
+    out_width,
+    x_batch,
+    x_channel,
+    x_row,
+    x_column,
+    out_batch,
+    out_channel,
+    out_row,
+    out_column,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    HALO: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    pixel, channel, _, own = tile_at(tl.program_id(0), pixels, channels, HALO, BLOCK_P, BLOCK_C, WIDE)
+    image, row, column = pixel // (out_height * out_width), pixel // out_width % out_height, pixel % out_width
+    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    value = tl.zeros([BLOCK_P, BLOCK_C], ACC)
+    winner = tl.full([BLOCK_P, BLOCK_C], 255, tl.int32)
+    top, left = row * STRIDE_H - PADDING_H, column * STRIDE_W - PADDING_W
+    for r in tl.range(0, KERNEL_H, loop_unroll_factor=KERNEL_H if KERNEL_H <= 3 else 1):
+        ih = top + r * DILATION_H
+        for s in tl.range(0, KERNEL_W, loop_unroll_factor=KERNEL_W if KERNEL_W <= 3 else 1):
+            iw = left + s * DILATION_W
+            inside = own & (ih >= 0) & (ih < height) & (iw >= 0) & (iw < width)
+            at = image * x_batch + ih * x_row + iw * x_column + channel * x_channel
+            v = accumulator(tl.load(x_ptr + at, inside, 0.0))
+            value, winner = take(value, winner, v, r * KERNEL_W + s)
+    ih = top + tl.maximum(tl.cdiv(-top, DILATION_H), 0) * DILATION_H
+    iw = left + tl.maximum(tl.cdiv(-left, DILATION_W), 0) * DILATION_W
+    at = image * x_batch + ih * x_row + iw * x_column + channel * x_channel
+    first = accumulator(tl.load(x_ptr + at, own & (ih < height) & (iw < width), 0.0))
+    value = floored(value, winner, first)
+    at = image * out_batch + row * out_row + column * out_column + channel * out_channel
+    tl.store(y_ptr + at, value.to(y_ptr.dtype.element_ty), own)
+    tl.store(winners_ptr + at, winner.to(tl.uint8), own)
+
+
+@triton.jit
+def _backward_kernel(
+    dy_ptr,
+    winners_ptr,
+    dx_ptr,
+    sums_ptr,
+    pixels,
+    channels,
+    height,
+    width,
+    out_height,
+    out_width,
+    dy_batch,
+    dy_channel,
+    dy_row,
+    dy_column,
+    out_batch,
+    out_channel,
+    out_row,
+    out_column,
+    x_batch,
+    x_channel,
+    x_row,
+    x_column,
+    SUMS: tl.constexpr,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    HALO: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    sums = tl.zeros([1, BLOCK_C], tl.float64 if dy_ptr.dtype.element_ty == tl.float64 else tl.float32)
+    for block in range(tl.program_id(0), tl.cdiv(pixels, BLOCK_P), tl.num_programs(0)):
+        pixel, channel, _, own = tile_at(block, pixels, channels, HALO, BLOCK_P, BLOCK_C, WIDE)
+        image, row, column = pixel // (height * width), pixel // width % height, pixel % width
+        dx = unpool(
+            dy_ptr,
+            winners_ptr,
+            image,
+            row,
+            column,
+            channel,
+            own,
+            out_height,
+            out_width,
+            dy_batch,
+            dy_channel,
+            dy_row,
+            dy_column,
+            out_batch,
+            out_channel,
+            out_row,
+            out_column,
+            KERNEL_H,
+            KERNEL_W,
+            STRIDE_H,
+            STRIDE_W,
+            PADDING_H,
+            PADDING_W,
+            DILATION_H,
+            DILATION_W,
+            BLOCK_P,
+            BLOCK_C,
+        )
+        at = image * x_batch + row * x_row + column * x_column + channel * x_channel
+        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), own)
+        if SUMS:
+            sums += tl.sum(dx, 0, keep_dims=True)
+    if SUMS:
+        store_sums(sums, sums_ptr, channels, HALO, BLOCK_C)
+
+
+@triton.jit
+def store_sums(sums, sums_ptr, channels, HALO: tl.constexpr, BLOCK_C: tl.constexpr):
+    """This program's row of [programs, channels]."""
+    lane = tl.arange(0, BLOCK_C)[None, :]
+    channel = tl.program_id(1) * (BLOCK_C - 2 * HALO) - HALO + lane
+    own = (lane >= HALO) & (lane < BLOCK_C - HALO) & (channel < channels)
+    tl.store(sums_ptr + tl.program_id(0).to(tl.int64) * channels + channel, sums, own)
+
+
+def window(
+    kernel_size: list[int], stride: list[int], padding: list[int] | None = None, dilation: list[int] | None = None
+) -> dict[str, int]:
+    values = {"KERNEL": kernel_size, "STRIDE": stride, "PADDING": padding or [0, 0], "DILATION": dilation or [1, 1]}
+    return {f"{name}_{side}": value[i] for name, value in values.items() for i, side in enumerate("HW")}
+
+
+def forward(
+    x: Tensor, kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int], ceil_mode: bool
+) -> tuple[Tensor, Tensor]:
+    batch, channels, height, width = x.shape
+    out_height, out_width = (
+        pooled_size(x.shape[2 + i], kernel_size[i], stride[i], padding[i], dilation[i], ceil_mode) for i in (0, 1)
+    )
+    y = empty_images(x, out_height, out_width)
+    winners = empty_images(x, out_height, out_width, torch.uint8)
+    if y.numel() == 0:
+        return y, winners
+    blocks, channel_blocks = tile(channels, y.stride(1), None)
+    pixels = batch * out_height * out_width
+    wrap_triton(_forward_kernel)[(triton.cdiv(pixels, blocks["BLOCK_P"]), channel_blocks)](
+        x,
+        y,
+        winners,
+        pixels,
+        channels,
+        height,
+        width,
+        out_height,
+        out_width,
+        *x.stride(),
+        *y.stride(),
+        **window(kernel_size, stride, padding, dilation),
+        **blocks,
+        WIDE=is_wide(x, y),
+    )
+    return y, winners
+
+
+def gradient(
+    dy: Tensor, winners: Tensor, height: int, width: int, taps: dict[str, int], dtype: torch.dtype, sums: bool
+) -> tuple[Tensor, Tensor]:
+    """(dx in ``dtype``, its sums by channel), the second empty unless ``sums``."""
+    batch, channels, out_height, out_width = winners.shape
+    dx = empty_images(winners, height, width, dtype)
+    if dx.numel() == 0:
+        return dx, dx.new_zeros(channels if sums else 0)
+    blocks, channel_blocks = tile(channels, dx.stride(1), None)
+    pixels = batch * height * width
+    programs = triton.cdiv(pixels, blocks["BLOCK_P"])
+    if sums:
+        programs = min(programs, PARTIAL_SUMS)
+    partial = dx.new_empty((programs, channels) if sums else 0, dtype=accumulator_dtype(dtype))
+    wrap_triton(_backward_kernel)[(programs, channel_blocks)](
+        dy,
+        winners,
+        dx,
+        partial,
+        pixels,
+        channels,
+        height,
+        width,
+        out_height,
+        out_width,
+        *dy.stride(),
+        *winners.stride(),
+        *dx.stride(),
+        SUMS=sums,
+        **taps,
+        **blocks,
+        WIDE=is_wide(dy, winners, dx),
+    )
+    return dx, total(partial, dtype) if sums else partial
+
+
+def total(partial: Tensor, dtype: torch.dtype) -> Tensor:
+    """The programs' sums [programs, channels] added up, in fp64 and in one order."""
+    return partial.sum(0, dtype=torch.float64).to(dtype)
+
+
+def backward(
+    dy: Tensor,
+    winners: Tensor,
+    height: int,
+    width: int,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> Tensor:
+    dx, _ = gradient(dy, winners, height, width, window(kernel_size, stride, padding, dilation), dy.dtype, False)
+    return dx

@@ -1,0 +1,137 @@
+"""Bias, ReLU, max pooling and LRN in Triton: CaffeNet's order.
+
+Forward is one kernel: x is read once, its pooled quarter is normalized in registers. Backward is LRN's kernel on that
+quarter, whose gradient stays in the accumulator's precision, then the pooling's, which adds up the bias gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import wrap_triton
+
+from .._checks import pooled_size
+from .._layout import empty_images
+from .._triton import accumulator_dtype, is_wide, tile, tile_at
+from ..local_response_norm import triton_kernels as local_response_norm
+from ..local_response_norm.triton_kernels import constants, lrn
+from ..relu_max_pool2d import triton_kernels as relu_max_pool2d
+from ..relu_max_pool2d.triton_kernels import floored, take, window, with_bias
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr,
+    bias_ptr,
+    y_ptr,
+    pooled_ptr,
+    winners_ptr,
+    pixels,
+    channels,
+    out_height,
+    out_width,
+    x_batch,
+    x_channel,
+    x_row,
+    x_column,
+    out_batch,
+    out_channel,
+    out_row,
+    out_column,
+    BIAS: tl.constexpr,
+    BEFORE: tl.constexpr,
+    AFTER: tl.constexpr,
+    MEAN: tl.constexpr,
+    BETA: tl.constexpr,
+    K: tl.constexpr,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PADDING_H: tl.constexpr,
+    PADDING_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    HALO: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    pixel, channel, inside, own = tile_at(tl.program_id(0), pixels, channels, HALO, BLOCK_P, BLOCK_C, WIDE)
+    image, row, column = pixel // (out_height * out_width), pixel // out_width % out_height, pixel % out_width
+    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    value = tl.zeros([BLOCK_P, BLOCK_C], ACC)
+    winner = tl.full([BLOCK_P, BLOCK_C], 255, tl.int32)
+    corner = image * x_batch + row * STRIDE_H * x_row + column * STRIDE_W * x_column + channel * x_channel
+    for r in tl.range(0, KERNEL_H, loop_unroll_factor=KERNEL_H if KERNEL_H <= 3 else 1):
+        for s in tl.range(0, KERNEL_W, loop_unroll_factor=KERNEL_W if KERNEL_W <= 3 else 1):
+            x = tl.load(x_ptr + corner + r * x_row + s * x_column, inside, 0.0)
+            z = with_bias(x, bias_ptr, channel, channels, BIAS)
+            value, winner = take(value, winner, z, r * KERNEL_W + s)
+    first = with_bias(tl.load(x_ptr + corner, inside, 0.0), bias_ptr, channel, channels, BIAS)
+    value = floored(value, winner, first)
+    y = lrn(value, BEFORE, AFTER, MEAN, BETA, K)
+    at = image * out_batch + row * out_row + column * out_column + channel * out_channel
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), own)
+    tl.store(pooled_ptr + at, value.to(pooled_ptr.dtype.element_ty), own)
+    tl.store(winners_ptr + at, winner.to(tl.uint8), own)
+
+
+def forward(
+    x: Tensor,
+    bias: Tensor | None,
+    lrn_size: int,
+    alpha: float,
+    beta: float,
+    k: float,
+    kernel_size: list[int],
+    stride: list[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, channels, height, width = x.shape
+    out_height, out_width = (pooled_size(x.shape[2 + i], kernel_size[i], stride[i], 0, 1, False) for i in (0, 1))
+    y, pooled = (empty_images(x, out_height, out_width, x.dtype) for _ in range(2))
+    winners = empty_images(x, out_height, out_width, torch.uint8)
+    if y.numel() == 0:
+        return y, pooled, winners
+    lrn_constants = constants(lrn_size, alpha, beta, k, channels)
+    blocks, channel_blocks = tile(channels, y.stride(1), lrn_constants["BEFORE"])
+    pixels = batch * out_height * out_width
+    wrap_triton(_forward_kernel)[(triton.cdiv(pixels, blocks["BLOCK_P"]), channel_blocks)](
+        x,
+        x if bias is None else bias.contiguous(),
+        y,
+        pooled,
+        winners,
+        pixels,
+        channels,
+        out_height,
+        out_width,
+        *x.stride(),
+        *y.stride(),
+        BIAS=bias is not None,
+        **lrn_constants,
+        **window(kernel_size, stride),
+        **blocks,
+        WIDE=is_wide(x, y),
+    )
+    return y, pooled, winners
+
+
+def backward(
+    dy: Tensor,
+    pooled: Tensor,
+    winners: Tensor,
+    height: int,
+    width: int,
+    lrn_size: int,
+    alpha: float,
+    beta: float,
+    k: float,
+    kernel_size: list[int],
+    stride: list[int],
+) -> tuple[Tensor, Tensor]:
+    wide = accumulator_dtype(pooled.dtype)
+    dpooled = local_response_norm.backward(dy, pooled, lrn_size, alpha, beta, k, wide)
+    return relu_max_pool2d.gradient(dpooled, winners, height, width, window(kernel_size, stride), pooled.dtype, True)

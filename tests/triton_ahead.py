@@ -1,0 +1,190 @@
+"""Compiles the Triton kernels ahead of time, with no GPU, and prints what the code looks like as JSON.
+
+    python -m tests.triton_ahead quick | full     # a process of its own: under TRITON_INTERPRET=1 there is no compiler
+
+Each op's host code runs on tensors without values while its launches are caught; each launch is compiled for the
+architectures asked for with the argument types and alignments that it would have on a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch._library.triton import set_wrap_triton_enabled
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from alexnet_ext.ops.conv2d_bias_relu import configs
+from alexnet_ext.ops.conv2d_bias_relu import triton_kernels as conv2d_bias_relu
+from alexnet_ext.ops.local_response_norm import triton_kernels as local_response_norm
+from alexnet_ext.ops.relu_lrn_max_pool2d import triton_kernels as relu_lrn_max_pool2d
+from alexnet_ext.ops.relu_max_pool2d import triton_kernels as relu_max_pool2d
+from alexnet_ext.ops.relu_max_pool2d_lrn import triton_kernels as relu_max_pool2d_lrn
+
+ARCHITECTURES = (80, 90, 100)
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+POINTERS = {
+    torch.float64: "*fp64",
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.uint8: "*u8",
+}
+LRN = (5, 1e-4, 0.75, 2.0)
+POOL = ([3, 3], [2, 2])
+
+# AlexNet's convolutions: x, weight, stride, padding, groups.
+LAYERS = (
+    ((128, 3, 227, 227), (96, 3, 11, 11), 4, 0, 1),
+    ((128, 96, 27, 27), (256, 48, 5, 5), 1, 2, 2),
+    ((128, 256, 13, 13), (384, 256, 3, 3), 1, 1, 1),
+    ((128, 384, 13, 13), (384, 192, 3, 3), 1, 1, 2),
+    ((128, 384, 13, 13), (256, 192, 3, 3), 1, 1, 2),
+)
+
+Launch = tuple[JITFunction, dict[str, Any]]
+
+
+def launches(run: Callable[[], Any]) -> list[Launch]:
+    """The kernels that ``run`` would start, with their arguments by name."""
+    found: list[Launch] = []
+
+    def catch(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        found.append((self, dict(zip(self.arg_names, args, strict=False)) | options))
+
+    with mock.patch.object(JITFunction, "run", catch), set_wrap_triton_enabled(False):
+        run()
+    return found
+
+
+def compiled(launch: Launch, capability: int) -> Any:
+    """The kernel for this architecture, its integers and pointers specialized as they are at run time."""
+    kernel, given = launch
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for i, name in enumerate(kernel.arg_names):
+        value = given.pop(name)
+        if kernel.params[i].is_constexpr or (isinstance(value, int) and value == 1):
+            signature[name], constants[(i,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = POINTERS[value.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "i32" if value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=given)
+
+
+def facts(launch: Launch, capability: int) -> dict[str, Any]:
+    name = launch[0].__name__
+    kernel = compiled(launch, capability)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        sass = subprocess.run([TOOLS / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
+    ptx = kernel.asm["ptx"]
+    return {
+        "kernel": name,
+        "capability": capability,
+        "shared": kernel.metadata.shared,
+        "local": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        "wide_loads": len(re.findall(r"\b(?:LDG|LDGSTS)\.\S*128", sass)),
+        "wide_stores": len(re.findall(r"\bSTG\.\S*128", sass)),
+        "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", sass, re.M)),
+        "products": [
+            product
+            for product, pattern in (
+                ("mma.sync", r"\bmma\.sync"),
+                ("wgmma", r"\bwgmma\.mma_async"),
+                ("tcgen05", r"\btcgen05\.mma"),
+            )
+            if re.search(pattern, ptx)
+        ],
+    }
+
+
+def memory_bound(dtype: torch.dtype, layout: torch.memory_format) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """AlexNet's first normalization and pooling in each op, forward and backward."""
+    x = torch.empty(128, 96, 55, 55, dtype=dtype, device="meta").to(memory_format=layout)
+    y = torch.empty(128, 96, 27, 27, dtype=dtype, device="meta").to(memory_format=layout)
+    winners, bias = torch.empty_like(y, dtype=torch.uint8), torch.empty(96, dtype=dtype, device="meta")
+    padding, dilation = [0, 0], [1, 1]
+    yield "local_response_norm", lambda: local_response_norm.forward(x, *LRN)
+    yield "local_response_norm_backward", lambda: local_response_norm.backward(x, x, *LRN)
+    yield "relu_max_pool2d", lambda: relu_max_pool2d.forward(x, *POOL, padding, dilation, False)
+    yield "relu_max_pool2d_backward", lambda: relu_max_pool2d.backward(y, winners, 55, 55, *POOL, padding, dilation)
+    yield "relu_lrn_max_pool2d", lambda: relu_lrn_max_pool2d.forward(x, bias, *LRN, *POOL)
+    yield "relu_lrn_max_pool2d_backward", lambda: relu_lrn_max_pool2d.backward(y, x, bias, winners, *LRN, *POOL)
+    yield "relu_max_pool2d_lrn", lambda: relu_max_pool2d_lrn.forward(x, bias, *LRN, *POOL)
+    yield "relu_max_pool2d_lrn_backward", lambda: relu_max_pool2d_lrn.backward(y, y, winners, 55, 55, *LRN, *POOL)
+
+
+def convolutions(layer: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
+    shape, weight_shape, stride, padding, groups = LAYERS[layer]
+    last = torch.channels_last
+    x = torch.empty(shape, dtype=dtype, device="meta").to(memory_format=last)
+    weight = torch.empty(weight_shape, dtype=dtype, device="meta")
+    bias = torch.empty(weight_shape[0], dtype=dtype, device="meta")
+    constants = ([stride] * 2, [padding] * 2, [1, 1], groups)
+    y = conv2d_bias_relu.empty_result(x, weight, *constants[:3])
+    yield f"conv{layer + 1}", lambda: conv2d_bias_relu.forward(x, weight, bias, *constants)
+    yield (
+        f"conv{layer + 1}_backward",
+        lambda: conv2d_bias_relu.backward(y, x, weight, y, *constants, [True, True, True]),
+    )
+
+
+Work = tuple[str, torch.dtype, str, int, Callable[[], Any]]
+
+
+def quick() -> Iterator[Work]:
+    """A sample: the memory-bound kernels for one chip, a forward convolution for each."""
+    for name, run in memory_bound(torch.bfloat16, torch.channels_last):
+        yield name, torch.bfloat16, "channels_last", 90, run
+    for capability in ARCHITECTURES:
+        name, run = next(convolutions(1, torch.bfloat16))
+        yield name, torch.bfloat16, "channels_last", capability, run
+
+
+def full() -> Iterator[Work]:
+    """Every kernel and every configuration; fp16's code is bf16's but for the products."""
+    others = (torch.float32, torch.float64)
+    for layout, memory_format in (("channels_last", torch.channels_last), ("contiguous", torch.contiguous_format)):
+        for capability in ARCHITECTURES if layout == "channels_last" else (90,):
+            for dtype in (torch.bfloat16, *others):
+                for name, run in memory_bound(dtype, memory_format):
+                    yield name, dtype, layout, capability, run
+    for capability in ARCHITECTURES:
+        for layer in range(len(LAYERS)):
+            for dtype in (torch.bfloat16, torch.float16, *others) if layer == 1 else (torch.bfloat16,):
+                for name, run in convolutions(layer, dtype):
+                    yield name, dtype, "channels_last", capability, run
+
+
+def main(grid: str) -> None:
+    for name, dtype, layout, capability, run in {"quick": quick, "full": full}[grid]():
+        for tf32 in (False, True) if dtype == torch.float32 and name.startswith("conv") else (False,):
+            torch.backends.cudnn.conv.fp32_precision = "tf32" if tf32 else "ieee"
+            with mock.patch.object(configs, "architecture", lambda x, major=capability // 10: major):
+                found = launches(run)
+            for launch in found:
+                what = {"op": name, "dtype": str(dtype).removeprefix("torch."), "layout": layout, "tf32": tf32}
+                print(json.dumps(what | facts(launch, capability)), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
