@@ -87,6 +87,11 @@ INTERPRETED = TRITON.loaded and os.environ.get("TRITON_INTERPRET", "0") == "1"
 """Triton kernels run in its interpreter: slowly, on CPU tensors."""
 
 
+def has_triton(op: str) -> bool:
+    """Whether ``op`` has Triton kernels (``ops/<op>/triton_kernels.py``) that this process can run."""
+    return TRITON.loaded and importlib.util.find_spec(f"{__package__}.ops.{op}.triton_kernels") is not None
+
+
 def has_kernel(op: str, device_type: str) -> bool:
     """Whether ``alexnet_ext::op`` has a compiled kernel for this device type."""
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)

@@ -23,7 +23,8 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # Asked once, at import: torch.compile can trace a look-up here, not a question to the dispatcher.
 NATIVE = {op: {device: _library.has_kernel(op, device) for device in ("cpu", "cuda")} for op in OPS}
-TRITON = {op: {"cpu": _library.INTERPRETED, "cuda": _library.TRITON.loaded} for op in OPS}
+_WITH_TRITON = {op: _library.has_triton(op) for op in OPS}
+TRITON = {op: {"cpu": found and _library.INTERPRETED, "cuda": found} for op, found in _WITH_TRITON.items()}
 
 # What "auto" prefers by device, where there is a kernel: stock PyTorch runs the rest. The interpreter is no choice.
 PREFERENCE = {"cpu": ("native",), "cuda": ("native", "triton"), "meta": ("native", "triton")}
@@ -94,6 +95,8 @@ def _refusal(backend: str, op: str, device: str) -> str:
     """Why ``backend`` has no kernel for ``op`` on ``device``, and what to do."""
     if backend == "native":
         return f"device {device!r} (no compiled kernel for {op} is loaded; `alexnet info` says why)"
+    if _library.TRITON.loaded and not _library.has_triton(op):
+        return f"{op}, which has no Triton kernel (use 'auto', 'native' or 'stock')"
     if not _library.TRITON.loaded:
         return f"device {device!r} ({_library.TRITON.reason}; to mend it: {_library.TRITON.remedy})"
     return f"device {device!r} (move the tensors to a GPU, or set TRITON_INTERPRET=1 before Python starts)"

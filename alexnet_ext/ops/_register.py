@@ -24,8 +24,8 @@ _fragment = torch.library.Library("alexnet_ext", "FRAGMENT")
 def register(
     name: str,
     *,
-    schema: str,
-    schema_backward: str,
+    schema: str = "",
+    schema_backward: str = "",
     fake: Callable[..., Any],
     fake_backward: Callable[..., Any],
     setup_context: Callable[..., None],
@@ -37,14 +37,14 @@ def register(
 ) -> None:
     """Register everything but the compiled kernels of ``alexnet_ext::name``, its backward and their Triton twins.
 
-    The schemas are those of csrc/library.cpp. ``backward(op, ctx, *gradients)`` is handed the backward op of the twin
+    The schemas are those of csrc/library.cpp, given for a Triton twin. ``backward(op, ctx, *gradients)`` is handed the backward op of the twin
     that ran forward. ``reference_backward`` is the backward op in differentiable stock PyTorch: double backward goes
     through it. ``autocast(dtype, *args)`` returns the arguments as they should be under autocast to ``dtype``;
     without it the op keeps its input's dtype there. ``batched`` and ``batched_backward`` are the positions of the
     arguments with a batch dimension to fold a vmapped one into; with none, vmap loops.
     """
     twins = [name] if _library.LIBRARIES[0].loaded else []
-    if _library.TRITON.loaded:
+    if _library.has_triton(name):
         kernels = importlib.import_module(f"{__package__}.{name}.triton_kernels")
         twins.append(f"{name}_triton")
         for twin, run, signature in (("", kernels.forward, schema), ("_backward", kernels.backward, schema_backward)):

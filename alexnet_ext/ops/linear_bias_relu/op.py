@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._backend import runs_native
+from .._backend import operator
 from .._checks import autocast_enabled, check_bias, check_same, check_tensor
 from .._register import register
 from . import reference
@@ -46,12 +46,13 @@ def linear_bias_relu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, b
         check_same("weight", weight, x)
         if bias is not None:
             check_same("bias", bias, x)
-    if not runs_native("linear_bias_relu", backend, x):
+    op = operator("linear_bias_relu", backend, x)
+    if op is None:
         return reference.linear_bias_relu(x, weight, bias)
     if x.dim() == 2:
-        return torch.ops.alexnet_ext.linear_bias_relu(x, weight, bias)
+        return op(x, weight, bias)
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    return torch.ops.alexnet_ext.linear_bias_relu(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
+    return op(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -71,9 +72,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x, weight, output)
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+def _backward(op: Any, ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     wanted = list(ctx.needs_input_grad)
-    gradients = torch.ops.alexnet_ext.linear_bias_relu_backward(dy, *ctx.saved_tensors, wanted)
+    gradients = op(dy, *ctx.saved_tensors, wanted)
     return tuple(g if w else None for g, w in zip(gradients, wanted, strict=True))
 
 
