@@ -61,19 +61,30 @@ def op_run(case: Case, direction: str, backend: str, layout: str = "contiguous")
 
 
 def network_run(
-    kind: str, fused: bool, batch: int = BATCH, layout: str = "contiguous", fused_optimizer: bool = False
+    kind: str,
+    fused: bool,
+    batch: int = BATCH,
+    layout: str = "contiguous",
+    fused_optimizer: bool = False,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> Run:
-    """One step of the paper's SGD on the paper's network with random images, or one inference."""
+    """One step of the paper's SGD on the paper's network with random images, or one inference.
+
+    bf16 and fp16 are autocast's.
+    """
     torch.manual_seed(0)
     model = ax.models.alexnet("paper", fused=fused)
     images, labels = torch.randn(batch, 3, 227, 227), torch.randint(0, 1000, (batch,))
     if layout == "channels_last":
         model, images = (x.to(memory_format=torch.channels_last) for x in (model, images))
+    model, images, labels = model.to(device), images.to(device), labels.to(device)
+    lowered = torch.autocast(device, dtype, enabled=dtype != torch.float32)
     if kind == "inference":
         model.eval()
 
         def infer() -> None:
-            with torch.no_grad():
+            with torch.no_grad(), lowered:
                 model(images)
 
         return infer
@@ -81,7 +92,9 @@ def network_run(
 
     def step() -> None:
         optimizer.zero_grad()
-        F.cross_entropy(model(images), labels).backward()
+        with lowered:
+            loss = F.cross_entropy(model(images), labels)
+        loss.backward()
         optimizer.step()
 
     return step

@@ -263,6 +263,7 @@ def make(
     requires_grad: bool = True,
     seed: int = 0,
     scale: float = 1.0,
+    device: torch.device | str = "cpu",
 ) -> Tensors:
     """The case's tensors, normal random; ``layout`` is x's. Rounded to dtype once, so that all oracles see the same."""
     generator = torch.Generator().manual_seed(seed)
@@ -274,7 +275,8 @@ def make(
         values = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
         if name == "weight":
             values /= math.sqrt(max(1, math.prod(shape[1:])))
-        tensors[name] = lay_out(values.to(dtype), layout if name == "x" else "contiguous").requires_grad_(requires_grad)
+        placed = values.to(dtype).to(device)
+        tensors[name] = lay_out(placed, layout if name == "x" else "contiguous").requires_grad_(requires_grad)
     return tensors
 
 
@@ -291,14 +293,14 @@ def lay_out(values: Tensor, layout: str) -> Tensor:
         case "transposed":
             return values.mT.clone(memory_format=torch.contiguous_format).mT
         case "sliced":
-            around = torch.full([2 * size + 1 for size in values.shape], nan, dtype=values.dtype)
+            around = values.new_full([2 * size + 1 for size in values.shape], nan)
             return around[tuple(slice(1, None, 2) for _ in values.shape)].copy_(values)
         case "expanded":
             return values[..., :1].clone().expand(values.shape)
         case "expanded_batch":
             return values[:1].clone().expand(values.shape)
         case "offset":
-            around = torch.full((values.numel() + 1,), nan, dtype=values.dtype)
+            around = values.new_full((values.numel() + 1,), nan)
             return around[1:].view(values.shape).copy_(values)
     raise ValueError(f"no layout {layout!r}")
 

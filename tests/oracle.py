@@ -19,11 +19,12 @@ ENOUGH = 64
 
 
 def widened(tensors: Tensors) -> Tensors:
-    """Contiguous float64 copies, which require a gradient where the originals do."""
-    return {
-        name: None if tensor is None else tensor.detach().double().contiguous().requires_grad_(tensor.requires_grad)
-        for name, tensor in tensors.items()
-    }
+    """Contiguous float64 copies on the CPU, which require a gradient where the originals do."""
+
+    def wide(tensor: Tensor) -> Tensor:
+        return tensor.detach().cpu().double().contiguous().requires_grad_(tensor.requires_grad)
+
+    return {name: None if tensor is None else wide(tensor) for name, tensor in tensors.items()}
 
 
 def assert_matches_float64(
@@ -44,9 +45,11 @@ def assert_matches_float64(
         mask = settled(case, exact_inputs, dtype).double()
         mask = then(mask) == then(torch.ones_like(mask))
         weights = torch.randn(mask.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-        dy = cases.lay_out(torch.where(mask, weights, 0.0).to(dtype), dy_layout)
+        dy = torch.where(mask, weights, 0.0).to(dtype)
+        placed = cases.lay_out(dy.to(tensors["x"].device), dy_layout)
+        dy = placed.cpu()
 
-    def gradients(y: Tensor, inputs: Tensors, dy: Tensor = dy) -> dict[str, Tensor]:
+    def gradients(y: Tensor, inputs: Tensors, dy: Tensor) -> dict[str, Tensor]:
         wanted = cases.wanting_grad(inputs)
         if not wanted:
             return {}
@@ -55,11 +58,11 @@ def assert_matches_float64(
 
     ours = cases.fused(case, tensors, backend)
     assert ours.dtype == dtype
-    results = {"y": ours, **gradients(ours, tensors)}
-    expected = {"y": exact, **gradients(exact, exact_inputs)}
+    results = {"y": ours, **gradients(ours, tensors, placed)}
+    expected = {"y": exact, **gradients(exact, exact_inputs, dy)}
     try:
         compared = cases.stock(case, tensors)
-        stock = {"y": compared, **gradients(compared, tensors)}
+        stock = {"y": compared, **gradients(compared, tensors, placed)}
     except NotImplementedError:  # bf16 and fp16 LRN has no CPU kernel in stock
         stock = {}
     if case.op in cases.PRODUCTS:
@@ -101,7 +104,7 @@ def assert_accurate(
     values (``magnitude``) where that is more.
     """
     assert ours.shape == exact.shape, f"{name}: shape {ours.shape}, expected {exact.shape}"
-    ours, exact = ours.detach(), exact.detach()
+    ours, exact = ours.detach().cpu(), exact.detach()
     assert torch.equal(ours.isnan(), exact.isnan()), f"{name}: NaN in other places"
     if exact.numel() == 0:
         return
@@ -112,7 +115,7 @@ def assert_accurate(
     cap = cases.TOLERANCE[ours.dtype] * eps * scale + torch.finfo(ours.dtype).smallest_normal
     assert error <= cap, f"{name}: error {error:.3g} of {largest:.3g} in {ours.dtype}, at most {cap:.3g}"
     if stock is not None and ours.dtype != torch.float64 and exact.unique().numel() >= ENOUGH:
-        reach = 2 * _largest_error(stock.detach(), exact) + eps * largest
+        reach = 2 * _largest_error(stock.detach().cpu(), exact) + eps * largest
         assert error <= reach, f"{name}: error {error:.3g}, twice stock's and an ulp is {reach:.3g}"
 
 

@@ -1,0 +1,36 @@
+"""``python -m benchmarks.verify_gpu.facts DEVICE``: the device and the versions, as a line of JSON."""
+
+import importlib.util
+import json
+import sys
+
+import torch
+
+import alexnet_ext as ax
+from benchmarks.ratios import device_name
+
+
+def facts(device: str) -> dict[str, str]:
+    found = {"torch": torch.__version__, "alexnet_ext": ax.__version__}
+    if importlib.util.find_spec("triton") is not None:
+        import triton
+
+        found["triton"] = triton.__version__
+    if device != "cuda":
+        return {"device": device_name(), **found}
+    if not torch.cuda.is_available():
+        raise SystemExit("no CUDA device is available: --device cpu runs what applies without one")
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "device": properties.name,
+        "compute capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": str(properties.multi_processor_count),
+        "memory": f"{properties.total_memory / 2**30:.0f} GiB",
+        "CUDA": str(torch.version.cuda),
+        "cuDNN": str(torch.backends.cudnn.version()),
+        **found,
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(facts(sys.argv[1])))

@@ -1,0 +1,48 @@
+"""More than 2^31 elements: the first and the last image equal those of a batch of two."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+
+from tests import cases
+from tests.cases import Case, block, lrn, pool
+
+from ..common import attempt, backends, gradients
+from ..report import Finding
+
+SHAPE = (2049, 64, 128, 128)
+CASES = (
+    lrn(SHAPE),
+    pool(SHAPE),
+    block("relu_lrn_max_pool2d", SHAPE),
+    block("relu_max_pool2d_lrn", SHAPE),
+)
+
+
+def run(device: str) -> Iterator[Finding]:
+    if device != "cuda":
+        return  # tests/test_runtime.py has the CPU's
+    for case in CASES:
+        for backend in backends(case.op, device):
+            for layout in ("contiguous", "channels_last"):
+                yield attempt(f"{case.op} {layout} {backend}", partial(ends_agree, case, backend, layout))
+                torch.cuda.empty_cache()
+
+
+def ends_agree(case: Case, backend: str, layout: str) -> None:
+    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    x = torch.empty(case.shapes["x"], dtype=torch.bfloat16, device="cuda", memory_format=memory_format).normal_()
+    bias = torch.randn(x.shape[1], dtype=torch.bfloat16, device="cuda") if case.shapes.get("bias") else None
+    ends = torch.cat([x[:1], x[-1:]]).contiguous(memory_format=memory_format)
+    found = []
+    for images in (x, ends):
+        tensors: cases.Tensors = {"x": images.requires_grad_()}
+        if "bias" in case.shapes:
+            tensors["bias"] = bias
+        y, dx = gradients(case, tensors, backend)
+        found.append((torch.cat([y[:1], y[-1:]]), torch.cat([dx[:1], dx[-1:]])))
+        images.requires_grad_(False)
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
