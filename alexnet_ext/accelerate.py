@@ -22,7 +22,9 @@ from .places import Chain, Place, chains_of_sequentials, chains_of_traces, every
 FilterFn = Callable[[nn.Module, str], bool]
 
 STOCK = (nn.Conv2d, nn.ReLU, nn.LocalResponseNorm, nn.MaxPool2d)
-FUSED = tuple(kind for kind in vars(fused_nn).values() if isinstance(kind, type) and kind.__module__ == fused_nn.__name__)
+FUSED = tuple(
+    kind for kind in vars(fused_nn).values() if isinstance(kind, type) and kind.__module__ == fused_nn.__name__
+)
 REPLACES = "_replaces"  # attribute of a fused layer: ((key in its parent, the layer that stood there), ...)
 
 
@@ -112,10 +114,9 @@ def accelerate(
 ) -> Report:
     """Replace stock layers of ``model`` by fused ones, in place; ``restore`` undoes it.
 
-    ``LocalResponseNorm`` anywhere; ``ReLU -> MaxPool2d``, ``Conv2d -> ReLU``, ``Conv2d -> ReLU -> LocalResponseNorm ->
-    MaxPool2d`` and ``Conv2d -> ReLU -> MaxPool2d -> LocalResponseNorm`` where one layer's output is the next one's input
-    and nobody else's. Results and gradients stay what they were (README: "Two deliberate differences"). Twice is as
-    once.
+    ``LocalResponseNorm`` anywhere; ``ReLU -> MaxPool2d``, ``Conv2d -> ReLU`` and both orders of ``Conv2d -> ReLU ->
+    LocalResponseNorm -> MaxPool2d`` where one layer's output is the next one's input and nobody else's. Results and
+    gradients stay what they were, but for the two differences that the README names. Twice is as once.
 
     Args:
         model: any module, on any device, in training or not, wrapped (DDP, FSDP2) or not.
@@ -146,7 +147,9 @@ def accelerate(
     options = {"lrn": lrn, "relu_pool": relu_pool, "conv_relu": conv_relu, "fused_block": fused_block}
     steps, rows, refused = _plan(model, chains, options, filter_fn)
     if strict and refused:
-        raise RuntimeError("strict=True and left alone: " + "; ".join(f"{r.name} ({r.pattern}): {r.reason}" for r in refused))
+        raise RuntimeError(
+            "strict=True and left alone: " + "; ".join(f"{r.name} ({r.pattern}): {r.reason}" for r in refused)
+        )
     for step in steps:
         replaced = tuple((place.key, place.module) for place in step.places)
         setattr(step.layer, REPLACES, replaced)
@@ -189,7 +192,9 @@ def _restore(model: nn.Module, keep: frozenset[int]) -> None:
             if key != places[0][0]:
                 raise RuntimeError(f"cannot restore {places[0][0]!r}: its layer was moved to {key!r} since")
             if type(fused) not in FUSED:
-                raise RuntimeError(f"cannot restore {key!r}: it is a {type(fused).__name__} now, remove what changed it")
+                raise RuntimeError(
+                    f"cannot restore {key!r}: it is a {type(fused).__name__} now, remove what changed it"
+                )
             for other, stock in places:
                 now = parent._modules.get(other)
                 if now is not fused and type(now) is not nn.Identity:
@@ -299,9 +304,7 @@ def _read_outputs(model: nn.Module) -> set[str]:
     return read
 
 
-def _obstacle(
-    chain: Chain, start: int, places: tuple[Place, ...], shared: dict[int, str], read: set[str]
-) -> str:
+def _obstacle(chain: Chain, start: int, places: tuple[Place, ...], shared: dict[int, str], read: set[str]) -> str:
     """Why layers that make a pattern must stay as they are, or "" where nothing speaks against it."""
     for place in places:
         if reason := _untouchable(place.module, shared):

@@ -60,6 +60,9 @@ class Conv2dReLU(nn.Conv2d):
 class _Conv2dBlock(nn.Conv2d):
     """A convolution and the fused block behind it; subclasses name the block's op and its order."""
 
+    norm: tuple[int, float, float, float]
+    window: tuple[Any, Any]
+
     def __init__(self, *args: Any, norm: nn.LocalResponseNorm, pool: nn.MaxPool2d, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.__dict__.update(self.block_settings(norm, pool))

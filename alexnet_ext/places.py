@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -50,13 +49,10 @@ def is_sealed(module: nn.Module) -> bool:
 
 def chains_of_sequentials(model: nn.Module) -> list[Chain]:
     """One chain for each ``nn.Sequential``, one of length 1 for every other place."""
-    chains: list[Chain] = []
+    chains: dict[nn.Module | Place, Chain] = {}
     for place in every_place(model):
-        if chains and chains[-1][0].parent is place.parent and _runs_in_order(place.parent):
-            chains[-1].append(place)
-        else:
-            chains.append([place])
-    return chains
+        chains.setdefault(place.parent if _runs_in_order(place.parent) else place, []).append(place)
+    return list(chains.values())
 
 
 def _runs_in_order(module: nn.Module) -> bool:
@@ -70,7 +66,7 @@ def _runs_in_order(module: nn.Module) -> bool:
 def chains_of_traces(model: nn.Module, leaves: tuple[type[nn.Module], ...]) -> list[Chain]:
     """Chains that ``torch.fx`` finds in ``model.forward``, in training and in evaluation alike.
 
-    A module that runs twice is in no chain with others. Raises RuntimeError where the model cannot be traced.
+    Raises RuntimeError where the model cannot be traced.
     """
     following = [_following(model, leaves, training) for training in (True, False)]
     after: dict[str, str] = {}
@@ -108,17 +104,20 @@ def _following(model: nn.Module, leaves: tuple[type[nn.Module], ...], training: 
     finally:
         for module, mode in modes.items():
             module.training = mode
-    calls = [node for node in graph.nodes if node.op == "call_module"]
-    times = Counter(str(node.target) for node in calls)
+    readers: dict[str, set[str]] = {}
+    sources: dict[str, set[str]] = {}
+    for node in graph.nodes:
+        if node.op != "call_module":
+            continue
+        users = [user for user in node.users if user.op == "call_module" and user.args == (node,) and not user.kwargs]
+        alone = len(users) == len(node.users) == 1
+        readers.setdefault(str(node.target), set()).add(str(users[0].target) if alone else "")
+        given = node.args[0] if len(node.args) == 1 and not node.kwargs else None
+        source = isinstance(given, fx.Node) and given.op == "call_module" and len(given.users) == 1
+        sources.setdefault(str(node.target), set()).add(str(given.target) if source else "")
+    # A layer may run many times if it is the same neighbour each time.
     following = {}
-    for node in calls:
-        reader = next(iter(node.users)) if len(node.users) == 1 else None
-        alone = (
-            reader is not None
-            and reader.op == "call_module"
-            and reader.args == (node,)
-            and not reader.kwargs
-            and times[str(node.target)] == times[str(reader.target)] == 1
-        )
-        following[str(node.target)] = str(reader.target) if reader is not None and alone else ""
+    for name, found in readers.items():
+        reader = next(iter(found)) if len(found) == 1 else ""
+        following[name] = reader if sources.get(reader) == {name} else ""
     return following
