@@ -113,8 +113,10 @@ def _following(model: nn.Module, leaves: tuple[type[nn.Module], ...], training: 
         alone = len(users) == len(node.users) == 1
         readers.setdefault(str(node.target), set()).add(str(users[0].target) if alone else "")
         given = node.args[0] if len(node.args) == 1 and not node.kwargs else None
-        source = isinstance(given, fx.Node) and given.op == "call_module" and len(given.users) == 1
-        sources.setdefault(str(node.target), set()).add(str(given.target) if source else "")
+        source = ""
+        if isinstance(given, fx.Node) and given.op == "call_module" and len(given.users) == 1:
+            source = str(given.target)
+        sources.setdefault(str(node.target), set()).add(source)
     # A layer may run many times if it is the same neighbour each time.
     following = {}
     for name, found in readers.items():
