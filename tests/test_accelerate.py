@@ -117,16 +117,14 @@ def assert_same(ours: dict[str, Tensor], exact: dict[str, Tensor], terms: int) -
         oracle.assert_accurate(name, ours[name], value, None, terms)
 
 
-@pytest.mark.parametrize("method", ["modules", "fx"])
-@each_model
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [*((name, "modules") for name in MODELS), *((name, "fx") for name in (*MORE_BY_FX, "googlenet", "lpips"))],
+)
 def test_models_compute_what_they_did(name: str, method: str) -> None:
     """In float64, so that rounding turns no ReLU and no window; terms: the longest sum there is, through 25 layers."""
     build, side, expected = MODELS[name]
     model = build().double().train()
-    if name == "timm_vgg11" and method == "fx":
-        with pytest.raises(RuntimeError, match=r"method='fx' cannot trace VGG: symbolically traced variables"):
-            ax.accelerate(model, method=method)
-        return
     stock, original = copy.deepcopy(model), list(model.modules())
     keys, parameters = list(model.state_dict()), list(model.parameters())
     optimizer, stock_optimizer = (torch.optim.SGD(m.parameters(), 0.01, momentum=0.9) for m in (model, stock))
@@ -382,6 +380,18 @@ def test_fx_minds_a_second_reader_and_both_modes() -> None:
     ]
     assert not model.training
     torch.testing.assert_close(model(x), y)
+
+
+def test_fx_says_what_it_cannot_trace() -> None:
+    class Net(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if x.sum() > 0 else x
+
+    model = Net(*map(copy.deepcopy, BLOCK))
+    with pytest.raises(RuntimeError, match="method='fx' cannot trace Net: symbolically traced variables"):
+        ax.accelerate(model, method="fx")
+    assert model.training
+    assert type(model[2]) is nn.LocalResponseNorm
 
 
 def test_scripted_traced_and_quantised_modules_are_named() -> None:

@@ -120,7 +120,7 @@ def _lrn(message: Any) -> LRN:
     size, alpha, beta, k = (
         getattr(message, name) if message.HasField(name) else default for name, default in LRN_DEFAULTS.items()
     )
-    return LRN(size, alpha, beta, k)
+    return LRN(int(size), alpha, beta, k)
 
 
 def _entry(blob: Any, model: AlexNet, name: str, shown: str) -> Entry:

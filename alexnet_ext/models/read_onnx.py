@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,12 @@ def read(file: Path, model: AlexNet) -> Contents:
         turned = node.op_type == "MatMul" or (node.op_type == "Gemm" and not given.get("transB"))
         bias = node.input[2] if len(node.input) > 2 else _added(graph, node, constants)
         for kind, source in (("weight", node.input[1]), ("bias", bias)):
+            key = f"{linear_or_conv(name)}.{kind}"
             if source:
-                entries[f"{linear_or_conv(name)}.{kind}"] = _entry(
-                    onnx, constants, source, kind == "weight" and turned, file
-                )
+                entries[key] = _entry(onnx, constants, source, kind == "weight" and turned, file)
+            else:  # exporters leave out a bias of zeros
+                shape = entries[f"{linear_or_conv(name)}.weight"].shape[:1]
+                entries[key] = Entry(shape, torch.float32, partial(torch.zeros, shape))
     groups = tuple(
         next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1) for node in layers[:5]
     )
@@ -88,6 +91,8 @@ def _entry(onnx: Any, constants: dict[str, Any], source: str, turned: bool, file
         array = onnx.numpy_helper.to_array(tensor, str(file.parent))
         wide = array if array.dtype.kind == "f" else array.astype("float32")  # bf16 is a type of ml_dtypes
         value = torch.from_numpy(wide.copy())
-        return value.t() if turned else value
+        return value.t() if turned else value.view(shape)
 
+    if not turned and len(shape) == 3 and shape[1:] == (1, 1):  # a bias that an Add of its own puts on
+        shape = shape[:1]
     return Entry(shape[::-1] if turned else shape, dtypes.get(tensor.data_type, torch.int64), values)

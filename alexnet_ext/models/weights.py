@@ -188,7 +188,7 @@ def _read_torch(file: Path, model: AlexNet) -> Contents:
         # Mapped, so that a tensor costs memory when its values are read and not before its shape has been looked at.
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped or None)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{shown}: not a file of tensors alone ({_first_line(error)})") from error
+        raise ValueError(f"{shown}: damaged, or more than tensors: weights_only=True refuses it") from error
     except Exception as error:  # zipfile, pickle and torch each have their own for a broken file
         if isinstance(error, OSError):
             raise
