@@ -2,8 +2,33 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
+
+import alexnet_ext as ax
+
+BLOCK = (nn.Conv2d(4, 6, 3), nn.ReLU(), nn.LocalResponseNorm(3), nn.MaxPool2d(3, 2))
+
+# Patterns as a report names them.
+PAPER = "Conv2d -> ReLU -> LocalResponseNorm -> MaxPool2d"
+CAFFENET = "Conv2d -> ReLU -> MaxPool2d -> LocalResponseNorm"
+CONV, POOL, LRN = "Conv2d -> ReLU", "ReLU -> MaxPool2d", "LocalResponseNorm"
+
+
+def sequential(*layers: nn.Module) -> nn.Sequential:
+    """Copies of these layers, or of ``BLOCK``."""
+    return nn.Sequential(*map(copy.deepcopy, layers or BLOCK))
+
+
+def fused(report: ax.Report) -> dict[str, int]:
+    """How often each pattern was fused."""
+    found: dict[str, int] = {}
+    for row in report:
+        if row.action == "fused":
+            found[row.pattern] = found.get(row.pattern, 0) + 1
+    return found
 
 
 class CaffeNet(nn.Module):

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint_sequential
 
 import alexnet_ext as ax
 
-from .test_accelerate import BLOCK, sequential
+from .models import BLOCK, sequential
 
 
 def pair() -> tuple[nn.Sequential, nn.Sequential]:

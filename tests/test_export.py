@@ -17,7 +17,7 @@ from alexnet_ext import _library, export
 from alexnet_ext.cli import run_command
 from alexnet_ext.training import checkpoint
 
-from .test_accelerate import BLOCK, sequential
+from .models import BLOCK, sequential
 
 SIDE = 67
 
