@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from . import nn as fused_nn
-from .places import Chain, Place, chains_of_sequentials, chains_of_traces, every_place, is_sealed
+from .places import Chain, Place, every_place, find_chains, is_sealed
 
 FilterFn = Callable[[nn.Module, str], bool]
 
@@ -101,6 +101,17 @@ class _Step(NamedTuple):
     layer: nn.Module
 
 
+class _Refusal(NamedTuple):
+    """A pattern that is there and is left alone, and whether strict=True minds."""
+
+    pattern: Pattern
+    reason: str
+    minded: bool
+
+
+_Asked = Callable[[tuple[Place, ...]], bool]
+
+
 def accelerate(
     model: nn.Module,
     *,
@@ -125,38 +136,43 @@ def accelerate(
         strict: raise where a pattern is there and is left alone for a reason that is not an argument's.
         method: ``"modules"`` takes layers for neighbours that stand side by side in one ``nn.Sequential``, which it
             trusts to be run as a whole: where code of yours runs its layers one by one and keeps what is between,
-            exclude them by ``filter_fn``. ``"fx"`` traces ``forward`` with ``torch.fx`` in training and in
-            evaluation and takes layers for neighbours that run one after the other in both, whichever way they are
-            written; calls of ``torch.nn.functional`` have no layer to replace.
+            exclude them by ``filter_fn``. ``"fx"`` also traces each other module's own ``forward`` with ``torch.fx``,
+            in training and in evaluation, and takes layers of that module for neighbours that it calls one after
+            the other; calls of ``torch.nn.functional`` have no layer to replace, and stay.
 
     Returns:
         The report: what was fused, and each Conv2d, LocalResponseNorm and MaxPool2d left alone, with the reason: hooks,
         parametrizations, a shared module or weight, a subclass, ``return_indices``, quantised or scripted modules, an
-        output between that somebody reads.
+        output between that somebody reads, a ``forward`` that cannot be traced.
 
     Raises:
         TypeError: model is no module. ValueError: an unknown method.
-        RuntimeError: ``strict`` and something is left alone, or ``torch.fx`` cannot trace the model; nothing is
-            replaced then.
+        RuntimeError: ``strict`` and something is left alone; nothing is replaced then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if method not in ("modules", "fx"):
         raise ValueError(f"method must be 'modules' or 'fx', got {method!r}")
-    chains = chains_of_sequentials(model) if method == "modules" else chains_of_traces(model, STOCK + FUSED)
+    chains, untraceable = find_chains(model, trace=method == "fx")
     options = {"lrn": lrn, "relu_pool": relu_pool, "conv_relu": conv_relu, "fused_block": fused_block}
-    steps, rows, refused = _plan(model, chains, options, filter_fn)
-    if strict and refused:
-        raise RuntimeError(
-            "strict=True and left alone: " + "; ".join(f"{r.name} ({r.pattern}): {r.reason}" for r in refused)
-        )
+    shared, read = _shared(model), _read_outputs(model)
+    steps, refused = _match(
+        chains,
+        options,
+        obstacle=lambda chain, places: _obstacle(chain, places, shared, read),
+        asked=lambda places: filter_fn is None or all(filter_fn(place.module, place.name) for place in places),
+    )
+    if strict and any(refusal.minded for refusal in refused.values()):
+        minded = (f"{place.name} ({r.pattern}): {r.reason}" for place, r in refused.items() if r.minded)
+        raise RuntimeError("strict=True and left alone: " + "; ".join(minded))
+    report = Report(_rows(model, chains, untraceable, steps, refused))
     for step in steps:
         replaced = tuple((place.key, place.module) for place in step.places)
         setattr(step.layer, REPLACES, replaced)
         for place in step.places:
             placeholder = nn.Identity().train(place.module.training)
             place.parent._modules[place.key] = step.layer if place is step.places[0] else placeholder
-    return Report(rows)
+    return report
 
 
 def restore(model: nn.Module) -> None:
@@ -207,70 +223,76 @@ def _restore(model: nn.Module, keep: frozenset[int]) -> None:
         parent._modules[key] = stock
 
 
-def _plan(
-    model: nn.Module, chains: list[Chain], options: dict[str, bool], filter_fn: FilterFn | None
-) -> tuple[list[_Step], list[Row], list[Row]]:
-    """(replacements to make, rows of the report, those of them that strict=True minds)."""
-    shared = _shared(model)
-    read = _read_outputs(model)
+def _match(
+    chains: list[Chain], options: dict[str, bool], obstacle: Callable[[Chain, tuple[Place, ...]], str], asked: _Asked
+) -> tuple[list[_Step], dict[Place, _Refusal]]:
+    """(replacements to make, by place the first pattern that was there and was refused)."""
     steps: list[_Step] = []
-    taken: dict[Place, str] = {}
-    blocked: dict[Place, tuple[Pattern, str, bool]] = {}
+    taken: dict[Place, Pattern] = {}
+    refused: dict[Place, _Refusal] = {}
     for pattern in PATTERNS:
         for chain in chains:
             for start in range(len(chain) - len(pattern.kinds) + 1):
                 places = tuple(chain[start : start + len(pattern.kinds)])
-                if not all(_is_a(p.module, kind) for p, kind in zip(places, pattern.kinds, strict=True)):
+                if places[0] in taken or not _is_made_of(places, pattern):
                     continue
-                modules = [place.module for place in places]
-                reason, minded = "", False
+                other = next((place for place in places if place in taken), None)
+                minded, layer = False, None
                 if not options[pattern.option]:
                     reason = f"{pattern.option}=False"
-                elif any(place in taken for place in places):
-                    other = next(place for place in places if place in taken)
-                    reason = f"{other.name} is fused as {taken[other]}" if places[0] not in taken else ""
-                    if not reason:
-                        continue
-                elif filter_fn is not None and not all(filter_fn(place.module, place.name) for place in places):
+                elif other is not None:
+                    reason = f"{other.name} is fused as {taken[other]}"
+                elif not asked(places):
                     reason = "filter_fn"
+                elif reason := obstacle(chain, places):
+                    minded = True
                 else:
-                    reason = _obstacle(chain, start, places, shared, read)
-                    minded = bool(reason)
-                    if not reason:
-                        try:
-                            layer = pattern.fuse(*modules)
-                        except ValueError as error:
-                            reason = str(error)
-                if reason:
-                    for place in places:
-                        blocked.setdefault(place, (pattern, reason, minded))
-                else:
+                    try:
+                        layer = pattern.fuse(*(place.module for place in places))
+                    except ValueError as error:  # a pool that no block does
+                        reason = str(error)
+                if layer is not None:
                     steps.append(_Step(pattern, places, layer))
-                    taken |= dict.fromkeys(places, str(pattern))
+                    taken |= dict.fromkeys(places, pattern)
+                    continue
+                for place in places:
+                    refused.setdefault(place, _Refusal(pattern, reason, minded))
+    return steps, refused
+
+
+def _rows(
+    model: nn.Module,
+    chains: list[Chain],
+    untraceable: dict[nn.Module, str],
+    steps: list[_Step],
+    refused: dict[Place, _Refusal],
+) -> list[Row]:
     starts = {step.places[0]: step.pattern for step in steps}
+    inside = {place for step in steps for place in step.places[1:]}
     position = {place: (chain, i) for chain in chains for i, place in enumerate(chain)}
-    rows, refused = [], []
+    rows = []
     if isinstance(model, STOCK) or is_sealed(model):
         rows.append(Row("", type(model).__name__, "left alone", _sealed(model) or "it is the model itself"))
     for place in every_place(model):
+        name, kind = place.name, type(place.module).__name__
         if place in starts:
-            rows.append(Row(place.name, str(starts[place]), "fused", ""))
-        elif place in taken:
-            continue
+            rows.append(Row(name, str(starts[place]), "fused", ""))
         elif isinstance(place.module, FUSED):
-            rows.append(Row(place.name, type(place.module).__name__, "already fused", ""))
-        elif place in blocked and not isinstance(place.module, nn.ReLU):
-            pattern, reason, minded = blocked[place]
-            rows.append(Row(place.name, str(pattern), "left alone", reason))
-            if minded:
-                refused.append(rows[-1])
-        elif reason := _no_pattern(place, position[place]):
-            rows.append(Row(place.name, type(place.module).__name__, "left alone", reason))
-    return steps, rows, refused
+            rows.append(Row(name, kind, "already fused", ""))
+        elif place in inside or isinstance(place.module, nn.ReLU):
+            continue
+        elif place in refused:
+            rows.append(Row(name, str(refused[place].pattern), "left alone", refused[place].reason))
+        elif reason := _no_pattern(place, *position[place], untraceable.get(place.parent, "")):
+            rows.append(Row(name, kind, "left alone", reason))
+    return rows
 
 
-def _is_a(module: nn.Module, kind: type[nn.Module]) -> bool:
-    return isinstance(module, kind) and not isinstance(module, FUSED)
+def _is_made_of(places: tuple[Place, ...], pattern: Pattern) -> bool:
+    return all(
+        isinstance(place.module, kind) and not isinstance(place.module, FUSED)
+        for place, kind in zip(places, pattern.kinds, strict=True)
+    )
 
 
 def _shared(model: nn.Module) -> dict[int, str]:
@@ -304,7 +326,7 @@ def _read_outputs(model: nn.Module) -> set[str]:
     return read
 
 
-def _obstacle(chain: Chain, start: int, places: tuple[Place, ...], shared: dict[int, str], read: set[str]) -> str:
+def _obstacle(chain: Chain, places: tuple[Place, ...], shared: dict[int, str], read: set[str]) -> str:
     """Why layers that make a pattern must stay as they are, or "" where nothing speaks against it."""
     for place in places:
         if reason := _untouchable(place.module, shared):
@@ -314,7 +336,11 @@ def _obstacle(chain: Chain, start: int, places: tuple[Place, ...], shared: dict[
             return f"{place.name}: its output is read (feature_info)"
     first = places[0].module
     passing = (nn.Identity, nn.modules.dropout._DropoutNd)  # may return their input itself
-    if isinstance(first, nn.ReLU) and first.inplace and all(isinstance(p.module, passing) for p in chain[:start]):
+    if (
+        isinstance(first, nn.ReLU)
+        and first.inplace
+        and all(isinstance(p.module, passing) for p in chain[: chain.index(places[0])])
+    ):
         return f"{places[0].name}: it writes into its input (inplace=True), which others may read"
     return ""
 
@@ -342,15 +368,17 @@ def _sealed(module: nn.Module) -> str:
     return "it is quantised or prepared for it" if is_sealed(module) else ""
 
 
-def _no_pattern(place: Place, position: tuple[Chain, int]) -> str:
+def _no_pattern(place: Place, chain: Chain, i: int, untraceable: str) -> str:
     """Why a layer that could be part of a pattern is in none; "" for any other module."""
-    module, (chain, i) = place.module, position
+    module = place.module
     if is_sealed(module):
         return _sealed(module)
+    if not isinstance(module, (nn.Conv2d, nn.MaxPool2d)):
+        return ""
+    if untraceable:
+        return f"torch.fx cannot trace the forward of {type(place.parent).__name__}: {untraceable}"
     if isinstance(module, nn.Conv2d):
         after = chain[i + 1].module if i + 1 < len(chain) else None
         return f"{type(after).__name__} follows it" if after is not None else "no layer is known to follow it alone"
-    if isinstance(module, nn.MaxPool2d):
-        before = chain[i - 1].module if i else None
-        return f"{type(before).__name__} precedes it" if before is not None else "no layer is known to precede it"
-    return ""
+    before = chain[i - 1].module if i else None
+    return f"{type(before).__name__} precedes it" if before is not None else "no layer is known to precede it"

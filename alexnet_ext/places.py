@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import fx, nn
 
 Chain = list["Place"]
-"""Places whose modules run in this order, each one's output being the next one's only input and read by it alone."""
+"""Places of one parent whose modules run in this order, each one's output read by the next one alone, as its input."""
 
 
 class Place(NamedTuple):
@@ -47,12 +49,50 @@ def is_sealed(module: nn.Module) -> bool:
     return isinstance(module, torch.jit.ScriptModule) or type(module).__module__.startswith("torch.ao.")
 
 
-def chains_of_sequentials(model: nn.Module) -> list[Chain]:
-    """One chain for each ``nn.Sequential``, one of length 1 for every other place."""
-    chains: dict[nn.Module | Place, Chain] = {}
-    for place in every_place(model):
-        chains.setdefault(place.parent if _runs_in_order(place.parent) else place, []).append(place)
-    return list(chains.values())
+def find_chains(model: nn.Module, trace: bool) -> tuple[list[Chain], dict[nn.Module, str]]:
+    """Every place below ``model``, in one chain each.
+
+    An ``nn.Sequential`` says itself who follows whom. With ``trace``, so does every other module's ``forward``, as
+    ``torch.fx`` sees it in training and in evaluation; the second result are those that it cannot trace, and why.
+    """
+    places = {place.name: place for place in every_place(model)}
+    owners: dict[nn.Module, dict[str, Place]] = {}
+    for place in places.values():
+        owners.setdefault(place.parent, {})[place.key] = place
+    readers: dict[str, set[str]] = defaultdict(set)  # of a place's output, and "" for anybody else
+    sources: dict[str, set[str]] = defaultdict(set)  # of a place's input, likewise
+    untraceable = {}
+    for owner, below in owners.items():
+        prefix = next(place.name.removesuffix(key) for key, place in below.items())
+        if _runs_in_order(owner):
+            names = ["", *(place.name for place in below.values()), ""]
+            flows: Iterable[tuple[str, str]] = pairwise(names)
+        elif trace:
+            try:
+                flows = [flow for training in (True, False) for flow in _traced(owner, prefix, training)]
+            except Exception as error:  # whatever the module's own code raises when it is given proxies
+                untraceable[owner] = str(error).strip().partition("\n")[0] or type(error).__name__
+                continue
+        else:
+            continue
+        for source, reader in flows:
+            readers[source].add(reader)
+            sources[reader].add(source)
+    after = {}
+    for name in places:
+        reader = next(iter(readers[name])) if len(readers[name]) == 1 else ""
+        # A layer may run many times if it is the same neighbour each time.
+        if reader and sources[reader] == {name} and places[reader].parent is places[name].parent:
+            after[name] = places[reader]
+    inner = {place.name for place in after.values()}
+    chains = []
+    for name in places:
+        if name not in inner:
+            chain = [places[name]]
+            while chain[-1].name in after:
+                chain.append(after[chain[-1].name])
+            chains.append(chain)
+    return chains, untraceable
 
 
 def _runs_in_order(module: nn.Module) -> bool:
@@ -63,63 +103,35 @@ def _runs_in_order(module: nn.Module) -> bool:
     )
 
 
-def chains_of_traces(model: nn.Module, leaves: tuple[type[nn.Module], ...]) -> list[Chain]:
-    """Chains that ``torch.fx`` finds in ``model.forward``, in training and in evaluation alike.
+class _Shallow(fx.Tracer):
+    """Sees one module's own code: the modules it calls are leaves."""
 
-    Raises RuntimeError where the model cannot be traced.
-    """
-    following = [_following(model, leaves, training) for training in (True, False)]
-    after: dict[str, str] = {}
-    for a, b in following[0].items() | following[1].items():
-        # A module that one of the two does not run (None: an auxiliary head in evaluation) says nothing there.
-        if b and all(found.get(a, b) == b and (a in found or b not in found) for found in following):
-            after[a] = b
-    places = {place.name: place for place in every_place(model)}
-    inner = set(after.values())
-    chains = []
-    for name in places:
-        if name in inner:
-            continue
-        chain = [places[name]]
-        while chain[-1].name in after:
-            chain.append(places[after[chain[-1].name]])
-        chains.append(chain)
-    return chains
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
 
 
-def _following(model: nn.Module, leaves: tuple[type[nn.Module], ...], training: bool) -> dict[str, str]:
-    """For each module that runs: the name of the one that alone reads its output, "" where there is none."""
-
-    class Tracer(fx.Tracer):
-        def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-            return isinstance(m, leaves) or super().is_leaf_module(m, module_qualified_name)
-
-    modes = {module: module.training for module in model.modules()}
+def _traced(owner: nn.Module, prefix: str, training: bool) -> list[tuple[str, str]]:
+    """(source, reader) for each input and each output of the modules that ``owner.forward`` calls; "" is anything that
+    is not the only output of one module being the only input of another."""
+    modes = {module: module.training for module in owner.modules()}
     try:
-        model.train(training)
-        graph = Tracer().trace(model)
-    except Exception as error:  # whatever the model's own code raises when it is given proxies
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise RuntimeError(f"method='fx' cannot trace {type(model).__name__}: {reason}") from error
+        owner.train(training)
+        graph = _Shallow().trace(owner)
     finally:
         for module, mode in modes.items():
             module.training = mode
-    readers: dict[str, set[str]] = {}
-    sources: dict[str, set[str]] = {}
+
+    def called(node: object) -> str:
+        return prefix + str(node.target) if isinstance(node, fx.Node) and node.op == "call_module" else ""
+
+    flows = []
     for node in graph.nodes:
-        if node.op != "call_module":
+        if not called(node):
             continue
-        users = [user for user in node.users if user.op == "call_module" and user.args == (node,) and not user.kwargs]
-        alone = len(users) == len(node.users) == 1
-        readers.setdefault(str(node.target), set()).add(str(users[0].target) if alone else "")
         given = node.args[0] if len(node.args) == 1 and not node.kwargs else None
-        source = ""
-        if isinstance(given, fx.Node) and given.op == "call_module" and len(given.users) == 1:
-            source = str(given.target)
-        sources.setdefault(str(node.target), set()).add(source)
-    # A layer may run many times if it is the same neighbour each time.
-    following = {}
-    for name, found in readers.items():
-        reader = next(iter(found)) if len(found) == 1 else ""
-        following[name] = reader if sources.get(reader) == {name} else ""
-    return following
+        alone = isinstance(given, fx.Node) and len(given.users) == 1
+        flows.append((called(given) if alone else "", called(node)))
+        for user in node.users:
+            direct = len(node.users) == 1 and user.args == (node,) and not user.kwargs
+            flows.append((called(node), called(user) if direct else ""))
+    return flows

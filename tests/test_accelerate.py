@@ -221,15 +221,51 @@ def test_fx_minds_a_second_reader_and_both_modes() -> None:
 
 
 def test_fx_says_what_it_cannot_trace() -> None:
-    class Net(nn.Sequential):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) if x.sum() > 0 else x
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.body = nn.Conv2d(4, 4, 1), nn.ReLU(), sequential()
 
-    model = Net(*map(copy.deepcopy, BLOCK))
-    with pytest.raises(RuntimeError, match="method='fx' cannot trace Net: symbolically traced variables"):
-        ax.accelerate(model, method="fx")
-    assert model.training
-    assert type(model[2]) is nn.LocalResponseNorm
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(self.b(self.a(x)) if x.sum() > 0 else x)
+
+    model = Net().eval()
+    report = ax.accelerate(model, method="fx")
+    assert report[0][:3] == ("a", "Conv2d", "left alone")
+    assert report[0].reason.startswith("torch.fx cannot trace the forward of Net: symbolically traced variables")
+    assert fused(report) == {PAPER: 1}
+    assert not any(module.training for module in model.modules())
+
+
+def test_fx_sees_that_a_sequential_is_read_between_its_layers() -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = sequential(*BLOCK[:2], nn.MaxPool2d(2))
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            outputs = []
+            for layer in self.layers:
+                x = layer(x)
+                outputs.append(x)
+            return outputs
+
+    model, x = Reads(), torch.randn(1, 4, 9, 9)
+    expected = model(x)
+    assert fused(ax.accelerate(model, method="fx")) == {}
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_fx_leaves_neighbours_in_different_places_alone() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers, self.relu = sequential(nn.Conv2d(4, 6, 3)), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.relu(self.layers[0](x))
+
+    assert fused(ax.accelerate(Net(), method="fx")) == {}
 
 
 def test_scripted_traced_and_quantised_modules_are_named() -> None:
