@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from . import nn as fused_nn
+from .calls import Rewritten, is_own_code, rewrite
 from .places import Chain, Place, every_place, find_chains, is_sealed
 
 FilterFn = Callable[[nn.Module, str], bool]
@@ -137,8 +138,10 @@ def accelerate(
         method: ``"modules"`` takes layers for neighbours that stand side by side in one ``nn.Sequential``, which it
             trusts to be run as a whole: where code of yours runs its layers one by one and keeps what is between,
             exclude them by ``filter_fn``. ``"fx"`` also traces each other module's own ``forward`` with ``torch.fx``,
-            in training and in evaluation, and takes layers of that module for neighbours that it calls one after
-            the other; calls of ``torch.nn.functional`` have no layer to replace, and stay.
+            in training and in evaluation: it takes layers of that module for neighbours that it calls one after the
+            other, and where it calls ``F.local_response_norm``, or ``F.relu`` and then ``F.max_pool2d``, a traced copy
+            with fused calls stands in for it. What the code of such a ``forward`` decides by other things than its
+            inputs and ``self.training`` (a random number, a flag) is then decided for good.
 
     Returns:
         The report: what was fused, and each Conv2d, LocalResponseNorm and MaxPool2d left alone, with the reason: hooks,
@@ -165,14 +168,31 @@ def accelerate(
     if strict and any(refusal.minded for refusal in refused.values()):
         minded = (f"{place.name} ({r.pattern}): {r.reason}" for place, r in refused.items() if r.minded)
         raise RuntimeError("strict=True and left alone: " + "; ".join(minded))
-    report = Report(_rows(model, chains, untraceable, steps, refused))
+    rows = _rows(model, chains, untraceable, steps, refused)
     for step in steps:
         replaced = tuple((place.key, place.module) for place in step.places)
         setattr(step.layer, REPLACES, replaced)
         for place in step.places:
             placeholder = nn.Identity().train(place.module.training)
             place.parent._modules[place.key] = step.layer if place is step.places[0] else placeholder
-    return report
+    if method == "fx":
+        rows += _rewrite_forwards(model, options, filter_fn)
+    return Report(rows)
+
+
+def _rewrite_forwards(model: nn.Module, options: dict[str, bool], filter_fn: FilterFn | None) -> list[Row]:
+    rows = []
+    for name, owner in model.named_modules():
+        if not is_own_code(owner) or (filter_fn is not None and not filter_fn(owner, name)):
+            continue
+        called = f"{name}.forward" if name else "forward"
+        if isinstance(vars(owner).get("forward"), Rewritten):
+            rows.append(Row(called, "calls", "already fused", ""))
+        elif (rewritten := rewrite(owner, options)) is not None:
+            owner.forward = rewritten
+            patterns = dict.fromkeys(pattern for found in rewritten.found.values() for pattern in found)
+            rows += [Row(called, pattern, "fused", "") for pattern in patterns]
+    return rows
 
 
 def restore(model: nn.Module) -> None:
@@ -190,7 +210,7 @@ def accelerated(model: nn.Module, **options: Any) -> Iterator[Report]:
 
     At its end what this block replaced is restored, not what was fused before.
     """
-    before = frozenset(id(module) for module in model.modules())
+    before = frozenset(id(found) for module in model.modules() for found in (module, vars(module).get("forward")))
     report = accelerate(model, **options)
     try:
         yield report
@@ -216,6 +236,10 @@ def _restore(model: nn.Module, keep: frozenset[int]) -> None:
                 if now is not fused and type(now) is not nn.Identity:
                     raise RuntimeError(f"cannot restore {other!r}: a {type(now).__name__} stands there now")
                 back.append((parent, other, stock))
+    for module in model.modules():
+        forward = vars(module).get("forward")
+        if isinstance(forward, Rewritten) and id(forward) not in keep:
+            del module.forward
     for parent, key, stock in back:
         replacement = parent._modules[key]
         assert replacement is not None

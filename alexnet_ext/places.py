@@ -110,16 +110,27 @@ class _Shallow(fx.Tracer):
         return True
 
 
-def _traced(owner: nn.Module, prefix: str, training: bool) -> list[tuple[str, str]]:
-    """(source, reader) for each input and each output of the modules that ``owner.forward`` calls; "" is anything that
-    is not the only output of one module being the only input of another."""
-    modes = {module: module.training for module in owner.modules()}
+def trace(owner: nn.Module, training: bool) -> fx.Graph:
+    """``owner.forward`` of its class, in training or in evaluation; the owner is left as it was."""
+    modes, attributes = {module: module.training for module in owner.modules()}, set(vars(owner))
     try:
         owner.train(training)
         graph = _Shallow().trace(owner)
+        made = vars(owner).keys() - attributes  # the tracer keeps the tensors that forward makes in the owner
+        if made:
+            raise RuntimeError("it makes tensors of its own")
+        return graph
     finally:
         for module, mode in modes.items():
             module.training = mode
+        for name in vars(owner).keys() - attributes:
+            delattr(owner, name)
+
+
+def _traced(owner: nn.Module, prefix: str, training: bool) -> list[tuple[str, str]]:
+    """(source, reader) for each input and each output of the modules that ``owner.forward`` calls; "" is anything that
+    is not the only output of one module being the only input of another."""
+    graph = trace(owner, training)
 
     def called(node: object) -> str:
         return prefix + str(node.target) if isinstance(node, fx.Node) and node.op == "call_module" else ""

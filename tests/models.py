@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import alexnet_ext as ax
@@ -95,6 +96,23 @@ class ZFNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(torch.flatten(self.pool(self.features(x)), 1))
+
+
+class Functional(nn.Module):
+    """A network as tutorials write them: layers with weights, and calls."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 8, 5), nn.Conv2d(8, 16, 3)
+        self.conv3, self.relu3 = nn.Conv2d(16, 16, 3), nn.ReLU()
+        self.fc = nn.Linear(16, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.conv1(x)), 2)
+        x = F.local_response_norm(x, 5, alpha=1e-2, k=2.0)
+        x = F.max_pool2d(torch.relu_(self.conv2(x)), kernel_size=3, stride=2)
+        x = F.dropout(self.relu3(self.conv3(x)), training=self.training)
+        return self.fc(x.mean((2, 3)))
 
 
 class Inception(nn.Module):

@@ -71,9 +71,11 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int, dict[str, int]]] = {
     "timm_vgg11": (timm_vgg11, 32, {CONV: 8}),  # its feature_info says that each ReLU before a pooling is read
     "caffenet": (lambda: models.CaffeNet(10, 32, 99), 99, {CAFFENET: 2, CONV: 2, POOL: 1}),
     "zfnet": (lambda: models.ZFNet(10, 32), 96, {POOL: 3, LRN: 2, CONV: 2}),
+    "functional": (models.Functional, 48, {}),
     "lrn_googlenet": (lambda: models.GoogLeNet(10), 48, {LRN: 2, CONV: 6}),
 }
 MORE_BY_FX = {
+    "functional": {CONV: 1, "relu -> max_pool2d": 1, "local_response_norm": 1},
     "squeezenet": {CONV: 25, POOL: 1},
     "lrn_googlenet": {CAFFENET: 1, PAPER: 1, CONV: 7},
 }
