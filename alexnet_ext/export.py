@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .accelerate import accelerated
+from . import _library
+from .accelerate import accelerate
 from .data.errors import CommandError, os_error
 from .data.folder import imagenet_preprocessing
 from .models import AlexNet, alexnet, load_weights
 from .models.weights import missing
+from .ops import use_backend
 
 if TYPE_CHECKING:
     from .training import checkpoint
@@ -27,23 +30,25 @@ def to_onnx(model: nn.Module, example: Tensor, path: str | os.PathLike[str]) -> 
 
     Every ``LocalResponseNorm`` with an odd window is one ``LRN`` node (PyTorch's own exporter takes it to pieces), an
     even one is Mul, Pad, Slice, Sum and Pow, as ONNX's window leans to the other side there; everything else is
-    ``Conv``, ``Relu``, ``MaxPool``, ``Gemm`` as the model has them. The model is exported in evaluation.
+    ``Conv``, ``Relu``, ``MaxPool``, ``Gemm`` as the model has them, in evaluation.
 
     Args:
-        model: stock, fused or accelerated; it is left as it is.
-        example: an input, on the model's device; the sizes of all dimensions but the first are fixed.
+        model: stock, fused or accelerated, on any device; a copy of it on the CPU is exported.
+        example: an input; the sizes of all dimensions but the first are fixed.
         path: the file.
 
-    Raises ImportError where onnx and onnxscript are not installed.
+    Raises:
+        ImportError: onnx and onnxscript are not installed.
+        RuntimeError: the compiled CPU library, whose ops become the nodes, is not loaded.
     """
-    with _evaluating(model), accelerated(model, relu_pool=False, conv_relu=False, fused_block=False):
-        program = torch.onnx.export(
-            _exported(model, example),
-            dynamo=True,
-            opset_version=OPSET,
-            custom_translation_table=onnx_translations(),
-            verbose=False,
-        )
+    translations = onnx_translations()
+    twin = copy.deepcopy(model).cpu().eval()
+    accelerate(twin, relu_pool=False, conv_relu=False, fused_block=False)
+    with use_backend("auto"):
+        exported = _exported(twin, example.cpu())
+    program = torch.onnx.export(
+        exported, dynamo=True, opset_version=OPSET, custom_translation_table=translations, verbose=False
+    )
     assert program is not None
     program.save(os.fspath(path), external_data=False)
 
@@ -144,12 +149,14 @@ class _evaluating:
 def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """This package's ops as standard ONNX nodes, for the ``custom_translation_table`` of ``torch.onnx.export``.
 
-    Raises ImportError where onnxscript is not installed.
+    Raises ImportError where onnxscript is not installed, RuntimeError where the compiled library is not loaded.
     """
     try:
         import onnxscript
     except ImportError as error:
         raise missing("onnx and onnxscript", "onnx", "export to ONNX") from error
+    if not _library.LIBRARIES[0].loaded:
+        raise RuntimeError(f"export to ONNX needs the compiled CPU library: {_library.LIBRARIES[0].reason}")
     op: Any = getattr(onnxscript, f"opset{OPSET}")
 
     def norm(x: Any, size: int, alpha: float, beta: float, k: float) -> Any:
