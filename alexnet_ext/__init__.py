@@ -2,7 +2,19 @@
 
 from . import models, nn, ops
 from ._version import __version__
+from .accelerate import Report, accelerate, accelerated, restore
 from .diagnostics import info
 from .ops import use_backend
 
-__all__ = ["__version__", "info", "models", "nn", "ops", "use_backend"]
+__all__ = [
+    "Report",
+    "__version__",
+    "accelerate",
+    "accelerated",
+    "info",
+    "models",
+    "nn",
+    "ops",
+    "restore",
+    "use_backend",
+]

@@ -65,6 +65,15 @@ class Init(StrEnum):
     torch = "torch"
 
 
+class Format(StrEnum):
+    """Files that other programs run or read."""
+
+    onnx = "onnx"
+    torch_export = "torch-export"
+    aoti = "aoti"
+    safetensors = "safetensors"
+
+
 Weights = Annotated[Path, typer.Option(help="A run folder, a checkpoint folder or a .safetensors file.")]
 Model = Annotated[Variant | None, typer.Option(help="Variant that the weights must be of.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
@@ -217,6 +226,27 @@ def predict(
         bar = "█" * round(probability * 40)
         run.say(console, f"{path_text(name):>{width}}  {probability:6.1%}  {bar}")
     run.say(console, f"Picture: {path_text(picture)}")
+
+
+@app.command()
+def export(
+    kind: Annotated[Format, typer.Option("--format", help="aoti is AOTInductor: a compiled package for this CPU.")],
+    out: Annotated[Path, typer.Option(help="File to write.")],
+    variant: Annotated[Variant | None, typer.Option(help="Variant of the network.", show_default="by weights")] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            help="A run, a checkpoint, or a .safetensors, .pth, .caffemodel or .onnx file.",
+            show_default="a fresh start",
+        ),
+    ] = None,
+) -> None:
+    """Write a network for other programs, for any batch size."""
+    from .export import write
+
+    with Console().status(f"writing {path_text(out)}"):
+        write(str(kind), out, None if variant is None else str(variant), weights, _warn)
+    print(f"{path_text(out)}: {out.stat().st_size / 1e6:,.1f} MB")
 
 
 @app.command()

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
+
+Layer = TypeVar("Layer", bound=nn.Module)
+
+
+def sharing(kind: type[Layer], stock: nn.Module, **attributes: Any) -> Layer:
+    """A layer of ``kind`` that is ``stock`` in another form: its settings, and its very dictionaries of parameters,
+    buffers and hooks, so that whatever replaces a parameter or registers a hook in one has done so in both.
+
+    ``kind`` is a fused layer here whose base class ``stock`` is; ``attributes`` are what ``kind`` has besides.
+    """
+    layer = kind.__new__(kind)
+    layer.__dict__.update(vars(stock) | attributes)
+    return layer
 
 
 class LocalResponseNorm(nn.LocalResponseNorm):
@@ -54,13 +67,20 @@ class LinearReLU(nn.Linear):
 class _Conv2dBlock(nn.Conv2d):
     """A convolution and the fused block behind it; subclasses name the block's op and its order."""
 
+    norm: tuple[int, float, float, float]
+    window: tuple[Any, Any]
+
     def __init__(self, *args: Any, norm: nn.LocalResponseNorm, pool: nn.MaxPool2d, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.__dict__.update(self.block_settings(norm, pool))
+
+    @staticmethod
+    def block_settings(norm: nn.LocalResponseNorm, pool: nn.MaxPool2d) -> dict[str, Any]:
+        """The attributes of a block besides its convolution's; ValueError for a pool that no block does."""
         plain = (pool.padding, pool.dilation, pool.ceil_mode, pool.return_indices)
         if plain not in ((0, 1, False, False), ((0, 0), (1, 1), False, False)):
             raise ValueError(f"pool must have no padding, dilation, ceil_mode or return_indices, got {pool}")
-        self.norm = (norm.size, norm.alpha, norm.beta, norm.k)
-        self.window = (pool.kernel_size, pool.stride)
+        return {"norm": (norm.size, norm.alpha, norm.beta, norm.k), "window": (pool.kernel_size, pool.stride)}
 
     def convolution(self, input: Tensor) -> Tensor:
         """The convolution without its bias, which the block adds."""

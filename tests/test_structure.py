@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from alexnet_ext import ops
+import alexnet_ext
+from alexnet_ext import models, nn, ops
 from alexnet_ext.ops import _backend
 
 from . import cases
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("alexnet_ext", "benchmarks", "csrc", "tests")
+FOLDERS = ("alexnet_ext", "benchmarks", "csrc", "examples", "tests")
 SUFFIXES = {".py", ".h", ".cpp", ".cu", ".cuh"}
 LONGEST = 500
 
@@ -56,6 +57,16 @@ def test_every_op_and_its_backward_has_a_schema_and_a_cpu_kernel(op: str) -> Non
 @each_op
 def test_every_op_says_what_it_equals(op: str) -> None:
     assert "Equals ``" in getattr(ops, op).__doc__.replace("\n    ", " ")
+
+
+def test_the_reference_has_every_public_name() -> None:
+    """docs/*.md names them, mkdocstrings writes the pages from their docstrings."""
+    pages = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md"))
+    named = {line.split(".")[-1] for line in re.findall(r"^::: (\S+)$", pages, re.MULTILINE)}
+    layers = {name for name, value in vars(nn).items() if isinstance(value, type) and value.__module__ == nn.__name__}
+    public = {*ops.__all__, *models.__all__, *alexnet_ext.__all__, *(n for n in layers if not n.startswith("_"))}
+    tables = {"VARIANTS", "INITS", "AlexNetConfig", "summary"}  # data, and what the command line prints
+    assert public - named - tables - {"__version__", "models", "nn", "ops"} == set()
 
 
 def test_kernels_know_no_pytorch() -> None:

@@ -2,5 +2,6 @@
 
 from . import summary
 from .alexnet import INITS, VARIANTS, AlexNet, AlexNetConfig, alexnet, from_torchvision
+from .weights import load_weights
 
-__all__ = ["INITS", "VARIANTS", "AlexNet", "AlexNetConfig", "alexnet", "from_torchvision", "summary"]
+__all__ = ["INITS", "VARIANTS", "AlexNet", "AlexNetConfig", "alexnet", "from_torchvision", "load_weights", "summary"]

@@ -60,16 +60,13 @@ def save(run: Path, model: torch.nn.Module, description: Description, state: Map
     Raises CommandError naming the folder where the disk is full or not writable: nothing is left half written,
     and earlier generations stay.
     """
-    from safetensors.torch import save_file
-
     path = run / "checkpoints" / f"step-{description.step:08d}"
     if path.exists():
         if damage(path) is None:
             return path  # the same step of the same run: the same content
         shutil.rmtree(path, ignore_errors=True)
     with new_folder(path) as folder:
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        save_file(weights, folder / WEIGHTS, metadata={"format": "pt", HEADER: description.to_json()})
+        write_weights(folder / WEIGHTS, model, description)
         with (folder / STATE).open("wb") as stream:
             torch.save(dict(state), stream)
         files = {
@@ -81,6 +78,14 @@ def save(run: Path, model: torch.nn.Module, description: Description, state: Map
     for old in generations(run)[KEEP:]:
         shutil.rmtree(old, ignore_errors=True)
     return path
+
+
+def write_weights(path: Path, model: torch.nn.Module, description: Description) -> None:
+    """Write a weights file: the tensors, and in the header what builds the network again."""
+    from safetensors.torch import save_file
+
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(weights, path, metadata={"format": "pt", HEADER: description.to_json()})
 
 
 def generations(run: Path) -> list[Path]:

@@ -38,6 +38,26 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 @contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A file of the same ending beside ``path``, which takes its place when the block has ended well."""
+    beside = path.with_name(f".{path.stem}.tmp-{os.getpid()}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield beside
+        sync(beside)
+        os.replace(beside, path)
+        sync(path.parent)
+    except Exception as error:
+        cause = _system_error(error)
+        if cause is None:
+            raise
+        raise os_error(path, cause) from error
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder that gets its name ``path`` when the block has ended well and its files are on the disk.
 

@@ -1,0 +1,26 @@
+# Steps of .ci/run on what the package is in other people's hands: reference, examples, other packages, compilers.
+
+reference() {
+  pip install -qq -e '.[docs]' --no-build-isolation
+  NO_MKDOCS_2_WARNING=1 mkdocs build --quiet --strict --site-dir "$work/site"
+  grep -c 'class="doc doc-object' "$work"/site/*/index.html
+}
+
+examples() {
+  pip install -qq -e '.[train,interop]' --no-build-isolation
+  (
+    cd "$work"
+    python "$root/examples/accelerate_torchvision.py" --batch-size 4 --side 96 --steps 2
+    python "$root/examples/lpips_loss.py" --side 64 --steps 20 --out lpips.png
+    python "$root/examples/fused_layer.py" --steps 60
+    python -c 'from PIL import Image; assert Image.open("lpips.png").size == (192, 64)'
+  )
+}
+
+other_packages() {
+  pip install -qq -e '.[test,interop]' --no-build-isolation
+  pytest tests/test_accelerate_models.py tests/test_export.py tests/test_weights.py -rs | tee "$work/log"
+  ! grep SKIPPED "$work/log" || return 1
+}
+
+compilers() { pytest -m long tests/test_export.py; }

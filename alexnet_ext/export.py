@@ -1,0 +1,223 @@
+"""Networks for other programs: ONNX with standard nodes, torch.export, AOTInductor, safetensors."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from . import _library
+from .accelerate import accelerate
+from .data.errors import CommandError, os_error
+from .data.folder import imagenet_preprocessing
+from .models import AlexNet, alexnet, load_weights
+from .models.weights import missing
+from .ops import use_backend
+
+if TYPE_CHECKING:
+    from .training import checkpoint
+
+OPSET = 20
+
+
+def to_onnx(model: nn.Module, example: Tensor, path: str | os.PathLike[str]) -> None:
+    """Write ``model`` as an ONNX file, its weights inside, for any batch size.
+
+    Every ``LocalResponseNorm`` with an odd window is one ``LRN`` node (PyTorch's own exporter takes it to pieces), an
+    even one is Mul, Pad, Slice, Sum and Pow, as ONNX's window leans to the other side there; everything else is
+    ``Conv``, ``Relu``, ``MaxPool``, ``Gemm`` as the model has them, in evaluation.
+
+    Args:
+        model: stock, fused or accelerated, on any device; a copy of it on the CPU is exported.
+        example: an input; the sizes of all dimensions but the first are fixed.
+        path: the file.
+
+    Raises:
+        ImportError: onnx and onnxscript are not installed.
+        RuntimeError: the compiled CPU library, whose ops become the nodes, is not loaded.
+    """
+    translations = onnx_translations()
+    twin = copy.deepcopy(model).cpu().eval()
+    accelerate(twin, relu_pool=False, conv_relu=False, fused_block=False)
+    with use_backend("auto"):
+        exported = _exported(twin, example.cpu())
+    program = torch.onnx.export(
+        exported, dynamo=True, opset_version=OPSET, custom_translation_table=translations, verbose=False
+    )
+    assert program is not None
+    program.save(os.fspath(path), external_data=False)
+
+
+def to_torch_export(model: nn.Module, example: Tensor, path: str | os.PathLike[str]) -> None:
+    """Write ``model`` with ``torch.export.save``, for any batch size; ``import alexnet_ext`` before it is loaded."""
+    with _evaluating(model):
+        torch.export.save(_exported(model, example), os.fspath(path))
+
+
+def to_aoti(model: nn.Module, example: Tensor, path: str | os.PathLike[str]) -> None:
+    """Compile ``model`` with AOTInductor into a ``.pt2`` package, for any batch size.
+
+    It runs where torch is and the compiled library of this package, which ``torch.ops.load_library`` loads; neither
+    this package nor a compiler is needed: ``torch._inductor.aoti_load_package(path)``.
+    """
+    with _evaluating(model):
+        torch._inductor.aoti_compile_and_package(_exported(model, example), package_path=os.fspath(path))
+
+
+def _exported(model: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
+    batch = torch.export.Dim("batch", min=1)
+    # A batch of 1 would be taken for a constant.
+    example = example if example.shape[0] > 1 else torch.cat([example, example])
+    with torch.no_grad():
+        return torch.export.export(model, (example,), dynamic_shapes=({0: batch},))
+
+
+def write(
+    kind: str, path: Path, variant: str | None, weights: Path | None, warn: Callable[[str], None] = lambda text: None
+) -> None:
+    """What ``alexnet export`` does: build a network, give it weights, write it; whole or not at all.
+
+    Args:
+        kind: ``"onnx"``, ``"torch-export"``, ``"aoti"`` or ``"safetensors"``.
+        path: the file to write.
+        variant: None takes the one of the weights: a run's own, torchvision's for .pth, ``"caffe"`` for .caffemodel,
+            ``"paper"`` for others.
+        weights: a run or checkpoint folder, or a file for ``models.load_weights``; None makes a fresh start.
+        warn: hears of damaged checkpoints that were passed over.
+
+    Raises CommandError, one sentence on what the user can mend.
+    """
+    from .training import checkpoint
+    from .training.files import new_file
+
+    model, description = _network(kind in ("torch-export", "aoti"), variant, weights, warn)
+    side = model.config.image_size
+    example = torch.zeros(2, 3, side, side)
+    try:
+        with new_file(path) as beside:
+            if kind == "safetensors":
+                checkpoint.write_weights(beside, model, description)
+            else:
+                {"onnx": to_onnx, "torch-export": to_torch_export, "aoti": to_aoti}[kind](model, example, beside)
+    except ImportError as error:
+        raise CommandError(str(error)) from error
+
+
+def _network(
+    fused: bool, variant: str | None, weights: Path | None, warn: Callable[[str], None]
+) -> tuple[AlexNet, checkpoint.Description]:
+    from .training import checkpoint
+
+    if weights is not None and (weights.is_dir() or weights.suffix == ".safetensors" or not weights.suffix):
+        return checkpoint.load_model(checkpoint.find_weights(weights, warn), variant, fused)
+    ending = "" if weights is None else weights.suffix
+    chosen = variant or {".pth": "torchvision", ".pt": "torchvision", ".caffemodel": "caffe"}.get(ending, "paper")
+    model = alexnet(chosen, fused, init="paper" if weights is None else "torch")
+    preprocessing = None
+    if weights is not None:
+        try:
+            preprocessing = load_weights(model, weights)
+        except (ValueError, ImportError) as error:
+            raise CommandError(str(error)) from error
+        except OSError as error:
+            raise os_error(weights, error) from error
+    classes = tuple(str(i) for i in range(model.config.num_classes))
+    preprocessing = preprocessing or imagenet_preprocessing(model.config.image_size)
+    return model, checkpoint.Description(model.config, classes, preprocessing, data="", step=0)
+
+
+class _evaluating:
+    """Context manager: evaluation inside, each module's own mode again afterwards."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modes = {module: module.training for module in model.modules()}
+        self.model = model
+
+    def __enter__(self) -> None:
+        self.model.eval()
+
+    def __exit__(self, *_: object) -> None:
+        for module, mode in self.modes.items():
+            module.training = mode
+
+
+def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """This package's ops as standard ONNX nodes, for the ``custom_translation_table`` of ``torch.onnx.export``.
+
+    Raises ImportError where onnxscript is not installed, RuntimeError where the compiled library is not loaded.
+    """
+    try:
+        import onnxscript
+    except ImportError as error:
+        raise missing("onnx and onnxscript", "onnx", "export to ONNX") from error
+    if not _library.LIBRARIES[0].loaded:
+        raise RuntimeError(f"export to ONNX needs the compiled CPU library: {_library.LIBRARIES[0].reason}")
+    op: Any = getattr(onnxscript, f"opset{OPSET}")
+
+    def norm(x: Any, size: int, alpha: float, beta: float, k: float) -> Any:
+        if size % 2:
+            return op.LRN(x, size=size, alpha=alpha, beta=beta, bias=k)
+        # Channels c - size/2 to c + size/2 - 1; LRN's would be c - size/2 + 1 to c + size/2.
+        square = op.Pad(
+            op.Mul(x, x), op.Constant(value_ints=[size // 2, size // 2 - 1]), None, op.Constant(value_ints=[1])
+        )
+        axis, end = op.Constant(value_ints=[1]), op.Shape(x, start=1, end=2)
+        parts = []
+        for i in range(size):
+            first = op.Constant(value_ints=[i])
+            parts.append(op.Slice(square, first, op.Add(end, first), axis))
+        scale = op.CastLike(op.Constant(value_float=alpha / size), x)
+        inner = op.Add(op.Mul(op.Sum(*parts), scale), op.CastLike(op.Constant(value_float=k), x))
+        return op.Div(x, op.Pow(inner, op.CastLike(op.Constant(value_float=beta), x)))
+
+    def pool(x: Any, kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool) -> Any:
+        y, _indices = op.MaxPool(
+            x,
+            kernel_shape=list(kernel_size),
+            strides=list(stride),
+            pads=[*padding, *padding],
+            dilations=list(dilation),
+            ceil_mode=int(ceil_mode),
+        )
+        return y
+
+    def biased(x: Any, bias: Any) -> Any:
+        return x if bias is None else op.Add(x, op.Unsqueeze(bias, op.Constant(value_ints=[1, 2])))
+
+    def winners(y: Any) -> Any:
+        return op.Cast(y, to=2)  # uint8; for the backward alone, so that nothing reads it and it is removed
+
+    def local_response_norm(x: Any, size: int, alpha: float, beta: float, k: float) -> Any:
+        return norm(x, size, alpha, beta, k)
+
+    def relu_max_pool2d(
+        x: Any, kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool
+    ) -> tuple[Any, Any]:
+        y = pool(op.Relu(x), kernel_size, stride, padding, dilation, ceil_mode)
+        return y, winners(y)
+
+    def conv2d_bias_relu(x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, groups: int) -> Any:
+        pads = [*padding, *padding]
+        return op.Relu(
+            op.Conv(x, weight, bias, strides=list(stride), pads=pads, dilations=list(dilation), group=groups)
+        )
+
+    def relu_lrn_max_pool2d(
+        x: Any, bias: Any, lrn_size: int, alpha: float, beta: float, k: float, kernel_size: Any, stride: Any
+    ) -> tuple[Any, Any]:
+        y = pool(norm(op.Relu(biased(x, bias)), lrn_size, alpha, beta, k), kernel_size, stride, (0, 0), (1, 1), False)
+        return y, winners(y)
+
+    def relu_max_pool2d_lrn(
+        x: Any, bias: Any, lrn_size: int, alpha: float, beta: float, k: float, kernel_size: Any, stride: Any
+    ) -> tuple[Any, Any, Any]:
+        pooled = pool(op.Relu(biased(x, bias)), kernel_size, stride, (0, 0), (1, 1), False)
+        return norm(pooled, lrn_size, alpha, beta, k), op.Identity(pooled), winners(pooled)
+
+    functions = (local_response_norm, relu_max_pool2d, conv2d_bias_relu, relu_lrn_max_pool2d, relu_max_pool2d_lrn)
+    return {getattr(torch.ops.alexnet_ext, function.__name__).default: function for function in functions}

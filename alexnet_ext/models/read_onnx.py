@@ -1,0 +1,98 @@
+"""Reads the weights of an ONNX graph of AlexNet: its convolutions and linear layers, in the order they stand in."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data.errors import path_text
+from .alexnet import LRN, AlexNet
+from .weights import Contents, Entry, linear_or_conv, missing
+
+LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
+
+
+def read(file: Path, model: AlexNet) -> Contents:
+    """Weights and biases by their place in the graph: what they are called there does not matter."""
+    try:
+        import onnx
+    except ImportError as error:
+        raise missing("onnx", "onnx", "a .onnx file") from error
+    from google.protobuf.message import DecodeError
+
+    shown = path_text(file)
+    try:
+        graph = onnx.load(str(file)).graph
+    except (DecodeError, onnx.checker.ValidationError) as error:
+        raise ValueError(f"{shown}: truncated or no ONNX file ({error})") from error
+    constants: dict[str, Any] = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Constant":
+            constants[node.output[0]] = next((given.t for given in node.attribute if given.name == "value"), None)
+    layers = [node for node in graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]
+    kinds = [node.op_type for node in layers]
+    if [kind == "Conv" for kind in kinds] != [True] * 5 + [False] * 3:
+        raise ValueError(
+            f"{shown}: not AlexNet's five convolutions and three linear layers, but {', '.join(kinds) or 'none'}"
+        )
+    if any(node.op_type == "Transpose" and node.input[0] not in constants for node in graph.node):
+        raise ValueError(f"{shown}: it transposes activations, so that the order of fc6's inputs is unknown")
+    entries: dict[str, Entry] = {}
+    for name, node in zip(LAYERS, layers, strict=True):
+        given = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+        if given.get("transA") or given.get("alpha", 1.0) != 1.0 or given.get("beta", 1.0) != 1.0:
+            raise ValueError(f"{shown}: the Gemm of {name} has transA, alpha or beta")
+        turned = node.op_type == "MatMul" or (node.op_type == "Gemm" and not given.get("transB"))
+        bias = node.input[2] if len(node.input) > 2 else _added(graph, node, constants)
+        for kind, source in (("weight", node.input[1]), ("bias", bias)):
+            key = f"{linear_or_conv(name)}.{kind}"
+            if source:
+                entries[key] = _entry(onnx, constants, source, kind == "weight" and turned, file)
+            else:  # exporters leave out a bias of zeros
+                shape = entries[f"{linear_or_conv(name)}.weight"].shape[:1]
+                entries[key] = Entry(shape, torch.float32, partial(torch.zeros, shape))
+    groups = tuple(
+        next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1) for node in layers[:5]
+    )
+    behind = [{"LRN": "norm", "MaxPool": "pool"}.get(node.op_type, "") for node in graph.node]
+    behind = [kind for kind in behind if kind]
+    order: tuple[str, ...] | None = tuple(behind[:2])
+    lrn = None
+    if "norm" in behind:
+        norm = next(node for node in graph.node if node.op_type == "LRN")
+        given = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in norm.attribute}
+        lrn = LRN(given["size"], given.get("alpha", 1e-4), given.get("beta", 0.75), given.get("bias", 1.0))
+    else:
+        # Without such a node there is no normalization, or one in pieces, which tell nothing.
+        pieces = any(node.op_type in ("Pow", "AveragePool") for node in graph.node)
+        order = None if pieces else tuple(behind[:1])
+    return Contents(entries, order=order, groups=groups, lrn=lrn)
+
+
+def _added(graph: Any, node: Any, constants: dict[str, Any]) -> str:
+    """The constant that an Add puts on a layer's result."""
+    for other in graph.node:
+        if other.op_type == "Add" and node.output[0] in other.input:
+            return next((name for name in other.input if name in constants), "")
+    return ""
+
+
+def _entry(onnx: Any, constants: dict[str, Any], source: str, turned: bool, file: Path) -> Entry:
+    if source not in constants:
+        raise ValueError(f"{path_text(file)}: {source!a} is no initializer, its values are computed")
+    tensor = constants[source]
+    shape = tuple(tensor.dims)
+    dtypes = {1: torch.float32, 10: torch.float16, 11: torch.float64, 16: torch.bfloat16}
+
+    def values() -> torch.Tensor:
+        array = onnx.numpy_helper.to_array(tensor, str(file.parent))
+        wide = array if array.dtype.kind == "f" else array.astype("float32")  # bf16 is a type of ml_dtypes
+        value = torch.from_numpy(wide.copy())
+        return value.t() if turned else value.view(shape)
+
+    if not turned and len(shape) == 3 and shape[1:] == (1, 1):  # a bias that an Add of its own puts on
+        shape = shape[:1]
+    return Entry(shape[::-1] if turned else shape, dtypes.get(tensor.data_type, torch.int64), values)

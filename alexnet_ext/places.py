@@ -1,0 +1,148 @@
+"""Where modules stand in a model, and which of them are known to run one right after another."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import fx, nn
+
+Chain = list["Place"]
+"""Places of one parent whose modules run in this order, each one's output read by the next one alone, as its input."""
+
+
+class Place(NamedTuple):
+    """``parent._modules[key]``, and its name in the whole model."""
+
+    parent: nn.Module
+    key: str
+    name: str
+
+    @property
+    def module(self) -> nn.Module:
+        found = self.parent._modules[self.key]
+        assert found is not None
+        return found
+
+
+def every_place(model: nn.Module) -> Iterator[Place]:
+    """Each place below ``model`` once, in the order of ``named_modules``; not inside of what is sealed."""
+    seen: set[int] = set()
+
+    def walk(parent: nn.Module, prefix: str) -> Iterator[Place]:
+        seen.add(id(parent))
+        for key, child in parent._modules.items():
+            if child is None:
+                continue
+            yield Place(parent, key, prefix + key)
+            if id(child) not in seen and not is_sealed(child):
+                yield from walk(child, f"{prefix}{key}.")
+
+    return iter(()) if is_sealed(model) else walk(model, "")
+
+
+def is_sealed(module: nn.Module) -> bool:
+    """Whether another tool owns what is inside: TorchScript, quantisation."""
+    return isinstance(module, torch.jit.ScriptModule) or type(module).__module__.startswith("torch.ao.")
+
+
+def find_chains(model: nn.Module, trace: bool) -> tuple[list[Chain], dict[nn.Module, str]]:
+    """Every place below ``model``, in one chain each.
+
+    An ``nn.Sequential`` says itself who follows whom. With ``trace``, so does every other module's ``forward``, as
+    ``torch.fx`` sees it in training and in evaluation; the second result are those that it cannot trace, and why.
+    """
+    places = {place.name: place for place in every_place(model)}
+    owners: dict[nn.Module, dict[str, Place]] = {}
+    for place in places.values():
+        owners.setdefault(place.parent, {})[place.key] = place
+    readers: dict[str, set[str]] = defaultdict(set)  # of a place's output, and "" for anybody else
+    sources: dict[str, set[str]] = defaultdict(set)  # of a place's input, likewise
+    untraceable = {}
+    for owner, below in owners.items():
+        prefix = next(place.name.removesuffix(key) for key, place in below.items())
+        if _runs_in_order(owner):
+            names = ["", *(place.name for place in below.values()), ""]
+            flows: Iterable[tuple[str, str]] = pairwise(names)
+        elif trace:
+            try:
+                flows = [flow for training in (True, False) for flow in _traced(owner, prefix, training)]
+            except Exception as error:  # whatever the module's own code raises when it is given proxies
+                untraceable[owner] = str(error).strip().partition("\n")[0] or type(error).__name__
+                continue
+        else:
+            continue
+        for source, reader in flows:
+            readers[source].add(reader)
+            sources[reader].add(source)
+    after = {}
+    for name in places:
+        reader = next(iter(readers[name])) if len(readers[name]) == 1 else ""
+        # A layer may run many times if it is the same neighbour each time.
+        if reader and sources[reader] == {name} and places[reader].parent is places[name].parent:
+            after[name] = places[reader]
+    inner = {place.name for place in after.values()}
+    chains = []
+    for name in places:
+        if name not in inner:
+            chain = [places[name]]
+            while chain[-1].name in after:
+                chain.append(after[chain[-1].name])
+            chains.append(chain)
+    return chains, untraceable
+
+
+def _runs_in_order(module: nn.Module) -> bool:
+    return (
+        isinstance(module, nn.Sequential)
+        and type(module).forward is nn.Sequential.forward
+        and "forward" not in vars(module)
+    )
+
+
+class _Shallow(fx.Tracer):
+    """Sees one module's own code: the modules it calls are leaves."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def trace(owner: nn.Module, training: bool) -> fx.Graph:
+    """``owner.forward`` of its class, in training or in evaluation; the owner is left as it was."""
+    modes, attributes = {module: module.training for module in owner.modules()}, set(vars(owner))
+    try:
+        owner.train(training)
+        graph = _Shallow().trace(owner)
+        made = vars(owner).keys() - attributes  # the tracer keeps the tensors that forward makes in the owner
+        if made:
+            raise RuntimeError("it makes tensors of its own")
+        return graph
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for name in vars(owner).keys() - attributes:
+            delattr(owner, name)
+
+
+def _traced(owner: nn.Module, prefix: str, training: bool) -> list[tuple[str, str]]:
+    """(source, reader) for each input and each output of the modules that ``owner.forward`` calls; "" is anything that
+    is not the only output of one module being the only input of another."""
+    graph = trace(owner, training)
+
+    def called(node: object) -> str:
+        return prefix + str(node.target) if isinstance(node, fx.Node) and node.op == "call_module" else ""
+
+    flows = []
+    for node in graph.nodes:
+        if not called(node):
+            continue
+        given = node.args[0] if len(node.args) == 1 and not node.kwargs else None
+        alone = isinstance(given, fx.Node) and len(given.users) == 1
+        flows.append((called(given) if alone else "", called(node)))
+        for user in node.users:
+            direct = len(node.users) == 1 and user.args == (node,) and not user.kwargs
+            flows.append((called(node), called(user) if direct else ""))
+    return flows

@@ -1,0 +1,224 @@
+"""accelerate(method="fx"): neighbours that a forward calls, and calls of torch.nn.functional."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import alexnet_ext as ax
+from alexnet_ext.calls import Rewritten
+
+from .models import BLOCK, CONV, PAPER, Functional, fused, sequential
+
+NORM, RELU_POOL = "local_response_norm", "relu -> max_pool2d"
+
+
+def test_minds_a_second_reader_and_both_modes() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.d = (nn.Conv2d(4, 4, 1) for _ in range(4))
+            self.ra, self.rb, self.rc, self.rd = (nn.ReLU() for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            a = self.a(x)
+            x = self.ra(a) + a  # two readers
+            x = self.rb(self.b(self.rb(self.b(x))))  # twice, and each time the same neighbours
+            x = self.c(x)
+            if self.training:
+                x = x + 1
+            return self.rd(self.d(self.rc(x)))
+
+    model = Net().eval()
+    x = torch.randn(2, 4, 5, 5)
+    y = model(x)
+    report = ax.accelerate(model, method="fx")
+    assert [tuple(row)[:3] for row in report] == [
+        ("a", "Conv2d", "left alone"),
+        ("b", "Conv2d -> ReLU", "fused"),
+        ("c", "Conv2d", "left alone"),
+        ("d", "Conv2d -> ReLU", "fused"),
+    ]
+    assert not model.training
+    torch.testing.assert_close(model(x), y)
+
+
+def test_says_what_it_cannot_trace() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.body = nn.Conv2d(4, 4, 1), nn.ReLU(), sequential()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(self.b(self.a(x)) if x.sum() > 0 else x)
+
+    model = Net().eval()
+    report = ax.accelerate(model, method="fx")
+    assert report[0][:3] == ("a", "Conv2d", "left alone")
+    assert report[0].reason.startswith("torch.fx cannot trace the forward of Net: symbolically traced variables")
+    assert fused(report) == {PAPER: 1}
+    assert not any(module.training for module in model.modules())
+
+
+def test_sees_that_a_sequential_is_read_between_its_layers() -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = sequential(*BLOCK[:2], nn.MaxPool2d(2))
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            outputs = []
+            for layer in self.layers:
+                x = layer(x)
+                outputs.append(x)
+            return outputs
+
+    model, x = Reads(), torch.randn(1, 4, 9, 9)
+    expected = model(x)
+    assert fused(ax.accelerate(model, method="fx")) == {}
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_leaves_neighbours_in_different_places_alone() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers, self.relu = sequential(nn.Conv2d(4, 6, 3)), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.relu(self.layers[0](x))
+
+    assert fused(ax.accelerate(Net(), method="fx")) == {}
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return Functional().double().eval()
+
+
+def test_calls_are_fused_and_unfused(model: nn.Module) -> None:
+    x = torch.randn(2, 3, 32, 30, dtype=torch.float64)
+    y = model(x)
+    report = ax.accelerate(model, method="fx")
+    assert [tuple(row)[:3] for row in report] == [
+        *(("conv1", "Conv2d", "left alone"), ("conv2", "Conv2d", "left alone"), ("conv3", CONV, "fused")),
+        *(("forward", RELU_POOL, "fused"), ("forward", NORM, "fused")),
+    ]
+    torch.testing.assert_close(model(x), y)
+    names = {node.split()[0] for node in ops_of(model, x) if "alexnet_ext" in node}
+    assert names == {
+        "alexnet_ext::relu_max_pool2d",
+        "alexnet_ext::local_response_norm",
+        "alexnet_ext::conv2d_bias_relu",
+    }
+    again = ax.accelerate(model, method="fx")
+    assert again[-1] == ("forward", "calls", "already fused", "")
+    assert inspect.signature(model.forward) == inspect.signature(Functional().forward)
+    ax.restore(model)
+    assert "forward" not in vars(model)
+    assert not [node for node in ops_of(model, x) if "alexnet_ext" in node]
+    torch.testing.assert_close(model(x), y)
+
+
+def ops_of(model: nn.Module, x: Tensor) -> list[str]:
+    """The operators that a call runs, by name."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile, torch.no_grad():
+        model(x)
+    return [event.name for event in profile.events()]
+
+
+def test_what_is_replaced_later_is_used(model: nn.Module) -> None:
+    ax.accelerate(model, method="fx")
+    x = torch.randn(2, 3, 32, 30, dtype=torch.float64)
+    model.fc = nn.Linear(16, 3).double()
+    assert model(x).shape == (2, 3)
+    model.load_state_dict({name: torch.zeros_like(t) for name, t in model.state_dict().items()}, assign=True)
+    assert not model(x).any()
+
+
+def test_training_and_evaluation_differ_as_before(model: nn.Module) -> None:
+    ax.accelerate(model, method="fx")
+    x = torch.randn(2, 3, 32, 30, dtype=torch.float64)
+    assert torch.equal(model(x), model(x))
+    model.train()
+    assert not torch.equal(model(x), model(x))
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies(model: nn.Module, how: str) -> None:
+    ax.accelerate(model, method="fx")
+    x = torch.randn(2, 3, 32, 30, dtype=torch.float64)
+    y = model(x)
+    twin = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
+    torch.testing.assert_close(twin(x), y)
+    assert isinstance(twin.forward, Rewritten)
+    with torch.no_grad():
+        twin.fc.bias.add_(1)
+    torch.testing.assert_close(twin(x), y + 1)
+    torch.testing.assert_close(model(x), y)
+    ax.restore(twin)
+    torch.testing.assert_close(twin(x), y + 1)
+
+
+def test_compile_and_export(model: nn.Module) -> None:
+    torch._dynamo.reset()
+    ax.accelerate(model, method="fx")
+    x = torch.randn(2, 3, 32, 30, dtype=torch.float64)
+    y = model(x)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), y)
+    exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    torch.testing.assert_close(exported.module()(x), y)
+
+
+def test_nested_blocks_and_options(model: nn.Module) -> None:
+    with ax.accelerated(model, method="fx", relu_pool=False, conv_relu=False) as report:
+        assert fused(report) == {NORM: 1}
+        forward = model.forward
+        with ax.accelerated(model, method="fx"):
+            assert model.forward is forward
+        assert model.forward is forward
+    assert "forward" not in vars(model)
+    assert fused(ax.accelerate(model, method="fx", filter_fn=lambda module, name: bool(name))) == {CONV: 1}
+    ax.restore(model)
+    assert fused(ax.accelerate(model)) == {}
+
+
+def test_a_relu_in_place_whose_input_is_read_elsewhere_stays() -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: Tensor) -> tuple[Any, ...]:
+            a, b = self.a(x), self.b(x)
+            first = F.max_pool2d(F.relu(a, inplace=True), 2)
+            second = F.max_pool2d(F.relu(b.view_as(b), inplace=True), 2)
+            third = F.max_pool2d(F.relu(x), 2, return_indices=True)
+            return first, second, third, a, b, F.max_pool2d(x.relu(), 3, ceil_mode=True)
+
+    model, x = Writes(), torch.randn(1, 4, 7, 7)
+    expected = model(x)
+    report = ax.accelerate(model, method="fx")
+    assert fused(report) == {RELU_POOL: 1}
+    assert model.forward.found[True] == [RELU_POOL]
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_a_forward_that_makes_tensors_is_left_alone() -> None:
+    class Makes(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.local_response_norm(x, 3) * torch.tensor(2.0)
+
+    model, x = Makes(), torch.randn(1, 4, 5, 5)
+    before = set(vars(model))
+    expected = model(x)
+    ax.accelerate(model, method="fx")
+    assert set(vars(model)) == before
+    torch.testing.assert_close(model(x), expected)
