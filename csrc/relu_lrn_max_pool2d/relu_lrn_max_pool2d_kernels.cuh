@@ -12,7 +12,7 @@ namespace alexnet_ext {
 // ---- channels-last: lanes of eight channels
 
 template <class T, int N, int K>
-__global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
+__global__ void __launch_bounds__(kBlockThreads, 3)  // 85 registers
     relu_lrn_max_pool2d_lanes_kernel(DeviceBlock<float> p, int64_t vectors, const T* __restrict__ x,
                                      const T* __restrict__ bias, T* __restrict__ y, uint8_t* __restrict__ winners) {
   for_lanes(vectors, [&](int64_t v, bool owns) {
