@@ -104,18 +104,24 @@ inline int64_t lane_blocks(int64_t vectors) {
   return blocks < kMaxBlocks ? blocks : kMaxBlocks;
 }
 
-// f(v, owns) for all v < vectors, as often for all lanes of a warp. Lanes in memory order, so that the lane beside
-// holds the channels beside, wherever a pixel has them. Where `owns` is false f must not write.
-template <class F>
-__device__ inline void for_lanes(int64_t vectors, F&& f) {
+// f(v, owns) for all v < vectors, as often for all lanes of a warp, warp `warp` of `warps`. Lanes in memory order, so
+// that the lane beside holds the channels beside, wherever a pixel has them. Where `owns` is false f must not write.
+template <class Index, class F>
+__device__ inline void for_lanes(Index vectors, Index warp, Index warps, F&& f) {
   const int lane = threadIdx.x % kWarp;
-  const int64_t warp = static_cast<int64_t>(blockIdx.x) * (kBlockThreads / kWarp) + threadIdx.x / kWarp;
-  const int64_t step = static_cast<int64_t>(gridDim.x) * kBlockOwners;
-  for (int64_t first = warp * kOwners; first < vectors; first += step) {
-    const int64_t v = first + lane - 1;
+  for (Index first = warp * kOwners; first < vectors; first += warps * kOwners) {
+    const Index v = first + lane - 1;
     const bool owns = lane > 0 && lane < kWarp - 1 && v < vectors;
     f(v < 0 ? 0 : v < vectors ? v : vectors - 1, owns);
   }
+}
+
+// All warps of the grid.
+template <class F>
+__device__ inline void for_lanes(int64_t vectors, F&& f) {
+  constexpr int kWarps = kBlockThreads / kWarp;
+  for_lanes<int64_t>(vectors, static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp,
+                     static_cast<int64_t>(gridDim.x) * kWarps, f);
 }
 
 // Window sums of v; `first` and `last` say that the pixel has no channels before or behind this lane's.

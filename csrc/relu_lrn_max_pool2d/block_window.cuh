@@ -63,4 +63,88 @@ struct Lane {
   }
 };
 
+// ---- tiles: what several windows share is computed once, and kept in shared memory
+
+constexpr int64_t kSharedBytes = 48 << 10;
+
+// Images cut into tiles of rows x columns, each of which needs need_rows x need_columns pixels of the other images.
+struct Tiles {
+  int rows = 0, columns = 0, need_rows = 0, need_columns = 0;
+  int64_t count = 0;  // 0: not one needed window fits
+  Divisor by_down{1}, by_across{1};
+  Divisor by_need_row{1}, by_row{1};  // lanes a row
+
+  int64_t shared_bytes(int64_t channels) const { return need_rows * need_columns * channels * sizeof(float); }
+};
+
+// The tiles of s that cost least, in instructions for each needed pixel and each own one, four blocks at a time on each
+// of 132 multiprocessors. need(i, length): how many pixels a tile of that length needs along side i.
+template <class Need>
+inline Tiles choose_tiles(const Images& s, int64_t need_cost, int64_t own_cost, Need&& need) {
+  constexpr int64_t kLongest = 16, kBlocks = 4 * 132;
+  Tiles best;
+  int64_t least = 0;
+  for (int64_t rows = 1; rows <= kLongest && rows <= s.height; ++rows)
+    for (int64_t columns = 1; columns <= kLongest && columns <= s.width; ++columns) {
+      const int64_t needed = need(0, rows) * need(1, columns);
+      if (needed * s.channels * static_cast<int64_t>(sizeof(float)) > kSharedBytes) continue;
+      const int64_t down = ceil_div(s.height, rows), across = ceil_div(s.width, columns);
+      const int64_t count = s.batch * down * across, rounds = ceil_div(count, kBlocks);
+      const int64_t cost = rounds * (needed * need_cost + rows * columns * own_cost);
+      if (least != 0 && cost >= least) continue;
+      least = cost;
+      const int64_t lanes = s.channels / kLaneChannels;
+      best = {static_cast<int>(rows),
+              static_cast<int>(columns),
+              static_cast<int>(need(0, rows)),
+              static_cast<int>(need(1, columns)),
+              count,
+              Divisor(down),
+              Divisor(across),
+              Divisor(need(1, columns) * lanes),
+              Divisor(columns * lanes)};
+    }
+  return best;
+}
+
+// A tile's first pixel.
+__device__ inline Position tile_position(const Tiles& tiles, int64_t tile) {
+  const int64_t line = tiles.by_across.divide(tile), image = tiles.by_down.divide(line);
+  return {image, 0, static_cast<int>(line - image * tiles.by_down.value) * tiles.rows,
+          static_cast<int>(tile - line * tiles.by_across.value) * tiles.columns};
+}
+
+// The place of vector v of a tile whose rows have by_row vectors.
+struct TilePlace {
+  int row, column, lane;
+
+  __device__ TilePlace(const Divisor& by_row, const Divisor& lanes, int v) {
+    row = static_cast<int>(by_row.divide(v));
+    const int rest = v - row * static_cast<int>(by_row.value);
+    column = static_cast<int>(lanes.divide(rest));
+    lane = rest - column * static_cast<int>(lanes.value);
+  }
+};
+
+// Eight channels in shared memory, as two halves, each next to its neighbours' (no bank is asked twice at once).
+__device__ inline void put(float* shared, int vectors, int v, const float (&values)[kLaneChannels]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float four[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) four[i] = values[half * 4 + i];
+    store<4>(shared + (half * vectors + v) * 4, four);
+  }
+}
+
+__device__ inline void get(float (&values)[kLaneChannels], const float* shared, int vectors, int v) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float four[4];
+    load<4>(four, shared + (half * vectors + v) * 4);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) values[half * 4 + i] = four[i];
+  }
+}
+
 }  // namespace alexnet_ext

@@ -1,6 +1,15 @@
 #include "relu_lrn_max_pool2d_kernels.cuh"
 
 namespace alexnet_ext {
+namespace {
+
+// Tiles of the output. An input costs some 125 instructions, an output of nine taps 270.
+Tiles tiles_of(const LrnPoolBlock& p) {
+  return choose_tiles(p.out, 125, 270,
+                      [&](int i, int64_t length) { return (length - 1) * p.pool.stride[i] + p.pool.kernel[i]; });
+}
+
+}  // namespace
 
 int relu_lrn_max_pool2d_cuda(const LrnPoolBlock& p, const void* x, const void* bias, void* y, uint8_t* winners,
                              void* stream) {
@@ -13,11 +22,12 @@ int relu_lrn_max_pool2d_cuda(const LrnPoolBlock& p, const void* x, const void* b
     const T *in = static_cast<const T*>(x), *b = static_cast<const T*>(bias);
     T* out = static_cast<T*>(y);
     if constexpr (__is_same(Acc<T>, float)) {
-      if (has_lanes(p, aligned(x, bias, y, winners))) {
-        const int64_t vectors = n / kLaneChannels;
+      const Tiles tiles = has_lanes(p, aligned(x, bias, y, winners)) ? tiles_of(p) : Tiles();
+      if (tiles.count > 0) {
         const bool three = p.pool.kernel[0] == 3 && p.pool.kernel[1] == 3;
         status = launch(three ? relu_lrn_max_pool2d_lanes_kernel<T, 5, 3> : relu_lrn_max_pool2d_lanes_kernel<T, 5, 0>,
-                        lane_blocks(vectors), 0, stream, block, vectors, in, b, out, winners);
+                        tiles.count < kMaxBlocks ? tiles.count : kMaxBlocks, tiles.shared_bytes(p.in.channels), stream,
+                        block, tiles, in, b, out, winners);
         return;
       }
     }

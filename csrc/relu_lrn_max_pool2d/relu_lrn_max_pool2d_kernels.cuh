@@ -11,28 +11,54 @@ namespace alexnet_ext {
 
 // ---- channels-last: lanes of eight channels
 
+// A block normalizes what a tile of outputs needs into shared memory, then pools it from there.
 template <class T, int N, int K>
-__global__ void __launch_bounds__(kBlockThreads, 3)  // 85 registers
-    relu_lrn_max_pool2d_lanes_kernel(DeviceBlock<float> p, int64_t vectors, const T* __restrict__ x,
+__global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
+    relu_lrn_max_pool2d_lanes_kernel(DeviceBlock<float> p, Tiles tiles, const T* __restrict__ x,
                                      const T* __restrict__ bias, T* __restrict__ y, uint8_t* __restrict__ winners) {
-  for_lanes(vectors, [&](int64_t v, bool owns) {
-    const Lane lane(p.lanes, v);
-    const Position at = p.out.position(v * kLaneChannels);
-    const T* from = x + p.in.at(at.image, lane.channel, 0, 0);
-    Best<float, kLaneChannels> best;
-    for_taps<K>(p.pool, p.in, at.row, at.column, [&](int ih, int iw, int tap) {
-      float values[kLaneChannels], normalized[kLaneChannels];
-      load<kLaneChannels>(values, from + ih * p.in.row_step + iw * p.in.column_step);
-      add_bias(values, bias, lane.channel);
+  float* normalized = shared_memory<float>();
+  const int lanes = static_cast<int>(p.lanes.value), all = tiles.need_rows * tiles.need_columns * lanes;
+  for (int64_t tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
+    const Position first = tile_position(tiles, tile);
+    const int left_rows = p.out.height - first.row, rows = tiles.rows < left_rows ? tiles.rows : left_rows;
+    const int top = first.row * p.pool.stride[0], left = first.column * p.pool.stride[1];
+    const int need_rows = (rows - 1) * p.pool.stride[0] + p.pool.kernel[0];
+    const T* from = x + p.in.at(first.image, 0, top, 0);
+    for_lanes<int>(need_rows * tiles.need_columns * lanes, threadIdx.x / kWarp, kBlockThreads / kWarp,
+                   [&](int v, bool owns) {
+                     const TilePlace at(tiles.by_need_row, p.lanes, v);
+                     // The last tile of a row may reach beyond the image.
+                     const int column = left + at.column < p.in.width ? left + at.column : p.in.width - 1;
+                     const int channel = at.lane * kLaneChannels;
+                     float values[kLaneChannels], out[kLaneChannels];
+                     load<kLaneChannels>(values, from + at.row * p.in.row_step + column * p.in.column_step + channel);
+                     add_bias(values, bias, channel);
 #pragma unroll
-      for (int i = 0; i < kLaneChannels; ++i) values[i] = relu(values[i]);
-      lrn_values<N>(normalized, p.lrn, values, lane.first, lane.last);
-      best.template take<false>(normalized, tap);
-    });
-    if (!owns) return;
-    store<kLaneChannels>(y + v * kLaneChannels, best.value);
-    store_bytes<kLaneChannels>(winners + v * kLaneChannels, best.tap);
-  });
+                     for (int i = 0; i < kLaneChannels; ++i) values[i] = relu(values[i]);
+                     lrn_values<N>(out, p.lrn, values, at.lane == 0, at.lane == lanes - 1);
+                     if (owns) put(normalized, all, v, out);
+                   });
+    __syncthreads();
+    const int height = K ? K : p.pool.kernel[0], width = K ? K : p.pool.kernel[1];
+    for (int v = threadIdx.x; v < rows * tiles.columns * lanes; v += kBlockThreads) {
+      const TilePlace at(tiles.by_row, p.lanes, v);
+      if (first.column + at.column >= p.out.width) continue;
+      Best<float, kLaneChannels> best;
+#pragma unroll(K ? K : 1)
+      for (int r = 0; r < height; ++r)
+#pragma unroll(K ? K : 1)
+        for (int s = 0; s < width; ++s) {
+          const int row = at.row * p.pool.stride[0] + r, column = at.column * p.pool.stride[1] + s;
+          float values[kLaneChannels];
+          get(values, normalized, all, (row * tiles.need_columns + column) * lanes + at.lane);
+          best.template take<false>(values, r * width + s);
+        }
+      const int64_t to = p.out.at(first.image, at.lane * kLaneChannels, first.row + at.row, first.column + at.column);
+      store<kLaneChannels>(y + to, best.value);
+      store_bytes<kLaneChannels>(winners + to, best.tap);
+    }
+    __syncthreads();
+  }
 }
 
 template <class T, int N>

@@ -1,8 +1,8 @@
 // CaffeNet's block on CUDA: bias, ReLU, pooling and LRN of x in one kernel, and its backward in another.
 //
 // Channels-last with AlexNet's LRN, a lane holds eight channels and finds their neighbours in the lanes beside it.
-// Bytes forward: x once, y, pooled and winners (each a quarter of x or less, at 3/2) once. Backward: dy, pooled and
-// winners once from memory, as an input's windows overlap in L1 and L2, dx once, and the bias sums.
+// Bytes forward: x once, as windows overlap in L1 and L2; y, pooled and winners (each a quarter of x or less, at 3/2)
+// once. Backward: dy, pooled and winners once, and again what two tiles share, from L2; dx once, and the bias sums.
 #pragma once
 
 #include "../relu_lrn_max_pool2d/block_window.cuh"
@@ -37,39 +37,59 @@ __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
   });
 }
 
+// A block computes the gradients of what was pooled, as a tile of inputs needs them, into shared memory, and gathers
+// from there.
 template <class T, int N>
-__global__ void __launch_bounds__(kBlockThreads, 3)  // 85 registers
-    relu_max_pool2d_lrn_lanes_backward_kernel(DeviceBlock<float> p, int64_t vectors, const T* __restrict__ dy,
+__global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
+    relu_max_pool2d_lrn_lanes_backward_kernel(DeviceBlock<float> p, Tiles tiles, const T* __restrict__ dy,
                                               const T* __restrict__ pooled, const uint8_t* __restrict__ winners,
                                               T* __restrict__ dx, float* __restrict__ sums) {
+  float* dpooled = shared_memory<float>();
+  const int lanes = static_cast<int>(p.lanes.value), all = tiles.need_rows * tiles.need_columns * lanes;
+  const int owners = kBlockThreads / lanes * lanes;  // each of which stays at its channels
   float sum[kLaneChannels] = {};
-  for_lanes(vectors, [&](int64_t v, bool owns) {
-    const Lane lane(p.lanes, v);
-    const Position at = p.in.position(v * kLaneChannels);
-    const int64_t base = p.out.at(at.image, lane.channel, 0, 0);
-    float out[kLaneChannels] = {};
-    for_windows(p.pool, p.out, at.row, at.column, [&](int oh, int ow, int tap) {
-      if (__ballot_sync(0xffffffff, tap >= 0) == 0) return;
-      // All lanes, as they exchange values; those whose window does not exist with zeros.
-      float values[kLaneChannels] = {}, gradient[kLaneChannels] = {}, dpooled[kLaneChannels];
-      Bytes<kLaneChannels> won = 0;
-      if (tap >= 0) {
-        const int64_t from = base + oh * p.out.row_step + ow * p.out.column_step;
-        load<kLaneChannels>(values, pooled + from);
-        load<kLaneChannels>(gradient, dy + from);
-        won = load_bytes<kLaneChannels>(winners + from);
+  for (int64_t tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
+    const Position first = tile_position(tiles, tile);
+    // The first window that reaches the tile. (No padding, dilation 1.)
+    const int before_row = first.row - p.pool.kernel[0], before_column = first.column - p.pool.kernel[1];
+    const int top = before_row < 0 ? 0 : static_cast<int>(p.pool.by_stride[0].divide(before_row)) + 1;
+    const int left = before_column < 0 ? 0 : static_cast<int>(p.pool.by_stride[1].divide(before_column)) + 1;
+    const int left_rows = p.out.height - top, rows = tiles.need_rows < left_rows ? tiles.need_rows : left_rows;
+    for_lanes<int>(rows * tiles.need_columns * lanes, threadIdx.x / kWarp, kBlockThreads / kWarp,
+                   [&](int v, bool owns) {
+                     const TilePlace at(tiles.by_need_row, p.lanes, v);
+                     const int column = left + at.column < p.out.width ? left + at.column : p.out.width - 1;
+                     const int64_t from = p.out.at(first.image, at.lane * kLaneChannels, top + at.row, column);
+                     float values[kLaneChannels], gradient[kLaneChannels], out[kLaneChannels];
+                     load<kLaneChannels>(values, pooled + from);
+                     load<kLaneChannels>(gradient, dy + from);
+                     lrn_gradients<N>(out, p.lrn, values, gradient, at.lane == 0, at.lane == lanes - 1);
+                     if (owns) put(dpooled, all, v, out);
+                   });
+    __syncthreads();
+    const int own_rows = tiles.rows < p.in.height - first.row ? tiles.rows : p.in.height - first.row;
+    if (static_cast<int>(threadIdx.x) < owners) {
+      for (int v = threadIdx.x; v < own_rows * tiles.columns * lanes; v += owners) {
+        const TilePlace at(tiles.by_row, p.lanes, v);
+        const int row = first.row + at.row, column = first.column + at.column, channel = at.lane * kLaneChannels;
+        if (column >= p.in.width) continue;
+        float out[kLaneChannels] = {};
+        for_windows(p.pool, p.out, row, column, [&](int oh, int ow, int tap) {
+          if (tap < 0) return;
+          const auto won = load_bytes<kLaneChannels>(winners + p.out.at(first.image, channel, oh, ow));
+          float gradient[kLaneChannels];
+          get(gradient, dpooled, all, ((oh - top) * tiles.need_columns + ow - left) * lanes + at.lane);
+#pragma unroll
+          for (int i = 0; i < kLaneChannels; ++i) out[i] += byte_of<kLaneChannels>(won, i) == tap ? gradient[i] : 0.0f;
+        });
+#pragma unroll
+        for (int i = 0; i < kLaneChannels; ++i) sum[i] += out[i];
+        store<kLaneChannels>(dx + p.in.at(first.image, channel, row, column), out);
       }
-      lrn_gradients<N>(dpooled, p.lrn, values, gradient, lane.first, lane.last);
-#pragma unroll
-      for (int i = 0; i < kLaneChannels; ++i)
-        if (tap >= 0 && byte_of<kLaneChannels>(won, i) == tap) out[i] += dpooled[i];
-    });
-    if (!owns) return;
-#pragma unroll
-    for (int i = 0; i < kLaneChannels; ++i) sum[i] += out[i];
-    store<kLaneChannels>(dx + v * kLaneChannels, out);
-  });
-  sum_vectors<kLaneChannels, kOwners>(sum, p.lanes, sums);
+    }
+    __syncthreads();
+  }
+  sum_owners(sum, lanes, 0, owners, [](int i) { return i; }, sums);
 }
 
 // ---- any layout, window and beta: element by element
