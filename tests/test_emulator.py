@@ -95,6 +95,21 @@ def test_values_and_gradients(case: Case, dtype: torch.dtype, layout: str) -> No
     oracle.assert_matches_float64(case, cases.make(case, dtype, layout), "native")
 
 
+# Many blocks, tiles of several pixels that images end within, threads and blocks that take more than one turn.
+LARGE_CASES = (
+    pool((70_000, 1, 2, 3), 2, 1),
+    lrn((70_000, 1, 1, 1)),
+    *(block(op, shape) for op in cases.BLOCKS for shape in ((100, 8, 13, 11), (41, 24, 10, 17))),
+)
+
+
+@pytest.mark.usefixtures("poisoned", "emulator")
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("case", cases.params(LARGE_CASES))
+def test_many_blocks(case: Case, layout: str) -> None:
+    oracle.assert_matches_float64(case, cases.make(case, layout=layout), "native")
+
+
 def raw(case: Case, tensors: cases.Tensors) -> list[torch.Tensor]:
     """What the compiled op and its backward return, in one list."""
     results: list[torch.Tensor] = []
