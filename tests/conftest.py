@@ -15,16 +15,32 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else 
 
 from alexnet_ext import _library  # noqa: E402
 
+from . import emulated
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--emulator", default=ROOT / "build" / "emulator", help="the folder that the emulator is built in")
+    parser.addoption(
+        "--emulated", choices=emulated.ORDERS, help="run the ops' CUDA kernels emulated, lanes in this order"
+    )
 
 
 def pytest_report_header() -> str:
     libraries = ", ".join(f"{lib.name}: {'loaded' if lib.loaded else lib.reason}" for lib in _library.LIBRARIES)
     return f"torch {torch.__version__}, {torch.get_num_threads()} threads, libraries {libraries}"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _emulated(request: pytest.FixtureRequest) -> Iterator[None]:
+    order = request.config.getoption("--emulated")
+    if order is None:
+        yield
+        return
+    with emulated.kernels_emulated(Path(request.config.getoption("--emulator")), order) as emulator:
+        yield
+        assert emulator.alexnet_emulator_launches() > 0
 
 
 @pytest.fixture(autouse=True)

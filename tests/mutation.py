@@ -1,8 +1,9 @@
-"""``python tests/mutation.py``: do the tests notice a fault? Plants faults in the CPU kernels, one at a time.
+"""``python tests/mutation.py``: do the tests notice a fault? Plants faults in the kernels, one at a time.
 
 Each fault is an exact replacement of text in a temporary copy of the tree. What depends on it is rebuilt (for the
 portable instruction set alone, which holds the same code), and the op's plain C++ test must fail, or, where the fault
-lies in front of the kernels, the named tests of pytest. Exit code 1 when a fault survives, or can no longer be planted.
+lies in front of the kernels or in CUDA's, the named tests of pytest. Exit code 1 when a fault survives, or can no
+longer be planted.
 
     python tests/mutation.py [NAME ...]     # only the faults whose name holds one of the words
 """
@@ -25,6 +26,9 @@ POOL = "csrc/relu_max_pool2d/relu_max_pool2d_rows.h"
 VECTOR = "csrc/common/cpu_vector.h"
 LINEAR = "csrc/linear_bias_relu/linear_bias_relu_cpu.cpp"
 BIAS = "csrc/common/cpu_bias.h"
+CUDA_LRN = "csrc/local_response_norm/local_response_norm_window.cuh"
+CUDA_SUMS = "csrc/common/channel_sums.cuh"
+EMULATOR = "tests/test_emulator.py"
 SECONDS = 240  # a fault may make a loop endless
 
 
@@ -123,6 +127,28 @@ FAULTS = (
           "tests/test_citizen.py -k 'gradients_of_any_layout and conv2d_bias_relu and float32'"),
     Fault("boundary: bias gradient of the first band alone", "csrc/relu_lrn_max_pool2d/block.h", "u < units_", "u < 1",
           "tests/test_relu_lrn_max_pool2d.py -k 'values_and_gradients and contiguous and float32'"),
+    Fault("CUDA: no barrier between filling a tile and pooling it",
+          "csrc/relu_lrn_max_pool2d/relu_lrn_max_pool2d_kernels.cuh", "__syncthreads();\n    const int height",
+          "const int height", f"{EMULATOR} -k 'relu_lrn_max_pool2d and float32 and channels_last'"),
+    Fault("CUDA: no barrier before a block's next tile",
+          "csrc/relu_max_pool2d_lrn/relu_max_pool2d_lrn_kernels.cuh", "__syncthreads();\n  }\n  sum_owners",
+          "}\n  sum_owners", f"{EMULATOR} -k 'relu_max_pool2d_lrn and (order or many)'"),
+    Fault("CUDA: no barrier before rows are added up", CUDA_SUMS,
+          "shared[threadIdx.x] = sum;\n  __syncthreads();\n  if (run", "shared[threadIdx.x] = sum;\n  if (run",
+          f"{EMULATOR} -k 'order and conv2d_bias_relu'"),
+    Fault("CUDA: outer lanes of a warp write too", CUDA_LRN,
+          "lane > 0 && lane < kWarp - 1 && v < vectors", "v < vectors",
+          f"{EMULATOR} -k 'order and local_response_norm'"),
+    Fault("CUDA: the window reaches into the next pixel", CUDA_LRN, "last ? 0 : behind", "behind",
+          f"{EMULATOR} -k 'values and local_response_norm and float32 and channels_last'"),
+    Fault("CUDA: chunks of channels without their ends", CUDA_LRN, "c = first - kHalf;", "c = first;",
+          f"{EMULATOR} -k 'values and local_response_norm and float32 and contiguous'"),
+    Fault("CUDA: NaN skipped", "csrc/relu_max_pool2d/relu_max_pool2d_window.cuh", "|| v[i] != v[i]", "",
+          f"{EMULATOR} -k 'to_the_bit and float32'"),
+    Fault("CUDA: one plane's bias added to the next", "csrc/conv2d_bias_relu/conv2d_bias_relu_kernels.cuh",
+          "j < left ? own : next", "own", f"{EMULATOR} -k 'conv2d_bias_relu and float32'"),
+    Fault("CUDA: reciprocal rounded down", "csrc/common/images.cuh", "static_cast<uint64_t>(divisor) + 1",
+          "static_cast<uint64_t>(divisor)", f"{EMULATOR} -k 'to_the_bit and float32'"),
 )  # fmt: skip
 
 
@@ -140,7 +166,8 @@ class Tree:
             [
                 *("cmake", "-G", "Ninja", "-S", str(self.folder), "-B", str(self.build)),
                 *(f"-DPython_EXECUTABLE={sys.executable}", f"-DALEXNET_EXT_OUTPUT={self.folder / 'alexnet_ext'}"),
-                *("-DALEXNET_EXT_TESTS=ON", "-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O1"),
+                *("-DALEXNET_EXT_TESTS=ON", "-DALEXNET_EXT_EMULATOR=ON"),
+                *("-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O1"),
                 # Named as a target of its own, the machine is none that CMakeLists.txt knows instruction sets for.
                 *("-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=portable"),
             ],
@@ -148,7 +175,7 @@ class Tree:
         )
 
     def _run(self, command: list[str], failure: str) -> None:
-        # No nvcc: the CUDA kernels are none of this script's business.
+        # No nvcc: the CUDA kernels run on the CPU here.
         environment = {**os.environ, "CUDACXX": "none", "PATH": self.path}
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode:
@@ -158,8 +185,10 @@ class Tree:
         """Builds what ``test`` needs, and no more; the command that runs it."""
         ninja = ["ninja", "-C", str(self.build)]
         if test.startswith("tests/"):
-            self._run([*ninja, "cpu"], f"{test}: the library does not compile")
-            return [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *shlex.split(test)]
+            targets = ["cpu", "emulator"] if test.startswith(EMULATOR) else ["cpu"]
+            self._run([*ninja, *targets], f"{test}: the library does not compile")
+            options = ("-x", "-p", "no:cacheprovider", "--emulator", str(self.folder / "alexnet_ext"))
+            return [sys.executable, "-m", "pytest", *options, *shlex.split(test)]
         # One op's kernel of all those that ctest's program links: the others may depend on the fault's file too.
         objects = [
             f"CMakeFiles/test_{test}.dir/tests/cpp/test_{test}.cpp.o",

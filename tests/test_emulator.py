@@ -95,6 +95,21 @@ def test_values_and_gradients(case: Case, dtype: torch.dtype, layout: str) -> No
     oracle.assert_matches_float64(case, cases.make(case, dtype, layout), "native")
 
 
+# Many blocks, tiles of several pixels that images end within, threads and blocks that take more than one turn.
+LARGE_CASES = (
+    pool((70_000, 1, 2, 3), 2, 1),
+    lrn((70_000, 1, 1, 1)),
+    *(block(op, shape) for op in cases.BLOCKS for shape in ((100, 8, 13, 11), (41, 24, 10, 17))),
+)
+
+
+@pytest.mark.usefixtures("poisoned", "emulator")
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("case", cases.params(LARGE_CASES))
+def test_many_blocks(case: Case, layout: str) -> None:
+    oracle.assert_matches_float64(case, cases.make(case, layout=layout), "native")
+
+
 def raw(case: Case, tensors: cases.Tensors) -> list[torch.Tensor]:
     """What the compiled op and its backward return, in one list."""
     results: list[torch.Tensor] = []
@@ -203,19 +218,31 @@ def test_a_planted_fault_is_noticed(emulator: ctypes.CDLL, fault: int) -> None:
         assert all(str(value).startswith(OUTCOMES[fault]) for value in found), found
 
 
-def test_a_load_beyond_the_end_is_noticed(folder: Path) -> None:
-    """By AddressSanitizer, or without it by a page behind the values that cannot be read."""
-    script = f"""
-import ctypes, mmap, torch
+# The last of 64 values stands before a page that cannot be read, or at the end of a tensor's memory.
+MEMORY = {
+    "page": """
+import mmap
 page = mmap.PAGESIZE
 memory = mmap.mmap(-1, 2 * page)
-start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + page), page, 0) == 0
+start = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + page - 64 * 4
+assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + 64 * 4), page, 0) == 0
+""",
+    "tensor": "values = torch.zeros(64)\nstart = values.data_ptr()\n",
+}
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+def test_a_load_beyond_the_end_is_noticed(folder: Path, memory: str) -> None:
+    if memory == "tensor" and not hasattr(ctypes.CDLL(None), "__asan_init"):
+        pytest.skip("AddressSanitizer is not loaded (.ci/run loads it)")
+    script = f"""
+import ctypes, torch
+{MEMORY[memory]}
 library = ctypes.CDLL({str(folder / emulated.NAME)!r})
 total = (ctypes.c_float * 1)()
 for fault in (0, 2):
     print("fault", fault, flush=True)
-    library.alexnet_emulator_fault(fault, ctypes.c_void_p(start + page - 64 * 4), total)
+    library.alexnet_emulator_fault(fault, ctypes.c_void_p(start), total)
 print("not noticed", flush=True)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)

@@ -35,28 +35,35 @@ inline cudaError_t sum_rows(int64_t rows, int64_t channels, const void* sums, vo
 
 // ---- V neighbouring channels of channels-last images: a thread stays at its channels
 
-// The row's sums = those of this block's threads. The inner kOwners lanes of each warp walk along the vectors of V
-// channels in memory order, all blocks together in steps that are a multiple of a pixel's vectors.
-template <int V, int kOwners, class A>
-__device__ inline void sum_vectors(const A (&sum)[V], const Divisor& vectors, A* __restrict__ sums) {
-  constexpr int kBlockOwners = kBlockThreads / kWarp * kOwners, kOuter = (kWarp - kOwners) / 2;
+// The row's sums = those of this block's owners, of which number i is thread thread_of(i) and stays at vector
+// (before + i) % vectors of a pixel.
+template <int V, class A, class ThreadOf>
+__device__ inline void sum_owners(const A (&sum)[V], int vectors, int before, int owners, ThreadOf&& thread_of,
+                                  A* __restrict__ sums) {
   A* shared = shared_memory<A>();
 #pragma unroll
   for (int i = 0; i < V; ++i) shared[threadIdx.x * V + i] = sum[i];
   __syncthreads();
-  const int64_t start = static_cast<int64_t>(blockIdx.x) * kBlockOwners;
-  const int count = static_cast<int>(vectors.value), before = static_cast<int>(start - vectors.divide(start) * count);
-  const int channels = count * V;
+  const int channels = vectors * V;
   for (int channel = threadIdx.x; channel < channels; channel += kBlockThreads) {
-    // The block's owner i stands at vector (before + i) % count of a pixel.
     const int vector = channel / V;
     A total = 0;
-    for (int i = vector >= before ? vector - before : vector - before + count; i < kBlockOwners; i += count) {
-      const int thread = i / kOwners * kWarp + kOuter + i % kOwners;
-      total += shared[thread * V + channel % V];
-    }
+    for (int i = vector >= before ? vector - before : vector - before + vectors; i < owners; i += vectors)
+      total += shared[thread_of(i) * V + channel % V];
     sums[static_cast<int64_t>(blockIdx.x) * channels + channel] = total;
   }
+}
+
+// The same where the inner kOwners lanes of each warp walk along all vectors in memory order, all blocks together in
+// steps that are a multiple of a pixel's vectors.
+template <int V, int kOwners, class A>
+__device__ inline void sum_vectors(const A (&sum)[V], const Divisor& vectors, A* __restrict__ sums) {
+  constexpr int kBlockOwners = kBlockThreads / kWarp * kOwners, kOuter = (kWarp - kOwners) / 2;
+  const int64_t start = static_cast<int64_t>(blockIdx.x) * kBlockOwners;
+  const int before = static_cast<int>(start - vectors.divide(start) * vectors.value);
+  sum_owners(
+      sum, static_cast<int>(vectors.value), before, kBlockOwners,
+      [](int i) { return i / kOwners * kWarp + kOuter + i % kOwners; }, sums);
 }
 
 // ---- element by element: a thread stays at one channel

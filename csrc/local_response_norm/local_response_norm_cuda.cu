@@ -1,5 +1,3 @@
-#include <algorithm>
-
 #include "local_response_norm_kernels.cuh"
 
 namespace alexnet_ext {
@@ -20,18 +18,9 @@ bool has_lanes(const LocalResponseNorm& p, bool aligned) {
 
 bool has_pixels(const LocalResponseNorm& p) { return p.pixel_stride == 1 && p.channel_stride == p.pixels; }
 
-// Chunks of channels, so that images of few pixels fill a GPU too; 16 channels at least, as each end is read twice.
 Chunks chunks_of(const LocalResponseNorm& p) {
-  constexpr int64_t kEnough = 1 << 18, kLeast = 16;
-  const int64_t wanted = ceil_div(kEnough, p.batch * p.pixels), most = std::max<int64_t>(1, p.channels / kLeast);
-  const int64_t channels = ceil_div(p.channels, std::min(wanted, most)), chunks = ceil_div(p.channels, channels);
-  return {p.pixels,
-          p.batch_stride,
-          p.batch * chunks * p.pixels,
-          static_cast<int>(chunks),
-          static_cast<int>(channels),
-          Divisor(p.pixels),
-          Divisor(chunks)};
+  constexpr int64_t kEnoughThreads = 1 << 18;
+  return Chunks(p.pixels, p.channels, ceil_div(kEnoughThreads, p.batch * p.pixels));
 }
 
 Pixels pixels_of(const LocalResponseNorm& p) {
@@ -69,9 +58,10 @@ int local_response_norm_cuda(const LocalResponseNorm& p, const void* x, void* y,
       }
       if (has_fast_lrn(p.lrn) && has_pixels(p)) {
         const Chunks work = chunks_of(p);
+        const int64_t threads = p.batch * work.chunks * p.pixels;
         status = with_window(p.lrn.size, [&](auto n) {
-          return launch(local_response_norm_pixels_kernel<T, n.value>, blocks_for(work.threads), 0, stream, lrn, work,
-                        in, out);
+          return launch(local_response_norm_pixels_kernel<T, n.value>, blocks_for(threads), 0, stream, lrn, work,
+                        threads, p.batch_stride, in, out);
         });
         return;
       }
@@ -102,9 +92,10 @@ int local_response_norm_backward_cuda(const LocalResponseNorm& p, const void* dy
       }
       if (has_fast_lrn(p.lrn) && has_pixels(p)) {
         const Chunks work = chunks_of(p);
+        const int64_t threads = p.batch * work.chunks * p.pixels;
         status = with_window(p.lrn.size, [&](auto n) {
-          return launch(local_response_norm_pixels_backward_kernel<T, n.value>, blocks_for(work.threads), 0, stream,
-                        lrn, work, gradient, in, out);
+          return launch(local_response_norm_pixels_backward_kernel<T, n.value>, blocks_for(threads), 0, stream, lrn,
+                        work, threads, p.batch_stride, gradient, in, out);
         });
         return;
       }

@@ -104,18 +104,24 @@ inline int64_t lane_blocks(int64_t vectors) {
   return blocks < kMaxBlocks ? blocks : kMaxBlocks;
 }
 
-// f(v, owns) for all v < vectors, as often for all lanes of a warp. Lanes in memory order, so that the lane beside
-// holds the channels beside, wherever a pixel has them. Where `owns` is false f must not write.
-template <class F>
-__device__ inline void for_lanes(int64_t vectors, F&& f) {
+// f(v, owns) for all v < vectors, as often for all lanes of a warp, warp `warp` of `warps`. Lanes in memory order, so
+// that the lane beside holds the channels beside, wherever a pixel has them. Where `owns` is false f must not write.
+template <class Index, class F>
+__device__ inline void for_lanes(Index vectors, Index warp, Index warps, F&& f) {
   const int lane = threadIdx.x % kWarp;
-  const int64_t warp = static_cast<int64_t>(blockIdx.x) * (kBlockThreads / kWarp) + threadIdx.x / kWarp;
-  const int64_t step = static_cast<int64_t>(gridDim.x) * kBlockOwners;
-  for (int64_t first = warp * kOwners; first < vectors; first += step) {
-    const int64_t v = first + lane - 1;
+  for (Index first = warp * kOwners; first < vectors; first += warps * kOwners) {
+    const Index v = first + lane - 1;
     const bool owns = lane > 0 && lane < kWarp - 1 && v < vectors;
     f(v < 0 ? 0 : v < vectors ? v : vectors - 1, owns);
   }
+}
+
+// All warps of the grid.
+template <class F>
+__device__ inline void for_lanes(int64_t vectors, F&& f) {
+  constexpr int kWarps = kBlockThreads / kWarp;
+  for_lanes<int64_t>(vectors, static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp,
+                     static_cast<int64_t>(gridDim.x) * kWarps, f);
 }
 
 // Window sums of v; `first` and `last` say that the pixel has no channels before or behind this lane's.
@@ -177,6 +183,116 @@ __device__ inline void lrn_gradients(float (&dx)[kLaneChannels], const DeviceLrn
   window_sums<N>(sum, terms, first, last);
 #pragma unroll
   for (int i = 0; i < kLaneChannels; ++i) dx[i] = scaled[i] - lrn.factor * x[i] * sum[i];
+}
+
+// ---- one pixel a thread, which walks along its channels with the window in registers
+
+// Pixels of images of [channels][pixels], each with its channels cut into chunks: images of few pixels fill a GPU too.
+struct Chunks {
+  int64_t pixels;
+  int chunks, channels;  // chunks an image, channels a chunk
+  Divisor by_pixels, by_chunks;
+
+  // At least `wanted` chunks an image where that leaves each 16 channels, as the ends are computed twice.
+  Chunks(int64_t pixel_count, int64_t all_channels, int64_t wanted)
+      : pixels(pixel_count), by_pixels(pixel_count > 0 ? pixel_count : 1), by_chunks(1) {
+    constexpr int64_t kLeast = 16;
+    const int64_t most = all_channels < kLeast ? 1 : all_channels / kLeast;
+    channels = static_cast<int>(ceil_div(all_channels, wanted < 1 ? 1 : wanted < most ? wanted : most));
+    chunks = static_cast<int>(ceil_div(all_channels, channels));
+    by_chunks = Divisor(chunks);
+  }
+};
+
+// f(image, pixel, first channel, end) for this thread's chunks.
+template <class F>
+__device__ inline void for_chunks(const Chunks& work, int64_t threads, int channels, F&& f) {
+  for_each(threads, [&](int64_t t) {
+    const int64_t unit = work.by_pixels.divide(t), image = work.by_chunks.divide(unit);
+    const int first = static_cast<int>(unit - image * work.chunks) * work.channels;
+    f(image, t - unit * work.pixels, first, first + work.channels < channels ? first + work.channels : channels);
+  });
+}
+
+// The last N values seen.
+template <int N>
+struct Window {
+  float values[N] = {};
+
+  __device__ void push(float v) {
+#pragma unroll
+    for (int i = 0; i + 1 < N; ++i) values[i] = values[i + 1];
+    values[N - 1] = v;
+  }
+
+  __device__ float sum() const {
+    float total = values[0];
+#pragma unroll
+    for (int i = 1; i < N; ++i) total += values[i];
+    return total;
+  }
+};
+
+// LRN of channels [first, end) in runs of kRun, whose loads are in flight together: load(x, c) gives channels c to
+// c + kRun - 1, zeros outside of the pixel's; emit(j, c, y) takes a value, the run's number j; done(c), after each run,
+// is told the channel of its number 0.
+template <int N, int kRun, class Load, class Emit, class Done>
+__device__ inline void walk_values(const DeviceLrn<float>& lrn, int first, int end, Load&& load, Emit&& emit,
+                                   Done&& done) {
+  constexpr int kHalf = N / 2;
+  Window<N> squares;
+  Window<kHalf + 1> inputs;  // the oldest stands at the middle of the window
+  for (int c = first - kHalf; c < end + kHalf; c += kRun) {
+    float x[kRun];
+    load(x, c);
+#pragma unroll
+    for (int j = 0; j < kRun; ++j) {
+      squares.push(x[j] * x[j]);
+      inputs.push(x[j]);
+      const int out = c + j - kHalf;
+      if (out < first || out >= end) continue;
+      const float root = inverse_root(lrn.k + lrn.mean * squares.sum());
+      emit(j, out, inputs.values[0] * inverse_three_quarters(root));
+    }
+    done(c - kHalf);
+  }
+}
+
+// The same for gradients: load(x, dy, c), emit(j, c, x_c, dx_c).
+template <int N, int kRun, class Load, class Emit, class Done>
+__device__ inline void walk_gradients(const DeviceLrn<float>& lrn, int first, int end, Load&& load, Emit&& emit,
+                                      Done&& done) {
+  constexpr int kHalf = N / 2;
+  Window<N> squares, terms;
+  Window<2 * kHalf + 1> inputs;  // the middle one belongs to the newest term, the oldest to the output
+  Window<kHalf + 1> gradients, scaled;
+  for (int c = first - 2 * kHalf; c < end + 2 * kHalf; c += kRun) {
+    float x[kRun], dy[kRun];
+    load(x, dy, c);
+#pragma unroll
+    for (int j = 0; j < kRun; ++j) {
+      squares.push(x[j] * x[j]);
+      inputs.push(x[j]);
+      gradients.push(dy[j]);
+      const int middle = c + j - kHalf, out = middle - kHalf;
+      const float root = inverse_root(lrn.k + lrn.mean * squares.sum());
+      // Outside of the channels there is no term; its 0 * s^-beta could be NaN.
+      const bool inside = middle >= 0 && middle < lrn.channels;
+      const float value = inside ? gradients.values[0] * inverse_three_quarters(root) : 0.0f;
+      scaled.push(value);
+      terms.push(inside ? value * inputs.values[kHalf] * (root * root) : 0.0f);
+      if (out < first || out >= end) continue;
+      emit(j, out, inputs.values[0], scaled.values[0] - lrn.factor * inputs.values[0] * terms.sum());
+    }
+    done(c - 2 * kHalf);
+  }
+}
+
+// values[j] = channel c + j of what starts at `from`, 0 outside.
+template <int kRun, class T>
+__device__ inline void load_run(float (&values)[kRun], const T* from, int64_t step, int c, int channels) {
+#pragma unroll
+  for (int j = 0; j < kRun; ++j) values[j] = c + j >= 0 && c + j < channels ? widen(from[(c + j) * step]) : 0.0f;
 }
 
 }  // namespace alexnet_ext

@@ -30,6 +30,12 @@ inline bool has_lanes(const LrnPoolBlock& p, bool aligned) {
          p.in.channels % kLaneChannels == 0 && p.in.channels <= kMaxLaneSums && aligned;
 }
 
+// Whether threads that walk along the channels do it: AlexNet's LRN, contiguous.
+inline bool has_pixels(const LrnPoolBlock& p) {
+  return p.dtype != DType::f64 && p.lrn.size == 5 && has_fast_lrn(p.lrn) && !p.in.channels_last &&
+         p.in.channels <= kMaxLaneSums;
+}
+
 // Written as !(v <= 0) so that NaN stays.
 template <class A>
 __device__ inline A relu(A v) {
@@ -62,5 +68,110 @@ struct Lane {
     last = lane == lanes.value - 1;
   }
 };
+
+// ---- tiles: what several windows share is computed once, and kept in shared memory
+
+constexpr int64_t kSharedBytes = 48 << 10;
+
+// Images cut into tiles of rows x columns, each of which needs need_rows x need_columns pixels of the other images.
+struct Tiles {
+  int rows = 0, columns = 0, need_rows = 0, need_columns = 0;
+  int64_t count = 0;  // 0: not one needed window fits
+  Divisor by_down{1}, by_across{1};
+  Divisor by_need_row{1}, by_row{1}, by_rows{1};  // a row counted in lanes
+
+  int64_t shared_bytes(int64_t channels) const { return need_rows * need_columns * channels * sizeof(float); }
+};
+
+// The tiles of s that cost least, in instructions for each needed pixel and each own one, four blocks at a time on each
+// of 132 multiprocessors. need(i, length): how many pixels a tile of that length needs along side i, together at most
+// most_needed. A pixel has `lanes` vectors, or is one itself.
+template <class Need>
+inline Tiles choose_tiles(const Images& s, int64_t lanes, int64_t most_needed, int64_t need_cost, int64_t own_cost,
+                          Need&& need) {
+  constexpr int64_t kLengths[] = {1, 2, 3, 4, 6, 8, 12, 16}, kBlocks = 4 * 132;
+  Tiles best;
+  int64_t least = 0;
+  for (int64_t rows : kLengths)
+    for (int64_t columns : kLengths) {
+      const int64_t needed = need(0, rows) * need(1, columns);
+      if (needed > most_needed) continue;
+      const int64_t down = ceil_div(s.height, rows), across = ceil_div(s.width, columns);
+      const int64_t count = s.batch * down * across, rounds = ceil_div(count, kBlocks);
+      const int64_t cost = rounds * (needed * need_cost + rows * columns * own_cost);
+      if (best.rows != 0 && cost >= least) continue;
+      least = cost;
+      best = {static_cast<int>(rows),
+              static_cast<int>(columns),
+              static_cast<int>(need(0, rows)),
+              static_cast<int>(need(1, columns)),
+              count,
+              Divisor(down),
+              Divisor(across),
+              Divisor(need(1, columns) * lanes),
+              Divisor(columns * lanes),
+              Divisor(rows)};
+    }
+  return best;
+}
+
+// Enough chunks of channels for as many blocks.
+inline Chunks chunks_of(const Tiles& tiles, const Images& s) {
+  constexpr int64_t kBlocks = 4 * 132;
+  return Chunks(1, s.channels, tiles.count == 0 ? 1 : ceil_div(kBlocks, tiles.count));
+}
+
+// A tile's first pixel.
+__device__ inline Position tile_position(const Tiles& tiles, int64_t tile) {
+  const int64_t line = tiles.by_across.divide(tile), image = tiles.by_down.divide(line);
+  return {image, 0, static_cast<int>(line - image * tiles.by_down.value) * tiles.rows,
+          static_cast<int>(tile - line * tiles.by_across.value) * tiles.columns};
+}
+
+// The place of vector v of a tile whose rows have by_row vectors.
+struct TilePlace {
+  int row, column, lane;
+
+  __device__ TilePlace(const Divisor& by_row, const Divisor& lanes, int v) {
+    row = static_cast<int>(by_row.divide(v));
+    const int rest = v - row * static_cast<int>(by_row.value);
+    column = static_cast<int>(lanes.divide(rest));
+    lane = rest - column * static_cast<int>(lanes.value);
+  }
+};
+
+// Eight channels in shared memory, as two halves, each next to its neighbours' (no bank is asked twice at once).
+__device__ inline void put(float* shared, int vectors, int v, const float (&values)[kLaneChannels]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float four[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) four[i] = values[half * 4 + i];
+    store<4>(shared + (half * vectors + v) * 4, four);
+  }
+}
+
+__device__ inline void get(float (&values)[kLaneChannels], const float* shared, int vectors, int v) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float four[4];
+    load<4>(four, shared + (half * vectors + v) * 4);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) values[half * 4 + i] = four[i];
+  }
+}
+
+// ---- contiguous: a warp for each of the eight channels of a run
+
+constexpr int kRun = kBlockThreads / kWarp;
+
+// totals[channel] += the sum of what f() returns in the lanes of a warp.
+template <class F>
+__device__ inline void sum_warp(float* totals, int channel, F&& f) {
+  float sum = f();
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffff, sum, step);
+  if (threadIdx.x % kWarp == 0) totals[channel] += sum;
+}
 
 }  // namespace alexnet_ext

@@ -1,6 +1,18 @@
+#include <algorithm>
+
 #include "relu_lrn_max_pool2d_kernels.cuh"
 
 namespace alexnet_ext {
+namespace {
+
+// Tiles of the output, whose pixels have `lanes` vectors. An input vector costs some 125 instructions, an output of
+// nine taps 270; of single values, 22 and 60.
+Tiles tiles_of(const LrnPoolBlock& p, int64_t lanes, int64_t most_needed, int64_t need_cost, int64_t own_cost) {
+  return choose_tiles(p.out, lanes, most_needed, need_cost, own_cost,
+                      [&](int i, int64_t length) { return (length - 1) * p.pool.stride[i] + p.pool.kernel[i]; });
+}
+
+}  // namespace
 
 int relu_lrn_max_pool2d_cuda(const LrnPoolBlock& p, const void* x, const void* bias, void* y, uint8_t* winners,
                              void* stream) {
@@ -13,13 +25,21 @@ int relu_lrn_max_pool2d_cuda(const LrnPoolBlock& p, const void* x, const void* b
     const T *in = static_cast<const T*>(x), *b = static_cast<const T*>(bias);
     T* out = static_cast<T*>(y);
     if constexpr (__is_same(Acc<T>, float)) {
+      const bool three = p.pool.kernel[0] == 3 && p.pool.kernel[1] == 3;
+      Tiles tiles;
       if (has_lanes(p, aligned(x, bias, y, winners))) {
-        const int64_t vectors = n / kLaneChannels;
-        const bool three = p.pool.kernel[0] == 3 && p.pool.kernel[1] == 3;
+        tiles = tiles_of(p, p.in.channels / kLaneChannels, kSharedBytes / (p.in.channels * sizeof(float)), 125, 270);
         status = launch(three ? relu_lrn_max_pool2d_lanes_kernel<T, 5, 3> : relu_lrn_max_pool2d_lanes_kernel<T, 5, 0>,
-                        lane_blocks(vectors), 0, stream, block, vectors, in, b, out, winners);
-        return;
+                        std::min(tiles.count, kMaxBlocks), tiles.shared_bytes(p.in.channels), stream, block, tiles, in,
+                        b, out, winners);
+      } else if (has_pixels(p)) {
+        tiles = tiles_of(p, 1, kBlockThreads, 22, 60);
+        const Chunks work = chunks_of(tiles, p.in);
+        status = launch(three ? relu_lrn_max_pool2d_pixels_kernel<T, 5, 3> : relu_lrn_max_pool2d_pixels_kernel<T, 5, 0>,
+                        std::min(tiles.count * work.chunks, kMaxBlocks), tiles.shared_bytes(kRun), stream, block, tiles,
+                        work, in, b, out, winners);
       }
+      if (tiles.rows > 0) return;
     }
     status = launch(relu_lrn_max_pool2d_kernel<T>, blocks_for(n), 0, stream, block, n, in, b, out, winners);
   });
@@ -37,15 +57,22 @@ int relu_lrn_max_pool2d_backward_cuda(const LrnPoolBlock& p, const void* dy, con
     const T *gradient = static_cast<const T*>(dy), *in = static_cast<const T*>(x), *b = static_cast<const T*>(bias);
     T* out = static_cast<T*>(dx);
     Acc<T>* sums = static_cast<Acc<T>*>(bias_sums);
-    bool lanes = false;
+    bool fast = false;
     if constexpr (__is_same(Acc<T>, float)) {
-      lanes = has_lanes(p, aligned(dy, x, bias, winners, dx));
+      const bool lanes = has_lanes(p, aligned(dy, x, bias, winners, dx));
+      fast = lanes || has_pixels(p);
       if (lanes)
         status =
             launch(relu_lrn_max_pool2d_lanes_backward_kernel<T, 5>, rows, kBlockThreads * kLaneChannels * sizeof(float),
                    stream, block, elements(p.in) / kLaneChannels, gradient, in, b, winners, out, sums);
+      if (fast && !lanes) {
+        const Chunks work(p.in.batch * p.in.height * p.in.width, p.in.channels, ceil_div(528, rows + 1));
+        status = launch(relu_lrn_max_pool2d_pixels_backward_kernel<T, 5>, rows * work.chunks,
+                        (kRun * kBlockThreads + work.channels) * sizeof(float), stream, block, work, rows, gradient, in,
+                        b, winners, out, sums);
+      }
     }
-    if (!lanes) {
+    if (!fast) {
       const ChannelBlocks work(p.in, rows);
       status = launch(relu_lrn_max_pool2d_backward_kernel<T>, work.blocks(), kBlockThreads * sizeof(Acc<T>), stream,
                       block, work, gradient, in, b, winners, out, sums);

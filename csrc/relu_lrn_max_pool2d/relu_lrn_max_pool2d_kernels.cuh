@@ -1,6 +1,7 @@
 // The paper's block on CUDA: bias, ReLU, LRN and pooling of x in one kernel, and its backward in another.
 //
-// Channels-last with AlexNet's LRN, a lane holds eight channels and finds their neighbours in the lanes beside it.
+// With AlexNet's LRN, channels-last, a lane holds eight channels and finds their neighbours in the lanes beside it;
+// contiguous, a thread walks along the channels with the window in its registers.
 // Bytes forward: x once, y and winners (a quarter of it at 3/2) once; an input that several windows see comes from L1
 // or L2, and is normalized again for each of them. Backward: x, dy and winners once, dx once, and the bias sums.
 #pragma once
@@ -11,28 +12,54 @@ namespace alexnet_ext {
 
 // ---- channels-last: lanes of eight channels
 
+// A block normalizes what a tile of outputs needs into shared memory, then pools it from there.
 template <class T, int N, int K>
 __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
-    relu_lrn_max_pool2d_lanes_kernel(DeviceBlock<float> p, int64_t vectors, const T* __restrict__ x,
+    relu_lrn_max_pool2d_lanes_kernel(DeviceBlock<float> p, Tiles tiles, const T* __restrict__ x,
                                      const T* __restrict__ bias, T* __restrict__ y, uint8_t* __restrict__ winners) {
-  for_lanes(vectors, [&](int64_t v, bool owns) {
-    const Lane lane(p.lanes, v);
-    const Position at = p.out.position(v * kLaneChannels);
-    const T* from = x + p.in.at(at.image, lane.channel, 0, 0);
-    Best<float, kLaneChannels> best;
-    for_taps<K>(p.pool, p.in, at.row, at.column, [&](int ih, int iw, int tap) {
-      float values[kLaneChannels], normalized[kLaneChannels];
-      load<kLaneChannels>(values, from + ih * p.in.row_step + iw * p.in.column_step);
-      add_bias(values, bias, lane.channel);
+  float* normalized = shared_memory<float>();
+  const int lanes = static_cast<int>(p.lanes.value), all = tiles.need_rows * tiles.need_columns * lanes;
+  for (int64_t tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
+    const Position first = tile_position(tiles, tile);
+    const int left_rows = p.out.height - first.row, rows = tiles.rows < left_rows ? tiles.rows : left_rows;
+    const int top = first.row * p.pool.stride[0], left = first.column * p.pool.stride[1];
+    const int need_rows = (rows - 1) * p.pool.stride[0] + p.pool.kernel[0];
+    const T* from = x + p.in.at(first.image, 0, top, 0);
+    for_lanes<int>(need_rows * tiles.need_columns * lanes, threadIdx.x / kWarp, kBlockThreads / kWarp,
+                   [&](int v, bool owns) {
+                     const TilePlace at(tiles.by_need_row, p.lanes, v);
+                     // The last tile of a row may reach beyond the image.
+                     const int column = left + at.column < p.in.width ? left + at.column : p.in.width - 1;
+                     const int channel = at.lane * kLaneChannels;
+                     float values[kLaneChannels], out[kLaneChannels];
+                     load<kLaneChannels>(values, from + at.row * p.in.row_step + column * p.in.column_step + channel);
+                     add_bias(values, bias, channel);
 #pragma unroll
-      for (int i = 0; i < kLaneChannels; ++i) values[i] = relu(values[i]);
-      lrn_values<N>(normalized, p.lrn, values, lane.first, lane.last);
-      best.template take<false>(normalized, tap);
-    });
-    if (!owns) return;
-    store<kLaneChannels>(y + v * kLaneChannels, best.value);
-    store_bytes<kLaneChannels>(winners + v * kLaneChannels, best.tap);
-  });
+                     for (int i = 0; i < kLaneChannels; ++i) values[i] = relu(values[i]);
+                     lrn_values<N>(out, p.lrn, values, at.lane == 0, at.lane == lanes - 1);
+                     if (owns) put(normalized, all, v, out);
+                   });
+    __syncthreads();
+    const int height = K ? K : p.pool.kernel[0], width = K ? K : p.pool.kernel[1];
+    for (int v = threadIdx.x; v < rows * tiles.columns * lanes; v += kBlockThreads) {
+      const TilePlace at(tiles.by_row, p.lanes, v);
+      if (first.column + at.column >= p.out.width) continue;
+      Best<float, kLaneChannels> best;
+#pragma unroll(K ? K : 1)
+      for (int r = 0; r < height; ++r)
+#pragma unroll(K ? K : 1)
+        for (int s = 0; s < width; ++s) {
+          const int row = at.row * p.pool.stride[0] + r, column = at.column * p.pool.stride[1] + s;
+          float values[kLaneChannels];
+          get(values, normalized, all, (row * tiles.need_columns + column) * lanes + at.lane);
+          best.template take<false>(values, r * width + s);
+        }
+      const int64_t to = p.out.at(first.image, at.lane * kLaneChannels, first.row + at.row, first.column + at.column);
+      store<kLaneChannels>(y + to, best.value);
+      store_bytes<kLaneChannels>(winners + to, best.tap);
+    }
+    __syncthreads();
+  }
 }
 
 template <class T, int N>
@@ -59,6 +86,123 @@ __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
     if (owns) store<kLaneChannels>(dx + v * kLaneChannels, out);
   });
   sum_vectors<kLaneChannels, kOwners>(sum, p.lanes, sums);
+}
+
+// ---- contiguous: a thread walks along the channels of one input
+
+// A block normalizes what a tile of outputs needs into shared memory, eight channels at a time, and pools it from
+// there.
+template <class T, int N, int K>
+__global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
+    relu_lrn_max_pool2d_pixels_kernel(DeviceBlock<float> p, Tiles tiles, Chunks work, const T* __restrict__ x,
+                                      const T* __restrict__ bias, T* __restrict__ y, uint8_t* __restrict__ winners) {
+  float* normalized = shared_memory<float>();  // [kRun][needed pixels]
+  const int need = tiles.need_rows * tiles.need_columns, thread = static_cast<int>(threadIdx.x);
+  const int own_row = static_cast<int>(tiles.by_need_row.divide(thread));
+  const int own_column = thread - own_row * tiles.need_columns;
+  const int height = K ? K : p.pool.kernel[0], width = K ? K : p.pool.kernel[1];
+  for (int64_t unit = blockIdx.x; unit < tiles.count * work.chunks; unit += gridDim.x) {
+    const int64_t tile = work.by_chunks.divide(unit);
+    const int first = static_cast<int>(unit - tile * work.chunks) * work.channels;
+    const int end = first + work.channels < p.in.channels ? first + work.channels : p.in.channels;
+    const Position at = tile_position(tiles, tile);
+    const int row = at.row * p.pool.stride[0] + own_row, column = at.column * p.pool.stride[1] + own_column;
+    const bool active = thread < need && row < p.in.height && column < p.in.width;
+    const T* from = x + (active ? p.in.at(at.image, 0, row, column) : 0);
+    walk_values<N, kRun>(
+        p.lrn, first, end,
+        [&](auto& values, int c) {
+          load_run(values, from, p.in.channel_step, c, active ? p.in.channels : 0);
+#pragma unroll
+          for (int j = 0; j < kRun; ++j)
+            if (c + j >= 0 && c + j < p.in.channels) values[j] = relu(with_bias(values[j], bias, c + j));
+        },
+        [&](int j, int, float value) {
+          if (active) normalized[j * need + thread] = value;
+        },
+        [&](int run) {
+          __syncthreads();
+          for (int v = thread; v < kRun * tiles.rows * tiles.columns; v += kBlockThreads) {
+            const int line = static_cast<int>(tiles.by_row.divide(v)), j = static_cast<int>(tiles.by_rows.divide(line));
+            const int tile_row = line - j * tiles.rows, tile_column = v - line * tiles.columns, channel = run + j;
+            const int oh = at.row + tile_row, ow = at.column + tile_column;
+            if (channel < first || channel >= end || oh >= p.out.height || ow >= p.out.width) continue;
+            Best<float, 1> best;
+#pragma unroll(K ? K : 1)
+            for (int r = 0; r < height; ++r)
+#pragma unroll(K ? K : 1)
+              for (int s = 0; s < width; ++s) {
+                const int needed_row = tile_row * p.pool.stride[0] + r, needed = tile_column * p.pool.stride[1] + s;
+                const float values[] = {normalized[j * need + needed_row * tiles.need_columns + needed]};
+                best.template take<false>(values, r * width + s);
+              }
+            const int64_t to = p.out.at(at.image, channel, oh, ow);
+            store<1>(y + to, best.value);
+            store_bytes<1>(winners + to, best.tap);
+          }
+          __syncthreads();
+        });
+  }
+}
+
+// Blocks of [rows][chunks]; a row takes every rows-th run of inputs.
+template <class T, int N>
+__global__ void __launch_bounds__(kBlockThreads, 3)  // 85 registers
+    relu_lrn_max_pool2d_pixels_backward_kernel(DeviceBlock<float> p, Chunks work, int64_t rows,
+                                               const T* __restrict__ dy, const T* __restrict__ x,
+                                               const T* __restrict__ bias, const uint8_t* __restrict__ winners,
+                                               T* __restrict__ dx, float* __restrict__ sums) {
+  float *run_values = shared_memory<float>(), *totals = run_values + kRun * kBlockThreads;  // [channels of the chunk]
+  const int thread = static_cast<int>(threadIdx.x);
+  const int64_t block_row = work.by_chunks.divide(blockIdx.x);
+  const int first = static_cast<int>(blockIdx.x - block_row * work.chunks) * work.channels;
+  const int end = first + work.channels < p.in.channels ? first + work.channels : p.in.channels;
+  for (int i = thread; i < end - first; i += kBlockThreads) totals[i] = 0;
+  __syncthreads();
+  for (int64_t start = block_row * kBlockThreads; start < work.pixels; start += rows * kBlockThreads) {
+    const bool active = start + thread < work.pixels;
+    const int64_t pixel = active ? start + thread : 0, line = p.in.by_width.divide(pixel);
+    const int64_t image = p.in.by_height.divide(line);
+    const int row = static_cast<int>(line - image * p.in.height), column = static_cast<int>(pixel - line * p.in.width);
+    const int64_t base = p.in.at(image, 0, row, column);
+    walk_gradients<N, kRun>(
+        p.lrn, first, end,
+        [&](auto& values, auto& gradients, int c) {
+          load_run(values, x + base, p.in.channel_step, c, p.in.channels);
+#pragma unroll
+          for (int j = 0; j < kRun; ++j) {
+            gradients[j] = 0;
+            if (c + j >= 0 && c + j < p.in.channels) values[j] = relu(with_bias(values[j], bias, c + j));
+          }
+          for_windows(p.pool, p.out, row, column, [&](int oh, int ow, int tap) {
+            if (tap < 0) return;
+            const int64_t window = p.out.at(image, 0, oh, ow);
+#pragma unroll
+            for (int j = 0; j < kRun; ++j) {
+              if (c + j < 0 || c + j >= p.in.channels) continue;
+              const int64_t from = window + (c + j) * p.out.channel_step;
+              if (winners[from] == tap) gradients[j] += widen(dy[from]);
+            }
+          });
+        },
+        [&](int j, int c, float value, float gradient) {
+          const float out = active && !(value <= 0) ? gradient : 0.0f;
+          run_values[j * kBlockThreads + thread] = out;
+          if (active) dx[base + c * p.in.channel_step] = narrow<T>(out);
+        },
+        [&](int run) {
+          __syncthreads();
+          const int j = thread / kWarp, channel = run + j;
+          if (channel >= first && channel < end)
+            sum_warp(totals, channel - first, [&] {
+              float sum = 0;
+              for (int i = thread % kWarp; i < kBlockThreads; i += kWarp) sum += run_values[j * kBlockThreads + i];
+              return sum;
+            });
+          __syncthreads();
+        });
+  }
+  for (int i = thread; i < end - first; i += kBlockThreads) sums[block_row * p.in.channels + first + i] = totals[i];
 }
 
 // ---- any layout, window and beta: element by element

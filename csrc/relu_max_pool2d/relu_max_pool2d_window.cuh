@@ -112,8 +112,7 @@ __device__ inline void gather(Acc<T> (&sum)[V], const DevicePooling& pool, const
     Acc<T> gradient[V];
     load<V>(gradient, dy + from);
 #pragma unroll
-    for (int i = 0; i < V; ++i)
-      if (byte_of<V>(won, i) == tap) sum[i] += gradient[i];
+    for (int i = 0; i < V; ++i) sum[i] += byte_of<V>(won, i) == tap ? gradient[i] : Acc<T>(0);
   });
 }
 

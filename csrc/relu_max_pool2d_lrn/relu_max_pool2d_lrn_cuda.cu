@@ -1,6 +1,19 @@
+#include <algorithm>
+
 #include "relu_max_pool2d_lrn_kernels.cuh"
 
 namespace alexnet_ext {
+namespace {
+
+// Tiles of the input, whose pixels have `lanes` vectors. A pooled vector costs some 240 instructions, an input 140.
+Tiles tiles_of(const LrnPoolBlock& p, int64_t lanes, int64_t most_needed) {
+  const int64_t lengths[] = {p.out.height, p.out.width};
+  return choose_tiles(p.in, lanes, most_needed, 240, 140, [&](int i, int64_t length) {
+    return std::min(lengths[i], (length - 1 + p.pool.kernel[i] - 1) / p.pool.stride[i] + 1);
+  });
+}
+
+}  // namespace
 
 int relu_max_pool2d_lrn_cuda(const LrnPoolBlock& p, const void* x, const void* bias, void* y, void* pooled,
                              uint8_t* winners, void* stream) {
@@ -13,11 +26,20 @@ int relu_max_pool2d_lrn_cuda(const LrnPoolBlock& p, const void* x, const void* b
     const T *in = static_cast<const T*>(x), *b = static_cast<const T*>(bias);
     T *out = static_cast<T*>(y), *kept = static_cast<T*>(pooled);
     if constexpr (__is_same(Acc<T>, float)) {
+      const bool three = p.pool.kernel[0] == 3 && p.pool.kernel[1] == 3;
       if (has_lanes(p, aligned(x, bias, y, pooled, winners))) {
         const int64_t vectors = n / kLaneChannels;
-        const bool three = p.pool.kernel[0] == 3 && p.pool.kernel[1] == 3;
         status = launch(three ? relu_max_pool2d_lrn_lanes_kernel<T, 5, 3> : relu_max_pool2d_lrn_lanes_kernel<T, 5, 0>,
                         lane_blocks(vectors), 0, stream, block, vectors, in, b, out, kept, winners);
+        return;
+      }
+      if (has_pixels(p)) {
+        constexpr int64_t kEnoughThreads = 1 << 18;
+        const int64_t pixels = p.out.height * p.out.width, all = p.out.batch * pixels;
+        const Chunks work(pixels, p.out.channels, all == 0 ? 1 : ceil_div(kEnoughThreads, all));
+        const int64_t threads = all * work.chunks;
+        status = launch(three ? relu_max_pool2d_lrn_pixels_kernel<T, 5, 3> : relu_max_pool2d_lrn_pixels_kernel<T, 5, 0>,
+                        blocks_for(threads), 0, stream, block, work, threads, in, b, out, kept, winners);
         return;
       }
     }
@@ -37,15 +59,28 @@ int relu_max_pool2d_lrn_backward_cuda(const LrnPoolBlock& p, const void* dy, con
     const T *gradient = static_cast<const T*>(dy), *kept = static_cast<const T*>(pooled);
     T* out = static_cast<T*>(dx);
     Acc<T>* sums = static_cast<Acc<T>*>(bias_sums);
-    bool lanes = false;
+    bool fast = false;
     if constexpr (__is_same(Acc<T>, float)) {
-      lanes = has_lanes(p, aligned(dy, pooled, winners, dx));
-      if (lanes)
-        status =
-            launch(relu_max_pool2d_lrn_lanes_backward_kernel<T, 5>, rows, kBlockThreads * kLaneChannels * sizeof(float),
-                   stream, block, elements(p.in) / kLaneChannels, gradient, kept, winners, out, sums);
+      const bool lanes = has_lanes(p, aligned(dy, pooled, winners, dx));
+      const Tiles tiles = lanes ? tiles_of(p, p.in.channels / kLaneChannels,
+                                           kSharedBytes / (p.in.channels * static_cast<int64_t>(sizeof(float))))
+                          : has_pixels(p) ? tiles_of(p, 1, kBlockThreads)
+                                          : Tiles();
+      fast = tiles.rows > 0;
+      if (fast && lanes) {
+        // The bias sums go through the same shared memory.
+        const int64_t for_sums = kBlockThreads * kLaneChannels * sizeof(float);
+        status = launch(relu_max_pool2d_lrn_lanes_backward_kernel<T, 5>, rows,
+                        std::max(for_sums, tiles.shared_bytes(p.in.channels)), stream, block, tiles, gradient, kept,
+                        winners, out, sums);
+      } else if (fast) {
+        const Chunks work = chunks_of(tiles, p.in);
+        status = launch(relu_max_pool2d_lrn_pixels_backward_kernel<T, 5>, rows * work.chunks,
+                        tiles.shared_bytes(kRun) + work.channels * sizeof(float), stream, block, tiles, work, rows,
+                        gradient, kept, winners, out, sums);
+      }
     }
-    if (!lanes) {
+    if (!fast) {
       const ChannelBlocks work(p.in, rows);
       status = launch(relu_max_pool2d_lrn_backward_kernel<T>, work.blocks(), kBlockThreads * sizeof(Acc<T>), stream,
                       block, work, gradient, kept, winners, out, sums);

@@ -1,14 +1,20 @@
 // CaffeNet's block on CUDA: bias, ReLU, pooling and LRN of x in one kernel, and its backward in another.
 //
-// Channels-last with AlexNet's LRN, a lane holds eight channels and finds their neighbours in the lanes beside it.
-// Bytes forward: x once, y, pooled and winners (each a quarter of x or less, at 3/2) once. Backward: dy, pooled and
-// winners once from memory, as an input's windows overlap in L1 and L2, dx once, and the bias sums.
+// With AlexNet's LRN, channels-last, a lane holds eight channels and finds their neighbours in the lanes beside it;
+// contiguous, a thread walks along the channels with the window in its registers.
+// Bytes forward: x once, as windows overlap in L1 and L2; y, pooled and winners (each a quarter of x or less, at 3/2)
+// once. Backward: dy, pooled and winners once, and again what two tiles share, from L2; dx once, and the bias sums.
 #pragma once
 
 #include "../relu_lrn_max_pool2d/block_window.cuh"
 #include "relu_max_pool2d_lrn.h"
 
 namespace alexnet_ext {
+
+// The first window along side i that reaches an input. (No padding, dilation 1.)
+__device__ inline int first_window(const DevicePooling& pool, int i, int at) {
+  return at < pool.kernel[i] ? 0 : static_cast<int>(pool.by_stride[i].divide(at - pool.kernel[i])) + 1;
+}
 
 // ---- channels-last: lanes of eight channels
 
@@ -37,39 +43,149 @@ __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
   });
 }
 
+// A block computes the gradients of what was pooled, as a tile of inputs needs them, into shared memory, and gathers
+// from there.
 template <class T, int N>
-__global__ void __launch_bounds__(kBlockThreads, 3)  // 85 registers
-    relu_max_pool2d_lrn_lanes_backward_kernel(DeviceBlock<float> p, int64_t vectors, const T* __restrict__ dy,
+__global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
+    relu_max_pool2d_lrn_lanes_backward_kernel(DeviceBlock<float> p, Tiles tiles, const T* __restrict__ dy,
                                               const T* __restrict__ pooled, const uint8_t* __restrict__ winners,
                                               T* __restrict__ dx, float* __restrict__ sums) {
+  float* dpooled = shared_memory<float>();
+  const int lanes = static_cast<int>(p.lanes.value), all = tiles.need_rows * tiles.need_columns * lanes;
+  const int owners = kBlockThreads / lanes * lanes;  // each of which stays at its channels
   float sum[kLaneChannels] = {};
-  for_lanes(vectors, [&](int64_t v, bool owns) {
-    const Lane lane(p.lanes, v);
-    const Position at = p.in.position(v * kLaneChannels);
-    const int64_t base = p.out.at(at.image, lane.channel, 0, 0);
-    float out[kLaneChannels] = {};
-    for_windows(p.pool, p.out, at.row, at.column, [&](int oh, int ow, int tap) {
-      if (__ballot_sync(0xffffffff, tap >= 0) == 0) return;
-      // All lanes, as they exchange values; those whose window does not exist with zeros.
-      float values[kLaneChannels] = {}, gradient[kLaneChannels] = {}, dpooled[kLaneChannels];
-      Bytes<kLaneChannels> won = 0;
-      if (tap >= 0) {
-        const int64_t from = base + oh * p.out.row_step + ow * p.out.column_step;
-        load<kLaneChannels>(values, pooled + from);
-        load<kLaneChannels>(gradient, dy + from);
-        won = load_bytes<kLaneChannels>(winners + from);
+  for (int64_t tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
+    const Position first = tile_position(tiles, tile);
+    const int top = first_window(p.pool, 0, first.row), left = first_window(p.pool, 1, first.column);
+    const int left_rows = p.out.height - top, rows = tiles.need_rows < left_rows ? tiles.need_rows : left_rows;
+    for_lanes<int>(rows * tiles.need_columns * lanes, threadIdx.x / kWarp, kBlockThreads / kWarp,
+                   [&](int v, bool owns) {
+                     const TilePlace at(tiles.by_need_row, p.lanes, v);
+                     const int column = left + at.column < p.out.width ? left + at.column : p.out.width - 1;
+                     const int64_t from = p.out.at(first.image, at.lane * kLaneChannels, top + at.row, column);
+                     float values[kLaneChannels], gradient[kLaneChannels], out[kLaneChannels];
+                     load<kLaneChannels>(values, pooled + from);
+                     load<kLaneChannels>(gradient, dy + from);
+                     lrn_gradients<N>(out, p.lrn, values, gradient, at.lane == 0, at.lane == lanes - 1);
+                     if (owns) put(dpooled, all, v, out);
+                   });
+    __syncthreads();
+    const int own_rows = tiles.rows < p.in.height - first.row ? tiles.rows : p.in.height - first.row;
+    if (static_cast<int>(threadIdx.x) < owners) {
+      for (int v = threadIdx.x; v < own_rows * tiles.columns * lanes; v += owners) {
+        const TilePlace at(tiles.by_row, p.lanes, v);
+        const int row = first.row + at.row, column = first.column + at.column, channel = at.lane * kLaneChannels;
+        if (column >= p.in.width) continue;
+        float out[kLaneChannels] = {};
+        for_windows(p.pool, p.out, row, column, [&](int oh, int ow, int tap) {
+          if (tap < 0) return;
+          const auto won = load_bytes<kLaneChannels>(winners + p.out.at(first.image, channel, oh, ow));
+          float gradient[kLaneChannels];
+          get(gradient, dpooled, all, ((oh - top) * tiles.need_columns + ow - left) * lanes + at.lane);
+#pragma unroll
+          for (int i = 0; i < kLaneChannels; ++i) out[i] += byte_of<kLaneChannels>(won, i) == tap ? gradient[i] : 0.0f;
+        });
+#pragma unroll
+        for (int i = 0; i < kLaneChannels; ++i) sum[i] += out[i];
+        store<kLaneChannels>(dx + p.in.at(first.image, channel, row, column), out);
       }
-      lrn_gradients<N>(dpooled, p.lrn, values, gradient, lane.first, lane.last);
+    }
+    __syncthreads();
+  }
+  sum_owners(sum, lanes, 0, owners, [](int i) { return i; }, sums);
+}
+
+// ---- contiguous: a thread walks along the channels of one output
+
+template <class T, int N, int K>
+__global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
+    relu_max_pool2d_lrn_pixels_kernel(DeviceBlock<float> p, Chunks work, int64_t threads, const T* __restrict__ x,
+                                      const T* __restrict__ bias, T* __restrict__ y, T* __restrict__ pooled,
+                                      uint8_t* __restrict__ winners) {
+  constexpr int kChannels = 4;
+  for_chunks(work, threads, p.in.channels, [&](int64_t image, int64_t pixel, int first, int end) {
+    const int oh = static_cast<int>(p.out.by_width.divide(pixel)), ow = static_cast<int>(pixel - oh * p.out.width);
+    const int64_t to = p.out.at(image, 0, oh, ow);
+    walk_values<N, kChannels>(
+        p.lrn, first, end,
+        [&](auto& values, int c) {
+          Best<float, kChannels> best;
+          for_taps<K>(p.pool, p.in, oh, ow, [&](int ih, int iw, int tap) {
+            float taken[kChannels];
+            load_run(taken, x + p.in.at(image, 0, ih, iw), p.in.channel_step, c, p.in.channels);
 #pragma unroll
-      for (int i = 0; i < kLaneChannels; ++i)
-        if (tap >= 0 && byte_of<kLaneChannels>(won, i) == tap) out[i] += dpooled[i];
-    });
-    if (!owns) return;
+            for (int j = 0; j < kChannels; ++j)
+              if (c + j >= 0 && c + j < p.in.channels) taken[j] = with_bias(taken[j], bias, c + j);
+            best.template take<true>(taken, tap);
+          });
 #pragma unroll
-    for (int i = 0; i < kLaneChannels; ++i) sum[i] += out[i];
-    store<kLaneChannels>(dx + v * kLaneChannels, out);
+          for (int j = 0; j < kChannels; ++j) {
+            values[j] = best.value[j];
+            if (c + j < first || c + j >= end) continue;
+            pooled[to + (c + j) * p.out.channel_step] = narrow<T>(best.value[j]);
+            winners[to + (c + j) * p.out.channel_step] = static_cast<uint8_t>(best.tap[j]);
+          }
+        },
+        [&](int, int c, float value) { y[to + c * p.out.channel_step] = narrow<T>(value); }, [](int) {});
   });
-  sum_vectors<kLaneChannels, kOwners>(sum, p.lanes, sums);
+}
+
+// Blocks of [rows][chunks]; a row takes every rows-th tile of inputs, whose windows' gradients its threads compute into
+// shared memory, eight channels at a time, and gather from there.
+template <class T, int N>
+__global__ void __launch_bounds__(kBlockThreads, 3)  // 85 registers
+    relu_max_pool2d_lrn_pixels_backward_kernel(DeviceBlock<float> p, Tiles tiles, Chunks work, int64_t rows,
+                                               const T* __restrict__ dy, const T* __restrict__ pooled,
+                                               const uint8_t* __restrict__ winners, T* __restrict__ dx,
+                                               float* __restrict__ sums) {
+  const int need = tiles.need_rows * tiles.need_columns, thread = static_cast<int>(threadIdx.x);
+  float *dpooled = shared_memory<float>(), *totals = dpooled + kRun * need;  // [kRun][need], [channels of the chunk]
+  const int64_t block_row = work.by_chunks.divide(blockIdx.x);
+  const int first = static_cast<int>(blockIdx.x - block_row * work.chunks) * work.channels;
+  const int end = first + work.channels < p.in.channels ? first + work.channels : p.in.channels;
+  const int own_row = static_cast<int>(tiles.by_need_row.divide(thread));
+  const int own_column = thread - own_row * tiles.need_columns;
+  for (int i = thread; i < end - first; i += kBlockThreads) totals[i] = 0;
+  __syncthreads();
+  for (int64_t tile = block_row; tile < tiles.count; tile += rows) {
+    const Position at = tile_position(tiles, tile);
+    const int top = first_window(p.pool, 0, at.row), left = first_window(p.pool, 1, at.column);
+    const int oh = top + own_row, ow = left + own_column;
+    const bool active = thread < need && oh < p.out.height && ow < p.out.width;
+    const int64_t base = active ? p.out.at(at.image, 0, oh, ow) : 0;
+    walk_gradients<N, kRun>(
+        p.lrn, first, end,
+        [&](auto& values, auto& gradients, int c) {
+          load_run(values, pooled + base, p.out.channel_step, c, active ? p.out.channels : 0);
+          load_run(gradients, dy + base, p.out.channel_step, c, active ? p.out.channels : 0);
+        },
+        [&](int j, int, float, float gradient) {
+          if (active) dpooled[j * need + thread] = gradient;
+        },
+        [&](int run) {
+          __syncthreads();
+          const int j = thread / kWarp, channel = run + j;
+          if (channel >= first && channel < end)
+            sum_warp(totals, channel - first, [&] {
+              float sum = 0;
+              for (int v = thread % kWarp; v < tiles.rows * tiles.columns; v += kWarp) {
+                const int tile_row = static_cast<int>(tiles.by_row.divide(v));
+                const int row = at.row + tile_row, column = at.column + v - tile_row * tiles.columns;
+                if (row >= p.in.height || column >= p.in.width) continue;
+                float out = 0;
+                for_windows(p.pool, p.out, row, column, [&](int h, int w, int tap) {
+                  if (tap < 0 || winners[p.out.at(at.image, channel, h, w)] != tap) return;
+                  out += dpooled[j * need + (h - top) * tiles.need_columns + w - left];
+                });
+                dx[p.in.at(at.image, channel, row, column)] = narrow<T>(out);
+                sum += out;
+              }
+              return sum;
+            });
+          __syncthreads();
+        });
+  }
+  for (int i = thread; i < end - first; i += kBlockThreads) sums[block_row * p.in.channels + first + i] = totals[i];
 }
 
 // ---- any layout, window and beta: element by element

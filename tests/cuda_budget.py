@@ -1,0 +1,162 @@
+"""``python tests/cuda_budget.py``: what every CUDA kernel takes on every architecture, held against a committed file.
+
+Compiles csrc/*/*_cuda.cu with nvcc for each architecture (no GPU is needed) and reads ptxas's report: registers must
+not be more than tests/cuda_budget.json says, static shared memory likewise, and there is no stack and no spill at all.
+Kernels made for 16-byte accesses must have them in their machine code. Exit code 1 when something does not hold.
+
+    python tests/cuda_budget.py --renew     # writes the file anew; what must be zero or there must be so even then
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BUDGET = ROOT / "tests" / "cuda_budget.json"
+ARCHITECTURES = ("80", "90", "100", "120")
+FLAGS = ("-std=c++20", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "--extended-lambda", "-Xptxas", "-v")
+
+# By name, or by a number of neighbouring elements, their second template argument, above 1.
+VECTOR_KERNEL = re.compile(r"_(lanes|vectors)_|^(relu_max_pool2d(_backward)?|bias_relu)_kernel<\w+, [248]\b")
+ACCESSES = ("LDG.E.128", "STG.E.128")
+
+
+@dataclass
+class Usage:
+    """What one kernel takes on one architecture."""
+
+    registers: int = 0
+    shared: int = 0
+    stack: int = 0
+    spills: int = 0
+    missing: list[str] = field(default_factory=list)  # 16-byte accesses that it should have
+
+
+def tool(name: str) -> str:
+    """A program of the CUDA toolkit: on PATH, or in Triton's package."""
+    if found := shutil.which(name):
+        return found
+    try:
+        import triton
+
+        found = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+        if found.exists():
+            return str(found)
+    except ImportError:
+        pass
+    raise SystemExit(f"{name} is on PATH nowhere, and Triton is not installed")
+
+
+def run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}:\n{done.stdout}{done.stderr}")
+    return done.stdout + done.stderr
+
+
+def plain(mangled: list[str]) -> dict[str, str]:
+    """Names as a reader writes them: relu_max_pool2d_kernel<float, 4, 3>."""
+    names = run("c++filt", *mangled).splitlines()
+    short = (re.sub(r"alexnet_ext::|\(anonymous namespace\)::|^void ", "", name).split("(")[0] for name in names)
+    return dict(zip(mangled, short, strict=True))
+
+
+def read_report(report: str) -> dict[str, Usage]:
+    """ptxas's words, by mangled name."""
+    usages: dict[str, Usage] = {}
+    for line in report.splitlines():
+        if found := re.search(r"Compiling entry function '(\w+)'", line):
+            usage = usages[found[1]] = Usage()
+        elif found := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            usage.stack, usage.spills = int(found[1]), int(found[2]) + int(found[3])
+        elif found := re.search(r"Used (\d+) registers", line):
+            shared = re.search(r"(\d+) bytes smem", line)
+            usage.registers, usage.shared = int(found[1]), int(shared[1]) if shared else 0
+    return usages
+
+
+def compile_one(source: Path, architecture: str, folder: Path) -> dict[str, Usage]:
+    cubin = folder / f"{source.stem}-{architecture}.cubin"
+    usages = read_report(run("nvcc", *FLAGS, f"-arch=sm_{architecture}", "-cubin", "-o", str(cubin), str(source)))
+    if not usages:
+        raise SystemExit(f"{source.name}: no kernel in ptxas's report")
+    names = plain(list(usages))
+    listing = run(tool("cuobjdump"), "-sass", str(cubin))
+    code = dict(re.findall(r"Function : (\w+)\n(.*?)(?=\n\s*Function : |\Z)", listing, re.S))
+    for mangled, usage in usages.items():
+        if VECTOR_KERNEL.search(names[mangled]):
+            usage.missing = [access for access in ACCESSES if access not in code[mangled]]
+    return {names[mangled]: usage for mangled, usage in usages.items()}
+
+
+def measure(jobs: int) -> dict[str, dict[str, Usage]]:
+    """Usage by kernel and architecture."""
+    sources = sorted((ROOT / "csrc").glob("*/*_cuda.cu"))
+    found: dict[str, dict[str, Usage]] = {}
+    with tempfile.TemporaryDirectory(prefix="cuda-budget-") as folder, ThreadPoolExecutor(jobs) as pool:
+        tasks = [(source, architecture) for architecture in ARCHITECTURES for source in sources]
+        for (_, architecture), usages in zip(
+            tasks, pool.map(lambda task: compile_one(*task, Path(folder)), tasks), strict=True
+        ):
+            for name, usage in usages.items():
+                found.setdefault(name, {})[architecture] = usage
+    return found
+
+
+def faults(found: dict[str, dict[str, Usage]], budget: dict[str, dict[str, list[int]]] | None) -> list[str]:
+    """What does not hold, a sentence each; without a budget only what must hold in any case."""
+    said = []
+    for name, by_architecture in sorted(found.items()):
+        for architecture, usage in by_architecture.items():
+            where = f"{name} on sm_{architecture}"
+            if usage.stack or usage.spills:
+                said.append(f"{where} has {usage.stack} bytes of stack and spills {usage.spills}, expected none")
+            said += [f"{where} has no {access} in its machine code" for access in usage.missing]
+            allowed = (budget or {}).get(name, {}).get(architecture)
+            if allowed and (usage.registers > allowed[0] or usage.shared > allowed[1]):
+                said.append(
+                    f"{where} takes {usage.registers} registers and {usage.shared} bytes of static shared memory, "
+                    f"its budget is {allowed[0]} and {allowed[1]}"
+                )
+    if not any(VECTOR_KERNEL.search(name) for name in found):
+        said.append("no kernel is taken for one of 16-byte accesses")
+    if budget is not None and (unlike := set(budget) ^ set(found)):
+        said.append(f"the budget and the kernels differ in {', '.join(sorted(unlike))}")
+    return said
+
+
+def main(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--renew", action="store_true", help="write tests/cuda_budget.json anew")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilers at once")
+    options = parser.parse_args(words)
+    started = time.monotonic()
+    found = measure(options.jobs)
+    said = faults(found, None if options.renew else json.loads(BUDGET.read_text(encoding="utf-8")))
+    if options.renew:
+        rows = (
+            f"{json.dumps(name)}: {json.dumps({a: [u.registers, u.shared] for a, u in usages.items()})}"
+            for name, usages in sorted(found.items())
+        )
+        BUDGET.write_text("{\n" + ",\n".join(rows) + "\n}\n", encoding="utf-8")
+    for sentence in said:
+        print(sentence)
+    print(
+        f"{len(found)} kernels on sm_{', '.join(ARCHITECTURES)}: {len(said)} faults, {time.monotonic() - started:.0f} s"
+    )
+    return 1 if said else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
