@@ -339,7 +339,7 @@ def masked(dy: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """(dz, dbias): the gradient where y is positive or NaN, channels-last, and its sums by channel."""
     batch, channels, height, width = y.shape
     dz = new_images(dy, y.shape, torch.channels_last)
-    blocks, channel_blocks = tile(channels, 1, None)
+    blocks, channel_blocks = tile(channels, 1, None, dy.dtype)
     pixels = batch * height * width
     programs = min(triton.cdiv(pixels, blocks["BLOCK_P"]), PARTIAL_SUMS)
     partial = dz.new_empty((programs, channels), dtype=accumulator_dtype(dy.dtype))
