@@ -55,5 +55,7 @@ def tune(
         y = torch.ops.alexnet_ext.conv2d_bias_relu_measured(x, weight, bias, *constants)
         y.backward(torch.randn_like(y))
         for direction in ("forward", "input gradient", "weight gradient"):
-            entry = _tuning.choices().known().get(_tuning.key_of(describe(direction, x, weight, *constants), device), {})
+            entry = (
+                _tuning.choices().known().get(_tuning.key_of(describe(direction, x, weight, *constants), device), {})
+            )
             yield TunedRow(name, direction, entry["choice"], entry["microseconds"])

@@ -33,7 +33,8 @@ SHARED = [
     pytest.param(case, LAYOUTS[i % 2], id=f"{case.id}-{LAYOUTS[i % 2]}")
     for op in MEMORY_BOUND
     for i, case in enumerate(cases.CASES[op])
-    if torch.Size(cases.pair(case.constants.get("kernel_size", 1))).numel() <= 25 and case.constants.get("size", 5) <= 15
+    if torch.Size(cases.pair(case.constants.get("kernel_size", 1))).numel() <= 25
+    and case.constants.get("size", 5) <= 15
 ]
 SHARED += [pytest.param(case, "contiguous", id=case.id) for case in (*cases.LRN_OTHER_RANKS, lrn((1, 3, 1, 2), 33))]
 

@@ -233,9 +233,7 @@ def test_a_direction_that_is_not_wanted_is_not_measured(monkeypatch: pytest.Monk
 
 
 @interpreted
-def test_tune_measures_the_layers_of_a_network_and_info_shows_it(
-    file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tune_measures_the_layers_of_a_network_and_info_shows_it(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_tuning, "ROUNDS", 1)
     monkeypatch.setattr(_tuning, "REPEATS", 1)
     with torch.device("meta"):

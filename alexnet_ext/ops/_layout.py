@@ -31,9 +31,7 @@ def empty_images(like: Tensor, height: int, width: int, dtype: torch.dtype | Non
 
 def same_strides(a: Tensor, b: Tensor) -> bool:
     """Same strides wherever a dimension has more than one index."""
-    return all(
-        size <= 1 or left == right for size, left, right in zip(a.shape, a.stride(), b.stride(), strict=True)
-    )
+    return all(size <= 1 or left == right for size, left, right in zip(a.shape, a.stride(), b.stride(), strict=True))
 
 
 def with_strides_of(like: Tensor, x: Tensor) -> Tensor:

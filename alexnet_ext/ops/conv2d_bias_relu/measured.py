@@ -136,7 +136,10 @@ def differentiate(
 
 
 def candidates(
-    triton_run: Callable[[], Sequence[Tensor]], stock_run: Callable[..., Sequence[Tensor]], layout: torch.memory_format, groups: int
+    triton_run: Callable[[], Sequence[Tensor]],
+    stock_run: Callable[..., Sequence[Tensor]],
+    layout: torch.memory_format,
+    groups: int,
 ) -> list[Candidate]:
     """Every way, in the static order: cuDNN in the layout that is there, Triton, cuDNN in the other, by towers."""
     last, first = torch.channels_last, torch.contiguous_format
@@ -191,7 +194,7 @@ def backward(
     constants = (stride, padding, dilation, groups)
     if y.numel() == 0 or weight.numel() == 0:
         return triton_kernels.backward(dy, x, weight, y, *constants, output_mask)
-    layout, gradients = convolved_format(x, weight), [x.new_empty(0)] * 3
+    layout, gradients = convolved_format(x, weight), [x.new_empty(0) for _ in range(3)]
     dz, dbias = masked(dy, y)
     for wanted, direction in ((0, "input gradient"), (1, "weight gradient")):
         if not output_mask[wanted]:

@@ -435,20 +435,19 @@ def backward(
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     for_x, for_weight, for_bias = output_mask
-    empty = x.new_empty(0)
     if y.numel() == 0:
         layout = convolved_format(x, weight)
         return (
-            new_images(x, x.shape, layout).zero_() if for_x else empty,
-            new_images(x, weight.shape, layout).zero_() if for_weight else empty,
-            x.new_zeros(weight.shape[0]) if for_bias else empty,
+            new_images(x, x.shape, layout).zero_() if for_x else x.new_empty(0),
+            new_images(x, weight.shape, layout).zero_() if for_weight else x.new_empty(0),
+            x.new_zeros(weight.shape[0]) if for_bias else x.new_empty(0),
         )
     dz, dbias = masked(dy, y)
     constants = (stride, padding, dilation, groups)
     return (
-        gradients(dz, x, weight, *constants, 0)[0] if for_x else empty,
-        gradients(dz, x, weight, *constants, 1)[0] if for_weight else empty,
-        dbias if for_bias else empty,
+        gradients(dz, x, weight, *constants, 0)[0] if for_x else x.new_empty(0),
+        gradients(dz, x, weight, *constants, 1)[0] if for_weight else x.new_empty(0),
+        dbias if for_bias else x.new_empty(0),
     )
 
 

@@ -110,9 +110,7 @@ def _forward_kernel(
     BLOCK_C: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    pixel, channel, inside, own = tile_at(
-        tl.program_id(0), batch * pixels, channels, HALO, BLOCK_P, BLOCK_C, WIDE
-    )
+    pixel, channel, inside, own = tile_at(tl.program_id(0), batch * pixels, channels, HALO, BLOCK_P, BLOCK_C, WIDE)
     at = pixel // pixels * batch_stride + pixel % pixels * pixel_stride + channel * channel_stride
     x = tl.load(x_ptr + at, inside, 0.0)
     y = lrn(accumulator(x), BEFORE, AFTER, MEAN, BETA, K)
@@ -140,9 +138,7 @@ def _backward_kernel(
     BLOCK_C: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    pixel, channel, inside, own = tile_at(
-        tl.program_id(0), batch * pixels, channels, HALO, BLOCK_P, BLOCK_C, WIDE
-    )
+    pixel, channel, inside, own = tile_at(tl.program_id(0), batch * pixels, channels, HALO, BLOCK_P, BLOCK_C, WIDE)
     at = pixel // pixels * batch_stride + pixel % pixels * pixel_stride + channel * channel_stride
     x = accumulator(tl.load(x_ptr + at, inside, 0.0))
     dy = accumulator(tl.load(dy_ptr + at, inside, 0.0))
