@@ -302,6 +302,37 @@ def check(
         raise typer.Exit(1)
 
 
+@app.command()
+def tune(
+    model: Annotated[Variant | None, typer.Option(help="Variant of the network.", show_default="paper")] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 128,
+    image_size: Annotated[int | None, typer.Option(min=1, show_default="the variant's")] = None,
+    precision: Annotated[Precision, typer.Option()] = Precision.bf16,
+    device: Device = "auto",
+) -> None:
+    """Measure which convolution is fastest for each layer on this GPU, and remember it for training."""
+    import torch
+
+    from .ops import _tuning
+    from .training.run import device_of
+    from .tuning import tune as measure
+
+    where = device_of(device)
+    if where.type != "cuda":
+        raise CommandError(f"--device {device}: choices are measured on a GPU, and torch sees none here")
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision.value]
+    with torch.device("meta"):
+        network = models.alexnet(str(model or "paper"), image_size=image_size, init="torch")
+    side = network.config.image_size
+    console = Console()
+    table = Table("layer", "direction", "choice", "microseconds")
+    for row in measure(network, (batch_size, 3, side, side), where, dtype):
+        times = ", ".join(f"{name} {time:.0f}" for name, time in sorted(row.microseconds.items(), key=lambda t: t[1]))
+        table.add_row(row.layer, row.direction, row.choice, times)
+    console.print(table)
+    console.print(f"Kept in {path_text(_tuning.cache_file())}")
+
+
 def _workers(given: int | None, device: str) -> int:
     """A GPU must not wait for JPEGs; on the CPU the readers would take the cores that train."""
     if given is not None:

@@ -12,12 +12,12 @@ import torch
 from . import _library
 from ._check import CheckRow, check, check_table, verdict
 from ._version import __version__
-from .ops import _backend
+from .ops import _backend, _tuning
 
 __all__ = ["CheckRow", "Choice", "Info", "check", "check_table", "choice", "info", "verdict"]
 
 DEVICES = ("cpu", "cuda")
-KERNELS = {"native": "compiled kernel", "triton": "Triton kernel"}
+KERNELS = {"native": "compiled kernel", "triton": "Triton kernel", "measured": "whatever measures fastest"}
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ class Info:
     libraries: tuple[_library.Library, ...]
     build_record: dict[str, Any]
     choices: list[Choice] = field(default_factory=list)
+    measured_file: str = ""
+    measured: dict[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -72,6 +74,8 @@ class Info:
         width = max((len(choice.op) for choice in self.choices), default=0)
         for choice in self.choices:
             lines.append(f"  {choice.op:{width}s}  {choice.device:4s}  {choice.backend:6s}  {choice.reason}")
+        lines += ["", f"Measured choices ({self.measured_file}; `alexnet tune` adds to them)"]
+        lines += [f"  {choice}: {call}" for call, choice in sorted(self.measured.items())] or ["  none"]
         return "\n".join(lines)
 
 
@@ -94,6 +98,8 @@ def info() -> Info:
         libraries=(*_library.LIBRARIES, _library.TRITON),
         build_record=_library.build_record(),
         choices=[choice(op, device) for op in _backend.OPS for device in DEVICES],
+        measured_file=str(_tuning.cache_file()),
+        measured={call: str(found["choice"]) for call, found in _tuning.choices().known().items()},
     )
 
 
@@ -105,7 +111,7 @@ def choice(op: str, device: str) -> Choice:
     picked = _backend.preferred(op, device) if current == "auto" else current
     if picked != "stock" and _backend.has_kernel(picked, op, device):
         return Choice(op, device, picked, KERNELS[picked])
-    for backend in _backend.PREFERENCE[device]:
+    for backend in ("native", "triton"):
         if _backend.has_kernel(backend, op, device):
             return Choice(
                 op, device, "stock", f"its {KERNELS[backend]} has not been run on a GPU yet: ask for {backend!r}"

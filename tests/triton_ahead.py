@@ -1,6 +1,6 @@
 """Compiles the Triton kernels ahead of time, with no GPU, and prints what the code looks like as JSON.
 
-    python -m tests.triton_ahead quick | full     # a process of its own: under TRITON_INTERPRET=1 there is no compiler
+    python -m tests.triton_ahead quick | full | traced    # a process of its own: the interpreter has no compiler
 
 Each op's host code runs on tensors without values while its launches are caught; each launch is compiled for the
 architectures asked for with the argument types and alignments that it would have on a GPU.
@@ -20,7 +20,10 @@ from unittest import mock
 
 import torch
 import triton
+from functorch.compile import make_boxed_func
+from torch._functorch.aot_autograd import aot_function
 from torch._library.triton import set_wrap_triton_enabled
+from torch._subclasses import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -31,6 +34,8 @@ from alexnet_ext.ops.local_response_norm import triton_kernels as local_response
 from alexnet_ext.ops.relu_lrn_max_pool2d import triton_kernels as relu_lrn_max_pool2d
 from alexnet_ext.ops.relu_max_pool2d import triton_kernels as relu_max_pool2d
 from alexnet_ext.ops.relu_max_pool2d_lrn import triton_kernels as relu_max_pool2d_lrn
+
+from . import cases
 
 ARCHITECTURES = (80, 90, 100)
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -71,6 +76,7 @@ def launches(run: Callable[[], Any]) -> list[Launch]:
 def compiled(launch: Launch, capability: int) -> Any:
     """The kernel for this architecture, its integers and pointers specialized as they are at run time."""
     kernel, given = launch
+    given = dict(given)
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
@@ -175,6 +181,35 @@ def full() -> Iterator[Work]:
                     yield name, dtype, "channels_last", capability, run
 
 
+def traced() -> None:
+    """What torch.compile's backend is handed for each op and its backward: the kernels, or an op it cannot see into."""
+    triton.runtime.driver.set_active(mock.Mock(get_current_target=lambda: GPUTarget("cuda", 90, 32)))
+    graphs: list[str] = []
+
+    def capture(module: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(module.code)
+        return make_boxed_func(module.forward)
+
+    for case in cases.EXAMPLES:
+        tensors = cases.make(case, requires_grad=False)
+        for suffix, arguments in (("", cases.raw_forward), ("_backward", cases.raw_backward)):
+            op = getattr(torch.ops.alexnet_ext, f"{case.op}_triton{suffix}")
+            given = list(arguments(case, tensors))
+            places = [i for i, value in enumerate(given) if isinstance(value, torch.Tensor)]
+
+            def run(*values: torch.Tensor, given: Any = given, places: Any = places, op: Any = op) -> Any:
+                for i, value in zip(places, values, strict=True):
+                    given[i] = value
+                return op(*given)
+
+            with FakeTensorMode():
+                fakes = [torch.empty(given[i].shape, dtype=given[i].dtype, device="cuda") for i in places]
+                aot_function(run, fw_compiler=capture)(*fakes)
+            code = graphs.pop()
+            counts = {"kernels": code.count("triton_kernel_wrapper"), "opaque": code.count("ops.alexnet_ext")}
+            print(json.dumps({"op": f"{case.op}{suffix}"} | counts), flush=True)
+
+
 def main(grid: str) -> None:
     for name, dtype, layout, capability, run in {"quick": quick, "full": full}[grid]():
         for tf32 in (False, True) if dtype == torch.float32 and name.startswith("conv") else (False,):
@@ -187,4 +222,5 @@ def main(grid: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    with mock.patch.object(configs, "architecture", lambda x: 9):
+        traced() if sys.argv[1] == "traced" else main(sys.argv[1])

@@ -26,11 +26,14 @@ NATIVE = {op: {device: _library.has_kernel(op, device) for device in ("cpu", "cu
 _WITH_TRITON = {op: _library.has_triton(op) for op in OPS}
 TRITON = {op: {"cpu": found and _library.INTERPRETED, "cuda": found} for op, found in _WITH_TRITON.items()}
 
+# Ops that "auto" runs by whatever it measures to be fastest, our kernels or cuDNN's (ops/<op>/measured.py).
+MEASURED = {op: {"cpu": False, "cuda": TRITON[op]["cuda"] and op == "conv2d_bias_relu"} for op in OPS}
+
 # What "auto" prefers by device, where there is a kernel: stock PyTorch runs the rest. The interpreter is no choice.
-PREFERENCE = {"cpu": ("native",), "cuda": ("native", "triton"), "meta": ("native", "triton")}
+PREFERENCE = {"cpu": ("native",), "cuda": ("measured", "native", "triton"), "meta": ("native", "triton")}
 
 # Kernels that build but have not been run and measured yet: "auto" leaves them to stock PyTorch.
-UNPROVEN = {("native", "cuda"), ("triton", "cuda")}
+UNPROVEN = {("measured", "cuda"), ("native", "cuda"), ("triton", "cuda")}
 
 # A plain global and not a ContextVar: torch.compile guards on the one and breaks the graph at the other.
 _current = "auto"
@@ -79,7 +82,7 @@ def _transform() -> str:
 
 
 def has_kernel(backend: str, op: str, device: str) -> bool:
-    kernels = (NATIVE if backend == "native" else TRITON)[op]
+    kernels = {"native": NATIVE, "triton": TRITON, "measured": MEASURED}[backend][op]
     return any(kernels.values()) if device == "meta" else kernels.get(device, False)
 
 

@@ -34,6 +34,7 @@ def register(
     autocast: Callable[..., tuple[Any, ...]] | None = None,
     batched: Sequence[int] = (),
     batched_backward: Sequence[int] = (),
+    measured: bool = False,
 ) -> None:
     """Register everything but the compiled kernels of ``alexnet_ext::name``, its backward and their Triton twins.
 
@@ -41,14 +42,15 @@ def register(
     that ran forward. ``reference_backward`` is the backward op in differentiable stock PyTorch: double backward goes
     through it. ``autocast(dtype, *args)`` returns the arguments as they should be under autocast to ``dtype``;
     without it the op keeps its input's dtype there. ``batched`` and ``batched_backward`` are the positions of the
-    arguments with a batch dimension to fold a vmapped one into; with none, vmap loops.
+    arguments with a batch dimension to fold a vmapped one into; with none, vmap loops. ``measured``: there is a
+    third twin, ``name_measured`` of ``ops/name/measured.py``, which chooses at run time; torch.compile sees no further
+    than its name.
     """
     twins = [name] if _library.LIBRARIES[0].loaded else []
     if _library.has_triton(name):
-        kernels = importlib.import_module(f"{__package__}.{name}.triton_kernels")
-        twins.append(f"{name}_triton")
-        for twin, run, signature in (("", kernels.forward, schema), ("_backward", kernels.backward, schema_backward)):
-            torch.library.triton_op(f"alexnet_ext::{twins[-1]}{twin}", run, mutates_args=(), schema=signature)
+        twins.append(_define(name, "triton", "triton_kernels", torch.library.triton_op, schema, schema_backward))
+        if measured:
+            twins.append(_define(name, "measured", "measured", torch.library.custom_op, schema, schema_backward))
     for twin in twins:
         op, op_backward = f"alexnet_ext::{twin}", f"alexnet_ext::{twin}_backward"
         torch.library.register_fake(op, fake)
@@ -61,6 +63,14 @@ def register(
         if autocast is not None:
             for device, key in _AUTOCAST_KEYS.items():
                 _fragment.impl(twin, _autocast_rule(op, device, autocast), key)
+
+
+def _define(name: str, kind: str, module: str, define: Any, schema: str, schema_backward: str) -> str:
+    """Define the twin ``name_kind`` and its backward from ``forward`` and ``backward`` of a module; its name."""
+    functions = importlib.import_module(f"{__package__}.{name}.{module}")
+    define(f"alexnet_ext::{name}_{kind}", functions.forward, mutates_args=(), schema=schema)
+    define(f"alexnet_ext::{name}_{kind}_backward", functions.backward, mutates_args=(), schema=schema_backward)
+    return f"{name}_{kind}"
 
 
 def _overload(op: str) -> Any:

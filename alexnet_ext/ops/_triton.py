@@ -41,12 +41,11 @@ def power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def warps(elements: int) -> int:
-    """Warps for a tile: 16 elements a thread, so that the handful of fp32 tiles a kernel holds stays in registers."""
-    return min(32, max(1, power_of_two(elements) // 512))
+CHANNELS = 1024
+"""Up to so many channels stand in one tile where they meet."""
 
 
-def tile(channels: int, channel_stride: int, reach: int | None) -> tuple[dict[str, int], int]:
+def tile(channels: int, channel_stride: int, reach: int | None, dtype: torch.dtype) -> tuple[dict[str, int], int]:
     """Block sizes for tiles of pixels by channels, and how many channel blocks there are.
 
     Where channels meet (``reach``: over how many of them), all stand in one tile if that is possible, else blocks
@@ -55,10 +54,14 @@ def tile(channels: int, channel_stride: int, reach: int | None) -> tuple[dict[st
     block_c, halo = power_of_two(channels), 0
     if reach is None:
         block_c = min(block_c, max(256 if channel_stride == 1 else 8, power_of_two(channels // 2**15)))
-    elif channels > 1024:
-        block_c, halo = max(1024, power_of_two(4 * reach)), reach
-    block_p = min(128 if channel_stride == 1 else 512, max(4096 // block_c, 1 if channel_stride == 1 else 16))
-    blocks = {"HALO": halo, "BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": warps(block_p * block_c)}
+    elif channels > CHANNELS:
+        block_c, halo = max(CHANNELS, power_of_two(4 * reach)), reach
+    block_p = max((2048 if dtype == torch.float64 else 4096) // block_c, 1 if channel_stride == 1 else 16)
+    block_p = min(block_p, 128 if channel_stride == 1 else 512)
+    # 16 values a thread, 8 of fp64 or where each value has an address of its own: a kernel's tiles stay in registers.
+    per_warp = 512 if dtype != torch.float64 and channel_stride == 1 else 256
+    warps = min(32, max(1, block_p * block_c // per_warp))
+    blocks = {"HALO": halo, "BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": warps}
     return blocks, triton.cdiv(channels, block_c - 2 * halo)
 
 

@@ -183,4 +183,5 @@ register(
     backward=_backward,
     reference_backward=reference.conv2d_bias_relu_backward,
     autocast=_autocast,
+    measured=True,
 )

@@ -339,7 +339,7 @@ def masked(dy: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """(dz, dbias): the gradient where y is positive or NaN, channels-last, and its sums by channel."""
     batch, channels, height, width = y.shape
     dz = new_images(dy, y.shape, torch.channels_last)
-    blocks, channel_blocks = tile(channels, 1, None)
+    blocks, channel_blocks = tile(channels, 1, None, dy.dtype)
     pixels = batch * height * width
     programs = min(triton.cdiv(pixels, blocks["BLOCK_P"]), PARTIAL_SUMS)
     partial = dz.new_empty((programs, channels), dtype=accumulator_dtype(dy.dtype))
@@ -434,25 +434,45 @@ def backward(
     groups: int,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    layout, (for_x, for_weight, for_bias) = convolved_format(x, weight), output_mask
-    dx = new_images(x, x.shape, layout) if for_x else x.new_empty(0)
-    dweight = new_images(x, weight.shape, layout) if for_weight else x.new_empty(0)
+    for_x, for_weight, for_bias = output_mask
     if y.numel() == 0:
-        return dx.zero_(), dweight.zero_(), x.new_zeros(weight.shape[0] if for_bias else 0)
+        layout = convolved_format(x, weight)
+        return (
+            new_images(x, x.shape, layout).zero_() if for_x else x.new_empty(0),
+            new_images(x, weight.shape, layout).zero_() if for_weight else x.new_empty(0),
+            x.new_zeros(weight.shape[0]) if for_bias else x.new_empty(0),
+        )
     dz, dbias = masked(dy, y)
+    constants = (stride, padding, dilation, groups)
+    return (
+        gradients(dz, x, weight, *constants, 0)[0] if for_x else x.new_empty(0),
+        gradients(dz, x, weight, *constants, 1)[0] if for_weight else x.new_empty(0),
+        dbias if for_bias else x.new_empty(0),
+    )
+
+
+def gradients(
+    dz: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    wanted: int,
+) -> list[Tensor]:
+    """[dx] (wanted 0) or [dweight] (wanted 1) for the masked gradient."""
+    result = new_images(x, (x.shape, weight.shape)[wanted], convolved_format(x, weight))
     rewrite = None
     if SpaceToDepth.helps(weight, stride, dilation, groups):
-        rewrite = SpaceToDepth(x, weight, stride, padding, list(y.shape[2:]))
+        rewrite = SpaceToDepth(x, weight, stride, padding, list(dz.shape[2:]))
         x, weight, stride, padding = rewrite.images(x), rewrite.weights(weight), [1, 1], [0, 0]
-    if for_weight:
+    if wanted == 1:
         found = weight_gradient(dz, x, list(weight.shape), stride, padding, dilation, groups)
-        dweight.copy_(found if rewrite is None else rewrite.weights_back(found))
-    if for_x:
-        found = dx if rewrite is None else new_images(x, x.shape, torch.channels_last)
-        input_gradient(dz, weight, found, stride, padding, dilation, groups)
-        if rewrite is not None:
-            dx.copy_(rewrite.images_back(found))
-    return dx, dweight, dbias if for_bias else x.new_empty(0)
+        return [result.copy_(found if rewrite is None else rewrite.weights_back(found))]
+    found = result if rewrite is None else new_images(x, x.shape, torch.channels_last)
+    input_gradient(dz, weight, found, stride, padding, dilation, groups)
+    return [result if rewrite is None else result.copy_(rewrite.images_back(found))]
 
 
 def input_gradient(

@@ -179,7 +179,7 @@ def forward(x: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor
         return y.copy_(forward(x.contiguous(), size, alpha, beta, k))
     x, (pixels, pixel_stride), channels = with_strides_of(y, x), plan, int(x.shape[1])
     lrn_constants = constants(size, alpha, beta, k, channels)
-    blocks, channel_blocks = tile(channels, y.stride(1), lrn_constants["BEFORE"])
+    blocks, channel_blocks = tile(channels, y.stride(1), lrn_constants["BEFORE"], x.dtype)
     grid = (triton.cdiv(x.shape[0] * pixels, blocks["BLOCK_P"]), channel_blocks)
     wrap_triton(_forward_kernel)[grid](
         x,
@@ -210,7 +210,7 @@ def backward(
     dy, x = with_strides_of(dx, dy), with_strides_of(dx, x)
     (pixels, pixel_stride), channels = plan, int(x.shape[1])
     lrn_constants = constants(size, alpha, beta, k, channels)
-    blocks, channel_blocks = tile(channels, dx.stride(1), lrn_constants["BEFORE"] + lrn_constants["AFTER"])
+    blocks, channel_blocks = tile(channels, dx.stride(1), lrn_constants["BEFORE"] + lrn_constants["AFTER"], x.dtype)
     grid = (triton.cdiv(x.shape[0] * pixels, blocks["BLOCK_P"]), channel_blocks)
     wrap_triton(_backward_kernel)[grid](
         dy,

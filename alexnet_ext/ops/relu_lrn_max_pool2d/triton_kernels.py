@@ -188,7 +188,7 @@ def forward(
     if y.numel() == 0:
         return y, winners
     lrn_constants = constants(lrn_size, alpha, beta, k, channels)
-    blocks, channel_blocks = tile(channels, y.stride(1), lrn_constants["BEFORE"])
+    blocks, channel_blocks = tile(channels, y.stride(1), lrn_constants["BEFORE"], x.dtype)
     pixels = batch * out_height * out_width
     wrap_triton(_forward_kernel)[(triton.cdiv(pixels, blocks["BLOCK_P"]), channel_blocks)](
         x,
@@ -227,7 +227,7 @@ def backward(
     if dx.numel() == 0:
         return dx, dx.new_zeros(channels)
     lrn_constants = constants(lrn_size, alpha, beta, k, channels)
-    blocks, channel_blocks = tile(channels, dx.stride(1), lrn_constants["BEFORE"] + lrn_constants["AFTER"])
+    blocks, channel_blocks = tile(channels, dx.stride(1), lrn_constants["BEFORE"] + lrn_constants["AFTER"], x.dtype)
     pixels = batch * height * width
     programs = min(triton.cdiv(pixels, blocks["BLOCK_P"]), PARTIAL_SUMS)
     partial = dx.new_empty((programs, channels), dtype=accumulator_dtype(x.dtype))

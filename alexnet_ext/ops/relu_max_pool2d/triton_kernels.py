@@ -260,7 +260,7 @@ def forward(
     winners = empty_images(x, out_height, out_width, torch.uint8)
     if y.numel() == 0:
         return y, winners
-    blocks, channel_blocks = tile(channels, y.stride(1), None)
+    blocks, channel_blocks = tile(channels, y.stride(1), None, x.dtype)
     pixels = batch * out_height * out_width
     wrap_triton(_forward_kernel)[(triton.cdiv(pixels, blocks["BLOCK_P"]), channel_blocks)](
         x,
@@ -289,7 +289,7 @@ def gradient(
     dx = empty_images(winners, height, width, dtype)
     if dx.numel() == 0:
         return dx, dx.new_zeros(channels if sums else 0)
-    blocks, channel_blocks = tile(channels, dx.stride(1), None)
+    blocks, channel_blocks = tile(channels, dx.stride(1), None, dtype)
     pixels = batch * height * width
     programs = triton.cdiv(pixels, blocks["BLOCK_P"])
     if sums:

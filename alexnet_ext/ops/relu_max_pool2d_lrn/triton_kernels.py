@@ -96,7 +96,7 @@ def forward(
     if y.numel() == 0:
         return y, pooled, winners
     lrn_constants = constants(lrn_size, alpha, beta, k, channels)
-    blocks, channel_blocks = tile(channels, y.stride(1), lrn_constants["BEFORE"])
+    blocks, channel_blocks = tile(channels, y.stride(1), lrn_constants["BEFORE"], x.dtype)
     pixels = batch * out_height * out_width
     wrap_triton(_forward_kernel)[(triton.cdiv(pixels, blocks["BLOCK_P"]), channel_blocks)](
         x,

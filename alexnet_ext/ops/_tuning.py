@@ -1,0 +1,194 @@
+"""Measured choices: of several ways to compute the same, the fastest on this device, remembered on disk.
+
+Nothing is measured while a CUDA graph is captured or torch.compile traces: there a choice that is already known is
+used, else the static one. Not yet run on a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import importlib.metadata
+import json
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._version import __version__
+
+Clock = Callable[[], float]
+Results = Sequence[Tensor]
+
+REPEATS, ROUNDS = 10, 3
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to compute: its name in the file, and the call."""
+
+    name: str
+    run: Callable[[], Results]
+
+
+def gpu_clock() -> float:
+    """Seconds, after all work given to the GPU is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def agree(ours: Results, theirs: Results) -> bool:
+    """Whether two candidates computed the same: within some roundings of the dtype (TF32's for fp32)."""
+    for a, b in zip(ours, theirs, strict=True):
+        eps = max(torch.finfo(b.dtype).eps, 2.0**-10 if b.dtype == torch.float32 else 0.0)
+        largest = b.detach().nan_to_num(0, 0, 0).abs().max().item() if b.numel() else 0.0
+        if a.shape != b.shape or not torch.allclose(a, b, rtol=0, atol=16 * eps * largest, equal_nan=True):
+            return False
+    return True
+
+
+def timings(candidates: Sequence[Candidate], clock: Clock) -> dict[str, float]:
+    """Seconds of each candidate: the least of some rounds, which take turns.
+
+    Left out is what raises, and what computes something else than the first that does not.
+    """
+    reference: Results | None = None
+    left = []
+    for candidate in candidates:
+        try:
+            results = candidate.run()
+            clock()  # an asynchronous error shows here
+        except Exception as error:  # a kernel that does not build, memory that does not suffice: whatever it is
+            warnings.warn(f"{candidate.name} is not measured, as it raises {error!r:.200}", stacklevel=2)
+            continue
+        if reference is None:
+            reference = results
+        elif not agree(results, reference):
+            warnings.warn(f"{candidate.name} is not measured, as its result differs", stacklevel=2)
+            continue
+        left.append(candidate)
+    if not left:
+        raise RuntimeError(f"none of {', '.join(candidate.name for candidate in candidates)} runs")
+    seconds = {candidate.name: float("inf") for candidate in left}
+    for _ in range(ROUNDS):
+        for candidate in left:
+            begun = clock()
+            for _ in range(REPEATS):
+                candidate.run()
+            seconds[candidate.name] = min(seconds[candidate.name], (clock() - begun) / REPEATS)
+    return seconds
+
+
+def cache_file() -> Path:
+    """In the user's cache folder, as the XDG base directories have it."""
+    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(folder) / "alexnet_ext" / "choices.json"
+
+
+class Choices:
+    """Choices by key, in memory and in one JSON file that any number of processes read and write.
+
+    A file that cannot be read or written is a warning, once; choices are then kept in memory alone.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.memory: dict[str, dict[str, Any]] | None = None
+
+    def known(self) -> dict[str, dict[str, Any]]:
+        if self.memory is None:
+            self.memory = self._read()
+        return self.memory
+
+    def remember(self, key: str, seconds: Mapping[str, float]) -> str:
+        """Keep the fastest of these, and the times in microseconds; returns its name."""
+        name = min(seconds, key=seconds.__getitem__)
+        entry = {"choice": name, "microseconds": {n: round(s * 1e6, 2) for n, s in seconds.items()}}
+        self.known()[key] = entry
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self._locked():
+                merged = self._read() | {key: entry}
+                beside = self.path.with_name(f".{self.path.name}.tmp-{os.getpid()}")
+                beside.write_text(json.dumps(merged, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+                os.replace(beside, self.path)
+        except OSError as error:
+            self._warn(f"cannot be written, choices last as long as this process: {error}")
+        return name
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        try:
+            found = json.loads(self.path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            self._warn(f"cannot be read and is not used: {error}")
+            return {}
+        if not isinstance(found, dict):
+            self._warn("holds no choices and is not used")
+            return {}
+        return {key: entry for key, entry in found.items() if isinstance(entry, dict) and "choice" in entry}
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        with open(self.path.with_name(f".{self.path.name}.lock"), "w", encoding="utf-8") as file:
+            with contextlib.suppress(OSError):  # a file system without locks: the rename keeps the file whole
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def _warn(self, what: str) -> None:
+        warnings.warn(f"{self.path} {what}", stacklevel=4)
+
+
+@functools.cache
+def choices() -> Choices:
+    return Choices(cache_file())
+
+
+@functools.cache
+def versions() -> str:
+    """What a measured time hangs on, but for the device and the call."""
+    found = [f"alexnet_ext {__version__}", f"torch {torch.__version__}"]
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        found.append(f"triton {importlib.metadata.version('triton')}")
+    return ", ".join(found)
+
+
+@functools.cache
+def device_name(device: torch.device) -> str:
+    if device.type != "cuda":
+        return device.type
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{torch.cuda.get_device_name(device)} {major}.{minor}"
+
+
+def frozen() -> bool:
+    """Whether nothing may be measured now: a CUDA graph is captured, or torch.compile traces."""
+    return torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+
+
+def key_of(what: str, device: torch.device) -> str:
+    return f"{what} | {device_name(device)} | {versions()}"
+
+
+def fastest(what: str, device: torch.device, candidates: Sequence[Candidate], clock: Clock = gpu_clock) -> Candidate:
+    """The fastest candidate for ``what`` (the call in words) on this device: known, measured now, or the first.
+
+    Candidates stand in the static order: the first is trusted, and taken where nothing may be measured.
+    """
+    key = key_of(what, device)
+    by_name = {candidate.name: candidate for candidate in candidates}
+    name = choices().known().get(key, {}).get("choice")
+    if name not in by_name:
+        if frozen():
+            return candidates[0]
+        name = choices().remember(key, timings(candidates, clock))
+    return by_name[name]
