@@ -207,6 +207,9 @@ def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
             op.Conv(x, weight, bias, strides=list(stride), pads=pads, dilations=list(dilation), group=groups)
         )
 
+    def linear_bias_relu(x: Any, weight: Any, bias: Any) -> Any:
+        return op.Relu(op.Gemm(x, weight, bias, transB=1))
+
     def relu_lrn_max_pool2d(
         x: Any, bias: Any, lrn_size: int, alpha: float, beta: float, k: float, kernel_size: Any, stride: Any
     ) -> tuple[Any, Any]:
@@ -219,5 +222,12 @@ def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         pooled = pool(op.Relu(biased(x, bias)), kernel_size, stride, (0, 0), (1, 1), False)
         return norm(pooled, lrn_size, alpha, beta, k), op.Identity(pooled), winners(pooled)
 
-    functions = (local_response_norm, relu_max_pool2d, conv2d_bias_relu, relu_lrn_max_pool2d, relu_max_pool2d_lrn)
+    functions = (
+        local_response_norm,
+        relu_max_pool2d,
+        conv2d_bias_relu,
+        linear_bias_relu,
+        relu_lrn_max_pool2d,
+        relu_max_pool2d_lrn,
+    )
     return {getattr(torch.ops.alexnet_ext, function.__name__).default: function for function in functions}
