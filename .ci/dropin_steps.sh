@@ -1,13 +1,11 @@
 # Steps of .ci/run on what the package is in other people's hands: reference, examples, other packages, compilers.
 
 reference() {
-  pip install -qq -e '.[docs]' --no-build-isolation
   NO_MKDOCS_2_WARNING=1 mkdocs build --quiet --strict --site-dir "$work/site"
   grep -c 'class="doc doc-object' "$work"/site/*/index.html
 }
 
 examples() {
-  pip install -qq -e '.[train,interop]' --no-build-isolation
   (
     cd "$work"
     python "$root/examples/accelerate_torchvision.py" --batch-size 4 --side 96 --steps 2
@@ -18,7 +16,6 @@ examples() {
 }
 
 other_packages() {
-  pip install -qq -e '.[test,interop]' --no-build-isolation
   pytest tests/test_accelerate_models.py tests/test_export.py tests/test_weights.py -rs | tee "$work/log"
   ! grep SKIPPED "$work/log" || return 1
 }

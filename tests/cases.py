@@ -283,6 +283,8 @@ def make(
 def lay_out(values: Tensor, layout: str) -> Tensor:
     """The same values in another memory layout (the expanded ones repeat a column or a batch item)."""
     nan = torch.nan if values.is_floating_point() else -1
+    if values.dim() < 2 and layout in ("channels_last", "transposed"):
+        layout = "contiguous"  # a vector has one dimension to lay out
     match layout:
         case "contiguous":
             return values.clone(memory_format=torch.contiguous_format)
