@@ -99,8 +99,10 @@ STOCK_MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[str
 }
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["stock", "accelerated"])
-@pytest.mark.parametrize("what", STOCK_MODELS)
+@pytest.mark.parametrize(
+    ("what", "fused"),
+    [*((what, False) for what in STOCK_MODELS), *((what, True) for what in ("block", "pool", "grouped"))],
+)
 def test_layers_in_onnx(tmp_path: Path, what: str, fused: bool) -> None:
     build, shape, expected = STOCK_MODELS[what]
     model, x, file = build().train(), 2 * torch.randn(3, *shape), tmp_path / "a.onnx"
@@ -217,9 +219,8 @@ def test_an_aoti_package_runs_with_torch_and_the_library_alone(tmp_path: Path) -
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize(
-    "mode", ["default", *(pytest.param(mode, marks=pytest.mark.long) for mode in ("reduce-overhead", "max-autotune"))]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])
 def test_torch_compile_with_any_batch(mode: str) -> None:
     """One graph, one compilation for all batch sizes, values and gradients."""
     torch._dynamo.reset()
