@@ -177,6 +177,7 @@ def test_the_command_writes(tmp_path: Path, weights: Path, kind: str, capfd: pyt
         (["--format", "onnx", "--out", "{out}", "--weights", "{none}"], 1, "none.pth: No such file or directory"),
         (["--format", "onnx", "--out", "{out}", "--weights", "{bad}"], 1, "bad.pth: damaged, or more than tensors"),
         (["--format", "onnx", "--out", "{out}", "--weights", "{weights}", "--variant", "paper"], 1, "not 'paper'"),
+        (["--format", "aoti", "--out", "{out}"], 2, "a.onnx: the name of such a file must end in .pt2"),
         (["--format", "pdf", "--out", "{out}"], 2, "'pdf' is not one of"),
     ],
 )
