@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 
 from . import nn as fused_nn
 from .calls import Rewritten, is_own_code, rewrite
-from .places import Chain, Place, every_place, find_chains, is_sealed
+from .places import MAY_RETURN_INPUT, Chain, Place, every_place, find_chains, is_sealed
 
 FilterFn = Callable[[nn.Module, str], bool]
 
@@ -201,7 +201,7 @@ def restore(model: nn.Module) -> None:
     They are in training or not as their replacements are now. Raises RuntimeError, with nothing restored, where a
     replacement was itself replaced or parametrized since.
     """
-    _restore(model, keep=frozenset())
+    _restore(model, keep={})
 
 
 @contextmanager
@@ -210,7 +210,7 @@ def accelerated(model: nn.Module, **options: Any) -> Iterator[Report]:
 
     At its end what this block replaced is restored, not what was fused before.
     """
-    before = frozenset(id(found) for module in model.modules() for found in (module, vars(module).get("forward")))
+    before = {id(found): found for module in model.modules() for found in (module, vars(module).get("forward"))}
     report = accelerate(model, **options)
     try:
         yield report
@@ -218,7 +218,8 @@ def accelerated(model: nn.Module, **options: Any) -> Iterator[Report]:
         _restore(model, keep=before)
 
 
-def _restore(model: nn.Module, keep: frozenset[int]) -> None:
+def _restore(model: nn.Module, keep: dict[int, object]) -> None:
+    """Undo everything but the layers and forwards in ``keep``, which has them by id."""
     back: list[tuple[nn.Module, str, nn.Module]] = []
     for parent in model.modules():
         for key, fused in parent._modules.items():
@@ -359,11 +360,10 @@ def _obstacle(chain: Chain, places: tuple[Place, ...], shared: dict[int, str], r
         if place.name in read:
             return f"{place.name}: its output is read (feature_info)"
     first = places[0].module
-    passing = (nn.Identity, nn.modules.dropout._DropoutNd)  # may return their input itself
     if (
         isinstance(first, nn.ReLU)
         and first.inplace
-        and all(isinstance(p.module, passing) for p in chain[: chain.index(places[0])])
+        and all(isinstance(p.module, MAY_RETURN_INPUT) for p in chain[: chain.index(places[0])])
     ):
         return f"{places[0].name}: it writes into its input (inplace=True), which others may read"
     return ""

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from . import ops
-from .places import trace
+from .places import MAY_RETURN_INPUT, trace
 
 RELUS = (F.relu, F.relu_, torch.relu, torch.relu_)
 
@@ -34,7 +34,7 @@ class Rewritten:
     def prepare(self, training: bool) -> None:
         """Make the function for this mode. Raises whatever the owner's code raises when it is traced."""
         graph = trace(self.owner, training)
-        self.found[training] = fuse_calls(graph, self.options)
+        self.found[training] = fuse_calls(graph, self.owner, self.options)
         # A method of a class of its own, which takes any self: here the owner.
         self.functions[training] = type(fx.GraphModule(self.owner, graph)).forward
 
@@ -67,7 +67,7 @@ class Rewritten:
         self.found, self.functions = {}, {}
 
 
-def fuse_calls(graph: fx.Graph, options: dict[str, bool]) -> list[str]:
+def fuse_calls(graph: fx.Graph, owner: nn.Module, options: dict[str, bool]) -> list[str]:
     """Fuse in place what there is to fuse; a pattern for each."""
     found = []
     for node in list(graph.nodes):
@@ -79,7 +79,7 @@ def fuse_calls(graph: fx.Graph, options: dict[str, bool]) -> list[str]:
         relu = node.args[0] if node.args else None
         rest = {name: value for name, value in node.kwargs.items() if name != "return_indices"}
         plain = node.target is F.max_pool2d and node.kwargs.get("return_indices") is False
-        if options["relu_pool"] and plain and isinstance(relu, fx.Node) and _is_relu(relu):
+        if options["relu_pool"] and plain and isinstance(relu, fx.Node) and _is_relu(relu, owner):
             with graph.inserting_before(node):
                 fused = graph.call_function(ops.relu_max_pool2d, (relu.args[0], *node.args[1:]), rest)
             node.replace_all_uses_with(fused)
@@ -89,7 +89,7 @@ def fuse_calls(graph: fx.Graph, options: dict[str, bool]) -> list[str]:
     return found
 
 
-def _is_relu(node: fx.Node) -> bool:
+def _is_relu(node: fx.Node, owner: nn.Module) -> bool:
     """Whether a node is a ReLU that one other node alone reads, and writes nothing that a third one could see."""
     given = node.args[0] if len(node.args) == 1 else None
     if len(node.users) != 1 or not isinstance(given, fx.Node):
@@ -100,7 +100,10 @@ def _is_relu(node: fx.Node) -> bool:
         writes = node.target == "relu_"
     else:
         return False
-    return not writes or (given.op == "call_module" and len(given.users) == 1)
+    if not writes:
+        return True
+    fresh = given.op == "call_module" and not isinstance(owner.get_submodule(str(given.target)), MAY_RETURN_INPUT)
+    return fresh and len(given.users) == 1
 
 
 def rewrite(owner: nn.Module, options: dict[str, bool]) -> Rewritten | None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import _library
 from .accelerate import accelerate
-from .data.errors import CommandError, os_error
+from .data.errors import CommandError, os_error, path_text
 from .data.folder import imagenet_preprocessing
 from .models import AlexNet, alexnet, load_weights
 from .models.weights import missing
@@ -95,17 +95,21 @@ def write(
     from .training import checkpoint
     from .training.files import new_file
 
+    if kind in ("torch-export", "aoti") and path.suffix != ".pt2":
+        raise CommandError(f"{path_text(path)}: the name of such a file must end in .pt2", 2)
+    try:
+        if kind == "onnx":
+            onnx_translations()
+    except (ImportError, RuntimeError) as error:
+        raise CommandError(str(error)) from error
     model, description = _network(kind in ("torch-export", "aoti"), variant, weights, warn)
     side = model.config.image_size
     example = torch.zeros(2, 3, side, side)
-    try:
-        with new_file(path) as beside:
-            if kind == "safetensors":
-                checkpoint.write_weights(beside, model, description)
-            else:
-                {"onnx": to_onnx, "torch-export": to_torch_export, "aoti": to_aoti}[kind](model, example, beside)
-    except ImportError as error:
-        raise CommandError(str(error)) from error
+    with new_file(path) as beside:
+        if kind == "safetensors":
+            checkpoint.write_weights(beside, model, description)
+        else:
+            {"onnx": to_onnx, "torch-export": to_torch_export, "aoti": to_aoti}[kind](model, example, beside)
 
 
 def _network(

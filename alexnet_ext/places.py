@@ -10,6 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import fx, nn
 
+MAY_RETURN_INPUT = (nn.Identity, nn.modules.dropout._DropoutNd)
+"""Layers whose output may be the very tensor they were given: what writes into the one writes into the other."""
+
 Chain = list["Place"]
 """Places of one parent whose modules run in this order, each one's output read by the next one alone, as its input."""
 

@@ -90,12 +90,15 @@ def test_leaves_neighbours_in_different_places_alone() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layers, self.relu = sequential(nn.Conv2d(4, 6, 3)), nn.ReLU()
+            self.layers, self.relu = nn.ModuleList([nn.Conv2d(4, 6, 3)]), nn.ReLU()
 
         def forward(self, x: Tensor) -> Tensor:
             return self.relu(self.layers[0](x))
 
-    assert fused(ax.accelerate(Net(), method="fx")) == {}
+    model, x = Net(), torch.randn(1, 4, 5, 5)
+    expected = model(x)
+    assert fused(ax.accelerate(model, method="fx")) == {}
+    torch.testing.assert_close(model(x), expected)
 
 
 @pytest.fixture
@@ -194,14 +197,15 @@ def test_a_relu_in_place_whose_input_is_read_elsewhere_stays() -> None:
     class Writes(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.b = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+            self.a, self.b, self.same = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.Identity()
 
         def forward(self, x: Tensor) -> tuple[Any, ...]:
             a, b = self.a(x), self.b(x)
             first = F.max_pool2d(F.relu(a, inplace=True), 2)
             second = F.max_pool2d(F.relu(b.view_as(b), inplace=True), 2)
             third = F.max_pool2d(F.relu(x), 2, return_indices=True)
-            return first, second, third, a, b, F.max_pool2d(x.relu(), 3, ceil_mode=True)
+            fourth = F.max_pool2d(F.relu(self.same(b), inplace=True), 2)
+            return first, second, third, fourth, a, b, F.max_pool2d(x.relu(), 3, ceil_mode=True)
 
     model, x = Writes(), torch.randn(1, 4, 7, 7)
     expected = model(x)

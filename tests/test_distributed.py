@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -80,7 +81,8 @@ def weights(model: nn.Module) -> list[Tensor]:
 
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=RANKS)
+    meet, patience = f"file://{folder}/meet", timedelta(minutes=3)  # a rank that died must not hang the other
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=RANKS, timeout=patience)
     try:
         for name, (build, prepare) in WAYS.items():
             model = prepare(build())

@@ -99,8 +99,10 @@ STOCK_MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[str
 }
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["stock", "accelerated"])
-@pytest.mark.parametrize("what", STOCK_MODELS)
+@pytest.mark.parametrize(
+    ("what", "fused"),
+    [*((what, False) for what in STOCK_MODELS), *((what, True) for what in ("block", "pool", "grouped"))],
+)
 def test_layers_in_onnx(tmp_path: Path, what: str, fused: bool) -> None:
     build, shape, expected = STOCK_MODELS[what]
     model, x, file = build().train(), 2 * torch.randn(3, *shape), tmp_path / "a.onnx"
@@ -175,6 +177,7 @@ def test_the_command_writes(tmp_path: Path, weights: Path, kind: str, capfd: pyt
         (["--format", "onnx", "--out", "{out}", "--weights", "{none}"], 1, "none.pth: No such file or directory"),
         (["--format", "onnx", "--out", "{out}", "--weights", "{bad}"], 1, "bad.pth: damaged, or more than tensors"),
         (["--format", "onnx", "--out", "{out}", "--weights", "{weights}", "--variant", "paper"], 1, "not 'paper'"),
+        (["--format", "aoti", "--out", "{out}"], 2, "a.onnx: the name of such a file must end in .pt2"),
         (["--format", "pdf", "--out", "{out}"], 2, "'pdf' is not one of"),
     ],
 )
@@ -217,9 +220,8 @@ def test_an_aoti_package_runs_with_torch_and_the_library_alone(tmp_path: Path) -
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize(
-    "mode", ["default", *(pytest.param(mode, marks=pytest.mark.long) for mode in ("reduce-overhead", "max-autotune"))]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])
 def test_torch_compile_with_any_batch(mode: str) -> None:
     """One graph, one compilation for all batch sizes, values and gradients."""
     torch._dynamo.reset()
