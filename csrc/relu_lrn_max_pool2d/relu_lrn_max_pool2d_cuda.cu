@@ -8,8 +8,9 @@ namespace {
 // Tiles of the output, whose pixels have `lanes` vectors. An input vector costs some 125 instructions, an output of
 // nine taps 270; of single values, 22 and 60.
 Tiles tiles_of(const LrnPoolBlock& p, int64_t lanes, int64_t most_needed, int64_t need_cost, int64_t own_cost) {
-  return choose_tiles(p.out, lanes, most_needed, need_cost, own_cost,
-                      [&](int i, int64_t length) { return (length - 1) * p.pool.stride[i] + p.pool.kernel[i]; });
+  return choose_tiles(p.out, lanes, most_needed, need_cost, own_cost, [&](int i, int64_t length) {
+    return (length - 1) * std::min(p.pool.stride[i], 2 * kMaxSide) + p.pool.kernel[i];
+  });
 }
 
 }  // namespace
