@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -48,8 +49,10 @@ def kernels_emulated(folder: Path, order: str = "forward") -> Iterator[ctypes.CD
 
     place = torch.library.Library("alexnet_ext", "IMPL", "CPU")
     try:
-        for name in operators():
-            place.impl(name, emulated(name), allow_override=True)
+        with warnings.catch_warnings():  # some versions of PyTorch warn of what is meant here
+            warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
+            for name in operators():
+                place.impl(name, emulated(name), allow_override=True)
         yield emulator
     finally:
         place._destroy()

@@ -179,6 +179,15 @@ def test_lrn_at_the_edges_equals_the_cpu_kernels(folder: Path, size: int, beta: 
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
+@pytest.mark.usefixtures("emulator")
+def test_what_a_kernel_cannot_count_is_refused() -> None:
+    """A window whose reach passes 2^30, which only a stride as long lets into the image."""
+    with pytest.raises(RuntimeError, match="relu_max_pool2d did not launch: invalid argument"):
+        torch.ops.alexnet_ext.relu_max_pool2d(
+            torch.zeros(1, 1, 4, 4), [200, 1], [1 << 40, 1], [0, 0], [(1 << 31) - 1, 1], True
+        )
+
+
 # ---- what the emulator must notice
 
 DATA = torch.arange(1.0, 65.0)

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("alexnet_ext", "benchmarks", "csrc", "examples", "tests")
 SUFFIXES = {".py", ".h", ".cpp", ".cu", ".cuh"}
 LONGEST = 500
+ENDINGS = (".h", "_plan.h", "_cpu.cpp", "_ops.cpp", "_kernels.cuh", "_cuda.cu", "_cuda_ops.cpp")
 
 each_op = pytest.mark.parametrize("op", _backend.OPS)
 
@@ -35,13 +36,11 @@ def test_the_op_folders_are_the_ops() -> None:
 @each_op
 def test_every_op_has_its_files(op: str) -> None:
     expected = [
-        *(f"csrc/{op}/{op}{ending}" for ending in (".h", "_cpu.cpp", "_ops.cpp")),
+        *(f"csrc/{op}/{op}{ending}" for ending in ENDINGS),
         *(f"alexnet_ext/ops/{op}/{name}" for name in ("__init__.py", "op.py", "reference.py")),
         f"tests/test_{op}.py",
         f"benchmarks/test_{op}.py",
     ]
-    if (ROOT / f"csrc/{op}/{op}_cuda.cu").exists():
-        expected += [f"csrc/{op}/{op}{ending}" for ending in ("_kernels.cuh", "_cuda_ops.cpp")]
     assert [path for path in expected if not (ROOT / path).is_file()] == []
 
 
@@ -52,6 +51,25 @@ def test_every_op_and_its_backward_has_a_schema_and_a_cpu_kernel(op: str) -> Non
     for name in (op, f"{op}_backward"):
         assert len(re.findall(rf'"{name}\(', library)) == 1, f"schema of {name}"
         assert len(re.findall(rf'impl\("{name}"', bindings)) == 1, f"registration of {name}"
+
+
+@each_op
+def test_every_op_and_its_backward_has_a_cuda_kernel(op: str) -> None:
+    bindings = (ROOT / f"csrc/{op}/{op}_cuda_ops.cpp").read_text(encoding="utf-8")
+    for name in (op, f"{op}_backward"):
+        assert len(re.findall(rf'impl\("{name}"', bindings)) == 1, f"registration of {name}"
+    # Both on the device and the stream that are current for their input, and with the launch checked.
+    assert len(re.findall(r"^  CudaStream stream\(", bindings, re.MULTILINE)) == 2
+    assert len(re.findall(r"stream\.check\(", bindings)) == 2
+
+
+def test_kernels_are_launched_in_one_place_and_declare_no_shared_memory() -> None:
+    """So that the emulator runs what nvcc compiles, and knows the size of a block's shared memory."""
+    sources = {path: path.read_text("utf-8") for path in (ROOT / "csrc").rglob("*.cu*")}
+    assert len(sources) > len(_backend.OPS)
+    launch = ROOT / "csrc/common/launch.cuh"
+    for words in ("<<<", "__shared__"):
+        assert [path for path, text in sources.items() if words in text] == [launch], words
 
 
 @each_op

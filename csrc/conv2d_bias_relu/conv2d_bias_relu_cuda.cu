@@ -3,9 +3,9 @@
 namespace alexnet_ext {
 
 int bias_relu_cuda(DType dtype, const Images& s, void* y, const void* bias, void* stream) {
-  if (!fits(s)) return cudaErrorInvalidValue;
-  cudaError_t status = cudaSuccess;
   const int64_t n = elements(s), plane = s.height * s.width;
+  if (!fits(s) || !divides(n, plane)) return cudaErrorInvalidValue;
+  cudaError_t status = cudaSuccess;
   with_type(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     constexpr int V = kVector<T>;

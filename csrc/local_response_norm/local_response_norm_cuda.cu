@@ -34,7 +34,8 @@ Pixels pixels_of(const LocalResponseNorm& p) {
 }
 
 bool fits(const LocalResponseNorm& p) {
-  return p.channels <= kMaxSide && p.pixels <= kMaxSide && p.batch * p.channels * p.pixels <= int64_t{1} << 37;
+  const int64_t n = p.batch * p.channels * p.pixels;
+  return p.channels <= kMaxSide && divides(n, p.channels) && divides(n, p.pixels);
 }
 
 }  // namespace

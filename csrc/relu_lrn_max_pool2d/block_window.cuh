@@ -83,13 +83,13 @@ struct Tiles {
   int64_t shared_bytes(int64_t channels) const { return need_rows * need_columns * channels * sizeof(float); }
 };
 
-// The tiles of s that cost least, in instructions for each needed pixel and each own one, four blocks at a time on each
-// of 132 multiprocessors. need(i, length): how many pixels a tile of that length needs along side i, together at most
+// The tiles of s that cost least, in instructions for each needed pixel and each own one, kFullGpu blocks at a time.
+// need(i, length): how many pixels a tile of that length needs along side i, together at most
 // most_needed. A pixel has `lanes` vectors, or is one itself.
 template <class Need>
 inline Tiles choose_tiles(const Images& s, int64_t lanes, int64_t most_needed, int64_t need_cost, int64_t own_cost,
                           Need&& need) {
-  constexpr int64_t kLengths[] = {1, 2, 3, 4, 6, 8, 12, 16}, kBlocks = 4 * 132;
+  constexpr int64_t kLengths[] = {1, 2, 3, 4, 6, 8, 12, 16};
   Tiles best;
   int64_t least = 0;
   for (int64_t rows : kLengths)
@@ -97,7 +97,7 @@ inline Tiles choose_tiles(const Images& s, int64_t lanes, int64_t most_needed, i
       const int64_t needed = need(0, rows) * need(1, columns);
       if (needed > most_needed) continue;
       const int64_t down = ceil_div(s.height, rows), across = ceil_div(s.width, columns);
-      const int64_t count = s.batch * down * across, rounds = ceil_div(count, kBlocks);
+      const int64_t count = s.batch * down * across, rounds = ceil_div(count, kFullGpu);
       const int64_t cost = rounds * (needed * need_cost + rows * columns * own_cost);
       if (best.rows != 0 && cost >= least) continue;
       least = cost;
@@ -117,8 +117,7 @@ inline Tiles choose_tiles(const Images& s, int64_t lanes, int64_t most_needed, i
 
 // Enough chunks of channels for as many blocks.
 inline Chunks chunks_of(const Tiles& tiles, const Images& s) {
-  constexpr int64_t kBlocks = 4 * 132;
-  return Chunks(1, s.channels, tiles.count == 0 ? 1 : ceil_div(kBlocks, tiles.count));
+  return Chunks(1, s.channels, tiles.count == 0 ? 1 : ceil_div(kFullGpu, tiles.count));
 }
 
 // A tile's first pixel.

@@ -8,8 +8,9 @@ namespace {
 // Tiles of the output, whose pixels have `lanes` vectors. An input vector costs some 125 instructions, an output of
 // nine taps 270; of single values, 22 and 60.
 Tiles tiles_of(const LrnPoolBlock& p, int64_t lanes, int64_t most_needed, int64_t need_cost, int64_t own_cost) {
-  return choose_tiles(p.out, lanes, most_needed, need_cost, own_cost,
-                      [&](int i, int64_t length) { return (length - 1) * p.pool.stride[i] + p.pool.kernel[i]; });
+  return choose_tiles(p.out, lanes, most_needed, need_cost, own_cost, [&](int i, int64_t length) {
+    return (length - 1) * std::min(p.pool.stride[i], 2 * kMaxSide) + p.pool.kernel[i];
+  });
 }
 
 }  // namespace
@@ -66,7 +67,9 @@ int relu_lrn_max_pool2d_backward_cuda(const LrnPoolBlock& p, const void* dy, con
             launch(relu_lrn_max_pool2d_lanes_backward_kernel<T, 5>, rows, kBlockThreads * kLaneChannels * sizeof(float),
                    stream, block, elements(p.in) / kLaneChannels, gradient, in, b, winners, out, sums);
       if (fast && !lanes) {
-        const Chunks work(p.in.batch * p.in.height * p.in.width, p.in.channels, ceil_div(528, rows + 1));
+        const int64_t pixels = p.in.batch * p.in.height * p.in.width;
+        const int64_t busy_rows = std::max<int64_t>(1, std::min(rows, ceil_div(pixels, kBlockThreads)));
+        const Chunks work(pixels, p.in.channels, ceil_div(kFullGpu, busy_rows));
         status = launch(relu_lrn_max_pool2d_pixels_backward_kernel<T, 5>, rows * work.chunks,
                         (kRun * kBlockThreads + work.channels) * sizeof(float), stream, block, work, rows, gradient, in,
                         b, winners, out, sums);

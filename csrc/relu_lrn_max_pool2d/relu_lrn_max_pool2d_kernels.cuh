@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
 
 // Blocks of [rows][chunks]; a row takes every rows-th run of inputs.
 template <class T, int N>
-__global__ void __launch_bounds__(kBlockThreads, 3)  // 85 registers
+__global__ void __launch_bounds__(kBlockThreads, 2)  // 128 registers
     relu_lrn_max_pool2d_pixels_backward_kernel(DeviceBlock<float> p, Chunks work, int64_t rows,
                                                const T* __restrict__ dy, const T* __restrict__ x,
                                                const T* __restrict__ bias, const uint8_t* __restrict__ winners,
@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
+__global__ void __launch_bounds__(kBlockThreads, 3)  // 80 registers
     relu_lrn_max_pool2d_backward_kernel(DeviceBlock<Acc<T>> p, ChannelBlocks work, const T* __restrict__ dy,
                                         const T* __restrict__ x, const T* __restrict__ bias,
                                         const uint8_t* __restrict__ winners, T* __restrict__ dx,

@@ -13,7 +13,7 @@ cudaError_t with_vector(const Images& s, bool aligned, F&& f) {
 }  // namespace
 
 int relu_max_pool2d_cuda(const ReluMaxPool2d& p, const void* x, void* y, uint8_t* winners, void* stream) {
-  if (!fits(p.in) || !fits(p.out)) return cudaErrorInvalidValue;
+  if (!fits(p.in) || !fits(p.pool)) return cudaErrorInvalidValue;
   cudaError_t status = cudaSuccess;
   const int64_t n = elements(p.out);
   const bool three = p.pool.kernel[0] == 3 && p.pool.kernel[1] == 3;
@@ -31,7 +31,7 @@ int relu_max_pool2d_cuda(const ReluMaxPool2d& p, const void* x, void* y, uint8_t
 
 int relu_max_pool2d_backward_cuda(const ReluMaxPool2d& p, const void* dy, const uint8_t* winners, void* dx,
                                   void* stream) {
-  if (!fits(p.in) || !fits(p.out)) return cudaErrorInvalidValue;
+  if (!fits(p.in) || !fits(p.pool)) return cudaErrorInvalidValue;
   cudaError_t status = cudaSuccess;
   const int64_t n = elements(p.in);
   with_type(p.dtype, [&](auto type) {

@@ -56,6 +56,11 @@ struct DevicePooling {
   static int64_t small(int64_t step) { return step < 2 * kMaxSide ? step : 2 * kMaxSide; }
 };
 
+// Whether taps can be counted in 32 bits. (In ceil_mode a stride beyond all sides could leave a window of any reach.)
+inline bool fits(const Pooling& p) {
+  return (p.kernel[0] - 1) * p.dilation[0] <= 1 << 30 && (p.kernel[1] - 1) * p.dilation[1] <= 1 << 30;
+}
+
 // f(row, column, tap) for the taps of window (oh, ow) that lie inside the image. K: the window's side where it is known
 // and square (unrolled), else 0.
 template <int K, class F>

@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
 // ---- contiguous: a thread walks along the channels of one output
 
 template <class T, int N, int K>
-__global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
+__global__ void __launch_bounds__(kBlockThreads, 2)  // 128 registers
     relu_max_pool2d_lrn_pixels_kernel(DeviceBlock<float> p, Chunks work, int64_t threads, const T* __restrict__ x,
                                       const T* __restrict__ bias, T* __restrict__ y, T* __restrict__ pooled,
                                       uint8_t* __restrict__ winners) {
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
 // Blocks of [rows][chunks]; a row takes every rows-th tile of inputs, whose windows' gradients its threads compute into
 // shared memory, eight channels at a time, and gather from there.
 template <class T, int N>
-__global__ void __launch_bounds__(kBlockThreads, 3)  // 85 registers
+__global__ void __launch_bounds__(kBlockThreads, 3)  // 80 registers
     relu_max_pool2d_lrn_pixels_backward_kernel(DeviceBlock<float> p, Tiles tiles, Chunks work, int64_t rows,
                                                const T* __restrict__ dy, const T* __restrict__ pooled,
                                                const uint8_t* __restrict__ winners, T* __restrict__ dx,
