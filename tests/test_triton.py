@@ -12,15 +12,12 @@ import torch
 from torch import Tensor
 
 import alexnet_ext as ax
-from alexnet_ext import _library
 
 from . import cases, oracle
 from .cases import Case, block, lrn, pool
 
 _triton = pytest.importorskip("alexnet_ext.ops._triton", reason="Triton is not installed", exc_type=ImportError)
-pytestmark = pytest.mark.skipif(
-    not _library.INTERPRETED, reason=f"Triton's interpreter is not on: {_library.TRITON.reason or 'TRITON_INTERPRET=0'}"
-)
+pytestmark = pytest.mark.usefixtures("interpreter")
 
 EXAMPLES = [case for case in cases.EXAMPLES if case.shapes.get("bias", True)]  # the interpreter takes its time
 each_example = pytest.mark.parametrize("case", cases.params(EXAMPLES))

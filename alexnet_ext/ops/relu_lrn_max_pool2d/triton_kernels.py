@@ -181,7 +181,7 @@ def forward(
     kernel_size: list[int],
     stride: list[int],
 ) -> tuple[Tensor, Tensor]:
-    batch, channels, height, width = x.shape
+    batch, channels = x.shape[:2]
     out_height, out_width = (pooled_size(x.shape[2 + i], kernel_size[i], stride[i], 0, 1, False) for i in (0, 1))
     y = empty_images(x, out_height, out_width)
     winners = empty_images(x, out_height, out_width, torch.uint8)
@@ -223,7 +223,7 @@ def backward(
     stride: list[int],
 ) -> tuple[Tensor, Tensor]:
     batch, channels, height, width = x.shape
-    dx = empty_images(x, height, width, x.dtype)
+    dx = empty_images(x, height, width)
     if dx.numel() == 0:
         return dx, dx.new_zeros(channels)
     lrn_constants = constants(lrn_size, alpha, beta, k, channels)

@@ -89,9 +89,9 @@ def forward(
     kernel_size: list[int],
     stride: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, channels, height, width = x.shape
+    batch, channels = x.shape[:2]
     out_height, out_width = (pooled_size(x.shape[2 + i], kernel_size[i], stride[i], 0, 1, False) for i in (0, 1))
-    y, pooled = (empty_images(x, out_height, out_width, x.dtype) for _ in range(2))
+    y, pooled = (empty_images(x, out_height, out_width) for _ in range(2))
     winners = empty_images(x, out_height, out_width, torch.uint8)
     if y.numel() == 0:
         return y, pooled, winners
