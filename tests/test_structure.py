@@ -35,7 +35,7 @@ def test_the_op_folders_are_the_ops() -> None:
 def test_every_op_has_its_files(op: str) -> None:
     expected = [
         *(f"csrc/{op}/{op}{ending}" for ending in (".h", "_cpu.cpp", "_ops.cpp")),
-        *(f"alexnet_ext/ops/{op}/{name}" for name in ("__init__.py", "op.py", "reference.py")),
+        *(f"alexnet_ext/ops/{op}/{name}" for name in ("__init__.py", "op.py", "reference.py", "triton_kernels.py")),
         f"tests/test_{op}.py",
         f"benchmarks/test_{op}.py",
     ]
