@@ -55,7 +55,7 @@ def tile(channels: int, channel_stride: int, reach: int | None, dtype: torch.dty
         block_c, halo = max(CHANNELS, power_of_two(4 * reach)), reach
     # 16 values a thread, 8 of fp64 or where each value has an address of its own: a kernel's tiles stay in registers.
     heavy = dtype == torch.float64 or channel_stride != 1
-    block_p = max((2048 if heavy else 4096) // block_c, 1 if channel_stride == 1 else 16)
+    block_p = max((2048 if heavy else 4096) // block_c, 1 if channel_stride == 1 else 8)
     block_p = min(block_p, 128 if channel_stride == 1 else 256)
     warps = min(32, max(1, block_p * block_c // (256 if heavy else 512)))
     blocks = {"HALO": halo, "BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": warps}
