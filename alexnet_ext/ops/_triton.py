@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.library import wrap_triton as _wrap_triton
+
+from .. import _library
+
+
+def wrap_triton(kernel: Any) -> Any:
+    """``torch.library.wrap_triton``, whose older versions refuse interpreted kernels.
+
+    It has that name because PyTorch finds the kernels of an op by it, for the key of its compilation cache.
+    """
+    return kernel if _library.INTERPRETED else _wrap_triton(kernel)
 
 
 @triton.jit

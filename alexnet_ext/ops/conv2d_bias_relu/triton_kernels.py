@@ -24,11 +24,10 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from .._checks import pooled_size
 from .._layout import convolved_format, new_images
-from .._triton import accumulator, accumulator_dtype, is_wide, tile, tile_at
+from .._triton import accumulator, accumulator_dtype, is_wide, tile, tile_at, wrap_triton
 from ..relu_max_pool2d.triton_kernels import PARTIAL_SUMS, store_sums, total
 from . import configs
 

@@ -13,10 +13,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from .._layout import with_strides_of
-from .._triton import accumulator, is_wide, tile, tile_at
+from .._triton import accumulator, is_wide, tile, tile_at, wrap_triton
 
 
 @triton.jit

@@ -11,11 +11,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from .._checks import pooled_size
 from .._layout import empty_images
-from .._triton import accumulator_dtype, is_wide, tile, tile_at
+from .._triton import accumulator_dtype, is_wide, tile, tile_at, wrap_triton
 from ..local_response_norm.triton_kernels import constants, lrn, lrn_backward
 from ..relu_max_pool2d.triton_kernels import PARTIAL_SUMS, store_sums, take, total, unpool, window, with_bias
 
