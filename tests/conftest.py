@@ -13,7 +13,7 @@ import torch
 # there, on CPU tensors. What is compiled ahead of time is compiled in a process of its own (tests/triton_ahead.py).
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
-from alexnet_ext import _library  # noqa: E402
+from alexnet_ext import _library
 
 from . import emulated
 
@@ -55,6 +55,18 @@ def native() -> None:
     library = _library.LIBRARIES[0]
     if not library.loaded:
         pytest.skip(f"the compiled CPU library is not loaded: {library.reason}")
+
+
+@pytest.fixture
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test runs Triton kernels in the interpreter: in few, large blocks, as there a program costs more than its
+    numbers."""
+    if not _library.INTERPRETED:
+        pytest.skip(f"Triton's interpreter is not on: {_library.TRITON.reason or 'TRITON_INTERPRET is 0'}")
+    from alexnet_ext.ops.conv2d_bias_relu import configs
+
+    blocks = {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 1}
+    monkeypatch.setattr(configs, "known", lambda *_: blocks)
 
 
 @pytest.fixture

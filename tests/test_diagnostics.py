@@ -78,8 +78,11 @@ def test_info_says_why_each_backend(monkeypatch: pytest.MonkeyPatch) -> None:
         assert diagnostics.choice(OPS[0], "cuda").backend == "native"
     with ax.use_backend("triton"):
         assert diagnostics.choice(OPS[2], "cuda").reason == "Triton kernel"
-    monkeypatch.setattr(_backend, "UNPROVEN", {("native", "cuda")})
+    monkeypatch.setattr(_backend, "UNPROVEN", {("native", "cuda"), ("measured", "cuda")})
     assert diagnostics.choice(OPS[2], "cuda").backend == "triton"
+    monkeypatch.setattr(_backend, "MEASURED", {op: {"cpu": False, "cuda": op == OPS[2]} for op in OPS})
+    monkeypatch.setattr(_backend, "UNPROVEN", {("native", "cuda")})
+    assert diagnostics.choice(OPS[2], "cuda").reason == "whatever measures fastest"
     assert diagnostics.choice(OPS[1], "cuda") == diagnostics.Choice(
         OPS[1], "cuda", "stock", "the cuda library has no kernel for it"
     )

@@ -6,21 +6,19 @@ The interpreter runs what the kernels say, not what a GPU makes of it; tests/tes
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import alexnet_ext as ax
-from alexnet_ext import _library
 
 from . import cases, oracle
 from .cases import Case, block, lrn, pool
 
 _triton = pytest.importorskip("alexnet_ext.ops._triton", reason="Triton is not installed", exc_type=ImportError)
-pytestmark = pytest.mark.skipif(
-    not _library.INTERPRETED, reason=f"Triton's interpreter is not on: {_library.TRITON.reason or 'TRITON_INTERPRET=0'}"
-)
+pytestmark = pytest.mark.usefixtures("interpreter")
 
 EXAMPLES = [case for case in cases.EXAMPLES if case.shapes.get("bias", True)]  # the interpreter takes its time
 each_example = pytest.mark.parametrize("case", cases.params(EXAMPLES))
@@ -28,15 +26,26 @@ each_example = pytest.mark.parametrize("case", cases.params(EXAMPLES))
 MEMORY_BOUND = [op for op in cases.OPS if op != "conv2d_bias_relu"]
 LAYOUTS = ("contiguous", "channels_last", "transposed", "sliced")
 
-# Every shared case in one layout or another: what the interpreter takes seconds for, in the smallest form.
-SHARED = [
-    pytest.param(case, LAYOUTS[i % 2], id=f"{case.id}-{LAYOUTS[i % 2]}")
-    for op in MEMORY_BOUND
-    for i, case in enumerate(cases.CASES[op])
-    if torch.Size(cases.pair(case.constants.get("kernel_size", 1))).numel() <= 25
-    and case.constants.get("size", 5) <= 15
-]
-SHARED += [pytest.param(case, "contiguous", id=case.id) for case in (*cases.LRN_OTHER_RANKS, lrn((1, 3, 1, 2), 33))]
+
+def sampled(values: list[Any], every: int) -> list[Any]:
+    """Of these parameters one in so many in the plain suite, the others with ``pytest -m long``: it is slow here."""
+    return [
+        pytest.param(*value.values, id=value.id, marks=[pytest.mark.long] if i % every else [])
+        for i, value in enumerate(values)
+    ]
+
+
+# Every shared case in one layout or another.
+SHARED = sampled(
+    [
+        pytest.param(case, LAYOUTS[i // 3 % 2], id=f"{case.id}-{LAYOUTS[i // 3 % 2]}")
+        for op in MEMORY_BOUND
+        for i, case in enumerate(cases.CASES[op])
+        if torch.Size(cases.pair(case.constants.get("kernel_size", 1))).numel() <= 225
+    ],
+    every=3,
+)
+SHARED += [pytest.param(case, "contiguous", id=case.id) for case in cases.LRN_OTHER_RANKS]
 
 
 @pytest.mark.parametrize(("case", "layout"), SHARED)
@@ -44,9 +53,19 @@ def test_shared_cases_in_fp32(case: Case, layout: str) -> None:
     oracle.assert_matches_float64(case, cases.make(case, layout=layout), "triton")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=cases.dtype_id)
-@pytest.mark.parametrize("case", cases.params(case for case in EXAMPLES if case.op in MEMORY_BOUND))
+@pytest.mark.parametrize(
+    ("case", "dtype", "layout"),
+    sampled(
+        [
+            pytest.param(case, dtype, layout, id=f"{case.id}-{cases.dtype_id(dtype)}-{layout}")
+            for case in EXAMPLES
+            if case.op in MEMORY_BOUND
+            for dtype in (torch.float64, torch.bfloat16, torch.float16)
+            for layout in LAYOUTS
+        ],
+        every=3,
+    ),
+)
 def test_dtypes_and_layouts(case: Case, dtype: torch.dtype, layout: str) -> None:
     oracle.assert_matches_float64(case, cases.make(case, dtype, layout), "triton")
 

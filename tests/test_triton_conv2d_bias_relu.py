@@ -7,17 +7,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from alexnet_ext import _library
-
 from . import cases, oracle
 from .cases import Case, conv
 
 kernels = pytest.importorskip(
     "alexnet_ext.ops.conv2d_bias_relu.triton_kernels", reason="Triton is not installed", exc_type=ImportError
 )
-pytestmark = pytest.mark.skipif(
-    not _library.INTERPRETED, reason=f"Triton's interpreter is not on: {_library.TRITON.reason or 'TRITON_INTERPRET=0'}"
-)
+pytestmark = pytest.mark.usefixtures("interpreter")
 
 # AlexNet's five at reduced size and width, then what else a convolution may be.
 LAYERS = (
@@ -36,16 +32,6 @@ OTHERS = (
     conv((1, 4, 6, 6), 3, (1, 1), padding=2),
     conv((1, 16, 5, 5), 16, (1, 1), stride=2),
 )
-
-
-def blocks_for_the_interpreter(*_: object) -> dict[str, int]:
-    """Few, large blocks: there a program costs more than its numbers."""
-    return {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 1}
-
-
-@pytest.fixture(autouse=True)
-def _blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels.configs, "known", blocks_for_the_interpreter)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +155,7 @@ def test_only_what_is_wanted_is_computed(wanted: str, monkeypatch: pytest.Monkey
 
 
 def test_every_architecture_has_an_entry_for_each_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
+    monkeypatch.undo()  # of the fixture's blocks
     table = kernels.configs.TABLE
     assert set(table) == {8, 9, 10}
     for entries in table.values():

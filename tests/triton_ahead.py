@@ -123,11 +123,13 @@ def facts(launch: Launch, capability: int) -> dict[str, Any]:
     }
 
 
-def memory_bound(dtype: torch.dtype, layout: torch.memory_format) -> Iterator[tuple[str, Callable[[], Any]]]:
+def memory_bound(
+    dtype: torch.dtype, layout: torch.memory_format, channels: int = 96
+) -> Iterator[tuple[str, Callable[[], Any]]]:
     """AlexNet's first normalization and pooling in each op, forward and backward."""
-    x = torch.empty(128, 96, 55, 55, dtype=dtype, device="meta").to(memory_format=layout)
-    y = torch.empty(128, 96, 27, 27, dtype=dtype, device="meta").to(memory_format=layout)
-    winners, bias = torch.empty_like(y, dtype=torch.uint8), torch.empty(96, dtype=dtype, device="meta")
+    x = torch.empty(128, channels, 55, 55, dtype=dtype, device="meta").to(memory_format=layout)
+    y = torch.empty(128, channels, 27, 27, dtype=dtype, device="meta").to(memory_format=layout)
+    winners, bias = torch.empty_like(y, dtype=torch.uint8), torch.empty(channels, dtype=dtype, device="meta")
     padding, dilation = [0, 0], [1, 1]
     yield "local_response_norm", lambda: local_response_norm.forward(x, *LRN)
     yield "local_response_norm_backward", lambda: local_response_norm.backward(x, x, *LRN)
@@ -214,7 +216,7 @@ def main(grid: str) -> None:
     for name, dtype, layout, capability, run in {"quick": quick, "full": full}[grid]():
         for tf32 in (False, True) if dtype == torch.float32 and name.startswith("conv") else (False,):
             torch.backends.cudnn.conv.fp32_precision = "tf32" if tf32 else "ieee"
-            with mock.patch.object(configs, "architecture", lambda x, major=capability // 10: major):
+            with mock.patch.object(configs, "architecture", return_value=capability // 10):
                 found = launches(run)
             for launch in found:
                 what = {"op": name, "dtype": str(dtype).removeprefix("torch."), "layout": layout, "tf32": tf32}
@@ -222,5 +224,5 @@ def main(grid: str) -> None:
 
 
 if __name__ == "__main__":
-    with mock.patch.object(configs, "architecture", lambda x: 9):
+    with mock.patch.object(configs, "architecture", return_value=9):
         traced() if sys.argv[1] == "traced" else main(sys.argv[1])

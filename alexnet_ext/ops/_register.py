@@ -48,7 +48,7 @@ def register(
     """
     twins = [name] if _library.LIBRARIES[0].loaded else []
     if _library.has_triton(name):
-        twins.append(_define(name, "triton", "triton_kernels", torch.library.triton_op, schema, schema_backward))
+        twins.append(_define(name, "triton", "triton_kernels", _triton_op, schema, schema_backward))
         if measured:
             twins.append(_define(name, "measured", "measured", torch.library.custom_op, schema, schema_backward))
     for twin in twins:
@@ -71,6 +71,16 @@ def _define(name: str, kind: str, module: str, define: Any, schema: str, schema_
     define(f"alexnet_ext::{name}_{kind}", functions.forward, mutates_args=(), schema=schema)
     define(f"alexnet_ext::{name}_{kind}_backward", functions.backward, mutates_args=(), schema=schema_backward)
     return f"{name}_{kind}"
+
+
+def _triton_op(name: str, run: Callable[..., Any], *, mutates_args: Sequence[str], schema: str) -> None:
+    """``torch.library.triton_op``, of which some versions infer a schema although they are given one."""
+    infer_schema = torch._library.triton.infer_schema
+    torch._library.triton.infer_schema = lambda *_, **__: schema
+    try:
+        torch.library.triton_op(name, run, mutates_args=mutates_args, schema=schema)
+    finally:
+        torch._library.triton.infer_schema = infer_schema
 
 
 def _overload(op: str) -> Any:

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.library import wrap_triton as _wrap_triton
+
+from .. import _library
+
+
+def wrap_triton(kernel: Any) -> Any:
+    """``torch.library.wrap_triton``, whose older versions refuse interpreted kernels.
+
+    It has that name because PyTorch finds the kernels of an op by it, for the key of its compilation cache.
+    """
+    return kernel if _library.INTERPRETED else _wrap_triton(kernel)
 
 
 @triton.jit
 def accumulator(x):
     """x as the arithmetic has it: fp64 as it is, everything else as fp32."""
-    if x.dtype == tl.float64:
-        return x
-    else:
-        return x.to(tl.float32)
+    return x if x.dtype == tl.float64 else x.to(tl.float32)
 
 
 @triton.jit
@@ -30,10 +40,10 @@ def tile_at(
     lane = tl.arange(0, BLOCK_C)[None, :]
     channel = tl.program_id(1).to(index) * (BLOCK_C - 2 * HALO) - HALO + lane
     inside = (pixel < pixels) & (channel >= 0) & (channel < channels)
-    if HALO == 0:
-        return pixel, channel, inside, inside
-    else:
-        return pixel, channel, inside, inside & (lane >= HALO) & (lane < BLOCK_C - HALO)
+    own = inside
+    if HALO != 0:
+        own = inside & (lane >= HALO) & (lane < BLOCK_C - HALO)
+    return pixel, channel, inside, own
 
 
 def power_of_two(n: int) -> int:
@@ -56,11 +66,11 @@ def tile(channels: int, channel_stride: int, reach: int | None, dtype: torch.dty
         block_c = min(block_c, max(256 if channel_stride == 1 else 8, power_of_two(channels // 2**15)))
     elif channels > CHANNELS:
         block_c, halo = max(CHANNELS, power_of_two(4 * reach)), reach
-    block_p = max((2048 if dtype == torch.float64 else 4096) // block_c, 1 if channel_stride == 1 else 16)
-    block_p = min(block_p, 128 if channel_stride == 1 else 512)
     # 16 values a thread, 8 of fp64 or where each value has an address of its own: a kernel's tiles stay in registers.
-    per_warp = 512 if dtype != torch.float64 and channel_stride == 1 else 256
-    warps = min(32, max(1, block_p * block_c // per_warp))
+    heavy = dtype == torch.float64 or channel_stride != 1
+    block_p = max((2048 if heavy else 4096) // block_c, 1 if channel_stride == 1 else 8)
+    block_p = min(block_p, 128 if channel_stride == 1 else 256)
+    warps = min(32, max(1, block_p * block_c // (256 if heavy else 512)))
     blocks = {"HALO": halo, "BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": warps}
     return blocks, triton.cdiv(channels, block_c - 2 * halo)
 

@@ -13,10 +13,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from .._layout import convolved_format
-from .._triton import accumulator, is_wide, tile, tile_at
+from .._triton import accumulator, is_wide, tile, tile_at, wrap_triton
 from .._tuning import Candidate, fastest
 from . import triton_kernels
 from .triton_kernels import masked, precision
@@ -74,11 +73,6 @@ def epilogue(y: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
-def by_group(groups: int, *tensors: Tensor) -> zip[tuple[Tensor, ...]]:
-    """The groups' parts: of the channels of images, of the output channels of weights."""
-    return zip(*(t.tensor_split(groups, dim) for t, dim in zip(tensors, (1, 0), strict=False)), strict=True)
-
-
 def convolve(
     x: Tensor,
     weight: Tensor,
@@ -104,7 +98,8 @@ def convolve(
         )
 
     if towers:
-        return [epilogue(torch.cat([run(*part, 1) for part in by_group(groups, x, weight)], 1), bias)]
+        parts = zip(x.tensor_split(groups, 1), weight.tensor_split(groups), strict=True)
+        return [epilogue(torch.cat([run(*part, 1) for part in parts], 1), bias)]
     return [epilogue(run(x, weight, groups), bias)]
 
 
@@ -130,8 +125,8 @@ def differentiate(
         )[wanted]
 
     if towers:
-        parts = zip(dz.tensor_split(groups, 1), by_group(groups, x, weight), strict=True)
-        return [torch.cat([run(part, *rest, 1) for part, rest in parts], 1 - wanted)]
+        parts = zip(dz.tensor_split(groups, 1), x.tensor_split(groups, 1), weight.tensor_split(groups), strict=True)
+        return [torch.cat([run(*part, 1) for part in parts], 1 - wanted)]
     return [run(dz, x, weight, groups)]
 
 

@@ -175,8 +175,8 @@ register(
     "conv2d_bias_relu",
     schema="(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, int groups) "
     "-> Tensor",
-    schema_backward="(Tensor dy, Tensor x, Tensor weight, Tensor y, int[2] stride, int[2] padding, int[2] dilation, int "
-    "groups, bool[3] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    schema_backward="(Tensor dy, Tensor x, Tensor weight, Tensor y, int[2] stride, int[2] padding, int[2] dilation, "
+    "int groups, bool[3] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias)",
     fake=_fake,
     fake_backward=_fake_backward,
     setup_context=_setup_context,

@@ -17,16 +17,17 @@ A first layer (few channels, a stride) is rewritten exactly by space-to-depth: s
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from .._checks import pooled_size
 from .._layout import convolved_format, new_images
-from .._triton import accumulator, accumulator_dtype, is_wide, tile, tile_at
+from .._triton import accumulator, accumulator_dtype, is_wide, tile, tile_at, wrap_triton
 from ..relu_max_pool2d.triton_kernels import PARTIAL_SUMS, store_sums, total
 from . import configs
 
@@ -71,8 +72,8 @@ def _product_kernel(
 ):
     """y[pixel, group, n] = sum over k = (tap, c) of x[pixel moved by tap, group, c] * weight[group, n, k].
 
-    x: channels-last; weight: [groups * C_OUT, taps, C_IN]; y: any strides. With SPREAD above 1, x stands for an image in which
-    SPREAD - 1 zeros follow each of its rows (columns).
+    x: channels-last; weight: [groups * C_OUT, taps, C_IN]; y: any strides. With SPREAD above 1, x stands for an
+    image in which SPREAD - 1 zeros follow each of its rows (columns).
     """
     index: tl.constexpr = tl.int64 if WIDE else tl.int32
     columns: tl.constexpr = (C_OUT + BLOCK_N - 1) // BLOCK_N
@@ -151,7 +152,7 @@ def _weight_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """partial[part, group, co, k = (tap, c)] = sum over the part's pixels of dz[pixel, group, co] * x[..., group, c]."""
+    """partial[part, group, m, k = (tap, c)] = sum over the part's pixels of dz[pixel, group, m] * x[..., group, c]."""
     index: tl.constexpr = tl.int64 if WIDE else tl.int32
     K: tl.constexpr = KERNEL_H * KERNEL_W * C_IN
     columns: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
@@ -222,8 +223,8 @@ _weight_tuned = triton.autotune(configs.CANDIDATES, key=["pixels", "C_IN", "C_OU
 
 def precision(dtype: torch.dtype) -> str:
     """Of fp32 products: TF32 where PyTorch's flags allow it for cuDNN's convolutions at this moment, else IEEE."""
-    allowed = dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
-    return "tf32" if allowed else "ieee"
+    flag = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]  # set by cudnn.allow_tf32 too
+    return "tf32" if dtype == torch.float32 and flag == "tf32" else "ieee"
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -263,7 +264,7 @@ def product(
         x.stride(3),
         *y.stride(),
     )
-    constants = {
+    constants: dict[str, Any] = {
         "C_IN": c_in,
         "C_OUT": c_out,
         **sides(KERNEL=list(weight.shape[2:]), STRIDE=stride, SPREAD=spread, PADDING=padding, DILATION=dilation),
@@ -304,7 +305,7 @@ def weight_gradient(
         x.stride(3),
         part_pixels,
     )
-    constants = {
+    constants: dict[str, Any] = {
         "C_IN": c_in,
         "C_OUT": c_out,
         "GROUPS": groups,

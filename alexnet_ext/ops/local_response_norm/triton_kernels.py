@@ -7,14 +7,15 @@ and x and writes dx. Formulas: csrc/local_response_norm/local_response_norm.h.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from .._layout import with_strides_of
-from .._triton import accumulator, is_wide, tile, tile_at
+from .._triton import accumulator, is_wide, tile, tile_at, wrap_triton
 
 
 @triton.jit
@@ -22,25 +23,21 @@ def inverse_power(s, BETA: tl.constexpr):
     """s ** -BETA, PyTorch's values for negative s included; approximate roots (an ulp or two) but for fp64."""
     FP64: tl.constexpr = s.dtype == tl.float64
     if BETA == 0:
-        return tl.full(s.shape, 1.0, s.dtype)
+        power = tl.full(s.shape, 1.0, s.dtype)
     elif BETA == 1:
-        return 1.0 / s
-    elif BETA == 0.5 and FP64:
-        return 1.0 / tl.sqrt(s)
+        power = 1.0 / s
     elif BETA == 0.5:
-        return tl.rsqrt(s)
-    elif BETA == 0.75 and FP64:
-        root = tl.sqrt(s)
-        return 1.0 / (root * tl.sqrt(root))
+        power = 1.0 / tl.sqrt(s) if FP64 else tl.rsqrt(s)
     elif BETA == 0.75:
-        root = tl.rsqrt(s)
-        return root * tl.sqrt(root)
-    elif BETA % 2 == 0:
-        return tl.exp2(tl.log2(tl.abs(s)) * (-BETA))
-    elif BETA % 1 == 0:
-        return tl.where(s < 0, -1.0, 1.0).to(s.dtype) * tl.exp2(tl.log2(tl.abs(s)) * (-BETA))
+        root = tl.sqrt(s) if FP64 else tl.rsqrt(s)
+        power = 1.0 / (root * tl.sqrt(root)) if FP64 else root * tl.sqrt(root)
+    elif BETA % 1 != 0:
+        power = tl.exp2(tl.log2(s) * (-BETA))
     else:
-        return tl.exp2(tl.log2(s) * (-BETA))
+        power = tl.exp2(tl.log2(tl.abs(s)) * (-BETA))
+        if BETA % 2 != 0:
+            power = tl.where(s < 0, -power, power)
+    return power
 
 
 @triton.jit
@@ -83,11 +80,11 @@ def lrn_backward(
     s = K + MEAN * window_sum(x * x, BEFORE, AFTER)
     # dy * s^-beta first: where s overflowed it is 0, and x * s^-(beta+1) alone would be inf * 0.
     scaled = dy * inverse_power(s, BETA)
-    if BETA == 0:  # a constant whatever s is, so nothing flows through it, not even 0 * inf
-        return scaled
-    else:
+    dx = scaled
+    if BETA != 0:  # else a constant whatever s is, and nothing flows through it, not even 0 * inf
         terms = tl.where(inside, scaled * x / s, 0.0)
-        return scaled - (2 * MEAN * BETA) * x * window_sum(terms, AFTER, BEFORE)
+        dx -= (2 * MEAN * BETA) * x * window_sum(terms, AFTER, BEFORE)
+    return dx
 
 
 @triton.jit
@@ -146,7 +143,7 @@ def _backward_kernel(
     tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), own)
 
 
-def constants(size: int, alpha: float, beta: float, k: float, channels: int) -> dict[str, float]:
+def constants(size: int, alpha: float, beta: float, k: float, channels: int) -> dict[str, Any]:
     """What the tile functions take: the window, cut to the channels there are, and the formula's constants."""
     return {
         "BEFORE": min(size // 2, channels - 1),

@@ -135,8 +135,8 @@ register(
     "relu_lrn_max_pool2d",
     schema="(Tensor x, Tensor? bias, int lrn_size, float alpha, float beta, float k, int[2] kernel_size, int[2] "
     "stride) -> (Tensor y, Tensor winners)",
-    schema_backward="(Tensor dy, Tensor x, Tensor? bias, Tensor winners, int lrn_size, float alpha, float beta, float k, "
-    "int[2] kernel_size, int[2] stride) -> (Tensor dx, Tensor dbias)",
+    schema_backward="(Tensor dy, Tensor x, Tensor? bias, Tensor winners, int lrn_size, float alpha, float beta, float "
+    "k, int[2] kernel_size, int[2] stride) -> (Tensor dx, Tensor dbias)",
     fake=_fake,
     fake_backward=_fake_backward,
     setup_context=_setup_context,

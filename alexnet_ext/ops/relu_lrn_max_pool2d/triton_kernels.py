@@ -11,11 +11,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from .._checks import pooled_size
 from .._layout import empty_images
-from .._triton import accumulator_dtype, is_wide, tile, tile_at
+from .._triton import accumulator_dtype, is_wide, tile, tile_at, wrap_triton
 from ..local_response_norm.triton_kernels import constants, lrn, lrn_backward
 from ..relu_max_pool2d.triton_kernels import PARTIAL_SUMS, store_sums, take, total, unpool, window, with_bias
 
@@ -181,7 +180,7 @@ def forward(
     kernel_size: list[int],
     stride: list[int],
 ) -> tuple[Tensor, Tensor]:
-    batch, channels, height, width = x.shape
+    batch, channels = x.shape[:2]
     out_height, out_width = (pooled_size(x.shape[2 + i], kernel_size[i], stride[i], 0, 1, False) for i in (0, 1))
     y = empty_images(x, out_height, out_width)
     winners = empty_images(x, out_height, out_width, torch.uint8)
@@ -223,7 +222,7 @@ def backward(
     stride: list[int],
 ) -> tuple[Tensor, Tensor]:
     batch, channels, height, width = x.shape
-    dx = empty_images(x, height, width, x.dtype)
+    dx = empty_images(x, height, width)
     if dx.numel() == 0:
         return dx, dx.new_zeros(channels)
     lrn_constants = constants(lrn_size, alpha, beta, k, channels)

@@ -109,8 +109,8 @@ register(
     "relu_max_pool2d",
     schema="(Tensor x, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, bool ceil_mode) -> "
     "(Tensor y, Tensor winners)",
-    schema_backward="(Tensor dy, Tensor winners, SymInt height, SymInt width, int[2] kernel_size, int[2] stride, int[2] "
-    "padding, int[2] dilation) -> Tensor",
+    schema_backward="(Tensor dy, Tensor winners, SymInt height, SymInt width, int[2] kernel_size, int[2] stride, "
+    "int[2] padding, int[2] dilation) -> Tensor",
     fake=_fake,
     fake_backward=_fake_backward,
     setup_context=_setup_context,

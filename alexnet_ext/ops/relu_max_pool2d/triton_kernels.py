@@ -10,11 +10,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from .._checks import pooled_size
 from .._layout import empty_images
-from .._triton import accumulator, accumulator_dtype, is_wide, tile, tile_at
+from .._triton import accumulator, accumulator_dtype, is_wide, tile, tile_at, wrap_triton
 
 PARTIAL_SUMS = 1024
 """Programs that share a bias gradient. It hangs on nothing but the shape, so that the sum's order does not either."""

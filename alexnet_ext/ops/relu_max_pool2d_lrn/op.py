@@ -72,13 +72,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(op: Any, ctx: Any, dy: Tensor | None, dpooled: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-    dx = dbias = None
-    pooled, winners = ctx.saved_tensors
+    dx: Any = None
+    dbias: Any = None
+    (height, width), (pooled, winners) = ctx.size, ctx.saved_tensors
     if dy is not None:
-        dx, dbias = op(dy, pooled, winners, *ctx.size, *ctx.constants)
+        dx, dbias = op(dy, pooled, winners, height, width, *ctx.constants)
     if dpooled is not None:  # only in double backward, where the saved pooled values are themselves differentiated
         kernel_size, stride = ctx.constants[-2:]
-        more = scatter_to_winners(dpooled, winners, *ctx.size, kernel_size, stride, [0, 0], [1, 1])
+        more = scatter_to_winners(dpooled, winners, height, width, kernel_size, stride, [0, 0], [1, 1])
         dx, dbias = (more, more.sum((0, 2, 3))) if dx is None else (dx + more, dbias + more.sum((0, 2, 3)))
     return dx, dbias if ctx.needs_input_grad[1] else None, None, None, None, None, None, None
 
@@ -87,8 +88,8 @@ register(
     "relu_max_pool2d_lrn",
     schema="(Tensor x, Tensor? bias, int lrn_size, float alpha, float beta, float k, int[2] kernel_size, int[2] "
     "stride) -> (Tensor y, Tensor pooled, Tensor winners)",
-    schema_backward="(Tensor dy, Tensor pooled, Tensor winners, SymInt height, SymInt width, int lrn_size, float alpha, "
-    "float beta, float k, int[2] kernel_size, int[2] stride) -> (Tensor dx, Tensor dbias)",
+    schema_backward="(Tensor dy, Tensor pooled, Tensor winners, SymInt height, SymInt width, int lrn_size, float "
+    "alpha, float beta, float k, int[2] kernel_size, int[2] stride) -> (Tensor dx, Tensor dbias)",
     fake=_fake,
     fake_backward=_fake_backward,
     setup_context=_setup_context,

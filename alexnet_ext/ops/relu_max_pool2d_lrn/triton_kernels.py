@@ -10,15 +10,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from .._checks import pooled_size
 from .._layout import empty_images
-from .._triton import accumulator_dtype, is_wide, tile, tile_at
-from ..local_response_norm import triton_kernels as local_response_norm
+from .._triton import accumulator_dtype, is_wide, tile, tile_at, wrap_triton
+from ..local_response_norm.triton_kernels import backward as normalization_backward
 from ..local_response_norm.triton_kernels import constants, lrn
-from ..relu_max_pool2d import triton_kernels as relu_max_pool2d
 from ..relu_max_pool2d.triton_kernels import floored, take, window, with_bias
+from ..relu_max_pool2d.triton_kernels import gradient as pooling_gradient
 
 
 @triton.jit
@@ -89,9 +88,9 @@ def forward(
     kernel_size: list[int],
     stride: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, channels, height, width = x.shape
+    batch, channels = x.shape[:2]
     out_height, out_width = (pooled_size(x.shape[2 + i], kernel_size[i], stride[i], 0, 1, False) for i in (0, 1))
-    y, pooled = (empty_images(x, out_height, out_width, x.dtype) for _ in range(2))
+    y, pooled = (empty_images(x, out_height, out_width) for _ in range(2))
     winners = empty_images(x, out_height, out_width, torch.uint8)
     if y.numel() == 0:
         return y, pooled, winners
@@ -133,5 +132,5 @@ def backward(
     stride: list[int],
 ) -> tuple[Tensor, Tensor]:
     wide = accumulator_dtype(pooled.dtype)
-    dpooled = local_response_norm.backward(dy, pooled, lrn_size, alpha, beta, k, wide)
-    return relu_max_pool2d.gradient(dpooled, winners, height, width, window(kernel_size, stride), pooled.dtype, True)
+    dpooled = normalization_backward(dy, pooled, lrn_size, alpha, beta, k, wide)
+    return pooling_gradient(dpooled, winners, height, width, window(kernel_size, stride), pooled.dtype, True)
