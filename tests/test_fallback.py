@@ -125,7 +125,7 @@ def test_auto_runs_stock_where_native_refuses(what: str, call: object) -> None:
 
 def test_triton_is_refused_where_there_is_no_such_kernel() -> None:
     with pytest.raises(
-        RuntimeError, match="backend='triton' does not cover .*(no Triton kernel|Triton is not installed)"
+        RuntimeError, match=r"backend='triton' does not cover .*(no Triton kernel|Triton is not installed)"
     ):
         ops.linear_bias_relu(torch.randn(9, 3), torch.randn(4, 3), backend="triton")
 
