@@ -4,6 +4,5 @@
 # shared memory, 16-byte accesses, and torch.compile seeing the kernels.
 triton_ahead() {
   enter cuda
-  pip install -qq -e '.[test]' --no-build-isolation
   pytest tests/test_triton_ahead.py -m ahead
 }

@@ -39,12 +39,12 @@ def register(
     """Register everything but the compiled kernels of ``alexnet_ext::name``, its backward and their Triton twins.
 
     The schemas are those of csrc/library.cpp, given for a Triton twin. ``backward(op, ctx, *gradients)`` is handed the
-    backward op of the twin that ran forward. ``reference_backward`` is the backward op in differentiable stock PyTorch: double backward goes
-    through it. ``autocast(dtype, *args)`` returns the arguments as they should be under autocast to ``dtype``;
-    without it the op keeps its input's dtype there. ``batched`` and ``batched_backward`` are the positions of the
-    arguments with a batch dimension to fold a vmapped one into; with none, vmap loops. ``measured``: there is a
-    third twin, ``name_measured`` of ``ops/name/measured.py``, which chooses at run time; torch.compile sees no further
-    than its name.
+    backward op of the twin that ran forward. ``reference_backward`` is the backward op in differentiable stock PyTorch:
+    double backward goes through it. ``autocast(dtype, *args)`` returns the arguments as they should be under autocast
+    to ``dtype``; without it the op keeps its input's dtype there. ``batched`` and ``batched_backward`` are the
+    positions of the arguments with a batch dimension to fold a vmapped one into; with none, vmap loops. ``measured``:
+    there is a third twin, ``name_measured`` of ``ops/name/measured.py``, which chooses at run time; torch.compile sees
+    no further than its name.
     """
     twins = [name] if _library.LIBRARIES[0].loaded else []
     if _library.has_triton(name):
