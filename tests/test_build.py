@@ -218,7 +218,7 @@ def test_import_never_fails_and_everything_runs_stock(tmp_path: Path, library: b
     assert found["folder"] == str(package)
     assert found["reason"].startswith(reason)
     assert found["remedy"] == _library.REBUILD
-    assert f"cpu   not loaded: {reason}" in found["info"]
+    assert f"cpu    not loaded: {reason}" in found["info"]
     assert f"to mend it: {_library.REBUILD}" in found["info"]
     # Nothing claims to be compiled.
     assert "native" not in re.sub(r".*Backends", "", found["info"], flags=re.DOTALL)

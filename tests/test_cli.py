@@ -325,5 +325,5 @@ def test_module_and_console_script_are_the_same_command() -> None:
 def test_no_arguments_print_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run_command([]) == 0
     printed = capsys.readouterr().out
-    for command in ("train", "evaluate", "predict", "summary", "info", "check"):
+    for command in ("train", "evaluate", "predict", "summary", "info", "check", "tune"):
         assert command in printed
