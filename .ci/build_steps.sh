@@ -9,7 +9,8 @@ environments() {
   done
   enter cpu
   pip install -qq torch==2.13.0
-  pip install -qq 'setuptools>=77' 'cmake>=3.26' 'ninja>=1.11' numpy 'pytest>=8' 'hypothesis>=6.100' 'pytest-benchmark>=4'
+  pip install -qq 'setuptools>=77' 'cmake>=3.26' 'ninja>=1.11' numpy 'pytest>=8' 'hypothesis>=6.100' 'pytest-benchmark>=4' \
+    'pytest-xdist>=3.6'
   python -c 'import torch; assert torch.version.cuda is None, f"{torch.__version__} is no CPU build"'
   enter cuda
   pip install -qq torch==2.14.1 torchvision==0.29.1

@@ -7,6 +7,11 @@ import torch
 from alexnet_ext import _library
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """Times are taken alone: no workers beside (the tests' ``-n auto`` is in pyproject.toml)."""
+    return 0
+
+
 def pytest_report_header() -> str:
     library = _library.LIBRARIES[0]
     state = "loaded" if library.loaded else f"not loaded: {library.reason}"

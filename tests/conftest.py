@@ -17,6 +17,10 @@ from alexnet_ext import _library
 
 from . import emulated
 
+# Workers share the cores.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -187,7 +187,7 @@ class Tree:
         if test.startswith("tests/"):
             targets = ["cpu", "emulator"] if test.startswith(EMULATOR) else ["cpu"]
             self._run([*ninja, *targets], f"{test}: the library does not compile")
-            options = ("-x", "-p", "no:cacheprovider", "--emulator", str(self.folder / "alexnet_ext"))
+            options = ("-x", "-n0", "-p", "no:cacheprovider", "--emulator", str(self.folder / "alexnet_ext"))
             return [sys.executable, "-m", "pytest", *options, *shlex.split(test)]
         # One op's kernel of all those that ctest's program links: the others may depend on the fault's file too.
         objects = [

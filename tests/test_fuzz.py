@@ -76,7 +76,7 @@ def conv_cases(draw: Draw) -> Case:
 
 @st.composite
 def linear_cases(draw: Draw) -> Case:
-    rows, inputs, outputs = draw(st.integers(0, 70)), draw(st.integers(0, 600)), draw(st.integers(1, 60))
+    rows, inputs, outputs = draw(st.integers(0, 40)), draw(st.integers(0, 150)), draw(st.integers(1, 40))
     return linear((rows, inputs), outputs, draw(st.booleans()))
 
 

@@ -19,8 +19,6 @@ SUFFIXES = {".py", ".h", ".cpp", ".cu", ".cuh"}
 LONGEST = 500
 CPU_ENDINGS = (".h", "_cpu.cpp", "_ops.cpp")
 ENDINGS = (*CPU_ENDINGS, "_plan.h", "_kernels.cuh", "_cuda.cu", "_cuda_ops.cpp")
-# Ops for the CPU alone: on a GPU stock PyTorch's library is what there is to beat, and nothing of ours beats it.
-ON_CPU_ONLY = {"linear_bias_relu"}
 
 each_op = pytest.mark.parametrize("op", _backend.OPS)
 
@@ -38,7 +36,7 @@ def test_the_op_folders_are_the_ops() -> None:
 
 @each_op
 def test_every_op_has_its_files(op: str) -> None:
-    on_gpu = op not in ON_CPU_ONLY
+    on_gpu = op in cases.ON_GPU
     expected = [
         *(f"csrc/{op}/{op}{ending}" for ending in (ENDINGS if on_gpu else CPU_ENDINGS)),
         *(f"alexnet_ext/ops/{op}/{name}" for name in ("__init__.py", "op.py", "reference.py")),
@@ -58,7 +56,7 @@ def test_every_op_and_its_backward_has_a_schema_and_a_cpu_kernel(op: str) -> Non
         assert len(re.findall(rf'impl\("{name}"', bindings)) == 1, f"registration of {name}"
 
 
-@pytest.mark.parametrize("op", [op for op in _backend.OPS if op not in ON_CPU_ONLY])
+@pytest.mark.parametrize("op", cases.ON_GPU)
 def test_every_op_and_its_backward_has_a_cuda_kernel(op: str) -> None:
     bindings = (ROOT / f"csrc/{op}/{op}_cuda_ops.cpp").read_text(encoding="utf-8")
     for name in (op, f"{op}_backward"):

@@ -20,10 +20,11 @@ from .cases import Case, block, lrn, pool
 _triton = pytest.importorskip("alexnet_ext.ops._triton", reason="Triton is not installed", exc_type=ImportError)
 pytestmark = pytest.mark.usefixtures("interpreter")
 
-EXAMPLES = [case for case in cases.EXAMPLES if case.shapes.get("bias", True)]  # the interpreter takes its time
+# The interpreter takes its time.
+EXAMPLES = [case for case in cases.EXAMPLES if case.op in cases.ON_GPU and case.shapes.get("bias", True)]
 each_example = pytest.mark.parametrize("case", cases.params(EXAMPLES))
 
-MEMORY_BOUND = [op for op in cases.OPS if op != "conv2d_bias_relu"]
+MEMORY_BOUND = [op for op in cases.ON_GPU if op != "conv2d_bias_relu"]
 LAYOUTS = ("contiguous", "channels_last", "transposed", "sliced")
 
 
@@ -103,7 +104,7 @@ def test_wide_offsets_change_nothing(case: Case, monkeypatch: pytest.MonkeyPatch
     """As for tensors of 2^31 elements and more."""
     tensors = cases.make(case)
     narrow = ax.ops.__dict__[case.op](**tensors, **case.constants, backend="triton")
-    for name in cases.OPS:
+    for name in cases.ON_GPU:
         kernels = __import__(f"alexnet_ext.ops.{name}.triton_kernels", fromlist=["is_wide"])
         monkeypatch.setattr(kernels, "is_wide", lambda *_: True)
     wide = cases.fused(case, tensors, "triton")
@@ -198,7 +199,7 @@ def test_powers_of_whatever_base(beta: float, k: float) -> None:
     torch.testing.assert_close(ours, stock, equal_nan=True, rtol=2e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("op", [name + suffix for name in cases.OPS for suffix in ("", "_backward")])
+@pytest.mark.parametrize("op", [name + suffix for name in cases.ON_GPU for suffix in ("", "_backward")])
 @pytest.mark.usefixtures("native")
 def test_schemas_are_the_compiled_ops(op: str) -> None:
     name, _, suffix = op.partition("_backward")
