@@ -4,5 +4,14 @@
 # shared memory, 16-byte accesses, and torch.compile seeing the kernels.
 triton_ahead() {
   enter cuda
-  pytest tests/test_triton_ahead.py -m ahead
+  pytest tests/test_triton_ahead.py -m ahead -n0
+}
+
+# Both leave a core idle most of the time, so they share the two.
+faults_and_triton_ahead() {
+  triton_ahead > "$work/ahead" 2>&1 &
+  local beside=$!
+  planted_faults
+  wait $beside || { cat "$work/ahead"; return 1; }
+  cat "$work/ahead"
 }
