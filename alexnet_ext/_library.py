@@ -70,11 +70,11 @@ LIBRARIES: tuple[Library, ...] = _load_all()
 
 def _find_triton() -> Library:
     """Triton is imported, and its kernels defined, only where they can run: on a GPU, or in its interpreter."""
-    if importlib.util.find_spec("triton") is None:
-        return Library("triton", "cuda", False, "Triton is not installed", "pip install triton")
     if torch.version.cuda is None and os.environ.get("TRITON_INTERPRET", "0") != "1":
         remedy = "install a CUDA build of torch, or set TRITON_INTERPRET=1 before Python starts"
         return Library("triton", "cuda", False, "this torch is a CPU build", remedy)
+    if importlib.util.find_spec("triton") is None:
+        return Library("triton", "cuda", False, "Triton is not installed", "pip install triton")
     try:
         import triton  # noqa: F401
     except Exception as error:  # whatever an installation that is broken raises

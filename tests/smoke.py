@@ -15,7 +15,7 @@ from . import cases, oracle
 def main() -> None:
     if not _library.LIBRARIES[0].loaded:
         raise SystemExit(f"the compiled CPU library is not loaded: {_library.LIBRARIES[0].reason}")
-    larger = [case for tests in cases.CASES.values() for case in tests if case.shapes["x"][-1] >= 15][::2]
+    larger = [case for tests in cases.CASES.values() for case in tests if case.shapes["x"][-1] >= 15]
     count = 0
     for case in (*cases.EXAMPLES, *larger):
         backend = "auto" if case.constants.get("kernel_size") == (16, 15) else "native"
