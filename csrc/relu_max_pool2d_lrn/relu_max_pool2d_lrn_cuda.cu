@@ -62,10 +62,13 @@ int relu_max_pool2d_lrn_backward_cuda(const LrnPoolBlock& p, const void* dy, con
     bool fast = false;
     if constexpr (__is_same(Acc<T>, float)) {
       const bool lanes = has_lanes(p, aligned(dy, pooled, winners, dx));
-      const Tiles tiles = lanes ? tiles_of(p, p.in.channels / kLaneChannels,
-                                           kSharedBytes / (p.in.channels * static_cast<int64_t>(sizeof(float))))
-                          : has_pixels(p) ? tiles_of(p, 1, kBlockThreads)
-                                          : Tiles();
+      Tiles tiles;
+      if (lanes) {
+        const int64_t most_needed = kSharedBytes / (p.in.channels * static_cast<int64_t>(sizeof(float)));
+        tiles = tiles_of(p, p.in.channels / kLaneChannels, most_needed);
+      } else if (has_pixels(p)) {
+        tiles = tiles_of(p, 1, kBlockThreads);
+      }
       fast = tiles.rows > 0;
       if (fast && lanes) {
         // The bias sums go through the same shared memory.
