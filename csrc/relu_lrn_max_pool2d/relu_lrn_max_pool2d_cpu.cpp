@@ -48,6 +48,7 @@ void relu_lrn_max_pool2d_cpu<Isa::ALEXNET_ISA>(const LrnPoolBlock& p, const void
           [&](int64_t ih, A* normalized) {
             load_activation<T>(p, activation, x, bias, band.image, ih);
             lrn.forward(activation, normalized, p.in.width);
+            return normalized;
           },
           [&](int64_t oh, const A* pooled, const uint8_t* taps) {
             RowPlace place = row_place(p.out, band.image, 0, p.in.channels, oh);
@@ -79,7 +80,8 @@ void relu_lrn_max_pool2d_backward_cpu<Isa::ALEXNET_ISA>(const LrnPoolBlock& p, c
             load_row(pooled, static_cast<const T*>(dy), place);
             load_row(taps, winners, place);
           },
-          [&](int64_t ih, const A* normalized) {
+          [&](int64_t ih, A* normalized, auto&& gather) {
+            gather(normalized);
             load_activation<T>(p, activation, x, bias, band.image, ih);
             lrn.backward(activation, normalized, gradient, p.in.width);
             mask<A>(gradient, activation, row_size);

@@ -19,6 +19,12 @@ Piece piece_of(const Images& s, int64_t unit) {
   return {band.image, 0, s.channels, band.first, band.last};
 }
 
+// Whether rows of A can be used where they stand, not by way of scratch: vectors then end where a row does.
+template <class A>
+bool whole_vectors(const Images& s) {
+  return s.channels_last && s.channels % kLanes<A> == 0;
+}
+
 int64_t channels_at_once(const Images& s) { return s.channels_last || s.channels < kPlanes ? s.channels : kPlanes; }
 
 }  // namespace
@@ -37,8 +43,12 @@ void relu_max_pool2d_cpu<Isa::ALEXNET_ISA>(const ReluMaxPool2d& p, const void* x
       Piece at = piece_of(p.out, unit);
       rows.run(
           at.first, at.last,
-          [&](int64_t row, A* in) {
-            load_row(in, static_cast<const T*>(x), row_place(p.in, at.image, at.channel, at.channels, row));
+          [&](int64_t row, A* in) -> const A* {
+            RowPlace place = row_place(p.in, at.image, at.channel, at.channels, row);
+            if constexpr (std::is_same_v<T, A>)
+              if (whole_vectors<A>(p.in)) return static_cast<const A*>(x) + place.offset;
+            load_row(in, static_cast<const T*>(x), place);
+            return in;
           },
           [&](int64_t row, const A* out, const uint8_t* taps) {
             RowPlace place = row_place(p.out, at.image, at.channel, at.channels, row);
@@ -65,8 +75,12 @@ void relu_max_pool2d_backward_cpu<Isa::ALEXNET_ISA>(const ReluMaxPool2d& p, cons
             load_row(gradient, static_cast<const T*>(dy), place);
             load_row(taps, winners, place);
           },
-          [&](int64_t row, const A* out) {
-            store_row(static_cast<T*>(dx), out, row_place(p.in, at.image, at.channel, at.channels, row));
+          [&](int64_t row, A* scratch, auto&& gather) {
+            RowPlace place = row_place(p.in, at.image, at.channel, at.channels, row);
+            if constexpr (std::is_same_v<T, A>)
+              if (whole_vectors<A>(p.in)) return gather(static_cast<A*>(dx) + place.offset);
+            gather(scratch);
+            store_row(static_cast<T*>(dx), scratch, place);
           });
     }
   });

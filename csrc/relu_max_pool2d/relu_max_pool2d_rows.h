@@ -46,7 +46,8 @@ class RowCache {
   // The slot of each wanted row (-1: none wanted); make(row, slot) fills those that are not there yet.
   template <class Make>
   void want(const int64_t* rows, int64_t* found, Make&& make) {
-    bool taken[kMaxTaps] = {};
+    bool taken[kMaxTaps];
+    for (int64_t i = 0; i < slots_; ++i) taken[i] = false;  // and not all 225: a row of 13 pixels would notice
     for (int64_t r = 0; r < slots_; ++r) {
       found[r] = -1;
       for (int64_t i = 0; rows[r] >= 0 && i < slots_; ++i)
@@ -66,6 +67,37 @@ class RowCache {
   int64_t slots_;
   int64_t kept_[kMaxTaps];
 };
+
+// What meets in one vector of results: where each tap reads, and its number.
+template <class A, class Place>
+struct Taps {
+  int64_t count = 0;
+  Place place[kMaxTaps];
+  Int<A> number[kMaxTaps];
+
+  void add(Place at, int64_t tap) {
+    place[count] = at;
+    number[count++] = static_cast<Int<A>>(tap);
+  }
+};
+
+// f(count), as a constant for the counts of a 3 x 3 window at stride 2 (9 forward, 1, 2 or 4 backward) and of a 2 x 2
+// one: the loop over a tap's two instructions is then no loop.
+template <class F>
+inline void with_count(int64_t count, F&& f) {
+  switch (count) {
+    case 1:
+      return f(std::integral_constant<int64_t, 1>{});
+    case 2:
+      return f(std::integral_constant<int64_t, 2>{});
+    case 4:
+      return f(std::integral_constant<int64_t, 4>{});
+    case 9:
+      return f(std::integral_constant<int64_t, 9>{});
+    default:
+      return f(count);
+  }
+}
 
 // Pools one output row after the other. With `floor` the maximum starts at 0 (ReLU) and a window with nothing above it
 // has no winner; without, at its first value, and the windows must lie inside the image.
@@ -87,10 +119,11 @@ class PoolRows {
         rows_(pool.kernel[0] * row_size_),
         flat_(channels_last_ ? 0 : width_ * channels),
         y_(out_width * channels),
+        taps_(out_width * channels),
         winners_(out_width * channels) {}
 
-  // For each output row in [begin, end): make(row, A* in) fills the input rows it needs, emit(row, y, winners) takes
-  // it.
+  // For each output row in [begin, end): make(row, A* scratch) returns where an input row that it needs is, in scratch
+  // or, channels-last, wherever whole vectors can be read; emit(row, y, winners) takes the result.
   template <class Make, class Emit>
   void run(int64_t begin, int64_t end, Make&& make, Emit&& emit) {
     cache_.clear();
@@ -102,10 +135,12 @@ class PoolRows {
       }
       cache_.want(wanted, found, [&](int64_t row, int64_t slot) {
         A* kept = rows_ + slot * row_size_;
-        make(row, channels_last_ ? kept : flat_);
-        if (!channels_last_) split(kept);
+        const A* made = make(row, channels_last_ ? kept : flat_);
+        starts_[slot] = channels_last_ ? made : split(made, kept);
       });
       channels_last_ ? pool_channels_last(found) : pool_contiguous(found);
+      // A row at a time: the compiler turns one vector of numbers into bytes with twenty scalar instructions.
+      for (int64_t i = 0; i < out_width_ * channels_; ++i) winners_[i] = static_cast<uint8_t>(taps_[i]);
       emit(oh, static_cast<const A*>(y_), static_cast<const uint8_t*>(winners_));
     }
   }
@@ -136,16 +171,14 @@ class PoolRows {
 
   void keep(const Best& best, int64_t at) {
     store(y_ + at, best.value);
-    typedef uint8_t Bytes __attribute__((vector_size(kLanes<A>)));
-    Bytes bytes = __builtin_convertvector(best.tap, Bytes);
-    std::memcpy(winners_ + at, &bytes, sizeof bytes);
+    store(taps_ + at, best.tap);
   }
 
-  // Lays flat_ [channels][width] out as [channels][phases][length], -inf where the padding is.
-  void split(A* kept) {
+  // Lays a row [channels][width] out as [channels][phases][length], -inf where the padding is.
+  const A* split(const A* row, A* kept) {
     const int64_t stride = columns_.stride;
     for (int64_t c = 0; c < channels_; ++c) {
-      const A* from = flat_ + c * width_;
+      const A* from = row + c * width_;
       for (int64_t q = 0; q < columns_.count; ++q) {
         A* to = kept + (c * columns_.count + q) * length_;
         int64_t shift = columns_.lowest * stride + columns_.residue[q];
@@ -162,38 +195,39 @@ class PoolRows {
         for (int64_t i = last; i < length_; ++i) to[i] = -INFINITY;
       }
     }
+    return kept;
   }
 
-  // Whole vectors throughout: what a vector writes beyond its channel, the next channel overwrites.
-  void pool_contiguous(const int64_t* found) {
-    for (int64_t c = 0; c < channels_; ++c) {
-      for (int64_t ow = 0; ow < out_width_; ow += kLanes<A>) {
+  // The best of `taps`, each moved on by `shift`, for `length` results from `at` on, in whole vectors.
+  void pool_run(const Taps<A, const A*>& taps, int64_t shift, int64_t length, int64_t at) {
+    with_count(taps.count, [&](auto count) {
+      for (int64_t i = 0; i < length; i += kLanes<A>) {
         Best best;
-        for (int64_t r = 0; r < pool_.kernel[0]; ++r) {
-          if (found[r] < 0) continue;
-          const A* row = rows_ + found[r] * row_size_ + c * columns_.count * length_ + ow - columns_.lowest;
-          for (int64_t s = 0; s < columns_.taps; ++s)
-            best.take(row + columns_.slot[s] * length_ + columns_.offset[s], r * columns_.taps + s);
-        }
-        keep(best, c * out_width_ + ow);
+        for (int64_t t = 0; t < count; ++t) best.take(taps.place[t] + shift + i, taps.number[t]);
+        keep(best, at + i);
       }
-    }
+    });
+  }
+
+  // What a vector writes beyond its channel, the next channel overwrites.
+  void pool_contiguous(const int64_t* found) {
+    Taps<A, const A*> taps;
+    for (int64_t r = 0; r < pool_.kernel[0]; ++r)
+      for (int64_t s = 0; found[r] >= 0 && s < columns_.taps; ++s)
+        taps.add(starts_[found[r]] + columns_.slot[s] * length_ + columns_.offset[s] - columns_.lowest,
+                 r * columns_.taps + s);
+    for (int64_t c = 0; c < channels_; ++c) pool_run(taps, c * columns_.count * length_, out_width_, c * out_width_);
   }
 
   void pool_channels_last(const int64_t* found) {
     for (int64_t ow = 0; ow < out_width_; ++ow) {
-      for (int64_t c = 0; c < channels_; c += kLanes<A>) {
-        Best best;
-        for (int64_t r = 0; r < pool_.kernel[0]; ++r) {
-          if (found[r] < 0) continue;
-          for (int64_t s = 0; s < columns_.taps; ++s) {
-            int64_t iw = ow * columns_.stride + columns_.shift(s);
-            if (iw < 0 || iw >= width_) continue;
-            best.take(rows_ + found[r] * row_size_ + iw * channels_ + c, r * columns_.taps + s);
-          }
+      Taps<A, const A*> taps;
+      for (int64_t r = 0; r < pool_.kernel[0]; ++r)
+        for (int64_t s = 0; found[r] >= 0 && s < columns_.taps; ++s) {
+          int64_t iw = ow * columns_.stride + columns_.shift(s);
+          if (iw >= 0 && iw < width_) taps.add(starts_[found[r]] + iw * channels_, r * columns_.taps + s);
         }
-        keep(best, ow * channels_ + c);
-      }
+      pool_run(taps, 0, channels_, ow * channels_);
     }
   }
 
@@ -202,7 +236,9 @@ class PoolRows {
   bool channels_last_;
   int64_t height_, width_, out_width_, channels_, length_, row_size_;
   RowCache cache_;
+  const A* starts_[kMaxTaps];  // where the row of each slot is
   Buffer<A> rows_, flat_, y_;
+  Buffer<Int<A>> taps_;
   Buffer<uint8_t> winners_;
 };
 
@@ -221,17 +257,27 @@ class UnpoolRows {
         phase_length_(ceil_div(in.width, columns_.stride)),
         before_(columns_.highest > 0 ? columns_.highest : 0),
         length_(before_ + longest(out.width, phase_length_ - columns_.lowest)),
-        row_size_(channels_last_ ? out.width * channels : channels * length_),
+        // A vector of slack behind each row: what fills it may write whole vectors.
+        row_size_((channels_last_ ? out.width * channels : channels * length_) + kLanes<A>),
         cache_(pool.kernel[0]),
         gradients_(pool.kernel[0] * row_size_),
         taps_(pool.kernel[0] * row_size_),
-        flat_(out.width * channels),
-        flat_winners_(out.width * channels),
-        sums_(columns_.count * phase_length_),
-        dx_(in.width * channels) {}
+        flat_(channels_last_ ? 0 : out.width * channels),
+        winners_(out.width * channels),
+        sums_(channels_last_ ? 0 : columns_.count * channels * phase_length_),
+        dx_(in.width * channels),
+        windows_(channels_last_ ? in.width * columns_.taps : 0) {
+    for (int64_t iw = 0; channels_last_ && iw < width_; ++iw)
+      for (int64_t s = 0; s < columns_.taps; ++s) {
+        int64_t from = iw - columns_.shift(s), ow = floor_div(from, columns_.stride);
+        bool reaches = ow >= 0 && ow < out_width_ && ow * columns_.stride == from;
+        windows_[iw * columns_.taps + s] = reaches ? ow : -1;
+      }
+  }
 
   // For each input row in [begin, end): make(row, A* dy, uint8_t* winners) fills the output rows that reach it,
-  // emit(row, dx) takes the gradient.
+  // emit(row, A* scratch, gather) has gather(to) write the gradient to scratch or, channels-last, to wherever whole
+  // vectors can be written.
   template <class Make, class Emit>
   void run(int64_t begin, int64_t end, Make&& make, Emit&& emit) {
     cache_.clear();
@@ -243,86 +289,83 @@ class UnpoolRows {
         wanted[r] = reaches ? oh : -1;
       }
       cache_.want(wanted, found, [&](int64_t row, int64_t slot) {
-        make(row, static_cast<A*>(flat_), static_cast<uint8_t*>(flat_winners_));
-        lay_out(gradients_ + slot * row_size_, taps_ + slot * row_size_);
+        A* gradients = gradients_ + slot * row_size_;
+        make(row, channels_last_ ? gradients : flat_, static_cast<uint8_t*>(winners_));
+        lay_out(gradients, taps_ + slot * row_size_);
       });
-      channels_last_ ? gather_channels_last(found) : gather_contiguous(found);
-      emit(ih, static_cast<const A*>(dx_));
+      emit(ih, static_cast<A*>(dx_),
+           [&](A* dx) { channels_last_ ? gather_channels_last(found, dx) : gather_contiguous(found, dx); });
     }
   }
 
  private:
   static int64_t longest(int64_t a, int64_t b) { return a > b ? a : b; }
 
-  // Gradients, and winners widened to A's size; NCHW rows stand between zeros, where the outside windows would be.
+  // Winners widened to A's size; NCHW rows between zeros, where the outside windows would be.
   void lay_out(A* gradients, Int<A>* taps) {
-    const int64_t pieces = channels_last_ ? 1 : channels_;
-    const int64_t n = channels_last_ ? row_size_ : out_width_, step = channels_last_ ? 0 : length_;
-    for (int64_t i = 0; i < pieces; ++i) {
-      A* to = gradients + i * step + (channels_last_ ? 0 : before_);
-      Int<A>* tap = taps + i * step + (channels_last_ ? 0 : before_);
-      std::memcpy(to, flat_ + i * n, n * sizeof(A));
-      const uint8_t* winners = flat_winners_ + i * n;
-      for (int64_t j = 0; j < n; ++j) tap[j] = winners[j];
+    if (channels_last_) return widened(winners_, taps, out_width_ * channels_);
+    for (int64_t c = 0; c < channels_; ++c) {
+      std::memcpy(gradients + c * length_ + before_, flat_ + c * out_width_, out_width_ * sizeof(A));
+      widened(winners_ + c * out_width_, taps + c * length_ + before_, out_width_);
     }
   }
 
-  static void add(Vec<A>& sum, const A* gradients, const Int<A>* taps, Int<A> tap) {
-    sum += load(taps) == broadcast(tap) ? load(gradients) : Vec<A>{};
+  static void widened(const uint8_t* __restrict winners, Int<A>* __restrict taps, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) taps[i] = winners[i];
+  }
+
+  // The sums of the gradients that `taps`, each moved on by `shift`, won, for `length` results, in whole vectors.
+  void sum_run(const Taps<A, int64_t>& taps, int64_t shift, int64_t length, A* to) {
+    with_count(taps.count, [&](auto count) {
+      for (int64_t i = 0; i < length; i += kLanes<A>) {
+        Vec<A> sum{};
+        for (int64_t t = 0; t < count; ++t) {
+          const int64_t at = taps.place[t] + shift + i;
+          sum += load(taps_ + at) == broadcast(taps.number[t]) ? load(gradients_ + at) : Vec<A>{};
+        }
+        store(to + i, sum);
+      }
+    });
   }
 
   // Windows in ascending order, as PyTorch adds them: fp32 sums come out equal to the bit.
-  void gather_contiguous(const int64_t* found) {
-    const int64_t stride = columns_.stride;
-    if (columns_.count < stride) std::memset(dx_, 0, width_ * channels_ * sizeof(A));
-    for (int64_t c = 0; c < channels_; ++c) {
-      A* dx = dx_ + c * width_;
-      for (int64_t q = 0; q < columns_.count; ++q) {
-        A* sums = sums_ + q * phase_length_;
-        for (int64_t j = 0; j < phase_length_; j += kLanes<A>) {
-          Vec<A> sum{};
-          for (int64_t r = pool_.kernel[0] - 1; r >= 0; --r) {
-            if (found[r] < 0) continue;
-            int64_t at = found[r] * row_size_ + c * length_ + before_ + j;
-            for (int64_t s = columns_.taps - 1; s >= 0; --s)
-              if (columns_.slot[s] == q)
-                add(sum, gradients_ + at - columns_.offset[s], taps_ + at - columns_.offset[s], r * columns_.taps + s);
-          }
-          store(sums + j, sum);
-        }
-        interleave(dx, sums, columns_.residue[q], stride);
-      }
+  void gather_contiguous(const int64_t* found, A* dx) {
+    if (columns_.count < columns_.stride) std::memset(dx, 0, width_ * channels_ * sizeof(A));
+    for (int64_t q = 0; q < columns_.count; ++q) {
+      Taps<A, int64_t> taps;
+      for (int64_t r = pool_.kernel[0] - 1; r >= 0; --r)
+        for (int64_t s = columns_.taps - 1; found[r] >= 0 && s >= 0; --s)
+          if (columns_.slot[s] == q)
+            taps.add(found[r] * row_size_ + before_ - columns_.offset[s], r * columns_.taps + s);
+      for (int64_t c = 0; c < channels_; ++c)
+        sum_run(taps, c * length_, phase_length_, sums_ + (q * channels_ + c) * phase_length_);
     }
+    for (int64_t c = 0; c < channels_; ++c) interleave(dx + c * width_, sums_ + c * phase_length_);
   }
 
-  void interleave(A* __restrict dx, const A* __restrict sums, int64_t residue, int64_t stride) {
-    if (stride == 2) {
-      for (int64_t j = 0; j * 2 + residue < width_; ++j) dx[j * 2 + residue] = sums[j];
-    } else {
-      for (int64_t j = 0; j * stride + residue < width_; ++j) dx[j * stride + residue] = sums[j];
+  // One row from the sums of its phases, which are `apart` apart. Even and odd together: stores of whole vectors.
+  void interleave(A* __restrict dx, const A* __restrict sums) {
+    const int64_t stride = columns_.stride, apart = channels_ * phase_length_;
+    if (stride == 2 && columns_.count == 2) {
+      const A *even = sums + columns_.residue[0] * apart, *odd = sums + columns_.residue[1] * apart;
+      for (int64_t j = 0; j < width_ / 2; ++j) dx[j * 2] = even[j], dx[j * 2 + 1] = odd[j];
+      if (width_ % 2) dx[width_ - 1] = even[width_ / 2];
+      return;
     }
+    for (int64_t q = 0; q < columns_.count; ++q)
+      for (int64_t j = 0; j * stride + columns_.residue[q] < width_; ++j)
+        dx[j * stride + columns_.residue[q]] = sums[q * apart + j];
   }
 
-  void gather_channels_last(const int64_t* found) {
+  void gather_channels_last(const int64_t* found, A* dx) {
     for (int64_t iw = 0; iw < width_; ++iw) {
-      int64_t start[kMaxTaps];
-      for (int64_t s = 0; s < columns_.taps; ++s) {
-        int64_t from = iw - columns_.shift(s), ow = floor_div(from, columns_.stride);
-        bool reaches = ow >= 0 && ow < out_width_ && ow * columns_.stride == from;
-        start[s] = reaches ? ow * channels_ : -1;
-      }
-      for (int64_t c = 0; c < channels_; c += kLanes<A>) {
-        Vec<A> sum{};
-        for (int64_t r = pool_.kernel[0] - 1; r >= 0; --r) {
-          if (found[r] < 0) continue;
-          for (int64_t s = columns_.taps - 1; s >= 0; --s) {
-            if (start[s] < 0) continue;
-            int64_t at = found[r] * row_size_ + start[s] + c;
-            add(sum, gradients_ + at, taps_ + at, r * columns_.taps + s);
-          }
+      Taps<A, int64_t> taps;
+      for (int64_t r = pool_.kernel[0] - 1; r >= 0; --r)
+        for (int64_t s = columns_.taps - 1; found[r] >= 0 && s >= 0; --s) {
+          int64_t ow = windows_[iw * columns_.taps + s];
+          if (ow >= 0) taps.add(found[r] * row_size_ + ow * channels_, r * columns_.taps + s);
         }
-        store(dx_ + iw * channels_ + c, sum);
-      }
+      sum_run(taps, 0, channels_, dx + iw * channels_);
     }
   }
 
@@ -334,8 +377,9 @@ class UnpoolRows {
   Buffer<A> gradients_;
   Buffer<Int<A>> taps_;
   Buffer<A> flat_;
-  Buffer<uint8_t> flat_winners_;
+  Buffer<uint8_t> winners_;
   Buffer<A> sums_, dx_;
+  Buffer<int64_t> windows_;  // the window whose tap s an input column is, or -1: divisions are done once
 };
 
 }  // namespace alexnet_ext::ALEXNET_ISA

@@ -24,6 +24,7 @@ void relu_max_pool2d_lrn_cpu<Isa::ALEXNET_ISA>(const LrnPoolBlock& p, const void
           [&](int64_t ih, A* row) {
             load_row(row, static_cast<const T*>(x), row_place(p.in, band.image, 0, p.in.channels, ih));
             add_bias(row, static_cast<const T*>(bias), p.in);
+            return row;
           },
           [&](int64_t oh, const A* row, const uint8_t* taps) {
             RowPlace place = row_place(p.out, band.image, 0, p.out.channels, oh);
@@ -59,7 +60,8 @@ void relu_max_pool2d_lrn_backward_cpu<Isa::ALEXNET_ISA>(const LrnPoolBlock& p, c
             load_row(taps, winners, place);
             lrn.backward(activation, gradient, dpooled, p.out.width);
           },
-          [&](int64_t ih, const A* row) {
+          [&](int64_t ih, A* row, auto&& gather) {
+            gather(row);
             add_channel_sums<A>(sums, row, p.in);
             store_row(static_cast<T*>(dx), row, row_place(p.in, band.image, 0, p.in.channels, ih));
           });
