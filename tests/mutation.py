@@ -28,6 +28,7 @@ LINEAR = "csrc/linear_bias_relu/linear_bias_relu_cpu.cpp"
 BIAS = "csrc/common/cpu_bias.h"
 CUDA_LRN = "csrc/local_response_norm/local_response_norm_window.cuh"
 CUDA_SUMS = "csrc/common/channel_sums.cuh"
+WINOGRAD = "csrc/conv2d_bias_relu/winograd_cpu.cpp"
 EMULATOR = "tests/test_emulator.py"
 SECONDS = 240  # a fault may make a loop endless
 
@@ -88,6 +89,14 @@ FAULTS = (
           "!(widen(values[i]) > 0) ?", "conv2d_bias_relu"),
     Fault("ReLU: gradient 1 at 0", "csrc/conv2d_bias_relu/conv2d_bias_relu_cpu.cpp", "widen(result[i]) <= 0 ?",
           "widen(result[i]) < 0 ?", "conv2d_bias_relu"),
+    Fault("Winograd: infinity passes for finite", WINOGRAD, "void look(const V& v) { zeros_ += v * 0.0f; }",
+          "void look(const V&) {}", "winograd"),
+    Fault("Winograd: tiles of the gradient overwrite one another", WINOGRAD, "load(to) + tile[q]", "tile[q]",
+          "winograd"),
+    Fault("Winograd: padding of the rows taken for the columns'", WINOGRAD, "w = j * 2 - p.padding[1]",
+          "w = j * 2 - p.padding[0]", "winograd"),
+    Fault("Winograd: weight's gradient of the first images alone", WINOGRAD, "part < parts", "part < 1",
+          "tests/test_conv2d_bias_relu.py -k 'many_tiles and padding1'"),
     Fault("linear: a row left over from the tiles not computed", LINEAR, "for (; i < rows; ++i) tile<1, V>",
           "for (; i < rows - 1; ++i) tile<1, V>", "linear_bias_relu"),
     Fault("linear: blocks of the sum overwrite one another", LINEAR, "add ? load(place) + sum[r][v] : sum[r][v]",
@@ -193,10 +202,11 @@ class Tree:
             self._run([*ninja, *targets], f"{test}: the library does not compile")
             options = ("-x", "-n0", "-p", "no:cacheprovider", "--emulator", str(self.folder / "alexnet_ext"))
             return [sys.executable, "-m", "pytest", *options, *shlex.split(test)]
-        # One op's kernel of all those that ctest's program links: the others may depend on the fault's file too.
+        # One kernel's file of all those that ctest's program links: the others may depend on the fault's file too.
+        (kernel,) = self.folder.glob(f"csrc/*/{test}_cpu.cpp")
         objects = [
             f"CMakeFiles/test_{test}.dir/tests/cpp/test_{test}.cpp.o",
-            f"CMakeFiles/cpu_kernels_portable.dir/csrc/{test}/{test}_cpu.cpp.o",
+            f"CMakeFiles/cpu_kernels_portable.dir/{kernel.relative_to(self.folder)}.o",
             "CMakeFiles/cpu_kernels.dir/csrc/common/isa.cpp.o",
         ]
         program = str(self.build / f"one_{test}")

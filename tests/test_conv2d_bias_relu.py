@@ -108,6 +108,49 @@ def test_relu_as_stock_at_zero_nan_and_inf(dtype: torch.dtype, layout: str) -> N
     assert x.grad.flatten()[:9].tolist() == [1, 0, 0, 0, 1, 1, 0, 1, 0]
 
 
+# Large enough for Winograd's way on the CPU, in two parts: two images of 12 x 13 tiles, then one.
+WINOGRAD = (
+    conv((3, 96, 24, 25), 112, (3, 3), padding=1),
+    conv((3, 192, 25, 21), 224, (3, 3), padding=(0, 2), groups=2, bias=False),
+)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("weight_layout", ["contiguous", "channels_last", "transposed"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("case", cases.params(WINOGRAD))
+def test_many_tiles(case: Case, layout: str, weight_layout: str) -> None:
+    tensors = cases.make(case, torch.float32, layout)
+    tensors["weight"] = cases.lay_out(tensors["weight"].detach(), weight_layout).requires_grad_()
+    y = oracle.assert_matches_float64(case, tensors)
+    expected = cases.stock(case, tensors)
+    assert y.stride() == expected.stride()
+    assert not torch.equal(y, expected)  # another way to the same sums
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("value", [nan, math.inf, 2e38], ids=str)
+@pytest.mark.parametrize("name", ["x", "weight", "dy"])
+def test_many_tiles_are_convolved_where_a_value_is_not_finite(name: str, value: float, layout: str) -> None:
+    """Of inf, and of 2e38 beside -2e38, Winograd's tiles make NaN, or inf, where a convolution does not."""
+    tensors = cases.make(WINOGRAD[0], torch.float32, layout)
+    dy = torch.randn(cases.stock(WINOGRAD[0], tensors).shape)
+    with torch.no_grad():
+        given = dy if name == "dy" else tensors[name]
+        if value == 2e38:
+            for tensor in (tensors["x"], tensors["weight"], dy):
+                tensor.mul_(1e-6)
+        given[1, 3, :, 0] = value
+        given[1, 3, :, 2] = -value
+    results = []
+    for run in (cases.fused, cases.stock):
+        y = run(WINOGRAD[0], tensors)
+        results.append((y, *torch.autograd.grad(y, list(tensors.values()), dy)))
+    for ours, theirs in zip(*results, strict=True):
+        largest = theirs.nan_to_num(0, 0, 0).abs().max().item()
+        torch.testing.assert_close(ours, theirs, equal_nan=True, rtol=0, atol=1e-5 * largest)
+
+
 @pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("kernel", [(3, 3), (2, 4), (4, 1), (1, 2)], ids=str)

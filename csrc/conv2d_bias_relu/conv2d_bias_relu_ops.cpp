@@ -1,9 +1,9 @@
 // conv2d_bias_relu as PyTorch operators on the CPU: PyTorch's own convolution (oneDNN), which adds the bias; ReLU in
-// place behind it; the ReLU mask folded into the gradient before PyTorch's convolution backward.
-// (oneDNN's own ReLU epilogue turns NaN to 0, which PyTorch's ReLU does not.)
+// place behind it; the ReLU mask folded into the gradient before PyTorch's convolution backward. 3 x 3 layers of many
+// tiles go by Winograd's. (oneDNN's own ReLU epilogue turns NaN to 0, which PyTorch's ReLU does not.)
 #include <torch/csrc/stable/library.h>
 
-#include "conv2d_bias_relu_plan.h"
+#include "winograd_plan.h"
 
 namespace alexnet_ext {
 namespace {
@@ -12,7 +12,11 @@ Tensor forward(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias
                IntList dilation, int64_t groups) {
   DType dtype = dtype_of(x, "x");
   check_like(weight, "weight", x);
-  Tensor y = convolution(x, weight, bias, {stride, padding, dilation, groups});
+  if (bias) bias_data(bias, x, weight.size(0));
+  const Convolution p{stride, padding, dilation, groups};
+  if (const auto winograd = WinogradConvolution::of(x, weight, p))
+    if (const auto result = winograd->forward(x, weight, bias)) return *result;
+  Tensor y = convolution(x, weight, bias, p);
   const int64_t n = y.numel();
   parallel(ceil_div(n, kReluRun), [&](int64_t begin, int64_t end) {
     with_isa(best_isa(), [&](auto isa) { relu_inplace_cpu<isa.value>(dtype, y.data_ptr(), n, begin, end); });
@@ -33,8 +37,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, c
       relu_mask_cpu<isa.value>(dtype, gradient.data_ptr(), result.data_ptr(), dz.data_ptr(), n, begin, end);
     });
   });
-  auto gradients = convolution_backward(dz, x, weight, {stride, padding, dilation, groups},
-                                        {output_mask.at(0), output_mask.at(1), output_mask.at(2)});
+  const Convolution p{stride, padding, dilation, groups};
+  const std::array<bool, 3> mask = {output_mask.at(0), output_mask.at(1), output_mask.at(2)};
+  if (const auto winograd = WinogradConvolution::of(x, weight, p))
+    if (const auto found = winograd->backward(dz, x, weight, mask)) return {(*found)[0], (*found)[1], (*found)[2]};
+  const auto gradients = convolution_backward(dz, x, weight, p, mask);
   return {gradients[0], gradients[1], gradients[2]};
 }
 
