@@ -200,13 +200,11 @@ def _convolution(
         plain = nn.MaxPool2d(WINDOW, STRIDE)
         convolution = BLOCKS[after](*arguments, norm=nn.LocalResponseNorm(*table.lrn), pool=plain)
         layers = {kind: nn.Identity() for kind in after}
-    elif after[:2] == ("relu", "pool"):
-        convolution = nn.Conv2d(*arguments)
-        layers["relu"] = nn.Identity()
-        layers["pool"] = fused_nn.ReLUMaxPool2d(WINDOW, STRIDE, ceil_mode=table.ceil_mode)
     elif after[0] == "relu":
         convolution = fused_nn.Conv2dReLU(*arguments)
         layers["relu"] = nn.Identity()
+        if after[1:2] == ("pool",):  # ReLU twice is ReLU; its winners take one byte where stock pooling's take eight
+            layers["pool"] = fused_nn.ReLUMaxPool2d(WINDOW, STRIDE, ceil_mode=table.ceil_mode)
     else:  # the tutorial's order: normalization sees negative values, so no ReLU can move before it
         convolution = nn.Conv2d(*arguments)
     return {"conv": convolution, **layers}, size
