@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -77,6 +78,22 @@ def assert_matches_float64(
         assert_accurate(name, result, expected[name], stock.get(name), summands(case, name), magnitude)
         if name != "y":
             assert result.dtype == tensors[name].dtype, name
+    return ours
+
+
+def assert_augmented(case: Case, tensors: Tensors, backend: str = "auto") -> Tensor:
+    """As above for ``augment``, which has no gradient; returns its output."""
+    constants = case.constants
+    on_cpu = {name: tensor.cpu() for name, tensor in tensors.items()}
+    exact, stock = (
+        cases.stock(replace(case, constants=constants | {"dtype": dtype}), on_cpu)
+        for dtype in (torch.float64, constants["dtype"])
+    )
+    ours = cases.fused(case, tensors, backend)
+    assert ours.dtype == constants["dtype"]
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+    # A byte and a mean may cancel.
+    assert_accurate("y", ours, exact, stock, 1, 1 / min(constants["std"]))
     return ours
 
 
