@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -83,9 +83,7 @@ def block(op: str, shape: tuple[int, ...], bias: bool = True, **rest: Any) -> Ca
     return Case(op, {"x": shape, "bias": (shape[-3],) if bias else None}, constants | rest)
 
 
-def augment(
-    images: tuple[int, ...], size: int, space_to_depth: int = 1, dtype: torch.dtype = torch.float32
-) -> Case:
+def augment(images: tuple[int, ...], size: int, space_to_depth: int = 1, dtype: torch.dtype = torch.float32) -> Case:
     batch = images[0]
     shapes = {"images": images, "offsets": (batch, 2), "flips": (batch,), "shifts": (batch, 3)}
     # ImageNet's deviations are near each other; unlike ones show a colour taken for another.
@@ -187,6 +185,7 @@ def _block_cases(op: str) -> tuple[Case, ...]:
 
 
 CASES: dict[str, tuple[Case, ...]] = {
+    "augment": AUGMENT_CASES,
     "local_response_norm": LRN_CASES,
     "relu_max_pool2d": POOL_CASES,
     "conv2d_bias_relu": CONV_CASES,
@@ -206,8 +205,11 @@ EXAMPLES = (
     *(block(op, (2, 6, 7, 9), lrn_size=4, bias=bias) for op in BLOCKS for bias in (True, False)),
 )
 
+AUGMENT_EXAMPLES = (augment((5, 12, 14, 3), 9), augment((5, 12, 14, 3), 9, 4))
+
 # AlexNet's layers at batch 1: the benchmarks put their batch in front.
 ALEXNET: dict[str, tuple[Case, ...]] = {
+    "augment": tuple(augment((1, 256, 256, 3), 227, block) for block in (1, 4)),
     "local_response_norm": tuple(lrn((1, *s), alpha=5e-4) for s in ((96, 55, 55), (256, 27, 27))),
     "relu_max_pool2d": tuple(pool((1, *s)) for s in ((96, 55, 55), (256, 27, 27), (256, 13, 13))),
     "conv2d_bias_relu": (
@@ -303,6 +305,11 @@ def fused(case: Case, tensors: Tensors, backend: str = "auto") -> Tensor:
 
 def stock(case: Case, tensors: Tensors) -> Tensor:
     return STOCK[case.op](**tensors, **case.constants)
+
+
+def in_dtype(case: Case, dtype: torch.dtype) -> Case:
+    """The case in this dtype where that is one of its constants; of the others ``make`` makes the tensors so."""
+    return replace(case, constants=case.constants | {"dtype": dtype}) if "dtype" in case.constants else case
 
 
 def make(

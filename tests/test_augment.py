@@ -17,9 +17,9 @@ from alexnet_ext.data.preprocessing import Preprocessing
 from alexnet_ext.ops import augment
 
 from . import cases, oracle
-from .cases import Case, each_dtype
+from .cases import Case, each_dtype, in_dtype
 
-EXAMPLES = (cases.augment((5, 12, 14, 3), 9), cases.augment((5, 12, 14, 3), 9, 4))
+EXAMPLES = cases.AUGMENT_EXAMPLES
 each_example = pytest.mark.parametrize("case", cases.params(EXAMPLES))
 each_layout = pytest.mark.parametrize("layout", cases.LAYOUTS)
 
@@ -40,10 +40,6 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(params=["native", "triton"])
 def kernels(request: pytest.FixtureRequest) -> str:
     return available(request.param)
-
-
-def in_dtype(case: Case, dtype: torch.dtype) -> Case:
-    return replace(case, constants=case.constants | {"dtype": dtype})
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -177,7 +173,11 @@ TENSORS = cases.make(EXAMPLES[0])
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"images": TENSORS["images"].float()}, RuntimeError, r"images has dtype torch\.float32, expected torch\.uint8"),
+        (
+            {"images": TENSORS["images"].float()},
+            RuntimeError,
+            r"images has dtype torch\.float32, expected torch\.uint8",
+        ),
         ({"images": TENSORS["images"][0]}, RuntimeError, r"images has shape \[12, 14, 3\], expected \(N, H, W, 3\)"),
         ({"images": TENSORS["images"].mT}, RuntimeError, r"images has shape \[5, 12, 3, 14\], expected \(N, H, W, 3\)"),
         ({"images": TENSORS["images"].numpy()}, TypeError, "images must be a Tensor, got ndarray"),
@@ -188,7 +188,11 @@ TENSORS = cases.make(EXAMPLES[0])
         ({"flips": TENSORS["flips"].long()}, RuntimeError, "flips has dtype torch.int64, expected torch.bool"),
         ({"flips": [True, False, True]}, TypeError, "flips must be a Tensor, got list"),
         ({"shifts": TENSORS["shifts"][:, :2]}, RuntimeError, r"shifts has shape \[5, 2\], expected \[5, 3\]"),
-        ({"shifts": TENSORS["shifts"].double()}, RuntimeError, "shifts has dtype torch.float64, expected torch.float32"),
+        (
+            {"shifts": TENSORS["shifts"].double()},
+            RuntimeError,
+            "shifts has dtype torch.float64, expected torch.float32",
+        ),
         ({"shifts": TENSORS["shifts"].to("meta")}, RuntimeError, "shifts is on device meta, expected cpu"),
         ({"shifts": TENSORS["shifts"].clone().requires_grad_()}, RuntimeError, "shifts requires a gradient"),
         ({"size": 13}, RuntimeError, r"size must be from 1 to the sides of images, got 13 for shape \[5, 12, 14, 3\]"),

@@ -106,9 +106,7 @@ def _refusal(backend: str, op: str, device: str) -> str:
     return f"device {device!r} (move the tensors to a GPU, or set TRITON_INTERPRET=1 before Python starts)"
 
 
-def choose(
-    op: str, backend: str, x: torch.Tensor, unsupported: str = "", dtype: torch.dtype | None = None
-) -> str:
+def choose(op: str, backend: str, x: torch.Tensor, unsupported: str = "", dtype: torch.dtype | None = None) -> str:
     """Which of ``"native"``, ``"triton"`` and ``"stock"`` runs this call, in ``dtype`` (default x's).
 
     ``unsupported`` says what about the arguments our kernels do not cover. ``"auto"`` then runs stock;
@@ -134,9 +132,7 @@ def choose(
     return backend
 
 
-def operator(
-    op: str, backend: str, x: torch.Tensor, unsupported: str = "", dtype: torch.dtype | None = None
-) -> Any:
+def operator(op: str, backend: str, x: torch.Tensor, unsupported: str = "", dtype: torch.dtype | None = None) -> Any:
     """The operator that runs this call, chosen as ``choose`` says; None where stock PyTorch runs it."""
     backend = choose(op, backend, x, unsupported, dtype)
     if backend == "stock":

@@ -27,7 +27,7 @@ def augment(
     space_to_depth: int = 1,
     backend: str = "auto",
 ) -> Tensor:
-    """A random square of each image, mirrored or not, its colour shifted, normalized: bytes in, the network's input out.
+    """A square of each image, mirrored or not, its colour shifted, normalized: bytes in, the network's input out.
 
     ``y[n, c, i, j] = (images[n, top + i, left + (size - 1 - j if flip else j), c] + shift[c] - 255 * mean[c])
     / (255 * std[c])`` with the image's own ``top, left = offsets[n]``, ``flip = flips[n]`` and ``shift = shifts[n]``.
