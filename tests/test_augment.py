@@ -167,6 +167,18 @@ def test_an_offset_out_of_range(offset: tuple[int, int], backend: str, request: 
         cases.fused(EXAMPLES[0], tensors, backend)
 
 
+@pytest.mark.skipif(not _library.INTERPRETED, reason="Triton's interpreter is not on")
+@each_example
+def test_wide_offsets_change_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for tensors of 2^31 elements and more."""
+    from alexnet_ext.ops.augment import triton_kernels
+
+    tensors = cases.make(case)
+    narrow = cases.fused(case, tensors, "triton")
+    monkeypatch.setattr(triton_kernels, "is_wide", lambda *_: True)
+    assert torch.equal(cases.fused(case, tensors, "triton"), narrow)
+
+
 TENSORS = cases.make(EXAMPLES[0])
 
 

@@ -53,6 +53,7 @@ def _forward_kernel(
     flips_ptr,
     shifts_ptr,
     y_ptr,
+    n,
     batch,
     height,
     width,
@@ -84,16 +85,19 @@ def _forward_kernel(
     other_begin, other_step, other_red, other_green, other_blue = _crop(
         offsets_ptr, flips_ptr, shifts_ptr, other, height, width, image_step, row_step, column_step, SIZE, ACC, index
     )
-    at = (start - image.to(index) * LENGTH).to(tl.int32) + tl.arange(0, BLOCK)
+    within: tl.constexpr = tl.int64 if LENGTH >= 2**30 else tl.int32
+    at = (start - image.to(index) * LENGTH).to(within) + tl.arange(0, BLOCK)
     later = at >= LENGTH
     at -= tl.where(later, LENGTH, 0)
     inner, cell = at % (3 * B * B), at // (3 * B * B)
     colour = inner // (B * B)
     row, column = cell // SIDE * B + inner // B % B, cell % SIDE * B + inner % B
     inside = (row < SIZE) & (column < SIZE)
-    own = image + tl.where(later, 1, 0) < batch
-    source = tl.where(later, other_begin, begin) + row * row_step + column * tl.where(later, other_step, step)
-    value = tl.load(images_ptr + source + colour * colour_step, own & inside, 0).to(ACC)
+    # Not said by the image, whose end may fall anywhere: stores stay whole where 16 bytes divide y.
+    own = start + tl.arange(0, BLOCK) < n
+    source = tl.where(later, other_begin, begin) + row.to(index) * row_step + colour.to(index) * colour_step
+    source += column.to(index) * tl.where(later, other_step, step)
+    value = tl.load(images_ptr + source, own & inside, 0).to(ACC)
     is_red, is_green = colour == 0, colour == 1
     shift = tl.where(
         is_red,
@@ -145,6 +149,7 @@ def forward(
         flips.contiguous().view(torch.uint8),
         shifts.contiguous(),
         y,
+        y.numel(),
         batch,
         height,
         width,
