@@ -10,8 +10,7 @@ inline void check_drawn(const Tensor& t, const char* name, ScalarType dtype, con
                         const std::vector<int64_t>& sizes, const Tensor& images) {
   check(t.scalar_type() == dtype, name, " must be ", dtype_name);
   check_shape(t, name, sizes);
-  check(t.is_cpu() == images.is_cpu() && t.get_device_index() == images.get_device_index(), name,
-        " must be on the device of images");
+  check_device(t, name, images, "images");
 }
 
 // y = launch(images, what is drawn for each).
