@@ -160,7 +160,7 @@ FAULTS = (
           f"{EMULATOR} -k 'to_the_bit and float32'"),
     Fault("CUDA: one plane's bias added to the next", "csrc/conv2d_bias_relu/conv2d_bias_relu_kernels.cuh",
           "j < left ? own : next", "own", f"{EMULATOR} -k 'conv2d_bias_relu and float32'"),
-    Fault("CUDA: what begins in one image goes on in it", CUDA_AUGMENT, "m - done < left && ", "",
+    Fault("CUDA: what of 16 bytes lies in the next row is left out", CUDA_AUGMENT, "done += left;", "done += V;",
           f"{EMULATOR} -k 'augment and float32'"),
     Fault("CUDA: an offset out of range is followed", CUDA_AUGMENT, "offset > most ? most", "offset > most ? offset",
           f"{EMULATOR} -k 'augment and inside'"),

@@ -74,6 +74,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
     for (int done = 0; done < count;) {
       const Position at = out.position(v * V + done);
       const Crop<Acc<T>> crop(work, at.image);
+      // Beyond the row's end there may be no image left to read.
       const int place = at.column * kColours + at.channel, left = work.size * kColours - place;
 #pragma unroll
       for (int m = 0; m < V; ++m) {
