@@ -246,6 +246,13 @@ def test_the_raw_op_checks_what_it_is_given() -> None:
 # ---- what it owes PyTorch
 
 
+@pytest.mark.usefixtures("native")
+def test_the_triton_schema_is_the_compiled_ops() -> None:
+    available("triton")
+    schemas = [str(getattr(torch.ops.alexnet_ext, name).default._schema) for name in ("augment", "augment_triton")]
+    assert schemas[1].replace("augment_triton", "augment") == schemas[0]
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 @each_example
 def test_opcheck(case: Case, layout: str, kernels: str) -> None:
