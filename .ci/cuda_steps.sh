@@ -13,7 +13,7 @@ emulate() {
   # The ops' own tests, by the emulated kernels. The suite at the end finds the emulator here for its own.
   emulator build/emulator ""
   python -m pytest --emulated=random \
-    tests/test_{local_response_norm,relu_max_pool2d,conv2d_bias_relu,products,blocks,relu_lrn_max_pool2d,relu_max_pool2d_lrn}.py \
+    tests/test_{local_response_norm,relu_max_pool2d,conv2d_bias_relu,products,blocks,relu_lrn_max_pool2d,relu_max_pool2d_lrn,augment}.py \
     -k 'not (values_and_gradients or ties) or (bfloat16 and (channels_last or sliced))'
   # Under sanitizers, which Python has to load first.
   emulator "$work/emulator" address,undefined

@@ -1,4 +1,4 @@
-"""Runs every op natively, forward and backward, and compares with stock PyTorch: needs an installed wheel, no more."""
+"""Runs every op natively, with its gradient, and compares with stock PyTorch: needs an installed wheel, no more."""
 
 from __future__ import annotations
 
@@ -91,6 +91,12 @@ def main() -> int:
                 for got, expected in zip(results(fused, tensors), results(stock, tensors), strict=True):
                     torch.testing.assert_close(got, expected, msg=lambda text, name=name: f"{name}: {text}")
         print(f"  {name}: as stock")
+    images, offsets = torch.randint(0, 256, (2, 9, 8, 3), dtype=torch.uint8), torch.tensor([[0, 1], [2, 0]])
+    drawn = offsets, torch.tensor([False, True]), torch.randn(2, 3)
+    colours = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+    found = (ax.ops.augment(images, *drawn, 7, **colours, backend=backend) for backend in ("native", "stock"))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+    print("  augment: as stock")
     return 0
 
 

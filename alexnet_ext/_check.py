@@ -7,6 +7,7 @@ arithmetic's alone.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -219,6 +220,8 @@ def _rows(
     for case in CASES:
         if case.op in op_names:
             yield from _op_rows(case, device, dtypes)
+    if "augment" in op_names:
+        yield from _augment_rows(device, dtypes)
     for variant in variants:
         # The variants share their layers: the paper's shows what a dtype or a layout does to them.
         chosen = dtypes if variant == "paper" else [name for name in dtypes if name == "fp32"]
@@ -279,6 +282,41 @@ def _op_rows(case: _Case, device: torch.device, dtypes: Sequence[str]) -> Iterat
                 _largest_error,
                 [(slack, cap)] * len(reference),
             )
+
+
+def _augment_rows(device: torch.device, dtypes: Sequence[str]) -> Iterator[CheckRow]:
+    """As above for ``augment``, which takes bytes and has no gradient; the layout is the images'."""
+    images = (_integers(0, (2, 256, 256, 3), 1.0) + 128).to(torch.uint8)
+    drawn = (torch.tensor([[0, 29], [17, 3]]), torch.tensor([False, True]), _integers(1, (2, 3), 0.25))
+    crops = torch.stack([images[0, :227, 29:256], images[1, 17:244, 3:230].flip(1)])
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    backend = _backend_of(["augment"], device)
+
+    def plain(wide: torch.dtype, dtype: torch.dtype) -> list[Tensor]:
+        centre, deviation = (255 * torch.tensor(values, dtype=wide) for values in (mean, std))
+        y = (crops.to(wide) + drawn[2][:, None, None] - centre) / deviation
+        return [y.permute(0, 3, 1, 2).to(dtype)]
+
+    def ours(layout: str, dtype: torch.dtype) -> list[Tensor]:
+        placed = images.to(device)
+        if layout == "contiguous":
+            placed = placed.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+        offsets, flips, shifts = (t.to(device) for t in drawn)
+        return [ops.augment(placed, offsets, flips, shifts, 227, mean=mean, std=std, dtype=dtype).cpu()]
+
+    reference = plain(torch.float64, torch.float64)
+    for dtype_name, layout in itertools.product(dtypes, LAYOUTS):
+        dtype = DTYPES[dtype_name]
+        eps = torch.finfo(dtype).eps
+        yield _row(
+            ("augment", dtype_name, layout, backend),
+            ["y"],
+            partial(ours, layout, dtype),
+            _baseline(partial(plain, torch.float32, dtype), reference, _largest_error),
+            reference,
+            _largest_error,
+            [(eps, 4 * (eps + FP32_EPS))],
+        )
 
 
 def _decided(values: Tensor) -> Tensor:

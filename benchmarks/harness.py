@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -29,21 +30,37 @@ def alexnet_cases(op: str, batch: int = BATCH) -> tuple[Case, ...]:
     """The op's calls in AlexNet, at this batch size."""
 
     def batched(case: Case) -> Case:
-        return replace(case, shapes={**case.shapes, "x": (batch, *case.shapes["x"][1:])})
+        grown = {"x"} if "x" in case.shapes else set(case.shapes)
+        return replace(case, shapes={n: (batch, *s[1:]) if s and n in grown else s for n, s in case.items()})
 
     return tuple(batched(case) for case in cases.ALEXNET[op])
 
 
 def layer_name(case: Case) -> str:
-    """``32x96x55x55``; a convolution's kernel behind it."""
-    name = "x".join(map(str, case.shapes["x"]))
+    """``32x96x55x55``; a convolution's kernel behind it, and whether space becomes depth."""
+    name = "x".join(map(str, next(shape for shape in case.shapes.values() if shape)))
+    if case.constants.get("space_to_depth", 1) > 1:
+        return f"{name} to depth"
     weight = case.shapes.get("weight")
     return f"{name} {'x'.join(map(str, weight))}" if weight else name
+
+
+def directions(op: str) -> tuple[str, ...]:
+    return DIRECTIONS[:1] if op in cases.WITHOUT_GRADIENT else DIRECTIONS
+
+
+def layouts(op: str) -> tuple[str, ...]:
+    """Of x; bytes are decoded as they are, one pixel after the other."""
+    return LAYOUTS[:1] if op in cases.WITHOUT_GRADIENT else LAYOUTS
 
 
 def op_run(case: Case, direction: str, backend: str, layout: str = "contiguous") -> Run:
     """A function that runs the op once. Images need no gradient, so neither does a convolution of 3 channels."""
     tensors = cases.make(case, layout=layout)
+    if case.op == "augment":  # image by image, as data loaders do: faster than the indexing of backend="stock"
+        return (
+            partial(cases.stock, case, tensors) if backend == "stock" else partial(cases.fused, case, tensors, backend)
+        )
     if case.shapes["x"][1] == 3:
         tensors["x"].requires_grad_(False)
     wanted = list(cases.wanting_grad(tensors).values())
@@ -102,6 +119,9 @@ def network_run(
 
 def bytes_moved(case: Case) -> int | None:
     """Bytes that forward and backward must read and write at least (fp32), or None where arithmetic bounds."""
+    if case.op == "augment":  # each crop read, y written in its dtype
+        crops = 3 * case.shapes["images"][0] * case.constants["size"] ** 2
+        return crops + crops * case.constants["dtype"].itemsize
     x = 4 * math.prod(case.shapes["x"])
     if case.op in cases.PRODUCTS:
         return None
@@ -123,7 +143,7 @@ def op_benchmark(op: str) -> Callable[..., None]:
     """A pytest-benchmark test of the op: native beside stock in one group for each layer and direction."""
 
     @pytest.mark.parametrize("backend", ["native", "stock"])
-    @pytest.mark.parametrize("direction", DIRECTIONS)
+    @pytest.mark.parametrize("direction", directions(op))
     @pytest.mark.parametrize("case", [pytest.param(c, id=layer_name(c).replace(" ", "-")) for c in alexnet_cases(op)])
     def test(benchmark: BenchmarkFixture, case: Case, direction: str, backend: str) -> None:
         require_library(backend)

@@ -40,6 +40,7 @@ OPS = (
     "relu_max_pool2d_lrn",
     "conv2d_bias_relu",
     "linear_bias_relu",
+    "augment",
 )
 TARGETS = {
     "local_response_norm": 10.0,
@@ -109,10 +110,12 @@ def copy_rate() -> float:
 
 def op_rows(batch: int, seconds: float, rate: float) -> Iterator[Row]:
     """A row for each of an op's layers, then their sum, which the target is for."""
-    for op, layout in itertools.product(OPS, harness.LAYOUTS):
+    for op, layout in [(name, layout) for name in OPS for layout in harness.layouts(name)]:
         rows = []
         for case in harness.alexnet_cases(op, batch):
-            runs = (harness.op_run(case, "forward+backward", backend, layout) for backend in ("native", "stock"))
+            runs = (
+                harness.op_run(case, harness.directions(op)[-1], backend, layout) for backend in ("native", "stock")
+            )
             ours, stock, rounds = contest(*runs, seconds)
             moved = harness.bytes_moved(case)
             floor = None if moved is None else moved / rate
@@ -168,10 +171,10 @@ def circumstances(batch: int, rate: float) -> dict[str, Any]:
 
 
 NOTES = (
-    "Times are medians of turns, forward and backward together; inference is forward alone. Floor: the bytes that",
-    'must move, at the rate of a large copy. "alexnet train, a step" is two processes taking turns: the settings of',
-    "`alexnet train` (channels-last, fused SGD, malloc that keeps freed memory) beside stock layers in a plain loop",
-    "with PyTorch's defaults; the rows above it differ in the layers alone.",
+    "Times are medians of turns, forward and backward together; augment and inference are forward alone. Floor: the",
+    'bytes that must move, at the rate of a large copy. "alexnet train, a step" is two processes taking turns: the',
+    "settings of `alexnet train` (channels-last, fused SGD, malloc that keeps freed memory) beside stock layers in a",
+    "plain loop with PyTorch's defaults; the rows above it differ in the layers alone.",
 )
 
 

@@ -53,6 +53,10 @@ STABLE_TORCH_LIBRARY(alexnet_ext, m) {
       "relu_max_pool2d_lrn_backward(Tensor dy, Tensor pooled, Tensor winners, SymInt height, SymInt width,"
       " int lrn_size, float alpha, float beta, float k, int[2] kernel_size, int[2] stride)"
       " -> (Tensor dx, Tensor dbias)");
+
+  m.def(
+      "augment(Tensor images, Tensor offsets, Tensor flips, Tensor shifts, SymInt size, float[] mean, float[] std,"
+      " ScalarType dtype, int space_to_depth) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(alexnet_ext, CompositeExplicitAutograd, m) {

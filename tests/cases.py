@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -24,6 +24,8 @@ OPS = (
     "relu_lrn_max_pool2d",
     "relu_max_pool2d_lrn",
 )
+# Those above have a gradient, and are held against float64 by one oracle. These have none and take no floating tensor.
+WITHOUT_GRADIENT = ("augment",)
 # The linear layer is for the CPU alone: on a GPU stock PyTorch's library is what there is to beat.
 ON_GPU = tuple(op for op in OPS if op != "linear_bias_relu")
 PRODUCTS = ("conv2d_bias_relu", "linear_bias_relu")
@@ -79,6 +81,14 @@ def linear(shape: tuple[int, ...], outputs: int, bias: bool = True) -> Case:
 def block(op: str, shape: tuple[int, ...], bias: bool = True, **rest: Any) -> Case:
     constants = {"lrn_size": 5, "alpha": 1.5, "beta": 0.75, "k": 2.0, "kernel_size": 3, "stride": 2}
     return Case(op, {"x": shape, "bias": (shape[-3],) if bias else None}, constants | rest)
+
+
+def augment(images: tuple[int, ...], size: int, space_to_depth: int = 1, dtype: torch.dtype = torch.float32) -> Case:
+    batch = images[0]
+    shapes = {"images": images, "offsets": (batch, 2), "flips": (batch,), "shifts": (batch, 3)}
+    # ImageNet's deviations are near each other; unlike ones show a colour taken for another.
+    constants = {"size": size, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.524, 0.125), "dtype": dtype}
+    return Case("augment", shapes, constants | {"space_to_depth": space_to_depth})
 
 
 # Channels and pixels one below, at and one above 8, 16, 32 and 64: the widths of vectors and of tiles.
@@ -146,6 +156,17 @@ LINEAR_CASES = (
 )
 
 
+# Rows of 3 * size values about what vectors hold; crops as large as the image; sides about the blocks of 4.
+AUGMENT_CASES = tuple(
+    augment(images, size, block)
+    for block in (1, 4)
+    for images, size in (
+        *(((3, size + 2, size + 5, 3), size) for size in (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 21, 22, 33)),
+        *(((2, 5, 5, 3), 5), ((5, 20, 13, 3), 11), ((1, 9, 40, 3), 9)),
+    )
+)
+
+
 def _block_cases(op: str) -> tuple[Case, ...]:
     return (
         block(op, (2, 6, 7, 5)),
@@ -164,6 +185,7 @@ def _block_cases(op: str) -> tuple[Case, ...]:
 
 
 CASES: dict[str, tuple[Case, ...]] = {
+    "augment": AUGMENT_CASES,
     "local_response_norm": LRN_CASES,
     "relu_max_pool2d": POOL_CASES,
     "conv2d_bias_relu": CONV_CASES,
@@ -183,8 +205,11 @@ EXAMPLES = (
     *(block(op, (2, 6, 7, 9), lrn_size=4, bias=bias) for op in BLOCKS for bias in (True, False)),
 )
 
+AUGMENT_EXAMPLES = (augment((5, 12, 14, 3), 9), augment((5, 12, 14, 3), 9, 4))
+
 # AlexNet's layers at batch 1: the benchmarks put their batch in front.
 ALEXNET: dict[str, tuple[Case, ...]] = {
+    "augment": tuple(augment((1, 256, 256, 3), 227, block) for block in (1, 4)),
     "local_response_norm": tuple(lrn((1, *s), alpha=5e-4) for s in ((96, 55, 55), (256, 27, 27))),
     "relu_max_pool2d": tuple(pool((1, *s)) for s in ((96, 55, 55), (256, 27, 27), (256, 13, 13))),
     "conv2d_bias_relu": (
@@ -240,7 +265,31 @@ def _lrn_nchw(x: Tensor, *constants: Any) -> Tensor:
     return F.local_response_norm(x, *constants) if x.dim() == 4 else F.local_response_norm(x[None], *constants)[0]
 
 
+def _stock_augment(
+    images: Tensor,
+    offsets: Tensor,
+    flips: Tensor,
+    shifts: Tensor,
+    size: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    dtype: torch.dtype,
+    space_to_depth: int,
+) -> Tensor:
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    y = torch.empty(images.shape[0], 3, size, size, dtype=wide, device=images.device)
+    for out, image, (top, left), flip in zip(y, images, offsets.tolist(), flips.tolist(), strict=True):
+        crop = image[top : top + size, left : left + size].permute(2, 0, 1)
+        out.copy_(crop.flip(2) if flip else crop)
+    centre, deviation = (torch.tensor(values, dtype=wide, device=images.device) * 255 for values in (mean, std))
+    y = ((y + (shifts - centre)[:, :, None, None]) / deviation[:, None, None]).to(dtype)
+    missing = -size % space_to_depth
+    y = F.pixel_unshuffle(F.pad(y, (0, missing, 0, missing)), space_to_depth) if space_to_depth > 1 else y
+    return y.contiguous(memory_format=torch.channels_last)
+
+
 STOCK: dict[str, Callable[..., Tensor]] = {
+    "augment": _stock_augment,
     "local_response_norm": _stock_lrn,
     "relu_max_pool2d": _stock_pool,
     "conv2d_bias_relu": _stock_conv,
@@ -258,6 +307,11 @@ def stock(case: Case, tensors: Tensors) -> Tensor:
     return STOCK[case.op](**tensors, **case.constants)
 
 
+def in_dtype(case: Case, dtype: torch.dtype) -> Case:
+    """The case in this dtype where that is one of its constants; of the others ``make`` makes the tensors so."""
+    return replace(case, constants=case.constants | {"dtype": dtype}) if "dtype" in case.constants else case
+
+
 def make(
     case: Case,
     dtype: torch.dtype = torch.float32,
@@ -267,8 +321,14 @@ def make(
     scale: float = 1.0,
     device: torch.device | str = "cpu",
 ) -> Tensors:
-    """The case's tensors, normal random; ``layout`` is x's. Rounded to dtype once, so that all oracles see the same."""
+    """The case's tensors, normal random; ``layout`` is x's. Rounded to dtype once, so that all oracles see the same.
+
+    Of ``augment``, whose dtype is the result's, a constant: bytes and what is drawn for them; ``layout`` is images'.
+    """
     generator = torch.Generator().manual_seed(seed)
+    if case.op == "augment":
+        drawn = _drawn(case, generator)
+        return {n: lay_out(t.to(device), layout if n == "images" else "contiguous") for n, t in drawn.items()}
     tensors: Tensors = {}
     for name, shape in case.items():
         if shape is None:
@@ -280,6 +340,20 @@ def make(
         placed = values.to(dtype).to(device)
         tensors[name] = lay_out(placed, layout if name == "x" else "contiguous").requires_grad_(requires_grad)
     return tensors
+
+
+def _drawn(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
+    batch, height, width, _ = shape = case.shapes["images"]
+    most = [side - case.constants["size"] for side in (height, width)]
+    offsets = torch.stack([torch.randint(0, n + 1, (batch,), generator=generator) for n in most], 1)
+    offsets[: batch // 3] = 0
+    offsets[batch // 3 : batch * 2 // 3] = torch.tensor(most)
+    return {
+        "images": torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8),
+        "offsets": offsets,
+        "flips": torch.arange(batch) % 2 == 1,
+        "shifts": torch.randn(batch, 3, generator=generator) * 20,
+    }
 
 
 def lay_out(values: Tensor, layout: str) -> Tensor:

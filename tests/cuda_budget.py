@@ -28,8 +28,15 @@ ARCHITECTURES = ("80", "90", "100", "120")
 FLAGS = ("-std=c++20", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "--extended-lambda", "-Xptxas", "-v")
 
 # By name, or by a number of neighbouring elements, their second template argument, above 1.
-VECTOR_KERNEL = re.compile(r"_(lanes|vectors)_|^(relu_max_pool2d(_backward)?|bias_relu)_kernel<\w+, [248]\b")
-ACCESSES = ("LDG.E.128", "STG.E.128")
+VECTOR_KERNEL = re.compile(r"_(lanes|vectors)_|^augment_|^(relu_max_pool2d(_backward)?|bias_relu)_kernel<\w+, [248]\b")
+LOAD, STORE = "LDG.E.128", "STG.E.128"
+
+
+def accesses(name: str) -> tuple[str, ...]:
+    """Those of 16 bytes that a kernel must have: a crop's bytes begin anywhere, and flipped they run backwards."""
+    if not VECTOR_KERNEL.search(name):
+        return ()
+    return (STORE,) if name.startswith("augment") else (LOAD, STORE)
 
 
 @dataclass
@@ -95,8 +102,7 @@ def compile_one(source: Path, architecture: str, folder: Path) -> dict[str, Usag
     listing = run(tool("cuobjdump"), "-sass", str(cubin))
     code = dict(re.findall(r"Function : (\w+)\n(.*?)(?=\n\s*Function : |\Z)", listing, re.S))
     for mangled, usage in usages.items():
-        if VECTOR_KERNEL.search(names[mangled]):
-            usage.missing = [access for access in ACCESSES if access not in code[mangled]]
+        usage.missing = [access for access in accesses(names[mangled]) if access not in code[mangled]]
     return {names[mangled]: usage for mangled, usage in usages.items()}
 
 

@@ -30,10 +30,9 @@ def library(folder: Path) -> ctypes.CDLL:
 
 def operators() -> Iterator[str]:
     """The ops and backwards that have a CUDA kernel."""
-    for op in cases.OPS:
-        for name in (op, f"{op}_backward"):
-            if torch._C._dispatch_has_kernel_for_dispatch_key(f"alexnet_ext_emulator::{name}", "CUDA"):
-                yield name
+    for name in (*cases.OPS, *(f"{op}_backward" for op in cases.OPS), *cases.WITHOUT_GRADIENT):
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"alexnet_ext_emulator::{name}", "CUDA"):
+            yield name
 
 
 @contextmanager

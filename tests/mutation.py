@@ -25,6 +25,8 @@ LRN = "csrc/local_response_norm/local_response_norm_rows.h"
 POOL = "csrc/relu_max_pool2d/relu_max_pool2d_rows.h"
 VECTOR = "csrc/common/cpu_vector.h"
 LINEAR = "csrc/linear_bias_relu/linear_bias_relu_cpu.cpp"
+AUGMENT = "csrc/augment/augment_cpu.cpp"
+CUDA_AUGMENT = "csrc/augment/augment_kernels.cuh"
 BIAS = "csrc/common/cpu_bias.h"
 CUDA_LRN = "csrc/local_response_norm/local_response_norm_window.cuh"
 CUDA_SUMS = "csrc/common/channel_sums.cuh"
@@ -116,6 +118,13 @@ FAULTS = (
           "+= widen(bias[0]);\n    return", "relu_max_pool2d_lrn"),
     Fault("bias gradient: tail of a row not summed", BIAS, "for (; j < s.width; ++j) sum += values[j];", "",
           "relu_lrn_max_pool2d"),
+    Fault("augment: a flipped crop begins at its left", AUGMENT, "+ (in.flips[image] ? p.size - 1 : 0)", "", "augment"),
+    Fault("augment: the shift of the image before", AUGMENT, "if (unit / p.out.height != image)", "if (image < 0)",
+          "augment"),
+    Fault("augment: padding holds what was there", AUGMENT, "r < rows ? p.size : 0", "padded", "augment"),
+    Fault("augment: colours and taps traded", AUGMENT, "c * (B * B) + r * B", "c + r * B * kColours", "augment"),
+    Fault("boundary: an offset below zero is let through", "csrc/augment/augment_ops.cpp", "top >= 0 && ", "",
+          "tests/test_augment.py -k out_of_range"),
     Fault("bf16: truncated, not rounded", VECTOR, "(bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16", "bits >> 16",
           "relu_max_pool2d_lrn"),
     Fault("fp16: ties rounded up, not to even", VECTOR, "0xfffu + ((magnitude >> 13) & 1u)", "0x1000u",
@@ -160,6 +169,10 @@ FAULTS = (
           f"{EMULATOR} -k 'to_the_bit and float32'"),
     Fault("CUDA: one plane's bias added to the next", "csrc/conv2d_bias_relu/conv2d_bias_relu_kernels.cuh",
           "j < left ? own : next", "own", f"{EMULATOR} -k 'conv2d_bias_relu and float32'"),
+    Fault("CUDA: what of 16 bytes lies in the next row is left out", CUDA_AUGMENT, "done += left;", "done += V;",
+          f"{EMULATOR} -k 'augment and float32'"),
+    Fault("CUDA: an offset out of range is followed", CUDA_AUGMENT, "offset > most ? most", "offset > most ? offset",
+          f"{EMULATOR} -k 'augment and inside'"),
     Fault("CUDA: reciprocal rounded down", "csrc/common/images.cuh", "static_cast<uint64_t>(divisor) + 1",
           "static_cast<uint64_t>(divisor)", f"{EMULATOR} -k 'to_the_bit and float32'"),
 )  # fmt: skip

@@ -13,11 +13,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 
 from alexnet_ext.data import BadImage, CommandError, Digits, ImageFolder, Preprocessing, Synthetic, batches
-from alexnet_ext.data.batches import permutation
-from alexnet_ext.data.folder import list_images
+from alexnet_ext.data.batches import collate, permutation
+from alexnet_ext.data.folder import COMPONENTS, DEVIATIONS, list_images
 from alexnet_ext.data.images import MAX_PIXELS, crop, read_image
+from alexnet_ext.training.evaluate import to_device
 
 
 def picture(width: int = 40, height: int = 30, seed: int = 0) -> Image.Image:
@@ -182,7 +184,7 @@ def test_pixel_limit_holds_when_pillow_has_none(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("size", [(1, 1), (30_000, 1), (1, 30_000), (67, 67), (500, 300)])
 def test_crop_of_any_shape(size: tuple[int, int]) -> None:
-    result = crop(Image.new("RGB", size, (10, 20, 30)), 76, 67, 0.1, 0.9)
+    result = crop(Image.new("RGB", size, (10, 20, 30)), 76, 67)
     assert result.shape == (3, 67, 67)
     assert torch.equal(result, torch.tensor([10, 20, 30], dtype=torch.uint8)[:, None, None].expand(3, 67, 67))
 
@@ -195,8 +197,6 @@ def test_centre_crop_is_resize_and_centre_crop(size: tuple[int, int]) -> None:
     expected = Compose([Resize(76), CenterCrop(66), PILToTensor()])(image)
     error = (crop(image, 76, 66).float() - expected.float()).abs()
     assert error.mean() < 1
-    corner = crop(image, 76, 66, 0, 0).float()
-    assert (corner - Compose([Resize(76), PILToTensor()])(image)[:, :66, :66].float()).abs().mean() < 1
 
 
 def test_folder_lists_classes_and_holds_out_a_tenth(folder: Path) -> None:
@@ -237,11 +237,37 @@ def test_folder_errors_name_the_folder(folder: Path, tmp_path: Path) -> None:
 
 def test_augmentation_hangs_on_seed_epoch_and_index_alone(folder: Path) -> None:
     train, _ = ImageFolder.split(folder, 67, seed=3)
-    first = train[0, 4].image
+
+    def input_of(dataset: ImageFolder, epoch: int) -> Tensor:
+        batch = collate([dataset[epoch, 4]])
+        return to_device(batch.images, dataset.preprocessing, torch.device("cpu"), batch.drawn)
+
+    first = input_of(train, 0)
     torch.manual_seed(99)
-    assert torch.equal(first, train[0, 4].image)
-    assert not torch.equal(first, train[1, 4].image)
-    assert not torch.equal(first, ImageFolder.split(folder, 67, seed=4)[0][0, 4].image)
+    assert first.shape == (1, 3, 67, 67)
+    assert torch.equal(first, input_of(train, 0))
+    assert not torch.equal(first, input_of(train, 1))
+    assert not torch.equal(first, input_of(ImageFolder.split(folder, 67, seed=4)[0], 0))
+
+
+def test_what_is_drawn_reaches_everywhere_and_is_the_papers(folder: Path) -> None:
+    train, _ = ImageFolder.split(folder, 67, seed=3)
+    drawn = collate([train[epoch, 4] for epoch in range(300)]).drawn
+    assert [drawn.offsets.min(), drawn.offsets.max()] == [0, train.preprocessing.resize - 67]
+    assert 120 < drawn.flips.sum() < 180
+    # Deviations of each colour: the components' squared parts times 0.1 times the deviations along them.
+    expected = 25.5 * ((COMPONENTS * DEVIATIONS) ** 2).sum(1).sqrt()
+    torch.testing.assert_close(drawn.shifts.std(0), expected, rtol=0.15, atol=0)
+
+
+def test_the_held_out_are_the_middle_of_what_is_trained_on(folder: Path) -> None:
+    train, _ = ImageFolder.split(folder, 67, seed=3)
+    ready = ImageFolder(folder, train.samples, train.classes, train.preprocessing)
+    square, size = train[0, 4].image, train.preprocessing.size
+    assert square.shape == (3, train.preprocessing.resize, train.preprocessing.resize)
+    start = (train.preprocessing.resize - size) // 2
+    middle = square[:, start : start + size, start : start + size]
+    assert (middle.float() - ready[0, 4].image.float()).abs().mean() < 6
 
 
 def test_batches_are_the_epoch_in_a_new_order_each_time() -> None:
@@ -265,6 +291,7 @@ def test_batches_go_on_from_anywhere_and_draw_nothing(folder: Path, workers: int
         for found, expected in zip(rest, whole[start:], strict=True):
             assert torch.equal(found.indices, expected.indices)
             assert torch.equal(found.images, expected.images)
+            assert all(torch.equal(a, b) for a, b in zip(found.drawn, expected.drawn, strict=True))
     assert torch.equal(torch.get_rng_state(), state)
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from . import cases, emulated, oracle
-from .cases import Case, block, conv, each_dtype, lrn, pool
+from .cases import Case, augment, block, conv, each_dtype, lrn, pool
 
 LAYOUTS = ("contiguous", "channels_last", "sliced", "offset")
 
@@ -108,6 +108,43 @@ LARGE_CASES = (
 @pytest.mark.parametrize("case", cases.params(LARGE_CASES))
 def test_many_blocks(case: Case, layout: str) -> None:
     oracle.assert_matches_float64(case, cases.make(case, layout=layout), "native")
+
+
+# Sixteen bytes that begin in one row, or image, and end in another; images that end within them; several blocks.
+AUGMENT_CASES = tuple(
+    augment(images, size, block)
+    for block in (1, 4)
+    for images, size in (
+        *(((5, size + 2, size + 3, 3), size) for size in (1, 2, 3, 5, 8, 9, 17)),
+        *(((1, 7, 6, 3), 6), ((3, 33, 34, 3), 31), ((70_000, 2, 3, 3), 1)),
+    )
+)
+
+
+@pytest.mark.usefixtures("poisoned")
+@each_dtype
+@pytest.mark.parametrize("layout", ["contiguous", "sliced"])
+@pytest.mark.parametrize("case", cases.params(AUGMENT_CASES))
+def test_augment_equals_the_cpu_kernels_to_the_bit(folder: Path, case: Case, layout: str, dtype: torch.dtype) -> None:
+    case = cases.in_dtype(case, dtype)
+    tensors = cases.make(case, layout=layout)
+    expected = cases.fused(case, tensors, "native")
+    for order in emulated.ORDERS[:: 1 if case.shapes["images"][0] < 10 else 3]:
+        with emulated.kernels_emulated(folder, order) as library:
+            before = library.alexnet_emulator_launches()
+            assert torch.equal(cases.fused(case, tensors, "native"), expected)
+            assert library.alexnet_emulator_launches() == before + 1
+
+
+@pytest.mark.usefixtures("emulator")
+@pytest.mark.parametrize("far", [1, 2**33, -1, -(2**33)])
+def test_augment_moves_a_crop_inside_its_image(far: int) -> None:
+    for case in cases.AUGMENT_EXAMPLES:
+        tensors = cases.make(case)
+        most = torch.tensor([3, 5])
+        inside = tensors | {"offsets": (most if far > 0 else torch.zeros_like(most)).expand(5, 2)}
+        outside = tensors | {"offsets": inside["offsets"] + far}
+        assert torch.equal(cases.fused(case, outside, "native"), cases.fused(case, inside, "native"))
 
 
 def raw(case: Case, tensors: cases.Tensors) -> list[torch.Tensor]:

@@ -45,6 +45,17 @@ for case in cases.EXAMPLES:
         cases.fused(case, tensors, backend="native")
     except RuntimeError as error:
         print(error)
+for case in cases.AUGMENT_EXAMPLES:
+    for dtype in cases.DTYPES:
+        oracle.assert_matches_float64(cases.in_dtype(case, dtype), cases.make(case))
+    tensors = cases.make(case)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda t: cases.fused(case, t), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(tensors), cases.fused(case, tensors))
+    try:
+        cases.fused(case, tensors, backend="native")
+    except RuntimeError as error:
+        print(error)
 print(ax.info())
 """
 
@@ -69,17 +80,17 @@ def said_without_library(tmp_path_factory: pytest.TempPathFactory) -> str:
     return result.stdout
 
 
-@pytest.mark.parametrize("op", cases.OPS)
+@pytest.mark.parametrize("op", _backend.OPS)
 def test_without_library_every_op_runs_and_native_says_why_it_does_not(op: str, said_without_library: str) -> None:
     refusals = [line for line in said_without_library.splitlines() if line.startswith("backend='native'")]
-    assert len(refusals) == len(cases.EXAMPLES)
+    assert len(refusals) == len(cases.EXAMPLES + cases.AUGMENT_EXAMPLES)
     assert any(f"no compiled kernel for {op} is loaded; `alexnet info` says why" in line for line in refusals)
 
 
 def test_without_library_info_has_the_build_records_reason_and_remedy(said_without_library: str) -> None:
     assert "cpu    not loaded: the compiler was on holiday" in said_without_library
     assert "to mend it: call it back" in said_without_library
-    for op in cases.OPS:
+    for op in _backend.OPS:
         assert any(line.split()[:3] == [op, "cpu", "stock"] for line in said_without_library.splitlines())
 
 
@@ -130,10 +141,10 @@ def test_triton_is_refused_where_there_is_no_such_kernel() -> None:
         ops.linear_bias_relu(torch.randn(9, 3), torch.randn(4, 3), backend="triton")
 
 
-@pytest.mark.parametrize("op", cases.ON_GPU)
+@pytest.mark.parametrize("op", [*cases.ON_GPU, *cases.WITHOUT_GRADIENT])
 def test_triton_says_what_to_do_where_it_cannot_run(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = next(example for example in cases.EXAMPLES if example.op == op)
-    monkeypatch.setattr(_backend, "TRITON", {name: {"cpu": False, "cuda": True} for name in cases.OPS})
+    case = next(example for example in cases.EXAMPLES + cases.AUGMENT_EXAMPLES if example.op == op)
+    monkeypatch.setattr(_backend, "TRITON", {name: {"cpu": False, "cuda": True} for name in _backend.OPS})
     found = _library.Library("triton", "cuda", True)
     monkeypatch.setattr(_library, "TRITON", found)
     with pytest.raises(RuntimeError, match=r"'cpu' \(move the tensors to a GPU, or set TRITON_INTERPRET=1"):

@@ -20,6 +20,7 @@ LONGEST = 500
 CPU_ENDINGS = (".h", "_cpu.cpp", "_ops.cpp")
 ENDINGS = (*CPU_ENDINGS, "_plan.h", "_kernels.cuh", "_cuda.cu", "_cuda_ops.cpp")
 
+ON_GPU = (*cases.ON_GPU, *cases.WITHOUT_GRADIENT)
 each_op = pytest.mark.parametrize("op", _backend.OPS)
 
 
@@ -30,13 +31,13 @@ def folders(parent: str) -> set[str]:
 def test_the_op_folders_are_the_ops() -> None:
     assert folders("alexnet_ext/ops") == set(_backend.OPS)
     assert folders("csrc") == {*_backend.OPS, "common"}
-    assert set(cases.OPS) == set(_backend.OPS) == set(cases.CASES) == set(cases.ALEXNET)
+    assert {*cases.OPS, *cases.WITHOUT_GRADIENT} == set(_backend.OPS) == set(cases.CASES) == set(cases.ALEXNET)
     assert set(ops.__all__) == {*_backend.OPS, "use_backend"}
 
 
 @each_op
 def test_every_op_has_its_files(op: str) -> None:
-    on_gpu = op in cases.ON_GPU
+    on_gpu = op in ON_GPU
     expected = [
         *(f"csrc/{op}/{op}{ending}" for ending in (ENDINGS if on_gpu else CPU_ENDINGS)),
         *(f"alexnet_ext/ops/{op}/{name}" for name in ("__init__.py", "op.py", "reference.py")),
@@ -47,23 +48,28 @@ def test_every_op_has_its_files(op: str) -> None:
     assert [path for path in expected if not (ROOT / path).is_file()] == []
 
 
+def names(op: str) -> tuple[str, ...]:
+    """The op and its backward, where it has one."""
+    return (op,) if op in cases.WITHOUT_GRADIENT else (op, f"{op}_backward")
+
+
 @each_op
 def test_every_op_and_its_backward_has_a_schema_and_a_cpu_kernel(op: str) -> None:
     library = (ROOT / "csrc/library.cpp").read_text(encoding="utf-8")
     bindings = (ROOT / f"csrc/{op}/{op}_ops.cpp").read_text(encoding="utf-8")
-    for name in (op, f"{op}_backward"):
+    for name in names(op):
         assert len(re.findall(rf'"{name}\(', library)) == 1, f"schema of {name}"
         assert len(re.findall(rf'impl\("{name}"', bindings)) == 1, f"registration of {name}"
 
 
-@pytest.mark.parametrize("op", cases.ON_GPU)
+@pytest.mark.parametrize("op", ON_GPU)
 def test_every_op_and_its_backward_has_a_cuda_kernel(op: str) -> None:
     bindings = (ROOT / f"csrc/{op}/{op}_cuda_ops.cpp").read_text(encoding="utf-8")
-    for name in (op, f"{op}_backward"):
+    for name in names(op):
         assert len(re.findall(rf'impl\("{name}"', bindings)) == 1, f"registration of {name}"
     # Both on the device and the stream that are current for their input, and with the launch checked.
-    assert len(re.findall(r"^  CudaStream stream\(", bindings, re.MULTILINE)) == 2
-    assert len(re.findall(r"stream\.check\(", bindings)) == 2
+    assert len(re.findall(r"^  CudaStream stream\(", bindings, re.MULTILINE)) == len(names(op))
+    assert len(re.findall(r"stream\.check\(", bindings)) == len(names(op))
 
 
 def test_kernels_are_launched_in_one_place_and_declare_no_shared_memory() -> None:

@@ -7,9 +7,11 @@ import json
 import math
 import os
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,9 +21,11 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 
-from alexnet_ext.data import BadImage, CommandError, Split, Synthetic
+from alexnet_ext.data import BadImage, CommandError, ImageFolder, Split, Synthetic
 from alexnet_ext.data.batches import Sample
+from alexnet_ext.data.folder import imagenet_preprocessing
 from alexnet_ext.training import checkpoint, pictures
+from alexnet_ext.training import evaluate as evaluation
 from alexnet_ext.training.evaluate import evaluate, predict
 from alexnet_ext.training.interrupt import Interrupted
 from alexnet_ext.training.log import Log, read_metrics
@@ -63,24 +67,40 @@ def same(one: Trainer, other: Trainer) -> bool:
     return all(torch.equal(a, b) for a, b in [*pairs, *zip(*momenta, strict=True)])
 
 
+def augmented_split(root: Path) -> Split:
+    """As above, of files whose crop, mirroring and colour are drawn."""
+    names = [f"{index}.png" for index in range(8)]
+    for index, name in enumerate(names):
+        Image.fromarray(Synthetic(8, 3, 80).image(index).permute(1, 2, 0).numpy()).save(root / name)
+    samples, preprocessing = [(str(root / name), i % 3) for i, name in enumerate(names)], imagenet_preprocessing(SIZE)
+    train = ImageFolder(root, samples[:5], ("a", "b", "c"), preprocessing, augment=True, seed=3)
+    return Split(train, ImageFolder(root, samples[5:], train.classes, preprocessing), preprocessing)
+
+
 @pytest.mark.parametrize(
-    ("stops", "schedule", "workers"), [((2, 4), "cosine", 0), ((3,), "plateau", 2)], ids=["mid-epoch", "between epochs"]
+    ("stops", "schedule", "workers", "make_split"),
+    [
+        ((2, 4), "cosine", 0, lambda _: split()),
+        ((3,), "plateau", 2, lambda _: split()),
+        ((2,), "cosine", 2, augmented_split),
+    ],
+    ids=["mid-epoch", "between epochs", "augmented"],
 )
 def test_interrupted_and_resumed_is_bit_for_bit_the_straight_run(
-    tmp_path: Path, stops: tuple[int, ...], schedule: str, workers: int
+    tmp_path: Path, stops: tuple[int, ...], schedule: str, workers: int, make_split: Callable[[Path], Split]
 ) -> None:
     # 5 images in batches of 2: epochs of 3 steps, evaluated after each; dropout draws from torch's generator.
-    recipe = replace(TINY, schedule=schedule)
-    straight = trainer(tmp_path / "straight", recipe)
+    recipe, data = replace(TINY, schedule=schedule), make_split(tmp_path)
+    straight = trainer(tmp_path / "straight", recipe, data)
     expected = straight.run(reporter())
     assert straight.step == 6
-    again = trainer(tmp_path / "broken", recipe, workers=workers)
+    again = trainer(tmp_path / "broken", recipe, data, workers)
     for stop in stops:
         with pytest.raises(Interrupted):
             again.run(reporter(), stop_at=stop)
         random.seed(99)
         torch.manual_seed(99)
-        again = resumed(tmp_path / "broken", recipe, workers=workers)
+        again = resumed(tmp_path / "broken", recipe, data, workers)
         assert again.step == stop
     assert not same(straight, again), "the checkpoint is not yet the end"
     result = again.run(reporter())
@@ -93,6 +113,19 @@ def test_interrupted_and_resumed_is_bit_for_bit_the_straight_run(
         for path in (tmp_path / "broken" / "metrics.jsonl", tmp_path / "straight" / "metrics.jsonl")
     )
     assert logged == expected_log
+
+
+def test_a_batch_of_files_is_augmented_in_one_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right, seen = evaluation.augment, []
+
+    def counting(images: Tensor, *drawn: Any, **rest: Any) -> Tensor:
+        seen.append(images.shape)
+        return right(images, *drawn, **rest)
+
+    monkeypatch.setattr(evaluation, "augment", counting)
+    trainer(tmp_path / "run", replace(TINY, epochs=1), augmented_split(tmp_path)).run(reporter())
+    resize = imagenet_preprocessing(SIZE).resize
+    assert seen == [(batch, resize, resize, 3) for batch in (2, 2, 1)], "and the held-out images not at all"
 
 
 def test_dropout_and_order_depend_on_the_seed(tmp_path: Path) -> None:

@@ -58,7 +58,8 @@ def _cuda_build() -> None:
 def test_every_kernel_is_there(grid: str) -> None:
     rows = compiled(grid)
     ops = {row["op"] for row in rows if not row["op"].startswith("conv")}
-    assert ops == {name + suffix for name in cases.ON_GPU if name != "conv2d_bias_relu" for suffix in ("", "_backward")}
+    with_gradient = (name for name in cases.ON_GPU if name != "conv2d_bias_relu")
+    assert ops == {*(name + suffix for name in with_gradient for suffix in ("", "_backward")), *cases.WITHOUT_GRADIENT}
     convolutions = {(row["kernel"], row["capability"]) for row in rows if row["op"].startswith("conv")}
     kernels = (*CONVOLUTION, "_mask_kernel") if grid == "full" else ("_product_kernel",)
     assert convolutions == {(kernel, capability) for kernel in kernels for capability in PRODUCT}
@@ -83,15 +84,18 @@ def test_nothing_spills_and_shared_memory_suffices(grid: str) -> None:
 
 @grids
 def test_memory_bound_kernels_move_16_bytes_at_a_time(grid: str) -> None:
-    """Channels-last; a contiguous plane of 55 x 55 has no 16-byte rows."""
+    """Channels-last; a contiguous plane of 55 x 55 has no 16-byte rows, nor has a crop, flipped or not."""
     rows = [row for row in compiled(grid) if row["kernel"] not in CONVOLUTION and row["layout"] == "channels_last"]
     assert len(rows) >= 8
-    assert [named(row) for row in rows if not row["wide_loads"] or not row["wide_stores"]] == []
+    assert [named(row) for row in rows if not row["wide_stores"]] == []
+    loads = [row for row in rows if row["op"] != "augment"]
+    assert [named(row) for row in loads if not row["wide_loads"]] == []
 
 
 @pytest.mark.ahead
 def test_torch_compile_sees_the_kernels() -> None:
     """The graph a backend is handed has the kernels in it and no op it cannot see into."""
     rows = compiled("traced")
-    assert len(rows) == 2 * len([case for case in cases.EXAMPLES if case.op in cases.ON_GPU])
+    with_gradient = [case for case in cases.EXAMPLES if case.op in cases.ON_GPU]
+    assert len(rows) == 2 * len(with_gradient) + len(cases.AUGMENT_EXAMPLES)
     assert [row for row in rows if row["opaque"] or not row["kernels"]] == []

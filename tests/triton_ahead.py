@@ -28,6 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from alexnet_ext.ops.augment import triton_kernels as augment
 from alexnet_ext.ops.conv2d_bias_relu import configs
 from alexnet_ext.ops.conv2d_bias_relu import triton_kernels as conv2d_bias_relu
 from alexnet_ext.ops.local_response_norm import triton_kernels as local_response_norm
@@ -45,9 +46,12 @@ POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.uint8: "*u8",
+    torch.int64: "*i64",
 }
 LRN = (5, 1e-4, 0.75, 2.0)
 POOL = ([3, 3], [2, 2])
+COLOURS = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+IMAGES = (((128, 256, 256, 3), torch.uint8), ((128, 2), torch.int64))
 
 # AlexNet's convolutions: x, weight, stride, padding, groups.
 LAYERS = (
@@ -126,11 +130,15 @@ def facts(launch: Launch, capability: int) -> dict[str, Any]:
 def memory_bound(
     dtype: torch.dtype, layout: torch.memory_format, channels: int = 96
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """AlexNet's first normalization and pooling in each op, forward and backward."""
+    """AlexNet's input, and its first normalization and pooling in each op, forward and backward."""
     x = torch.empty(128, channels, 55, 55, dtype=dtype, device="meta").to(memory_format=layout)
     y = torch.empty(128, channels, 27, 27, dtype=dtype, device="meta").to(memory_format=layout)
     winners, bias = torch.empty_like(y, dtype=torch.uint8), torch.empty(channels, dtype=dtype, device="meta")
     padding, dilation = [0, 0], [1, 1]
+    bytes_, offsets = (torch.empty(s, dtype=t, device="meta") for s, t in IMAGES)
+    drawn = offsets, torch.empty(128, dtype=torch.bool, device="meta"), torch.empty(128, 3, device="meta")
+    for block in (1, 4):
+        yield "augment", lambda block=block: augment.forward(bytes_, *drawn, 227, *COLOURS, dtype, block)
     yield "local_response_norm", lambda: local_response_norm.forward(x, *LRN)
     yield "local_response_norm_backward", lambda: local_response_norm.backward(x, x, *LRN)
     yield "relu_max_pool2d", lambda: relu_max_pool2d.forward(x, *POOL, padding, dilation, False)
@@ -192,9 +200,10 @@ def traced() -> None:
         graphs.append(module.code)
         return make_boxed_func(module.forward)
 
-    for case in (example for example in cases.EXAMPLES if example.op in cases.ON_GPU):
+    backward = (("_backward", cases.raw_backward),)
+    for case in (*(example for example in cases.EXAMPLES if example.op in cases.ON_GPU), *cases.AUGMENT_EXAMPLES):
         tensors = cases.make(case, requires_grad=False)
-        for suffix, arguments in (("", cases.raw_forward), ("_backward", cases.raw_backward)):
+        for suffix, arguments in (("", cases.raw_forward), *(backward if case.op in cases.OPS else ())):
             op = getattr(torch.ops.alexnet_ext, f"{case.op}_triton{suffix}")
             given = list(arguments(case, tensors))
             places = [i for i, value in enumerate(given) if isinstance(value, torch.Tensor)]

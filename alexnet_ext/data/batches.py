@@ -14,24 +14,38 @@ from torch.utils.data import DataLoader
 from .errors import BadImage
 
 
+class Drawn(NamedTuple):
+    """What is drawn by chance for an image, or (stacked) for each of a batch: what ``ops.augment`` takes."""
+
+    offsets: Tensor
+    flips: Tensor
+    shifts: Tensor
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One image, uint8 (channels, height, width), and its class; or None and the ``error`` of its file."""
+    """One image, uint8 (channels, height, width), and its class; or None and the ``error`` of its file.
+
+    ``drawn`` is how the image is yet to be augmented; None where it is ready.
+    """
 
     index: int
     image: Tensor | None
     target: int
     error: BadImage | None = None
+    drawn: Drawn | None = None
 
 
 class Batch(NamedTuple):
     """The readable images of a batch, uint8 (N, channels, height, width), their classes and places in the data,
-    and the errors of the others. Nothing takes the place of an image that is left out: N is smaller, even 0."""
+    the errors of the others, and what is drawn for the images where they are to be augmented. Nothing takes the place
+    of an image that is left out: N is smaller, even 0."""
 
     images: Tensor
     targets: Tensor
     indices: Tensor
     errors: list[BadImage]
+    drawn: Drawn | None = None
 
 
 class Dataset(Protocol):
@@ -47,6 +61,7 @@ class Dataset(Protocol):
 def collate(samples: list[Sample]) -> Batch:
     """Stack the readable images."""
     good = [sample for sample in samples if sample.image is not None]
+    drawn = [sample.drawn for sample in good if sample.drawn is not None]
     return Batch(
         images=torch.stack([s.image for s in good if s.image is not None])
         if good
@@ -54,6 +69,7 @@ def collate(samples: list[Sample]) -> Batch:
         targets=torch.tensor([s.target for s in good], dtype=torch.int64),
         indices=torch.tensor([s.index for s in good], dtype=torch.int64),
         errors=[s.error for s in samples if s.error is not None],
+        drawn=Drawn(*(torch.stack(column) for column in zip(*drawn, strict=True))) if drawn else None,
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .batches import Sample
+from .batches import Drawn, Sample
 from .errors import BadImage, CommandError, path_text, require
 from .images import EXTENSIONS, crop, read_image
 from .preprocessing import Preprocessing
@@ -25,8 +25,8 @@ COLOUR_SHIFT = 0.1
 
 
 class ImageFolder:
-    """Images of ``root/CLASS/*`` scaled and cropped, with ``augment`` as the paper trains: at a random place,
-    mirrored half of the time, and with a shift of colour.
+    """Images of ``root/CLASS/*`` scaled and cropped. With ``augment`` as the paper trains: the square from the middle,
+    and for it what is drawn of a crop, of mirroring half of the time, and of a shift of colour (``ops.augment``).
 
     What is random hangs on seed, epoch and index alone, never on which process or in which order images are
     read. A file that is no image comes back as a Sample with its ``error``.
@@ -87,11 +87,17 @@ class ImageFolder:
             return Sample(index, None, target, error)
         if not self.augment:
             return Sample(index, crop(image, self.preprocessing.resize, self.preprocessing.size), target)
-        chance = random.Random(f"{self.seed} {epoch} {index}")
-        pixels = crop(image, self.preprocessing.resize, self.preprocessing.size, chance.random(), chance.random())
-        if chance.random() < 0.5:
-            pixels = pixels.flip(-1)
-        return Sample(index, shift_colour(pixels, [chance.gauss(0, COLOUR_SHIFT) for _ in range(3)]), target)
+        drawn = self._draw(random.Random(f"{self.seed} {epoch} {index}"))
+        square = crop(image, self.preprocessing.resize, self.preprocessing.resize)
+        return Sample(index, square, target, drawn=drawn)
+
+    def _draw(self, chance: random.Random) -> Drawn:
+        room = self.preprocessing.resize - self.preprocessing.size
+        return Drawn(
+            torch.tensor([chance.randint(0, room), chance.randint(0, room)]),
+            torch.tensor(chance.random() < 0.5),
+            colour_shift([chance.gauss(0, COLOUR_SHIFT) for _ in range(3)]),
+        )
 
 
 def imagenet_preprocessing(size: int) -> Preprocessing:
@@ -129,7 +135,6 @@ def list_images(root: Path, classes: tuple[str, ...] | None = None) -> tuple[lis
     return samples, classes
 
 
-def shift_colour(pixels: Tensor, factors: list[float]) -> Tensor:
-    """Add a multiple of each principal component of RGB to all pixels of a uint8 (3, height, width)."""
-    shift = COMPONENTS @ (DEVIATIONS * torch.tensor(factors)) * 255
-    return (pixels + shift[:, None, None]).clamp_(0, 255).round_().to(torch.uint8)
+def colour_shift(factors: list[float]) -> Tensor:
+    """What a multiple of each principal component adds to RGB of 0 to 255: fp32 (3,)."""
+    return COMPONENTS @ (DEVIATIONS * torch.tensor(factors)) * 255

@@ -66,14 +66,13 @@ def to_rgb(image: Image) -> Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def crop(image: Image, resize: int, size: int, x: float = 0.5, y: float = 0.5) -> Tensor:
-    """A square of ``size`` from ``image`` with its shorter side brought to ``resize``: uint8, (3, size, size).
+def crop(image: Image, resize: int, size: int) -> Tensor:
+    """The middle ``size`` of ``image`` with its shorter side brought to ``resize``: uint8, (3, size, size).
 
-    ``x`` and ``y`` (0 to 1) say where the square lies; 0.5 is the centre. Cropping and scaling are one step, so
-    that a strip of 30,000 x 1 pixels never becomes one of 7,680,000 x 256.
+    Cropping and scaling are one step, so that a strip of 30,000 x 1 pixels never becomes one of 7,680,000 x 256.
     """
     side = min(image.size) * size / resize
-    left, top = (image.width - side) * x, (image.height - side) * y
+    left, top = (image.width - side) / 2, (image.height - side) / 2
     resampling = require("PIL.Image").Resampling.BILINEAR
     # reducing_gap: large photographs are first halved by averaging, several times faster and hardly visible.
     square = image.resize((size, size), resampling, (left, top, left + side, top + side), reducing_gap=2.0)

@@ -18,6 +18,7 @@ OPS = (
     "linear_bias_relu",
     "relu_lrn_max_pool2d",
     "relu_max_pool2d_lrn",
+    "augment",
 )
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -105,8 +106,8 @@ def _refusal(backend: str, op: str, device: str) -> str:
     return f"device {device!r} (move the tensors to a GPU, or set TRITON_INTERPRET=1 before Python starts)"
 
 
-def choose(op: str, backend: str, x: torch.Tensor, unsupported: str = "") -> str:
-    """Which of ``"native"``, ``"triton"`` and ``"stock"`` runs this call.
+def choose(op: str, backend: str, x: torch.Tensor, unsupported: str = "", dtype: torch.dtype | None = None) -> str:
+    """Which of ``"native"``, ``"triton"`` and ``"stock"`` runs this call, in ``dtype`` (default x's).
 
     ``unsupported`` says what about the arguments our kernels do not cover. ``"auto"`` then runs stock;
     ``"native"`` and ``"triton"`` raise RuntimeError, as they do where there is no such kernel.
@@ -117,8 +118,8 @@ def choose(op: str, backend: str, x: torch.Tensor, unsupported: str = "") -> str
     if backend == "stock":
         return backend
     device = x.device.type
-    if not unsupported and x.dtype not in DTYPES:
-        unsupported = f"dtype {x.dtype}"
+    if not unsupported and (dtype or x.dtype) not in DTYPES:
+        unsupported = f"dtype {dtype or x.dtype}"
     if not unsupported and x.layout != torch.strided:
         unsupported = f"layout {x.layout}"
     unsupported = unsupported or _transform()
@@ -131,9 +132,9 @@ def choose(op: str, backend: str, x: torch.Tensor, unsupported: str = "") -> str
     return backend
 
 
-def operator(op: str, backend: str, x: torch.Tensor, unsupported: str = "") -> Any:
+def operator(op: str, backend: str, x: torch.Tensor, unsupported: str = "", dtype: torch.dtype | None = None) -> Any:
     """The operator that runs this call, chosen as ``choose`` says; None where stock PyTorch runs it."""
-    backend = choose(op, backend, x, unsupported)
+    backend = choose(op, backend, x, unsupported, dtype)
     if backend == "stock":
         return None
     return getattr(torch.ops.alexnet_ext, op if backend == "native" else f"{op}_{backend}")

@@ -1,8 +1,8 @@
 """Makes an op a citizen of PyTorch: fake, autograd, double backward, autocast and vmap, in one place.
 
-An op ``NAME`` and its ``NAME_backward`` come with their schemas and kernels from C++ (csrc/library.cpp). Their Triton
-twins, ``NAME_triton`` and ``NAME_triton_backward``, are defined here with the same schemas from ``forward`` and
-``backward`` of ``ops/NAME/triton_kernels.py``. Both get the same everything else.
+An op ``NAME`` comes with its schema and kernels from C++ (csrc/library.cpp), and so does its ``NAME_backward`` unless
+it has no gradient. Their Triton twins, ``NAME_triton`` and ``NAME_triton_backward``, are defined here with the same
+schemas from ``forward`` and ``backward`` of ``ops/NAME/triton_kernels.py``. Both get the same everything else.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,55 +22,72 @@ _AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 _fragment = torch.library.Library("alexnet_ext", "FRAGMENT")
 
 
+@dataclass(frozen=True)
+class Gradient:
+    """What gives an op its gradient: the op ``NAME_backward``.
+
+    ``schema`` is that of csrc/library.cpp, given for a Triton twin. ``backward(op, ctx, *gradients)`` is handed the
+    backward op of the twin that ran forward. ``reference`` is the backward op in differentiable stock PyTorch: double
+    backward goes through it. ``batched`` as in ``register``.
+    """
+
+    fake: Callable[..., Any]
+    setup_context: Callable[..., None]
+    backward: Callable[..., Any]
+    reference: Callable[..., Any]
+    schema: str = ""
+    batched: Sequence[int] = ()
+
+
 def register(
     name: str,
     *,
     schema: str = "",
-    schema_backward: str = "",
     fake: Callable[..., Any],
-    fake_backward: Callable[..., Any],
-    setup_context: Callable[..., None],
-    backward: Callable[..., Any],
-    reference_backward: Callable[..., Any],
+    gradient: Gradient | None,
     autocast: Callable[..., tuple[Any, ...]] | None = None,
     batched: Sequence[int] = (),
-    batched_backward: Sequence[int] = (),
     measured: bool = False,
 ) -> None:
     """Register everything but the compiled kernels of ``alexnet_ext::name``, its backward and their Triton twins.
 
-    The schemas are those of csrc/library.cpp, given for a Triton twin. ``backward(op, ctx, *gradients)`` is handed the
-    backward op of the twin that ran forward. ``reference_backward`` is the backward op in differentiable stock PyTorch:
-    double backward goes through it. ``autocast(dtype, *args)`` returns the arguments as they should be under autocast
-    to ``dtype``; without it the op keeps its input's dtype there. ``batched`` and ``batched_backward`` are the
-    positions of the arguments with a batch dimension to fold a vmapped one into; with none, vmap loops. ``measured``:
-    there is a third twin, ``name_measured`` of ``ops/name/measured.py``, which chooses at run time; torch.compile sees
-    no further than its name.
+    The schema is that of csrc/library.cpp, given for a Triton twin. ``gradient`` None: the op has none, and no
+    ``name_backward``. ``autocast(dtype, *args)`` returns the arguments as they should be under autocast to ``dtype``;
+    without it the op keeps its input's dtype there. ``batched``: the positions of the arguments with a batch dimension
+    to fold a vmapped one into; with none, vmap loops. ``measured``: there is a third twin, ``name_measured`` of
+    ``ops/name/measured.py``, which chooses at run time; torch.compile sees no further than its name.
     """
     twins = [name] if _library.LIBRARIES[0].loaded else []
     if _library.has_triton(name):
-        twins.append(_define(name, "triton", "triton_kernels", _triton_op, schema, schema_backward))
+        twins.append(_define(name, "triton", "triton_kernels", _triton_op, schema, gradient))
         if measured:
-            twins.append(_define(name, "measured", "measured", torch.library.custom_op, schema, schema_backward))
+            twins.append(_define(name, "measured", "measured", torch.library.custom_op, schema, gradient))
     for twin in twins:
-        op, op_backward = f"alexnet_ext::{twin}", f"alexnet_ext::{twin}_backward"
+        op = f"alexnet_ext::{twin}"
         torch.library.register_fake(op, fake)
-        torch.library.register_fake(op_backward, fake_backward)
-        gradient = functools.partial(backward, _overload(op_backward))
-        torch.library.register_autograd(op, gradient, setup_context=setup_context)
-        torch.library.register_autograd(op_backward, _double_backward(reference_backward), setup_context=_save_all)
         torch.library.register_vmap(op, _vmap_rule(op, batched))
-        torch.library.register_vmap(op_backward, _vmap_rule(op_backward, batched_backward))
+        if gradient is not None:
+            _register_gradient(op, gradient)
         if autocast is not None:
             for device, key in _AUTOCAST_KEYS.items():
                 _fragment.impl(twin, _autocast_rule(op, device, autocast), key)
 
 
-def _define(name: str, kind: str, module: str, define: Any, schema: str, schema_backward: str) -> str:
+def _register_gradient(op: str, gradient: Gradient) -> None:
+    op_backward = f"{op}_backward"
+    backward = functools.partial(gradient.backward, _overload(op_backward))
+    torch.library.register_autograd(op, backward, setup_context=gradient.setup_context)
+    torch.library.register_fake(op_backward, gradient.fake)
+    torch.library.register_autograd(op_backward, _double_backward(gradient.reference), setup_context=_save_all)
+    torch.library.register_vmap(op_backward, _vmap_rule(op_backward, gradient.batched))
+
+
+def _define(name: str, kind: str, module: str, define: Any, schema: str, gradient: Gradient | None) -> str:
     """Define the twin ``name_kind`` and its backward from ``forward`` and ``backward`` of a module; its name."""
     functions = importlib.import_module(f"{__package__}.{name}.{module}")
     define(f"alexnet_ext::{name}_{kind}", functions.forward, mutates_args=(), schema=schema)
-    define(f"alexnet_ext::{name}_{kind}_backward", functions.backward, mutates_args=(), schema=schema_backward)
+    if gradient is not None:
+        define(f"alexnet_ext::{name}_{kind}_backward", functions.backward, mutates_args=(), schema=gradient.schema)
     return f"{name}_{kind}"
 
 

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data.batches import Dataset, batches
+from ..data.batches import Dataset, Drawn, batches
 from ..data.errors import BadImage
 from ..data.preprocessing import Preprocessing
+from ..ops import augment
 from .interrupt import Interrupted
 
 BATCH = 50
@@ -65,10 +66,16 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
     return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
 
 
-def to_device(images: Tensor, preprocessing: Preprocessing, device: torch.device) -> Tensor:
-    """A batch as the network takes it: moved as bytes, normalized there, laid out channels-last."""
-    x = preprocessing(images.to(device, non_blocking=True))
-    return x.contiguous(memory_format=torch.channels_last)
+def to_device(images: Tensor, preprocessing: Preprocessing, device: torch.device, drawn: Drawn | None = None) -> Tensor:
+    """A batch as the network takes it: moved as bytes, augmented where ``drawn`` says how, normalized there, laid out
+    channels-last."""
+    images = images.to(device, non_blocking=True)
+    if drawn is None:
+        return preprocessing(images).contiguous(memory_format=torch.channels_last)
+    offsets, flips, shifts = (values.to(device, non_blocking=True) for values in drawn)
+    pixels = images.permute(0, 2, 3, 1)
+    size, mean, std = preprocessing.size, preprocessing.mean, preprocessing.std
+    return augment(pixels, offsets, flips, shifts, size, mean=mean, std=std)
 
 
 @torch.no_grad()

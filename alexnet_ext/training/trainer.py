@@ -141,7 +141,7 @@ class Trainer:
         if self.recipe.schedule != "plateau":
             for group in self.optimizer.param_groups:
                 group["lr"] = self.recipe.lr_at(self.step, self.total)
-        images = to_device(batch.images, self.split.preprocessing, self.device)
+        images = to_device(batch.images, self.split.preprocessing, self.device, batch.drawn)
         targets = batch.targets.to(self.device, non_blocking=True)
         with autocast(self.device, self.recipe.precision):
             logits = self.model(images)

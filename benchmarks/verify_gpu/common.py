@@ -62,6 +62,8 @@ def gradients(case: Case, tensors: Tensors, backend: str, dy: Tensor | None = No
     """[y, gradients of all that want one]."""
     y = cases.fused(case, tensors, backend)
     wanted = list(cases.wanting_grad(tensors).values())
+    if not wanted:
+        return [y]
     return [y.detach(), *torch.autograd.grad(y, wanted, torch.ones_like(y) if dy is None else dy)]
 
 
@@ -76,6 +78,6 @@ def attempt(name: str, check: Callable[[], Any]) -> Finding:
 
 def examples(device: str) -> Iterator[tuple[Case, str]]:
     """(case, backend) of one plain case an op."""
-    for case in cases.EXAMPLES:
+    for case in cases.EXAMPLES + cases.AUGMENT_EXAMPLES:
         for backend in backends(case.op, device):
             yield case, backend

@@ -52,8 +52,9 @@ inline DType dtype_of(const Tensor& x, const char* name) {
   }
 }
 
-inline void check_device(const Tensor& t, const char* name, const Tensor& x) {
-  check(t.is_cpu() == x.is_cpu() && t.get_device_index() == x.get_device_index(), name, " must be on the device of x");
+inline void check_device(const Tensor& t, const char* name, const Tensor& x, const char* of = "x") {
+  check(t.is_cpu() == x.is_cpu() && t.get_device_index() == x.get_device_index(), name, " must be on the device of ",
+        of);
 }
 
 // t must have x's dtype and device.

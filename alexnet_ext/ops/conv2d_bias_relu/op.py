@@ -11,7 +11,7 @@ from torch import Tensor
 from .._backend import operator
 from .._checks import IntPair, autocast_enabled, check_bias, check_same, check_tensor, pair, pooled_size
 from .._layout import convolved_format, new_images
-from .._register import register
+from .._register import Gradient, register
 from . import reference
 
 
@@ -180,13 +180,15 @@ register(
     "conv2d_bias_relu",
     schema="(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, int groups) "
     "-> Tensor",
-    schema_backward="(Tensor dy, Tensor x, Tensor weight, Tensor y, int[2] stride, int[2] padding, int[2] dilation, "
-    "int groups, bool[3] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias)",
     fake=_fake,
-    fake_backward=_fake_backward,
-    setup_context=_setup_context,
-    backward=_backward,
-    reference_backward=reference.conv2d_bias_relu_backward,
+    gradient=Gradient(
+        schema="(Tensor dy, Tensor x, Tensor weight, Tensor y, int[2] stride, int[2] padding, int[2] dilation, "
+        "int groups, bool[3] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+        fake=_fake_backward,
+        setup_context=_setup_context,
+        backward=_backward,
+        reference=reference.conv2d_bias_relu_backward,
+    ),
     autocast=_autocast,
     measured=True,
 )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._backend import operator
 from .._checks import autocast_enabled, check_bias, check_same, check_tensor
-from .._register import register
+from .._register import Gradient, register
 from . import reference
 
 
@@ -86,10 +86,12 @@ def _autocast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Any, ...]:
 register(
     "linear_bias_relu",
     fake=_fake,
-    fake_backward=_fake_backward,
-    setup_context=_setup_context,
-    backward=_backward,
-    reference_backward=reference.linear_bias_relu_backward,
+    gradient=Gradient(
+        fake=_fake_backward,
+        setup_context=_setup_context,
+        backward=_backward,
+        reference=reference.linear_bias_relu_backward,
+    ),
     autocast=_autocast,
     batched=(0,),
 )

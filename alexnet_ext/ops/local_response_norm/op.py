@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._backend import operator
 from .._checks import check_lrn, check_tensor
-from .._register import register
+from .._register import Gradient, register
 from . import reference
 
 
@@ -71,12 +71,14 @@ def _backward(op: Any, ctx: Any, dy: Tensor) -> tuple[Any, ...]:
 register(
     "local_response_norm",
     schema="(Tensor x, int size, float alpha, float beta, float k) -> Tensor",
-    schema_backward="(Tensor dy, Tensor x, int size, float alpha, float beta, float k) -> Tensor",
     fake=_fake,
-    fake_backward=_fake_backward,
-    setup_context=_setup_context,
-    backward=_backward,
-    reference_backward=reference.local_response_norm_backward,
+    gradient=Gradient(
+        schema="(Tensor dy, Tensor x, int size, float alpha, float beta, float k) -> Tensor",
+        fake=_fake_backward,
+        setup_context=_setup_context,
+        backward=_backward,
+        reference=reference.local_response_norm_backward,
+        batched=(0, 1),
+    ),
     batched=(0,),
-    batched_backward=(0, 1),
 )

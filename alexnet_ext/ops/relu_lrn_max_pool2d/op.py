@@ -19,7 +19,7 @@ from .._checks import (
     pair,
     pooled_size,
 )
-from .._register import register
+from .._register import Gradient, register
 from ..relu_max_pool2d.op import MAX_TAPS, empty_pooled
 from . import reference
 
@@ -135,12 +135,14 @@ register(
     "relu_lrn_max_pool2d",
     schema="(Tensor x, Tensor? bias, int lrn_size, float alpha, float beta, float k, int[2] kernel_size, int[2] "
     "stride) -> (Tensor y, Tensor winners)",
-    schema_backward="(Tensor dy, Tensor x, Tensor? bias, Tensor winners, int lrn_size, float alpha, float beta, float "
-    "k, int[2] kernel_size, int[2] stride) -> (Tensor dx, Tensor dbias)",
     fake=_fake,
-    fake_backward=_fake_backward,
-    setup_context=_setup_context,
-    backward=_backward,
-    reference_backward=reference.relu_lrn_max_pool2d_backward,
+    gradient=Gradient(
+        schema="(Tensor dy, Tensor x, Tensor? bias, Tensor winners, int lrn_size, float alpha, float beta, float "
+        "k, int[2] kernel_size, int[2] stride) -> (Tensor dx, Tensor dbias)",
+        fake=_fake_backward,
+        setup_context=_setup_context,
+        backward=_backward,
+        reference=reference.relu_lrn_max_pool2d_backward,
+    ),
     autocast=autocast_bias,
 )

@@ -10,7 +10,7 @@ from torch import Tensor
 from .._backend import operator
 from .._checks import IntPair, check_pool, check_tensor, pair, pooled_size
 from .._layout import empty_images
-from .._register import register
+from .._register import Gradient, register
 from . import reference
 
 MAX_TAPS = 225
@@ -109,13 +109,15 @@ register(
     "relu_max_pool2d",
     schema="(Tensor x, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, bool ceil_mode) -> "
     "(Tensor y, Tensor winners)",
-    schema_backward="(Tensor dy, Tensor winners, SymInt height, SymInt width, int[2] kernel_size, int[2] stride, "
-    "int[2] padding, int[2] dilation) -> Tensor",
     fake=_fake,
-    fake_backward=_fake_backward,
-    setup_context=_setup_context,
-    backward=_backward,
-    reference_backward=reference.scatter_to_winners,
+    gradient=Gradient(
+        schema="(Tensor dy, Tensor winners, SymInt height, SymInt width, int[2] kernel_size, int[2] stride, "
+        "int[2] padding, int[2] dilation) -> Tensor",
+        fake=_fake_backward,
+        setup_context=_setup_context,
+        backward=_backward,
+        reference=reference.scatter_to_winners,
+        batched=(0, 1),
+    ),
     batched=(0,),
-    batched_backward=(0, 1),
 )

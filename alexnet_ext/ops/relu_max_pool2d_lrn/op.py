@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._checks import IntPair
-from .._register import register
+from .._register import Gradient, register
 from ..relu_lrn_max_pool2d.op import autocast_bias, check_block, pool_fake
 from ..relu_max_pool2d.op import empty_pooled
 from ..relu_max_pool2d.reference import scatter_to_winners
@@ -88,12 +88,14 @@ register(
     "relu_max_pool2d_lrn",
     schema="(Tensor x, Tensor? bias, int lrn_size, float alpha, float beta, float k, int[2] kernel_size, int[2] "
     "stride) -> (Tensor y, Tensor pooled, Tensor winners)",
-    schema_backward="(Tensor dy, Tensor pooled, Tensor winners, SymInt height, SymInt width, int lrn_size, float "
-    "alpha, float beta, float k, int[2] kernel_size, int[2] stride) -> (Tensor dx, Tensor dbias)",
     fake=_fake,
-    fake_backward=_fake_backward,
-    setup_context=_setup_context,
-    backward=_backward,
-    reference_backward=reference.relu_max_pool2d_lrn_backward,
+    gradient=Gradient(
+        schema="(Tensor dy, Tensor pooled, Tensor winners, SymInt height, SymInt width, int lrn_size, float "
+        "alpha, float beta, float k, int[2] kernel_size, int[2] stride) -> (Tensor dx, Tensor dbias)",
+        fake=_fake_backward,
+        setup_context=_setup_context,
+        backward=_backward,
+        reference=reference.relu_max_pool2d_lrn_backward,
+    ),
     autocast=autocast_bias,
 )

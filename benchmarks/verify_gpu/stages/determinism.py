@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 
+from alexnet_ext.ops import _backend
 from benchmarks import harness
 from tests import cases
 from tests.cases import Case
@@ -18,7 +19,7 @@ from ..report import Finding
 
 def run(device: str) -> Iterator[Finding]:
     sizes = SIZES[device]
-    for op in cases.OPS:
+    for op in _backend.OPS:
         case = harness.alexnet_cases(op, min(sizes.batch, 32))[-1]
         for backend, dtype in itertools.product(backends(op, device), sizes.dtypes):
             name = f"{op} {backend} {cases.dtype_id(dtype)}, {sizes.runs} runs"
@@ -26,7 +27,8 @@ def run(device: str) -> Iterator[Finding]:
 
 
 def same_bits(case: Case, backend: str, dtype: torch.dtype, device: str, runs: int) -> None:
-    layout = "channels_last" if len(case.shapes["x"]) == 4 else "contiguous"
+    case = cases.in_dtype(case, dtype)
+    layout = "channels_last" if len(case.shapes.get("x", ())) == 4 else "contiguous"
     tensors = cases.make(case, dtype, layout, device=device)
     with torch.no_grad():
         dy = torch.randn_like(cases.fused(case, tensors, backend))

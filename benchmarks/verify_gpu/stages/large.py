@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from functools import partial
 
 import torch
 
 from tests import cases
-from tests.cases import Case, block, lrn, pool
+from tests.cases import Case, augment, block, lrn, pool
 
 from ..common import attempt, backends, gradients
 from ..report import Finding
@@ -30,6 +31,9 @@ def run(device: str) -> Iterator[Finding]:
             for layout in ("contiguous", "channels_last"):
                 yield attempt(f"{case.op} {layout} {backend}", partial(ends_agree, case, backend, layout))
                 torch.cuda.empty_cache()
+    for block_size, backend in itertools.product((1, 4), backends("augment", device)):
+        yield attempt(f"augment {block_size} {backend}", partial(crops_agree, block_size, backend))
+        torch.cuda.empty_cache()
 
 
 def ends_agree(case: Case, backend: str, layout: str) -> None:
@@ -46,3 +50,14 @@ def ends_agree(case: Case, backend: str, layout: str) -> None:
         found.append((torch.cat([y[:1], y[-1:]]), torch.cat([dx[:1], dx[-1:]])))
         images.requires_grad_(False)
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
+def crops_agree(block_size: int, backend: str) -> None:
+    """2.8 GB of bytes to 2.2 thousand million values."""
+    case = augment((14_000, 256, 256, 3), 227, block_size, torch.bfloat16)
+    tensors = cases.make(augment((2, 256, 256, 3), 227), device="cuda")
+    expected = cases.fused(case, tensors, backend)
+    middle = {name: tensor[:1].expand(13_998, *tensor.shape[1:]) for name, tensor in tensors.items()}
+    whole = {name: torch.cat([tensor[:1], middle[name], tensor[1:]]) for name, tensor in tensors.items()}
+    y = cases.fused(case, whole, backend)
+    assert torch.equal(torch.cat([y[:1], y[-1:]]), expected)

@@ -121,13 +121,33 @@ def case_findings(
             moved = forward_bytes(case, tensors, y)
             moved += backward_bytes(case, tensors, y) if direction != "forward" else 0
             floor = moved / rate
-        best = min((found[name] for name in ours if name in found), default=math.nan)
-        numbers = {f"{name} ms": found.get(name) for name in ("native", "triton", "stock", "compiled stock")}
-        numbers["floor ms"] = floor
-        numbers["% of floor rate"] = 100 * floor / best if floor else None
-        numbers["times stock"] = found["stock"] / best if "stock" in found else None
         name = f"{case.op} {harness.layer_name(case)} {cases.dtype_id(dtype)} {layout} {direction}"
-        yield Finding(name, None, numbers=numbers)
+        yield Finding(name, None, numbers=compared(found, floor))
+
+
+def compared(found: dict[str, float], floor: float | None) -> dict[str, float | None]:
+    best = min((found[name] for name in ("native", "triton") if name in found), default=math.nan)
+    numbers = {f"{name} ms": found.get(name) for name in ("native", "triton", "stock", "compiled stock")}
+    numbers["floor ms"] = floor
+    numbers["% of floor rate"] = 100 * floor / best if floor else None
+    numbers["times stock"] = found["stock"] / best if "stock" in found else None
+    return numbers
+
+
+def augment_findings(device: str, rate: float) -> Iterator[Finding]:
+    """Beside PyTorch's own operators, which is `backend="stock"` here: a loop over images would wait for each."""
+    sizes = SIZES[device]
+    for dtype, case in itertools.product(sizes.dtypes, harness.alexnet_cases("augment", sizes.batch)):
+        typed = cases.in_dtype(case, dtype)
+        tensors = cases.make(typed, device=device)
+        runs: dict[str, Run] = {
+            name: partial(cases.fused, typed, tensors, name) for name in (*backends("augment", device), "stock")
+        }
+        if device == "cuda":
+            runs["compiled stock"] = partial(torch.compile(partial(cases.fused, typed, backend="stock")), tensors)
+        floor = harness.bytes_moved(typed) / rate
+        name = f"augment {harness.layer_name(case)} {cases.dtype_id(dtype)}"
+        yield Finding(name, None, numbers=compared(median_ms(runs, device), floor))
 
 
 def once(run: Callable[[], Tensor], wanted: list[Tensor], dy: Tensor, direction: str) -> Run:
@@ -166,3 +186,4 @@ def run(device: str) -> Iterator[Finding]:
     yield Finding("copy", None, f"{rate / 1e6:.3g} GB/s, read and written")
     yield from network_findings(device)
     yield from op_findings(device, rate)
+    yield from augment_findings(device, rate)

@@ -1,0 +1,164 @@
+"""Augmentation in Triton: a program writes a run of y as it lies in memory, 16 bytes a thread, and gathers its bytes.
+
+Bytes: each image's crop once, y once. A run ends in the image that it begins in, or in the next: what is drawn for an
+image is read once a program, not once a value.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._triton import is_wide, power_of_two, wrap_triton
+from .reference import empty_result
+
+BLOCK = 1024
+
+
+@triton.jit
+def _crop(
+    offsets_ptr,
+    flips_ptr,
+    shifts_ptr,
+    image,
+    height,
+    width,
+    image_step,
+    row_step,
+    column_step,
+    SIZE: tl.constexpr,
+    ACC: tl.constexpr,
+    index: tl.constexpr,
+):
+    """(where an image's crop begins, from column to column, shift of each colour)."""
+    # A crop that reaches out of its image is moved inside: nobody has looked at the offsets.
+    top = tl.minimum(tl.maximum(tl.load(offsets_ptr + image * 2), 0), height - SIZE).to(index)
+    left = tl.minimum(tl.maximum(tl.load(offsets_ptr + image * 2 + 1), 0), width - SIZE).to(index)
+    flip = tl.load(flips_ptr + image) != 0
+    begin = image.to(index) * image_step + top * row_step + (left + tl.where(flip, SIZE - 1, 0)) * column_step
+    red, green, blue = (
+        tl.load(shifts_ptr + image * 3).to(ACC),
+        tl.load(shifts_ptr + image * 3 + 1).to(ACC),
+        tl.load(shifts_ptr + image * 3 + 2).to(ACC),
+    )
+    return begin, tl.where(flip, -column_step, column_step), red, green, blue
+
+
+@triton.jit
+def _forward_kernel(
+    images_ptr,
+    offsets_ptr,
+    flips_ptr,
+    shifts_ptr,
+    y_ptr,
+    n,
+    batch,
+    height,
+    width,
+    image_step,
+    row_step,
+    column_step,
+    colour_step,
+    SIZE: tl.constexpr,
+    B: tl.constexpr,
+    MEAN_R: tl.constexpr,
+    MEAN_G: tl.constexpr,
+    MEAN_B: tl.constexpr,
+    SCALE_R: tl.constexpr,
+    SCALE_G: tl.constexpr,
+    SCALE_B: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    index: tl.constexpr = tl.int64 if WIDE else tl.int32
+    ACC: tl.constexpr = tl.float64 if y_ptr.dtype.element_ty == tl.float64 else tl.float32
+    SIDE: tl.constexpr = (SIZE + B - 1) // B
+    LENGTH: tl.constexpr = 3 * B * B * SIDE * SIDE
+    start = tl.program_id(0).to(index) * BLOCK
+    image = (start // LENGTH).to(tl.int32)
+    begin, step, red, green, blue = _crop(
+        offsets_ptr, flips_ptr, shifts_ptr, image, height, width, image_step, row_step, column_step, SIZE, ACC, index
+    )
+    other = tl.minimum(image + 1, batch - 1)
+    other_begin, other_step, other_red, other_green, other_blue = _crop(
+        offsets_ptr, flips_ptr, shifts_ptr, other, height, width, image_step, row_step, column_step, SIZE, ACC, index
+    )
+    within: tl.constexpr = tl.int64 if LENGTH >= 2**30 else tl.int32
+    at = (start - image.to(index) * LENGTH).to(within) + tl.arange(0, BLOCK)
+    later = at >= LENGTH
+    at -= tl.where(later, LENGTH, 0)
+    inner, cell = at % (3 * B * B), at // (3 * B * B)
+    colour = inner // (B * B)
+    row, column = cell // SIDE * B + inner // B % B, cell % SIDE * B + inner % B
+    inside = (row < SIZE) & (column < SIZE)
+    # Not said by the image, whose end may fall anywhere: stores stay whole where 16 bytes divide y.
+    own = start + tl.arange(0, BLOCK) < n
+    source = tl.where(later, other_begin, begin) + row.to(index) * row_step + colour.to(index) * colour_step
+    source += column.to(index) * tl.where(later, other_step, step)
+    value = tl.load(images_ptr + source, own & inside, 0).to(ACC)
+    is_red, is_green = colour == 0, colour == 1
+    shift = tl.where(
+        is_red,
+        tl.where(later, other_red, red),
+        tl.where(is_green, tl.where(later, other_green, green), tl.where(later, other_blue, blue)),
+    )
+    value += shift - _of_colour(is_red, is_green, MEAN_R, MEAN_G, MEAN_B, BLOCK, ACC)
+    value *= _of_colour(is_red, is_green, SCALE_R, SCALE_G, SCALE_B, BLOCK, ACC)
+    if B != 1:
+        value = tl.where(inside, value, 0.0)
+    tl.store(y_ptr + start + tl.arange(0, BLOCK), value.to(y_ptr.dtype.element_ty), own)
+
+
+@triton.jit
+def _of_colour(
+    is_red,
+    is_green,
+    RED: tl.constexpr,
+    GREEN: tl.constexpr,
+    BLUE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    # tl.full: anything else makes a constant fp32 first.
+    rest = tl.where(is_green, tl.full([BLOCK], GREEN, ACC), tl.full([BLOCK], BLUE, ACC))
+    return tl.where(is_red, tl.full([BLOCK], RED, ACC), rest)
+
+
+def forward(
+    images: Tensor,
+    offsets: Tensor,
+    flips: Tensor,
+    shifts: Tensor,
+    size: int,
+    mean: list[float],
+    std: list[float],
+    dtype: torch.dtype,
+    space_to_depth: int,
+) -> Tensor:
+    y = empty_result(images, size, dtype, space_to_depth)
+    if y.numel() == 0:
+        return y
+    batch, height, width, _ = images.shape
+    length = y[0].numel()
+    block = min(BLOCK, power_of_two(length + 1) // 2)
+    wrap_triton(_forward_kernel)[(triton.cdiv(y.numel(), block),)](
+        images,
+        offsets.contiguous(),
+        flips.contiguous().view(torch.uint8),
+        shifts.contiguous(),
+        y,
+        y.numel(),
+        batch,
+        height,
+        width,
+        *images.stride(),
+        SIZE=size,
+        B=space_to_depth,
+        **{f"MEAN_{colour}": 255 * mean[i] for i, colour in enumerate("RGB")},
+        **{f"SCALE_{colour}": 1 / (255 * std[i]) for i, colour in enumerate("RGB")},
+        BLOCK=block,
+        WIDE=is_wide(images, y),
+    )
+    return y

@@ -1,0 +1,79 @@
+// Augmentation against the formula in double: crops in every corner, flips, images of any strides, space-to-depth.
+#include "augment/augment.h"
+#include "harness.h"
+
+namespace alexnet_ext::test {
+namespace {
+
+// Strides of NHWC, NCHW and of an image that is a window in a larger one.
+enum class Layout { dense, planes, window };
+
+constexpr double kMean[] = {120, 110.5, 90}, kDeviation[] = {58, 133, 31};
+
+template <class T>
+void check(Isa isa, int64_t batch, int64_t height, int64_t width, int64_t size, int64_t block, Layout layout) {
+  report().where = std::string(isa_name(isa)) + " " + dtype_name<T>() + " " + std::to_string(batch) + " x " +
+                   std::to_string(height) + " x " + std::to_string(width) + " to " + std::to_string(size) + " by " +
+                   std::to_string(block) + " layout " + std::to_string(static_cast<int>(layout));
+  const int64_t side = ceil_div(size, block), wide = layout == Layout::window ? width + 3 : width;
+  Augment p{kDType<T>, height, width, size, height * wide * 3, wide * 3, 3, 1, {}, {}, {}};
+  if (layout == Layout::planes) p.row_step = width, p.column_step = 1, p.colour_step = height * width;
+  p.out = {batch, 3 * block * block, side, side, true};
+  for (int c = 0; c < 3; ++c) p.mean[c] = kMean[c], p.scale[c] = 1 / kDeviation[c];
+
+  Random random(size + 100 * batch);
+  // Exactly as long as the last image's last byte: one more would be out of bounds.
+  Array<uint8_t> images(batch == 0 ? 0 : batch * p.image_step - (wide - width) * 3);
+  for (int64_t i = 0; i < images.size(); ++i) images[i] = static_cast<uint8_t>(integer(random, 0, 255));
+  Array<int64_t> offsets(batch * 2);
+  Array<bool> flips(batch);
+  Array<float> shifts(batch * 3);
+  for (int64_t n = 0; n < batch; ++n) {
+    offsets[n * 2] = n % 3 == 0 ? 0 : n % 3 == 1 ? height - size : integer(random, 0, height - size);
+    offsets[n * 2 + 1] = n % 3 == 0 ? 0 : n % 3 == 1 ? width - size : integer(random, 0, width - size);
+    flips[n] = n % 2 == 1;
+    for (int c = 0; c < 3; ++c) shifts[n * 3 + c] = static_cast<float>(20 * normal(random));
+  }
+  const AugmentInputs in{images.data(), offsets.data(), flips.data(), shifts.data()};
+  for (Split split : kSplits) {
+    Array<T> y(batch * p.out.channels * side * side);
+    with_isa(isa, [&](auto i) {
+      run_units(split, augment_units(p),
+                [&](int64_t begin, int64_t end) { augment_cpu<i.value>(p, in, y.data(), begin, end); });
+    });
+    for (int64_t e = 0; e < y.size(); ++e) {
+      const int64_t channel = e % p.out.channels, pixel = e / p.out.channels, n = pixel / (side * side);
+      const int64_t c = channel / (block * block), r = channel / block % block, s = channel % block;
+      const int64_t row = pixel / side % side * block + r, column = pixel % side * block + s;
+      if (row >= size || column >= size) {
+        expect_equal("padding", e, y[e], 0);
+        continue;
+      }
+      const int64_t across = offsets[n * 2 + 1] + (flips[n] ? size - 1 - column : column);
+      const uint8_t byte =
+          images[n * p.image_step + (offsets[n * 2] + row) * p.row_step + across * p.column_step + c * p.colour_step];
+      const double exact = (byte + static_cast<double>(shifts[n * 3 + c]) - kMean[c]) / kDeviation[c];
+      expect_near("y", e, y[e], exact, 400 / kDeviation[c], 4);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace alexnet_ext::test
+
+int main() {
+  using namespace alexnet_ext;
+  using namespace alexnet_ext::test;
+  for (Isa isa : isas())
+    for_types([&](auto type) {
+      using T = typename decltype(type)::type;
+      for (int64_t block : {int64_t{1}, int64_t{kDepthBlock}})
+        for (Layout layout : {Layout::dense, Layout::planes, Layout::window}) {
+          for (int64_t size : {1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 21, 33})
+            check<T>(isa, 4, size + 2, size + 5, size, block, layout);
+          check<T>(isa, 1, 6, 6, 6, block, layout);
+          check<T>(isa, 0, 6, 7, 5, block, layout);
+        }
+    });
+  return finish("augment");
+}
