@@ -46,6 +46,18 @@ def tile_at(
     return pixel, channel, inside, own
 
 
+@triton.jit
+def place(pixel, height, width):
+    """(image, row, column) of pixels counted through a batch."""
+    return pixel // (height * width), pixel // width % height, pixel % width
+
+
+@triton.jit
+def offset(at, channel, strides):
+    """Where the channels of these places stand, by PyTorch's strides: (batch, channel, row, column)."""
+    return at[0] * strides[0] + channel * strides[1] + at[1] * strides[2] + at[2] * strides[3]
+
+
 def power_of_two(n: int) -> int:
     """The least power of two that is at least n."""
     return 1 << max(0, n - 1).bit_length()
