@@ -26,3 +26,27 @@ budget() { # registers, spills, stack, shared memory and 16-byte accesses of eve
   enter cuda
   python tests/cuda_budget.py
 }
+
+plain_library() { # the kernels for C++: built, installed, and used by a program, with neither PyTorch nor Python
+  local build=$work/plain program=$work/program tools=$work/tools name
+  mkdir "$tools"
+  for name in cmake ninja; do ln -s "$work/cuda/bin/$name" "$tools"; done
+  for name in python python3; do printf '#!/bin/sh\necho "Python was asked for" >&2; exit 1\n' > "$tools/$name"; done
+  chmod +x "$tools"/python*
+  PATH=$tools:$system_path
+  cmake -G Ninja -S . -B "$build" -DALEXNET_EXT_TORCH=OFF -DCMAKE_CUDA_ARCHITECTURES=90 > "$work/log"
+  cmake --build "$build" > "$work/log" || { cat "$work/log"; return 1; }
+  cmake --install "$build" --prefix "$work/prefix" | sed "s,$work/,,"
+  cp -r examples/cpp "$program"
+  cmake -G Ninja -S "$program" -B "$program/build" "-DCMAKE_PREFIX_PATH=$work/prefix" > "$work/log"
+  cmake --build "$program/build" > "$work/log" || { cat "$work/log"; return 1; }
+  ldd "$program/build/layers" > "$work/log"
+  ! grep -iE 'torch|python|cuda' "$work/log" || return 1
+  # The CUDA launchers are in it, GPU or not.
+  nm -C "$program/build/layers" > "$work/log"
+  grep -q ' alexnet_ext::local_response_norm_cuda(' "$work/log"
+  grep -q ' alexnet_ext::relu_lrn_max_pool2d_cuda(' "$work/log"
+  "$program/build/layers"
+  rm -rf "$build" "$program" "$work/prefix" "$tools"
+  enter cuda
+}

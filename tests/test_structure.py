@@ -110,6 +110,16 @@ def test_kernels_know_no_pytorch() -> None:
     assert including == []
 
 
+def test_what_public_headers_include_is_installed() -> None:
+    """cmake --install takes <op>/<op>.h and what cmake/plain_library.cmake names of csrc/common."""
+    listed = re.search(r"set\(HEADERS (.+)\)", (ROOT / "cmake/plain_library.cmake").read_text(encoding="utf-8"))
+    assert listed is not None
+    installed = {ROOT / "csrc" / name for name in (*listed[1].split(), *(f"{op}/{op}.h" for op in _backend.OPS))}
+    for header in installed:
+        included = re.findall(r'#include "(.+)"', header.read_text(encoding="utf-8"))
+        assert {(header.parent / name).resolve() for name in included} <= installed, header
+
+
 def test_no_file_is_long() -> None:
     files = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.suffix in SUFFIXES]
     assert len(files) > 50

@@ -51,6 +51,22 @@ def test_other_dtypes(case: Case, dtype: torch.dtype) -> None:
     oracle.assert_matches_float64(case, cases.make(case, dtype), "triton")
 
 
+@pytest.mark.parametrize("programs", [1, 5])
+@pytest.mark.parametrize("case", cases.params((LAYERS[1], LAYERS[2], OTHERS[0])))
+def test_the_persistent_forward_is_the_other_one_to_the_bit(
+    case: Case, programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few programs share out the blocks of y: each has several, and not all as many."""
+    blocks = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 64, "num_warps": 4, "num_stages": 1}
+    monkeypatch.setattr(kernels.configs, "known", lambda *_: blocks)
+    monkeypatch.setattr(kernels.configs, "resident", lambda _: programs)
+    given = cases.raw_forward(case, cases.make(case, torch.float16, requires_grad=False))
+    expected = kernels.forward(*given)
+    tiles = -(-expected[:, 0].numel() // 16) * -(-expected.shape[1] // case.constants["groups"] // 16)
+    assert tiles * case.constants["groups"] > programs
+    assert torch.equal(kernels.forward(*given, persistent=True), expected)
+
+
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded_batch"])
 def test_other_layouts(layout: str) -> None:
     oracle.assert_matches_float64(OTHERS[0], cases.make(OTHERS[0], layout=layout), "triton")
@@ -159,7 +175,10 @@ def test_every_architecture_has_an_entry_for_each_arithmetic(monkeypatch: pytest
     table = kernels.configs.TABLE
     assert set(table) == {8, 9, 10}
     for entries in table.values():
-        assert set(entries) == {(k, a) for k in ("product", "weight") for a in ("half", "tf32", "ieee", "fp64")}
+        expected = {(k, a) for k in ("product", "weight") for a in ("half", "tf32", "ieee", "fp64")}
+        if entries is not table[8]:
+            expected |= {("persistent", "half"), ("persistent", "tf32")}
+        assert set(entries) == expected
     x = torch.empty(1)
     narrow = kernels.configs.known("product", x, "tf32", 5)
     assert narrow["BLOCK_N"] == 16

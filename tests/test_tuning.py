@@ -223,6 +223,27 @@ def test_every_candidate_computes_the_convolution(winner: str, monkeypatch: pyte
 
 
 @interpreted
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=cases.dtype_id)
+def test_the_persistent_forward_is_offered_last_and_on_tensor_cores_alone(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offered = []
+
+    def last(what: str, device: torch.device, given: list[Candidate]) -> Candidate:
+        offered.append([candidate.name for candidate in given])
+        return given[-1]
+
+    folder = "alexnet_ext.ops.conv2d_bias_relu"
+    monkeypatch.setattr(importlib.import_module(f"{folder}.measured"), "fastest", last)
+    measured = torch.ops.alexnet_ext.conv2d_bias_relu_measured
+    monkeypatch.setattr(importlib.import_module(f"{folder}.op"), "operator", lambda *_: measured)
+    oracle.assert_matches_float64(LAYER, cases.make(LAYER, dtype))
+    forward, *gradients = offered[:3]
+    assert ("triton persistent" in forward[-1:]) == (dtype == torch.float16)
+    assert all("triton persistent" not in names for names in (forward[:-1], *gradients))
+
+
+@interpreted
 def test_a_direction_that_is_not_wanted_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_tuning, "ROUNDS", 0)
     tensors = cases.make(LAYER)

@@ -46,13 +46,25 @@ def tile_at(
     return pixel, channel, inside, own
 
 
+@triton.jit
+def place(pixel, height, width):
+    """(image, row, column) of pixels counted through a batch."""
+    return pixel // (height * width), pixel // width % height, pixel % width
+
+
+@triton.jit
+def offset(at, channel, strides):
+    """Where the channels of these places stand, by PyTorch's strides: (batch, channel, row, column)."""
+    return at[0] * strides[0] + channel * strides[1] + at[1] * strides[2] + at[2] * strides[3]
+
+
 def power_of_two(n: int) -> int:
     """The least power of two that is at least n."""
     return 1 << max(0, n - 1).bit_length()
 
 
 CHANNELS = 1024
-"""Up to so many channels stand in one tile where they meet."""
+"""Up to so many channels stand in one tile where they meet; of fp64 a quarter, 8 in each lane of a warp: more spill."""
 
 
 def tile(channels: int, channel_stride: int, reach: int | None, dtype: torch.dtype) -> tuple[dict[str, int], int]:
@@ -64,8 +76,8 @@ def tile(channels: int, channel_stride: int, reach: int | None, dtype: torch.dty
     block_c, halo = power_of_two(channels), 0
     if reach is None:
         block_c = min(block_c, max(256 if channel_stride == 1 else 8, power_of_two(channels // 2**15)))
-    elif channels > CHANNELS:
-        block_c, halo = max(CHANNELS, power_of_two(4 * reach)), reach
+    elif channels > (most := CHANNELS // 4 if dtype == torch.float64 else CHANNELS):
+        block_c, halo = max(most, power_of_two(4 * reach)), reach
     # 16 values a thread, 8 of fp64 or where each value has an address of its own: a kernel's tiles stay in registers.
     heavy = dtype == torch.float64 or channel_stride != 1
     block_p = max((2048 if heavy else 4096) // block_c, 1 if channel_stride == 1 else 8)

@@ -29,15 +29,6 @@ inline Pooling pooling_of(const IntList& kernel, const IntList& stride, const In
   return pool;
 }
 
-// Length of one pooled side (the rule of torch.nn.MaxPool2d; the same as pooled_size in alexnet_ext/ops/_checks.py).
-inline int64_t pooled_length(int64_t side, const Pooling& pool, int i, bool ceil_mode) {
-  int64_t reach = side + 2 * pool.padding[i] - pool.dilation[i] * (pool.kernel[i] - 1) - 1;
-  if (ceil_mode) reach += pool.stride[i] - 1;
-  if (reach < 0) return 0;
-  int64_t length = reach / pool.stride[i] + 1;
-  return ceil_mode && (length - 1) * pool.stride[i] >= side + pool.padding[i] ? length - 1 : length;
-}
-
 // The output's images.
 inline Images pooled(const Images& in, const Pooling& pool, bool ceil_mode) {
   Images out = in;

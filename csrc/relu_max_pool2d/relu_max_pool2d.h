@@ -19,6 +19,15 @@ struct Pooling {
   int64_t kernel[2], stride[2], padding[2], dilation[2];
 };
 
+// Length of one pooled side (the rule of torch.nn.MaxPool2d; the same as pooled_size in alexnet_ext/ops/_checks.py).
+inline int64_t pooled_length(int64_t side, const Pooling& pool, int i, bool ceil_mode) {
+  int64_t reach = side + 2 * pool.padding[i] - pool.dilation[i] * (pool.kernel[i] - 1) - 1;
+  if (ceil_mode) reach += pool.stride[i] - 1;
+  if (reach < 0) return 0;
+  int64_t length = reach / pool.stride[i] + 1;
+  return ceil_mode && (length - 1) * pool.stride[i] >= side + pool.padding[i] ? length - 1 : length;
+}
+
 struct ReluMaxPool2d {
   DType dtype;
   Images in, out;  // the same batch, channels and layout

@@ -30,9 +30,12 @@ TABLE: dict[int, dict[tuple[str, str], tuple[int, int, int, int, int]]] = {
         ("weight", "ieee"): (64, 64, 16, 8, 2),
         ("product", "fp64"): (32, 32, 16, 4, 2),
         ("weight", "fp64"): (32, 32, 16, 4, 2),
+        ("persistent", "half"): (128, 128, 64, 8, 3),
+        ("persistent", "tf32"): (128, 64, 32, 8, 3),
     },
 }
-TABLE[10] = TABLE[9]
+# Half as wide: with the next block's addresses beside this one's, 128 columns spill on 10.0.
+TABLE[10] = TABLE[9] | {("persistent", "half"): (128, 64, 64, 8, 3)}
 
 CANDIDATES = [
     triton.Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}, num_warps=warps, num_stages=stages)
@@ -57,6 +60,16 @@ def blocks(major: int, kernel: str, dtype: torch.dtype, precision: str, columns:
 def architecture(x: Tensor) -> int:
     """Major compute capability of x's device; in the interpreter the newest that the table has."""
     return torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else max(TABLE)
+
+
+def has_persistent(x: Tensor, precision: str) -> bool:
+    """Whether there is a persistent product for x: compute capability 9.0 and newer, on tensor cores."""
+    return ("persistent", kind(x.dtype, precision)) in TABLE.get(architecture(x), {})
+
+
+def resident(x: Tensor) -> int:
+    """How many persistent programs there are: one a multiprocessor, whose shared memory it takes most of."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
 
 
 def known(kernel: str, x: Tensor, precision: str, columns: int) -> dict[str, int] | None:

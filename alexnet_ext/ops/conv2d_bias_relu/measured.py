@@ -15,9 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .._layout import convolved_format
-from .._triton import accumulator, is_wide, tile, tile_at, wrap_triton
+from .._triton import accumulator, is_wide, offset, place, tile, tile_at, wrap_triton
 from .._tuning import Candidate, fastest
-from . import triton_kernels
+from . import configs, triton_kernels
 from .triton_kernels import masked, precision
 
 NO_OUTPUT_PADDING = [0, 0]
@@ -42,8 +42,7 @@ def _epilogue_kernel(
     WIDE: tl.constexpr,
 ):
     pixel, channel, inside, _ = tile_at(tl.program_id(0), pixels, channels, HALO, BLOCK_P, BLOCK_C, WIDE)
-    image, row, column = pixel // (height * width), pixel // width % height, pixel % width
-    at = image * y_batch + row * y_row + column * y_column + channel * y_channel
+    at = offset(place(pixel, height, width), channel, (y_batch, y_channel, y_row, y_column))
     y = accumulator(tl.load(y_ptr + at, inside, 0.0))
     if BIAS:
         y += accumulator(tl.load(bias_ptr + channel, channel < channels, 0.0))
@@ -171,6 +170,8 @@ def forward(
         return triton_kernels.forward(*given)
     layout = convolved_format(x, weight)
     found = candidates(lambda: [triton_kernels.forward(*given)], partial(convolve, *given), layout, groups)
+    if configs.has_persistent(x, precision(x.dtype)):
+        found.append(Candidate("triton persistent", lambda: [triton_kernels.forward(*given, persistent=True)]))
     (y,) = fastest(describe("forward", x, weight, stride, padding, dilation, groups), x.device, found).run()
     return y.contiguous(memory_format=layout)
 

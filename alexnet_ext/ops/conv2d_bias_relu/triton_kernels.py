@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .._checks import pooled_size
 from .._layout import convolved_format, new_images
-from .._triton import accumulator, accumulator_dtype, is_wide, tile, tile_at, wrap_triton
+from .._triton import accumulator, accumulator_dtype, is_wide, offset, place, tile, tile_at, wrap_triton
 from ..relu_max_pool2d.triton_kernels import PARTIAL_SUMS, store_sums, total
 from . import configs
 
@@ -66,6 +66,7 @@ def _product_kernel(
     RELU: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
+    PERSISTENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -73,52 +74,55 @@ def _product_kernel(
     """y[pixel, group, n] = sum over k = (tap, c) of x[pixel moved by tap, group, c] * weight[group, n, k].
 
     x: channels-last; weight: [groups * C_OUT, taps, C_IN]; y: any strides. With SPREAD above 1, x stands for an
-    image in which SPREAD - 1 zeros follow each of its rows (columns).
+    image in which SPREAD - 1 zeros follow each of its rows (columns). A program has one block of y or,
+    where PERSISTENT, every num_programs-th, so that the next one's loads are in flight while it stores.
     """
     index: tl.constexpr = tl.int64 if WIDE else tl.int32
     columns: tl.constexpr = (C_OUT + BLOCK_N - 1) // BLOCK_N
-    block = tl.program_id(0).to(index)
+    first = tl.program_id(0).to(index)
     group = tl.program_id(1)
-    # Neighbouring programs share pixels: x is the larger operand.
-    pixel = block // columns * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = (block % columns).to(tl.int32) * BLOCK_N + tl.arange(0, BLOCK_N)
-    image, out_row, out_column = pixel // (out_height * out_width), pixel // out_width % out_height, pixel % out_width
-    top, left = out_row * STRIDE_H - PADDING_H, out_column * STRIDE_W - PADDING_W
-    corner = image * x_batch + group * C_IN
-    if SPREAD_H == 1 and SPREAD_W == 1:
-        corner += top * x_row + left * x_column
     K: tl.constexpr = KERNEL_H * KERNEL_W * C_IN
     ACC: tl.constexpr = tl.float64 if y_ptr.dtype.element_ty == tl.float64 else tl.float32
-    weights = weight_ptr + (group * C_OUT + n).to(tl.int64)[None, :] * K
-    sums = tl.zeros([BLOCK_M, BLOCK_N], ACC)
-    for start in range(0, K, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        tap, c = k // C_IN, k % C_IN
-        down, right = tap // KERNEL_W * DILATION_H, tap % KERNEL_W * DILATION_W
-        inside = (pixel < pixels)[:, None] & (k < K)[None, :]
+    end = (pixels + BLOCK_M - 1) // BLOCK_M * columns if PERSISTENT else first + 1
+    for block in tl.range(first, end, tl.num_programs(0) if PERSISTENT else 1, flatten=PERSISTENT):
+        # Neighbouring programs share pixels: x is the larger operand.
+        pixel = block // columns * BLOCK_M + tl.arange(0, BLOCK_M)
+        n = tl.cast(block % columns, tl.int32) * BLOCK_N + tl.arange(0, BLOCK_N)
+        image, out_row, out_column = place(pixel, out_height, out_width)
+        top, left = out_row * STRIDE_H - PADDING_H, out_column * STRIDE_W - PADDING_W
+        corner = image * x_batch + group * C_IN
         if SPREAD_H == 1 and SPREAD_W == 1:
-            at = corner[:, None] + (down * x_row + right * x_column + c)[None, :]
-            if PADDING_H != 0:
-                row = top[:, None] + down[None, :]
-                inside &= (row >= 0) & (row < height)
-            if PADDING_W != 0:
-                column = left[:, None] + right[None, :]
-                inside &= (column >= 0) & (column < width)
-        else:
-            row, column = top[:, None] + down[None, :], left[:, None] + right[None, :]
-            inside &= (row >= 0) & (row % SPREAD_H == 0) & (row // SPREAD_H < height)
-            inside &= (column >= 0) & (column % SPREAD_W == 0) & (column // SPREAD_W < width)
-            at = corner[:, None] + row // SPREAD_H * x_row + column // SPREAD_W * x_column + c[None, :]
-        a = tl.load(x_ptr + at, inside, 0.0)
-        b = tl.load(weights + k[:, None], (k < K)[:, None] & (n < C_OUT)[None, :], 0.0)
-        sums = tl.dot(a, b, sums, input_precision=PRECISION, out_dtype=ACC)
-    if BIAS:
-        sums += accumulator(tl.load(bias_ptr + group * C_OUT + n, n < C_OUT, 0.0))[None, :]
-    if RELU:
-        sums = tl.where(sums <= 0, 0.0, sums)  # written so that NaN stays
-    at = image * y_batch + out_row * y_row + out_column * y_column
-    at = at[:, None] + ((group * C_OUT + n) * y_channel)[None, :]
-    tl.store(y_ptr + at, sums.to(y_ptr.dtype.element_ty), (pixel < pixels)[:, None] & (n < C_OUT)[None, :])
+            corner += top * x_row + left * x_column
+        weights = weight_ptr + (group * C_OUT + n).to(tl.int64)[None, :] * K
+        sums = tl.zeros([BLOCK_M, BLOCK_N], ACC)
+        for start in range(0, K, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            tap, c = k // C_IN, k % C_IN
+            down, right = tap // KERNEL_W * DILATION_H, tap % KERNEL_W * DILATION_W
+            inside = (pixel < pixels)[:, None] & (k < K)[None, :]
+            if SPREAD_H == 1 and SPREAD_W == 1:
+                at = corner[:, None] + (down * x_row + right * x_column + c)[None, :]
+                if PADDING_H != 0:
+                    row = top[:, None] + down[None, :]
+                    inside &= (row >= 0) & (row < height)
+                if PADDING_W != 0:
+                    column = left[:, None] + right[None, :]
+                    inside &= (column >= 0) & (column < width)
+            else:
+                row, column = top[:, None] + down[None, :], left[:, None] + right[None, :]
+                inside &= (row >= 0) & (row % SPREAD_H == 0) & (row // SPREAD_H < height)
+                inside &= (column >= 0) & (column % SPREAD_W == 0) & (column // SPREAD_W < width)
+                at = corner[:, None] + row // SPREAD_H * x_row + column // SPREAD_W * x_column + c[None, :]
+            a = tl.load(x_ptr + at, inside, 0.0)
+            b = tl.load(weights + k[:, None], (k < K)[:, None] & (n < C_OUT)[None, :], 0.0)
+            sums = tl.dot(a, b, sums, input_precision=PRECISION, out_dtype=ACC)
+        if BIAS:
+            sums += accumulator(tl.load(bias_ptr + group * C_OUT + n, n < C_OUT, 0.0))[None, :]
+        if RELU:
+            sums = tl.where(sums <= 0, 0.0, sums)  # written so that NaN stays
+        at = image * y_batch + out_row * y_row + out_column * y_column
+        at = at[:, None] + ((group * C_OUT + n) * y_channel)[None, :]
+        tl.store(y_ptr + at, sums.to(y_ptr.dtype.element_ty), (pixel < pixels)[:, None] & (n < C_OUT)[None, :])
 
 
 @triton.jit
@@ -206,12 +210,10 @@ def _mask_kernel(
     sums = tl.zeros([1, BLOCK_C], tl.float64 if dy_ptr.dtype.element_ty == tl.float64 else tl.float32)
     for block in range(tl.program_id(0), tl.cdiv(pixels, BLOCK_P), tl.num_programs(0)):
         pixel, channel, inside, _ = tile_at(block, pixels, channels, HALO, BLOCK_P, BLOCK_C, WIDE)
-        image, row, column = pixel // (height * width), pixel // width % height, pixel % width
-        at = image * dy_batch + row * dy_row + column * dy_column + channel * dy_channel
-        dy = accumulator(tl.load(dy_ptr + at, inside, 0.0))
-        at = image * y_batch + row * y_row + column * y_column + channel * y_channel
-        y = accumulator(tl.load(y_ptr + at, inside, 0.0))
-        dz = tl.where(y <= 0, 0.0, dy)
+        at = place(pixel, height, width)
+        dy = tl.load(dy_ptr + offset(at, channel, (dy_batch, dy_channel, dy_row, dy_column)), inside, 0.0)
+        y = tl.load(y_ptr + offset(at, channel, (y_batch, y_channel, y_row, y_column)), inside, 0.0)
+        dz = tl.where(accumulator(y) <= 0, 0.0, accumulator(dy))
         tl.store(dz_ptr + pixel * channels + channel, dz.to(dz_ptr.dtype.element_ty), inside)
         sums += tl.sum(dz, 0, keep_dims=True)
     store_sums(sums, sums_ptr, channels, HALO, BLOCK_C)
@@ -247,6 +249,7 @@ def product(
     dilation: list[int],
     groups: int,
     relu: bool,
+    persistent: bool = False,
 ) -> None:
     """Write ``y`` = convolution of x, spread out, with weight, plus bias, through ReLU."""
     x, weight = channels_last(x), channels_last(weight)
@@ -272,12 +275,14 @@ def product(
         "RELU": relu,
         "PRECISION": precision(x.dtype),
         "WIDE": is_wide(x, y),
+        "PERSISTENT": persistent,
     }
 
     def grid(blocks: dict[str, int]) -> tuple[int, int]:
-        return triton.cdiv(pixels, blocks["BLOCK_M"]) * triton.cdiv(c_out, blocks["BLOCK_N"]), groups
+        tiles = triton.cdiv(pixels, blocks["BLOCK_M"]) * triton.cdiv(c_out, blocks["BLOCK_N"])
+        return min(tiles, triton.cdiv(configs.resident(x), groups)) if persistent else tiles, groups
 
-    blocks = configs.known("product", x, constants["PRECISION"], c_out)
+    blocks = configs.known("persistent" if persistent else "product", x, constants["PRECISION"], c_out)
     if blocks is None:
         wrap_triton(_product_tuned)[grid](*given, **constants)
     else:
@@ -413,6 +418,7 @@ def forward(
     padding: list[int],
     dilation: list[int],
     groups: int,
+    persistent: bool = False,
 ) -> Tensor:
     y = empty_result(x, weight, stride, padding, dilation)
     if y.numel() == 0:
@@ -420,7 +426,7 @@ def forward(
     if SpaceToDepth.helps(weight, stride, dilation, groups):
         rewrite = SpaceToDepth(x, weight, stride, padding, list(y.shape[2:]))
         x, weight, stride, padding = rewrite.images(x), rewrite.weights(weight), [1, 1], [0, 0]
-    product(x, weight, bias, y, stride, [1, 1], padding, dilation, groups, True)
+    product(x, weight, bias, y, stride, [1, 1], padding, dilation, groups, True, persistent)
     return y
 
 

@@ -14,15 +14,19 @@ from torch import Tensor
 
 from .._checks import pooled_size
 from .._layout import empty_images
-from .._triton import accumulator_dtype, is_wide, tile, tile_at, wrap_triton
+from .._triton import accumulator_dtype, is_wide, offset, place, tile, tile_at, wrap_triton
 from ..local_response_norm.triton_kernels import constants, lrn, lrn_backward
-from ..relu_max_pool2d.triton_kernels import PARTIAL_SUMS, store_sums, take, total, unpool, window, with_bias
+from ..relu_max_pool2d.triton_kernels import PARTIAL_SUMS, pool, store_sums, total, unpool, window, with_bias
 
 
 @triton.jit
-def activation(x, bias_ptr, channel, channels, BIAS: tl.constexpr):
-    z = with_bias(x, bias_ptr, channel, channels, BIAS)
+def relu(z):
     return tl.where(z <= 0, 0.0, z)  # written so that NaN stays
+
+
+@triton.jit
+def relu_lrn(z, LRN: tl.constexpr):
+    return lrn(relu(z), LRN[0], LRN[1], LRN[2], LRN[3], LRN[4])
 
 
 @triton.jit
@@ -63,19 +67,24 @@ def _forward_kernel(
     WIDE: tl.constexpr,
 ):
     pixel, channel, inside, own = tile_at(tl.program_id(0), pixels, channels, HALO, BLOCK_P, BLOCK_C, WIDE)
-    image, row, column = pixel // (out_height * out_width), pixel // out_width % out_height, pixel % out_width
-    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    value = tl.full([BLOCK_P, BLOCK_C], float("-inf"), ACC)
-    winner = tl.zeros([BLOCK_P, BLOCK_C], tl.int32)
-    corner = image * x_batch + row * STRIDE_H * x_row + column * STRIDE_W * x_column + channel * x_channel
-    for r in range(KERNEL_H):
-        for s in tl.range(0, KERNEL_W, loop_unroll_factor=KERNEL_W if KERNEL_W <= 3 else 1):
-            x = tl.load(x_ptr + corner + r * x_row + s * x_column, inside, 0.0)
-            v = lrn(activation(x, bias_ptr, channel, channels, BIAS), BEFORE, AFTER, MEAN, BETA, K)
-            value, winner = take(value, winner, v, r * KERNEL_W + s)
-    at = image * out_batch + row * out_row + column * out_column + channel * out_channel
-    tl.store(y_ptr + at, value.to(y_ptr.dtype.element_ty), own)
-    tl.store(winners_ptr + at, winner.to(tl.uint8), own)
+    at = place(pixel, out_height, out_width)
+    value, winner = pool(
+        x_ptr,
+        (x_batch, x_channel, x_row, x_column),
+        None,
+        bias_ptr,
+        at,
+        channel,
+        channels,
+        inside,
+        relu_lrn,
+        (BEFORE, AFTER, MEAN, BETA, K),
+        (KERNEL_H, KERNEL_W, STRIDE_H, STRIDE_W, PADDING_H, PADDING_W, DILATION_H, DILATION_W),
+        BIAS,
+    )
+    out = offset(at, channel, (out_batch, out_channel, out_row, out_column))
+    tl.store(y_ptr + out, value.to(y_ptr.dtype.element_ty), own)
+    tl.store(winners_ptr + out, winner.to(tl.uint8), own)
 
 
 @triton.jit
@@ -130,42 +139,25 @@ def _backward_kernel(
     sums = tl.zeros([1, BLOCK_C], tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32)
     for block in range(tl.program_id(0), tl.cdiv(pixels, BLOCK_P), tl.num_programs(0)):
         pixel, channel, inside, own = tile_at(block, pixels, channels, HALO, BLOCK_P, BLOCK_C, WIDE)
-        image, row, column = pixel // (height * width), pixel // width % height, pixel % width
+        at = place(pixel, height, width)
         dnorm = unpool(
             dy_ptr,
+            (dy_batch, dy_channel, dy_row, dy_column),
             winners_ptr,
-            image,
-            row,
-            column,
-            channel,
-            inside,
+            (out_batch, out_channel, out_row, out_column),
             out_height,
             out_width,
-            dy_batch,
-            dy_channel,
-            dy_row,
-            dy_column,
-            out_batch,
-            out_channel,
-            out_row,
-            out_column,
-            KERNEL_H,
-            KERNEL_W,
-            STRIDE_H,
-            STRIDE_W,
-            PADDING_H,
-            PADDING_W,
-            DILATION_H,
-            DILATION_W,
-            BLOCK_P,
-            BLOCK_C,
+            at,
+            channel,
+            inside,
+            (KERNEL_H, KERNEL_W, STRIDE_H, STRIDE_W, PADDING_H, PADDING_W, DILATION_H, DILATION_W),
         )
-        at = image * x_batch + row * x_row + column * x_column + channel * x_channel
-        active = activation(tl.load(x_ptr + at, inside, 0.0), bias_ptr, channel, channels, BIAS)
+        x = tl.load(x_ptr + offset(at, channel, (x_batch, x_channel, x_row, x_column)), inside, 0.0)
+        active = relu(with_bias(x, bias_ptr, channel, channels, BIAS))
         dx = lrn_backward(dnorm, active, inside, BEFORE, AFTER, MEAN, BETA, K)
         dx = tl.where((active <= 0) | ~own, 0.0, dx)
-        at = image * dx_batch + row * dx_row + column * dx_column + channel * dx_channel
-        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), own)
+        out = offset(at, channel, (dx_batch, dx_channel, dx_row, dx_column))
+        tl.store(dx_ptr + out, dx.to(dx_ptr.dtype.element_ty), own)
         sums += tl.sum(dx, 0, keep_dims=True)
     store_sums(sums, sums_ptr, channels, HALO, BLOCK_C)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .._checks import pooled_size
 from .._layout import empty_images
-from .._triton import accumulator, accumulator_dtype, is_wide, tile, tile_at, wrap_triton
+from .._triton import accumulator, accumulator_dtype, is_wide, offset, place, tile, tile_at, wrap_triton
 
 PARTIAL_SUMS = 1024
 """Programs that share a bias gradient. It hangs on nothing but the shape, so that the sum's order does not either."""
@@ -45,54 +45,88 @@ def with_bias(x, bias_ptr, channel, channels, BIAS: tl.constexpr):
 
 
 @triton.jit
-def unpool(
-    dy_ptr,
-    winners_ptr,
-    image,
-    row,
-    column,
+def pool(
+    x_ptr,
+    strides,
+    sides,
+    bias_ptr,
+    at,
     channel,
+    channels,
     inside,
-    out_height,
-    out_width,
-    dy_batch,
-    dy_channel,
-    dy_row,
-    dy_column,
-    out_batch,
-    out_channel,
-    out_row,
-    out_column,
-    KERNEL_H: tl.constexpr,
-    KERNEL_W: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PADDING_H: tl.constexpr,
-    PADDING_W: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    normalize: tl.constexpr,
+    LRN: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BIAS: tl.constexpr,
+):
+    """(values, winners) of a tile of windows ``at`` their (image, row, column) of the output.
+
+    What is pooled is ``normalize(x + bias, LRN)``; None: x + bias, the ReLU falling to the pooling. ``sides`` are the
+    input's (height, width), None where every window lies within them.
+    """
+    KERNEL_H: tl.constexpr = WINDOW[0]
+    KERNEL_W: tl.constexpr = WINDOW[1]
+    DILATION_H: tl.constexpr = WINDOW[6]
+    DILATION_W: tl.constexpr = WINDOW[7]
+    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    value = tl.full(inside.shape, 0.0 if normalize is None else float("-inf"), ACC)
+    winner = tl.full(inside.shape, 255 if normalize is None else 0, tl.int32)
+    image, row, column = at
+    top, left = row * WINDOW[2] - WINDOW[4], column * WINDOW[3] - WINDOW[5]
+    corner = x_ptr + offset((image, top, left), channel, strides)
+    for r in tl.range(0, KERNEL_H, loop_unroll_factor=KERNEL_H if KERNEL_H <= 3 and normalize is None else 1):
+        for s in tl.range(0, KERNEL_W, loop_unroll_factor=KERNEL_W if KERNEL_W <= 3 else 1):
+            down, right = r * DILATION_H, s * DILATION_W
+            here = inside
+            if sides is not None:
+                here &= (top + down >= 0) & (top + down < sides[0]) & (left + right >= 0) & (left + right < sides[1])
+            x = tl.load(corner + down * strides[2] + right * strides[3], here, 0.0)
+            v = with_bias(x, bias_ptr, channel, channels, BIAS)
+            if normalize is not None:
+                v = normalize(v, LRN)
+            value, winner = take(value, winner, v, r * KERNEL_W + s)
+    if normalize is None:
+        first = corner
+        if sides is not None:
+            down = tl.maximum(tl.cdiv(-top, DILATION_H), 0) * DILATION_H
+            right = tl.maximum(tl.cdiv(-left, DILATION_W), 0) * DILATION_W
+            inside &= (top + down < sides[0]) & (left + right < sides[1])
+            first += down * strides[2] + right * strides[3]
+        x = tl.load(first, inside, 0.0)
+        value = floored(value, winner, with_bias(x, bias_ptr, channel, channels, BIAS))
+    return value, winner
+
+
+@triton.jit
+def unpool(
+    dy_ptr, dy_strides, winners_ptr, winner_strides, out_height, out_width, at, channel, inside, WINDOW: tl.constexpr
 ):
     """The gradient of a tile of input pixels: dy of the windows that each of them won, in ascending order."""
-    ACC: tl.constexpr = tl.float64 if dy_ptr.dtype.element_ty == tl.float64 else tl.float32
-    total = tl.zeros([BLOCK_P, BLOCK_C], ACC)
+    KERNEL_H: tl.constexpr = WINDOW[0]
+    KERNEL_W: tl.constexpr = WINDOW[1]
+    STRIDE_H: tl.constexpr = WINDOW[2]
+    STRIDE_W: tl.constexpr = WINDOW[3]
+    DILATION_H: tl.constexpr = WINDOW[6]
+    DILATION_W: tl.constexpr = WINDOW[7]
+    total = tl.zeros(inside.shape, tl.float64 if dy_ptr.dtype.element_ty == tl.float64 else tl.float32)
     REACH_H: tl.constexpr = (KERNEL_H - 1) * DILATION_H // STRIDE_H
     REACH_W: tl.constexpr = (KERNEL_W - 1) * DILATION_W // STRIDE_W
+    image, row, column = at
+    row += WINDOW[4]
+    column += WINDOW[5]
     for i in tl.range(0, REACH_H + 1, loop_unroll_factor=REACH_H + 1 if REACH_H < 3 else 1):
-        oh = (row + PADDING_H) // STRIDE_H - REACH_H + i
-        down = row + PADDING_H - oh * STRIDE_H
+        oh = row // STRIDE_H - REACH_H + i
+        down = row - oh * STRIDE_H
         for j in tl.range(0, REACH_W + 1, loop_unroll_factor=REACH_W + 1 if REACH_W < 3 else 1):
-            ow = (column + PADDING_W) // STRIDE_W - REACH_W + j
-            right = column + PADDING_W - ow * STRIDE_W
-            reaches = (oh >= 0) & (oh < out_height) & (ow >= 0) & (ow < out_width)
+            ow = column // STRIDE_W - REACH_W + j
+            right = column - ow * STRIDE_W
+            reaches = inside & (oh >= 0) & (oh < out_height) & (ow >= 0) & (ow < out_width)
             reaches &= (down <= (KERNEL_H - 1) * DILATION_H) & (right <= (KERNEL_W - 1) * DILATION_W)
             reaches &= (down % DILATION_H == 0) & (right % DILATION_W == 0)
-            at = image * out_batch + oh * out_row + ow * out_column + channel * out_channel
-            winner = tl.load(winners_ptr + at, inside & reaches, 255).to(tl.int32)
-            at = image * dy_batch + oh * dy_row + ow * dy_column + channel * dy_channel
+            there = (image, oh, ow)
+            winner = tl.load(winners_ptr + offset(there, channel, winner_strides), reaches, 255).to(tl.int32)
             # Loaded whether it won or not: a mask that hangs on data would break up the 16-byte loads.
-            dy = accumulator(tl.load(dy_ptr + at, inside & reaches, 0.0))
+            dy = accumulator(tl.load(dy_ptr + offset(there, channel, dy_strides), reaches, 0.0))
             total += tl.where(winner == down // DILATION_H * KERNEL_W + right // DILATION_W, dy, 0.0)
     return total
 
@@ -116,6 +150,7 @@ def _forward_kernel(
     out_channel,
     out_row,
     out_column,
+    WITHIN: tl.constexpr,
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
     STRIDE_H: tl.constexpr,
@@ -130,27 +165,24 @@ def _forward_kernel(
     WIDE: tl.constexpr,
 ):
     pixel, channel, _, own = tile_at(tl.program_id(0), pixels, channels, HALO, BLOCK_P, BLOCK_C, WIDE)
-    image, row, column = pixel // (out_height * out_width), pixel // out_width % out_height, pixel % out_width
-    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    value = tl.zeros([BLOCK_P, BLOCK_C], ACC)
-    winner = tl.full([BLOCK_P, BLOCK_C], 255, tl.int32)
-    top, left = row * STRIDE_H - PADDING_H, column * STRIDE_W - PADDING_W
-    for r in tl.range(0, KERNEL_H, loop_unroll_factor=KERNEL_H if KERNEL_H <= 3 else 1):
-        ih = top + r * DILATION_H
-        for s in tl.range(0, KERNEL_W, loop_unroll_factor=KERNEL_W if KERNEL_W <= 3 else 1):
-            iw = left + s * DILATION_W
-            inside = own & (ih >= 0) & (ih < height) & (iw >= 0) & (iw < width)
-            at = image * x_batch + ih * x_row + iw * x_column + channel * x_channel
-            v = accumulator(tl.load(x_ptr + at, inside, 0.0))
-            value, winner = take(value, winner, v, r * KERNEL_W + s)
-    ih = top + tl.maximum(tl.cdiv(-top, DILATION_H), 0) * DILATION_H
-    iw = left + tl.maximum(tl.cdiv(-left, DILATION_W), 0) * DILATION_W
-    at = image * x_batch + ih * x_row + iw * x_column + channel * x_channel
-    first = accumulator(tl.load(x_ptr + at, own & (ih < height) & (iw < width), 0.0))
-    value = floored(value, winner, first)
-    at = image * out_batch + row * out_row + column * out_column + channel * out_channel
-    tl.store(y_ptr + at, value.to(y_ptr.dtype.element_ty), own)
-    tl.store(winners_ptr + at, winner.to(tl.uint8), own)
+    at = place(pixel, out_height, out_width)
+    value, winner = pool(
+        x_ptr,
+        (x_batch, x_channel, x_row, x_column),
+        None if WITHIN else (height, width),
+        x_ptr,
+        at,
+        channel,
+        channels,
+        own,
+        None,
+        None,
+        (KERNEL_H, KERNEL_W, STRIDE_H, STRIDE_W, PADDING_H, PADDING_W, DILATION_H, DILATION_W),
+        False,
+    )
+    out = offset(at, channel, (out_batch, out_channel, out_row, out_column))
+    tl.store(y_ptr + out, value.to(y_ptr.dtype.element_ty), own)
+    tl.store(winners_ptr + out, winner.to(tl.uint8), own)
 
 
 @triton.jit
@@ -194,38 +226,21 @@ def _backward_kernel(
     sums = tl.zeros([1, BLOCK_C], tl.float64 if dy_ptr.dtype.element_ty == tl.float64 else tl.float32)
     for block in range(tl.program_id(0), tl.cdiv(pixels, BLOCK_P), tl.num_programs(0)):
         pixel, channel, _, own = tile_at(block, pixels, channels, HALO, BLOCK_P, BLOCK_C, WIDE)
-        image, row, column = pixel // (height * width), pixel // width % height, pixel % width
+        at = place(pixel, height, width)
         dx = unpool(
             dy_ptr,
+            (dy_batch, dy_channel, dy_row, dy_column),
             winners_ptr,
-            image,
-            row,
-            column,
-            channel,
-            own,
+            (out_batch, out_channel, out_row, out_column),
             out_height,
             out_width,
-            dy_batch,
-            dy_channel,
-            dy_row,
-            dy_column,
-            out_batch,
-            out_channel,
-            out_row,
-            out_column,
-            KERNEL_H,
-            KERNEL_W,
-            STRIDE_H,
-            STRIDE_W,
-            PADDING_H,
-            PADDING_W,
-            DILATION_H,
-            DILATION_W,
-            BLOCK_P,
-            BLOCK_C,
+            at,
+            channel,
+            own,
+            (KERNEL_H, KERNEL_W, STRIDE_H, STRIDE_W, PADDING_H, PADDING_W, DILATION_H, DILATION_W),
         )
-        at = image * x_batch + row * x_row + column * x_column + channel * x_channel
-        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), own)
+        out = offset(at, channel, (x_batch, x_channel, x_row, x_column))
+        tl.store(dx_ptr + out, dx.to(dx_ptr.dtype.element_ty), own)
         if SUMS:
             sums += tl.sum(dx, 0, keep_dims=True)
     if SUMS:
@@ -261,6 +276,10 @@ def forward(
         return y, winners
     blocks, channel_blocks = tile(channels, y.stride(1), None, x.dtype)
     pixels = batch * out_height * out_width
+    within = all(
+        padding[i] == 0 and (y.shape[2 + i] - 1) * stride[i] + (kernel_size[i] - 1) * dilation[i] < x.shape[2 + i]
+        for i in (0, 1)
+    )
     wrap_triton(_forward_kernel)[(triton.cdiv(pixels, blocks["BLOCK_P"]), channel_blocks)](
         x,
         y,
@@ -273,6 +292,7 @@ def forward(
         out_width,
         *x.stride(),
         *y.stride(),
+        WITHIN=within,
         **window(kernel_size, stride, padding, dilation),
         **blocks,
         WIDE=is_wide(x, y),

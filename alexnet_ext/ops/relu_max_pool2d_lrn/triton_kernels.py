@@ -13,11 +13,11 @@ from torch import Tensor
 
 from .._checks import pooled_size
 from .._layout import empty_images
-from .._triton import accumulator_dtype, is_wide, tile, tile_at, wrap_triton
+from .._triton import accumulator_dtype, is_wide, offset, place, tile, tile_at, wrap_triton
 from ..local_response_norm.triton_kernels import backward as normalization_backward
 from ..local_response_norm.triton_kernels import constants, lrn
-from ..relu_max_pool2d.triton_kernels import floored, take, window, with_bias
 from ..relu_max_pool2d.triton_kernels import gradient as pooling_gradient
+from ..relu_max_pool2d.triton_kernels import pool, window
 
 
 @triton.jit
@@ -59,23 +59,26 @@ def _forward_kernel(
     WIDE: tl.constexpr,
 ):
     pixel, channel, inside, own = tile_at(tl.program_id(0), pixels, channels, HALO, BLOCK_P, BLOCK_C, WIDE)
-    image, row, column = pixel // (out_height * out_width), pixel // out_width % out_height, pixel % out_width
-    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    value = tl.zeros([BLOCK_P, BLOCK_C], ACC)
-    winner = tl.full([BLOCK_P, BLOCK_C], 255, tl.int32)
-    corner = image * x_batch + row * STRIDE_H * x_row + column * STRIDE_W * x_column + channel * x_channel
-    for r in tl.range(0, KERNEL_H, loop_unroll_factor=KERNEL_H if KERNEL_H <= 3 else 1):
-        for s in tl.range(0, KERNEL_W, loop_unroll_factor=KERNEL_W if KERNEL_W <= 3 else 1):
-            x = tl.load(x_ptr + corner + r * x_row + s * x_column, inside, 0.0)
-            z = with_bias(x, bias_ptr, channel, channels, BIAS)
-            value, winner = take(value, winner, z, r * KERNEL_W + s)
-    first = with_bias(tl.load(x_ptr + corner, inside, 0.0), bias_ptr, channel, channels, BIAS)
-    value = floored(value, winner, first)
+    at = place(pixel, out_height, out_width)
+    value, winner = pool(
+        x_ptr,
+        (x_batch, x_channel, x_row, x_column),
+        None,
+        bias_ptr,
+        at,
+        channel,
+        channels,
+        inside,
+        None,
+        None,
+        (KERNEL_H, KERNEL_W, STRIDE_H, STRIDE_W, PADDING_H, PADDING_W, DILATION_H, DILATION_W),
+        BIAS,
+    )
     y = lrn(value, BEFORE, AFTER, MEAN, BETA, K)
-    at = image * out_batch + row * out_row + column * out_column + channel * out_channel
-    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), own)
-    tl.store(pooled_ptr + at, value.to(pooled_ptr.dtype.element_ty), own)
-    tl.store(winners_ptr + at, winner.to(tl.uint8), own)
+    out = offset(at, channel, (out_batch, out_channel, out_row, out_column))
+    tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), own)
+    tl.store(pooled_ptr + out, value.to(pooled_ptr.dtype.element_ty), own)
+    tl.store(winners_ptr + out, winner.to(tl.uint8), own)
 
 
 def forward(

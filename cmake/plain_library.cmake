@@ -1,0 +1,51 @@
+# The kernels for C++: one static library with the launchers of the CPU and, where nvcc is found, of CUDA; their
+# headers; find_package(alexnet_ext). Static, so that a program takes only the kernels that it calls.
+#   -DCMAKE_CUDA_ARCHITECTURES=90             which GPUs (default: 80 and 90, with PTX for newer ones)
+#   -DCMAKE_CUDA_COMPILER=NOTFOUND            no CUDA, even with an nvcc
+include(CheckLanguage)
+include(CMakePackageConfigHelpers)
+include(GNUInstallDirs)
+
+if(NOT CMAKE_CUDA_ARCHITECTURES)
+  set(CMAKE_CUDA_ARCHITECTURES 80-real 90)
+endif()
+check_language(CUDA)
+if(CMAKE_CUDA_COMPILER)
+  enable_language(CUDA)
+  find_package(CUDAToolkit REQUIRED)
+  set(DEPENDENCIES "include(CMakeFindDependencyMacro)\nfind_dependency(CUDAToolkit)\n")
+else()
+  message(STATUS "The CUDA kernels are left out: no nvcc was found (looked on PATH, in CUDACXX)")
+endif()
+
+add_library(alexnet_ext STATIC ${CPU_OBJECTS})
+target_compile_features(alexnet_ext PUBLIC cxx_std_17)
+target_include_directories(alexnet_ext INTERFACE $<INSTALL_INTERFACE:${CMAKE_INSTALL_INCLUDEDIR}>)
+if("avx2" IN_LIST ISAS)
+  target_compile_definitions(alexnet_ext PUBLIC ALEXNET_X86)
+endif()
+if(CMAKE_CUDA_COMPILER)
+  target_sources(alexnet_ext PRIVATE ${CUDA_KERNELS})
+  target_compile_definitions(alexnet_ext INTERFACE ALEXNET_CUDA)
+  target_link_libraries(alexnet_ext PUBLIC CUDA::cudart_static)
+endif()
+
+# Public is the header that has an op's name, which declares its launchers, and of common/ what those include.
+set(HEADERS common/channel_sums.h common/isa.h common/types.h)
+file(GLOB OPS CONFIGURE_DEPENDS RELATIVE ${CMAKE_SOURCE_DIR}/csrc csrc/*/*_cpu.cpp)
+list(TRANSFORM OPS REPLACE "_cpu\\.cpp$" ".h")
+foreach(header IN LISTS HEADERS OPS)
+  get_filename_component(folder ${header} DIRECTORY)
+  install(FILES csrc/${header} DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}/alexnet_ext/${folder})
+endforeach()
+
+file(STRINGS alexnet_ext/_version.py VERSION REGEX "^__version__")
+string(REGEX REPLACE ".*\"(.*)\"" "\\1" VERSION "${VERSION}")
+set(PACKAGE ${CMAKE_INSTALL_LIBDIR}/cmake/alexnet_ext)
+install(TARGETS alexnet_ext EXPORT alexnet_ext)
+install(EXPORT alexnet_ext NAMESPACE alexnet_ext:: FILE alexnet_ext-targets.cmake DESTINATION ${PACKAGE})
+write_basic_package_version_file(alexnet_ext-config-version.cmake VERSION ${VERSION} COMPATIBILITY SameMinorVersion)
+file(CONFIGURE OUTPUT alexnet_ext-config.cmake
+  CONTENT "@DEPENDENCIES@include(\"\${CMAKE_CURRENT_LIST_DIR}/alexnet_ext-targets.cmake\")\n" @ONLY)
+install(FILES ${CMAKE_BINARY_DIR}/alexnet_ext-config.cmake ${CMAKE_BINARY_DIR}/alexnet_ext-config-version.cmake
+  DESTINATION ${PACKAGE})
