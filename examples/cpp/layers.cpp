@@ -198,7 +198,8 @@ bool agrees(const char* name, const Floats& y, const std::vector<double>& expect
   double worst = 0;
   for (size_t i = 0; i < y.size(); ++i) {
     const double error = std::abs(y[i] - expected[i]) / (1 + std::abs(expected[i]));
-    if (!(error <= worst)) worst = error;
+    if (error > worst || error != error) worst = error;
+    if (worst != worst) break;
   }
   const bool right = y.size() == expected.size() && worst < 1e-5;
   std::printf("%-20s error %.1e, %6.1f GB/s%s\n", name, worst, bytes / seconds / 1e9, right ? "" : ": WRONG");
