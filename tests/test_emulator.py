@@ -40,6 +40,7 @@ LRN_CASES = (
     *(lrn((1, 8, 1, pixels)) for pixels in (29, 30, 31, 61)),
     *(lrn((2, 24, 3, 5), size=size) for size in (1, 2, 3, 4, 7, 15)),
     *(lrn((2, 16, 3, 5), beta=beta) for beta in (0.0, 0.5, 1.0, 0.3)),
+    *(lrn((2, channels, 2, 3), size) for channels, size in ((65, 4), (130, 9), (150, 100), (70, 300))),
     *(lrn(shape) for shape in ((0, 3, 2, 2), (2, 0, 2, 2), (2, 264, 2, 2), (3, 16, 17, 11))),
 )
 POOL_CASES = (

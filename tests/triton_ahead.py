@@ -187,8 +187,8 @@ def full() -> Iterator[Work]:
     others = (torch.float32, torch.float64)
     for layout, memory_format in (("channels_last", torch.channels_last), ("contiguous", torch.contiguous_format)):
         for capability in ARCHITECTURES if layout == "channels_last" else (90,):
-            for dtype in (torch.bfloat16, *others):
-                for name, run in memory_bound(dtype, memory_format):
+            for dtype, channels in ((torch.bfloat16, 96), *((other, 96) for other in others), (torch.float64, 256)):
+                for name, run in memory_bound(dtype, memory_format, channels):
                     yield name, dtype, layout, capability, run
     for capability in ARCHITECTURES:
         for layer in range(len(LAYERS)):

@@ -102,8 +102,9 @@ int local_response_norm_backward_cuda(const LocalResponseNorm& p, const void* dy
       }
     }
     const Pixels work = pixels_of(p);
-    status =
-        launch(local_response_norm_backward_kernel<T>, blocks_for(work.n), 0, stream, lrn, work, gradient, in, out);
+    const Patches tiles(p, work.channels_first ? 16 : 64);
+    status = launch(local_response_norm_backward_kernel<T>, tiles.count < kMaxBlocks ? tiles.count : kMaxBlocks,
+                    2 * kBlockThreads * sizeof(Acc<T>), stream, lrn, work, tiles, gradient, in, out);
   });
   return status;
 }
