@@ -214,6 +214,7 @@ TENSORS = cases.make(EXAMPLES[0])
         ({"mean": 0.5}, TypeError, "mean must be three numbers, got 0.5"),
         ({"std": (1, "a", 1)}, TypeError, r"std must be three numbers, got \(1, 'a', 1\)"),
         ({"std": (1, 0, 1)}, RuntimeError, r"std must be greater than zero, got \[1.0, 0.0, 1.0\]"),
+        ({"std": (math.nan, 0, 1)}, RuntimeError, r"std must be greater than zero, got \[nan, 0.0, 1.0\]"),
         ({"dtype": torch.int32}, RuntimeError, r"dtype must be of .*, got torch\.int32"),
         ({"space_to_depth": 2}, RuntimeError, "space_to_depth must be 1 or 4, got 2"),
         ({"backend": "cuda"}, ValueError, "backend must be one of auto, native, triton, stock, got 'cuda'"),

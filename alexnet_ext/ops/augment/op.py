@@ -93,7 +93,7 @@ def augment(
     if space_to_depth not in (1, 4):
         raise RuntimeError(f"space_to_depth must be 1 or 4, got {space_to_depth!r}")
     mean, std = _colours("mean", mean), _colours("std", std)
-    if min(std) <= 0:
+    if not all(value > 0 for value in std):  # nor NaN
         raise RuntimeError(f"std must be greater than zero, got {std}")
     op = operator("augment", backend, images, dtype=dtype) or reference.augment
     return op(images, offsets.long(), flips, shifts, size, mean, std, dtype, space_to_depth)
