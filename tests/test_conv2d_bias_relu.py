@@ -119,13 +119,14 @@ WINOGRAD = (
 @pytest.mark.parametrize("weight_layout", ["contiguous", "channels_last", "transposed"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("case", cases.params(WINOGRAD))
-def test_many_tiles(case: Case, layout: str, weight_layout: str) -> None:
+def test_many_tiles(case: Case, layout: str, weight_layout: str, request: pytest.FixtureRequest) -> None:
     tensors = cases.make(case, torch.float32, layout)
     tensors["weight"] = cases.lay_out(tensors["weight"].detach(), weight_layout).requires_grad_()
     y = oracle.assert_matches_float64(case, tensors)
     expected = cases.stock(case, tensors)
     assert y.stride() == expected.stride()
-    assert not torch.equal(y, expected)  # another way to the same sums
+    if not request.config.getoption("--emulated"):  # the CPU's kernels: another way to the same sums
+        assert not torch.equal(y, expected)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -145,7 +146,7 @@ def test_many_tiles_are_convolved_where_a_value_is_not_finite(name: str, value: 
     results = []
     for run in (cases.fused, cases.stock):
         y = run(WINOGRAD[0], tensors)
-        results.append((y, *torch.autograd.grad(y, list(tensors.values()), dy)))
+        results.append((y, *torch.autograd.grad(y, (tensors["x"], tensors["weight"]), dy)))
     for ours, theirs in zip(*results, strict=True):
         largest = theirs.nan_to_num(0, 0, 0).abs().max().item()
         torch.testing.assert_close(ours, theirs, equal_nan=True, rtol=0, atol=1e-5 * largest)
