@@ -169,7 +169,7 @@ FAULTS = (
     Fault("CUDA: chunks of channels without their ends", CUDA_LRN, "c = first - kHalf;", "c = first;",
           f"{EMULATOR} -k 'values and local_response_norm and float32 and contiguous'"),
     Fault("CUDA: NaN skipped", "csrc/relu_max_pool2d/relu_max_pool2d_window.cuh", "|| v[i] != v[i]", "",
-          f"{EMULATOR} -k 'to_the_bit and float32'"),
+          f"{EMULATOR} -k 'to_the_bit and float32 and not augment'"),
     Fault("CUDA: one plane's bias added to the next", "csrc/conv2d_bias_relu/conv2d_bias_relu_kernels.cuh",
           "j < left ? own : next", "own", f"{EMULATOR} -k 'conv2d_bias_relu and float32'"),
     Fault("CUDA: what of 16 bytes lies in the next row is left out", CUDA_AUGMENT, "done += left;", "done += V;",
@@ -177,7 +177,7 @@ FAULTS = (
     Fault("CUDA: an offset out of range is followed", CUDA_AUGMENT, "offset > most ? most", "offset > most ? offset",
           f"{EMULATOR} -k 'augment and inside'"),
     Fault("CUDA: reciprocal rounded down", "csrc/common/images.cuh", "static_cast<uint64_t>(divisor) + 1",
-          "static_cast<uint64_t>(divisor)", f"{EMULATOR} -k 'to_the_bit and float32'"),
+          "static_cast<uint64_t>(divisor)", f"{EMULATOR} -k 'to_the_bit and float32 and not augment'"),
 )  # fmt: skip
 
 
