@@ -27,6 +27,7 @@ LARGE = (
     *(lrn((4, 24, 33, 31)), pool((4, 24, 33, 31)), conv((4, 8, 33, 31), 16, (3, 3), groups=2)),
     *(block(op, (4, 24, 33, 31)) for op in cases.BLOCKS),
 )
+WINOGRAD = conv((2, 96, 28, 28), 96, (3, 3), padding=1)
 
 
 def forward_backward(case: Case, tensors: cases.Tensors, dy: Tensor | None = None) -> list[Tensor]:
@@ -183,6 +184,28 @@ def test_nothing_is_kept_alive(case: Case) -> None:
     watched = [weakref.ref(y), *(weakref.ref(t) for t in tensors.values() if t is not None)]
     del y, tensors  # no cycle holds them, so they go at once
     assert all(reference() is None for reference in watched)
+
+
+def bytes_left(run: Callable[[], object]) -> int:
+    """What PyTorch's allocator gives while this runs, less what comes back: workspaces of kernels are in it too."""
+    run()  # what is made once, at the first call
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = profiler.profiler.kineto_results.events()
+    return sum(event.nbytes() for event in events if event.name() == "[memory]")
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@each_dtype
+@pytest.mark.parametrize("case", cases.params((*cases.EXAMPLES, *LARGE, WINOGRAD)))
+def test_all_memory_is_given_back(case: Case, dtype: torch.dtype, layout: str) -> None:
+    tensors = cases.make(case, dtype, layout)
+    assert bytes_left(lambda: forward_backward(case, tensors)) == 0
+
+
+def test_memory_that_is_kept_is_seen() -> None:
+    kept = []
+    assert bytes_left(lambda: kept.append(torch.empty(1000))) == 4000
 
 
 @pytest.mark.parametrize("case", cases.params(c for c in cases.EXAMPLES if c.op != "relu_max_pool2d"))

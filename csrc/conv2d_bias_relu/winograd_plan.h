@@ -138,6 +138,7 @@ class WinogradConvolution {
     using torch::stable::detail::from;
     std::array<StableIValue, 3> stack{from(a), from(b), from(product)};
     STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::bmm", "out", stack.data(), TORCH_ABI_VERSION));
+    torch::stable::detail::to<Tensor>(stack[0]);  // the result is a reference of its own to `product`: given back here
   }
 
   // f(instruction set, begin, end) over the units.
