@@ -147,7 +147,7 @@ CASES = (
         lambda x: F.max_pool2d(F.relu(x), 3, 2),
         terms=4,
     ),
-    _convolution("one tower", 1, batch=8),  # so many tiles that fp32 on the CPU takes Winograd's way
+    _convolution("one tower", 1, batch=8),  # so many tiles that fp32 on a CPU without AVX-512 takes Winograd's way
     _convolution("two towers", 2, batch=1),
     _Case(
         "linear_bias_relu",

@@ -205,6 +205,12 @@ EXAMPLES = (
     *(block(op, (2, 6, 7, 9), lrn_size=4, bias=bias) for op in BLOCKS for bias in (True, False)),
 )
 
+# Large enough for Winograd's way on a CPU without AVX-512, in two parts: two images of 12 x 13 tiles, then one.
+WINOGRAD = (
+    conv((3, 96, 24, 25), 112, (3, 3), padding=1),
+    conv((3, 192, 25, 21), 224, (3, 3), padding=(0, 2), groups=2, bias=False),
+)
+
 AUGMENT_EXAMPLES = (augment((5, 12, 14, 3), 9), augment((5, 12, 14, 3), 9, 4))
 
 # AlexNet's layers at batch 1: the benchmarks put their batch in front.

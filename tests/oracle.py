@@ -115,6 +115,7 @@ def assert_accurate(
 ) -> None:
     """At most twice stock's error plus one ulp, and never above the cap of the tolerance table.
 
+    Three ulps are granted in any case: how near stock's sums come hangs on the order that this CPU's oneDNN adds in.
     The cap is relative to the largest exact value times sqrt(terms), or to the largest sum of the terms' absolute
     values (``magnitude``) where that is more.
     """
@@ -130,7 +131,8 @@ def assert_accurate(
     cap = cases.TOLERANCE[ours.dtype] * eps * scale + torch.finfo(ours.dtype).smallest_normal
     assert error <= cap, f"{name}: error {error:.3g} of {largest:.3g} in {ours.dtype}, at most {cap:.3g}"
     if stock is not None and ours.dtype != torch.float64 and exact.unique().numel() >= ENOUGH:
-        reach = 2 * _largest_error(stock.detach().cpu(), exact) + eps * largest
+        ulp = eps * largest
+        reach = 2 * max(_largest_error(stock.detach().cpu(), exact), ulp) + ulp
         assert error <= reach, f"{name}: error {error:.3g}, twice stock's and an ulp is {reach:.3g}"
 
 

@@ -18,7 +18,7 @@ def main() -> None:
     larger = [case for op in cases.OPS for case in cases.CASES[op] if case.shapes["x"][-1] >= 15]
     crops = [case for case in cases.AUGMENT_CASES if case.constants["size"] >= 15]
     count = 0
-    for case in (*cases.EXAMPLES, *larger, *crops):
+    for case in (*cases.EXAMPLES, *larger, *crops, *cases.WINOGRAD):
         backend = "auto" if case.constants.get("kernel_size") == (16, 15) else "native"
         for dtype in cases.DTYPES:
             for layout in ("contiguous", "channels_last", "sliced", "offset"):

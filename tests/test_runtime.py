@@ -27,7 +27,6 @@ LARGE = (
     *(lrn((4, 24, 33, 31)), pool((4, 24, 33, 31)), conv((4, 8, 33, 31), 16, (3, 3), groups=2)),
     *(block(op, (4, 24, 33, 31)) for op in cases.BLOCKS),
 )
-WINOGRAD = conv((2, 96, 28, 28), 96, (3, 3), padding=1)
 
 
 def forward_backward(case: Case, tensors: cases.Tensors, dy: Tensor | None = None) -> list[Tensor]:
@@ -197,7 +196,7 @@ def bytes_left(run: Callable[[], object]) -> int:
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @each_dtype
-@pytest.mark.parametrize("case", cases.params((*cases.EXAMPLES, *LARGE, WINOGRAD)))
+@pytest.mark.parametrize("case", cases.params((*cases.EXAMPLES, *LARGE, *cases.WINOGRAD)))
 def test_all_memory_is_given_back(case: Case, dtype: torch.dtype, layout: str) -> None:
     tensors = cases.make(case, dtype, layout)
     assert bytes_left(lambda: forward_backward(case, tensors)) == 0

@@ -28,10 +28,10 @@ def conv2d_bias_relu(
 ) -> Tensor:
     """``max(0, conv2d(x, weight) + bias)``. Equals ``F.relu(F.conv2d(x, weight, bias, ...))``, NaN kept.
 
-    On the CPU an fp32 layer of 3 x 3 taps at stride 1, at least 96 channels a group in and out and 384 tiles of 2 x 2
-    results is computed by Winograd's F(2 x 2, 3 x 3) (Lavin and Gray, 2015), gradients too, and everything else by
-    PyTorch's convolution; so is such a layer again where one of its results is not finite. Winograd's error is relative
-    to the values of a tile and its neighbours, not to each result.
+    On a CPU without AVX-512 an fp32 layer of 3 x 3 taps at stride 1, at least 96 channels a group in and out and 384
+    tiles of 2 x 2 results is computed by Winograd's F(2 x 2, 3 x 3) (Lavin and Gray, 2015), gradients too, and
+    everything else by PyTorch's convolution; so is such a layer again where one of its results is not finite.
+    Winograd's error is relative to the values of a tile and its neighbours, not to each result.
 
     Args:
         x: (N, C_in, H, W) or (C_in, H, W), fp64, fp32, bf16 or fp16.
