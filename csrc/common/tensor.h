@@ -14,6 +14,11 @@
 #include "huge_pages.h"
 #include "types.h"
 
+// From 2.13 on PyTorch hands over the message of what failed behind the C boundary, earlier ones only say where it was.
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace alexnet_ext {
 
 using torch::headeronly::ScalarType;
