@@ -18,12 +18,15 @@ def main() -> None:
     larger = [case for op in cases.OPS for case in cases.CASES[op] if case.shapes["x"][-1] >= 15]
     crops = [case for case in cases.AUGMENT_CASES if case.constants["size"] >= 15]
     count = 0
-    for case in (*cases.EXAMPLES, *larger, *crops, *cases.WINOGRAD):
+    for case in (*cases.EXAMPLES, *larger, *crops):
         backend = "auto" if case.constants.get("kernel_size") == (16, 15) else "native"
         for dtype in cases.DTYPES:
             for layout in ("contiguous", "channels_last", "sliced", "offset"):
                 oracle.assert_matches_float64(cases.in_dtype(case, dtype), cases.make(case, dtype, layout), backend)
                 count += 1
+    for case in cases.WINOGRAD:
+        oracle.assert_matches_float64(case, cases.make(case), "native")
+        count += 1
     print(f"{count} calls right on {torch.ops.alexnet_ext.cpu_capability()} with torch {torch.__version__}")
 
 
