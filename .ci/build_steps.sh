@@ -15,6 +15,8 @@ environments() {
   enter cuda
   pip install -qq torch==2.14.1 torchvision==0.29.1
   pip install -qq 'setuptools>=77' 'cmake>=3.26' 'ninja>=1.11' numpy
+  # CUTLASS's headers, which an isolated build has by itself, for the steps that ask for them.
+  pip install -qq --no-deps --target "$work/cutlass" 'nvidia-cutlass>=4.2,<5'
   python -c 'import torch; assert torch.version.cuda, f"{torch.__version__} is no CUDA build"'
   command -v nvcc > /dev/null || { echo "nvcc is not on PATH: the CUDA kernels cannot be compiled"; return 1; }
 }
@@ -22,7 +24,7 @@ environments() {
 # wheel ENVIRONMENT: builds one without isolation, in $work/wheels/ENVIRONMENT.
 wheel() {
   enter "$1"
-  pip wheel -qq . --no-build-isolation --no-deps --wheel-dir "$work/wheels/$1"
+  PYTHONPATH=$work/cutlass pip wheel -qq . --no-build-isolation --no-deps --wheel-dir "$work/wheels/$1"
   local file
   file=$(basename "$work/wheels/$1"/*.whl)
   case $file in
@@ -61,6 +63,8 @@ wheels_run() {
   smoke cpu cpu cpu
   smoke cuda cpu cpu
   smoke cuda cuda cpu cuda
+  (cd "$work" && alexnet info) > "$work/info"
+  grep 'cutlass *loaded' "$work/info"
   smoke cpu cuda cpu
 }
 
@@ -92,9 +96,11 @@ without_nvcc() {
   grep -q 'to mend it: put the nvcc of a CUDA toolkit on PATH, then: pip install -e . --no-build-isolation' "$work/info"
   [ ! -e alexnet_ext/libalexnet_ext_cuda.so ]
   python -I .ci/smoke.py cpu
-  echo "Now as the remedy says:"
+  echo "Now as the remedy says, and without CUTLASS's headers:"
   pip install -qq -e . --no-build-isolation --no-deps
   python -I .ci/smoke.py cpu cuda
+  alexnet info > "$work/info"
+  grep -A1 'cutlass *not loaded: .*nvidia-cutlass is not installed' "$work/info"
 }
 
 # editable [NAME=VALUE...]: an editable install with ninja's own words, one line a step, into $work/log.

@@ -22,9 +22,10 @@ emulate() {
   rm -rf "$work/emulator"
 }
 
-budget() { # registers, spills, stack, shared memory and 16-byte accesses of every kernel on every architecture
+# Registers, spills, stack, shared memory, 16-byte accesses and tensor cores of every kernel on every architecture.
+budget() {
   enter cuda
-  python tests/cuda_budget.py
+  PYTHONPATH=$work/cutlass python tests/cuda_budget.py --cutlass
 }
 
 plain_library() { # the kernels for C++: built, installed, and used by a program, with neither PyTorch nor Python
