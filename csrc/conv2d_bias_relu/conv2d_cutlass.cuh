@@ -75,7 +75,7 @@ struct Stored {
 };
 
 // The kernel of a direction (DefaultConv2dFprop, Dgrad or Wgrad) for blocks of kRows x kColumns results: four warps of
-// 64 x 64, and four steps in flight, 80 KiB, so that two blocks share a multiprocessor of 164 KiB and more.
+// 64 x 64, and four steps in flight, at most 80 KiB, so that two blocks share a multiprocessor of 164 KiB and more.
 template <template <class, class, class, class, class, class, class, class, class, class, class, class, class, class,
                     int, class, cutlass::conv::IteratorAlgorithm, StrideSupport, int, int> class Direction,
           class T, int kRows, int kColumns, class Output, StrideSupport kStride,
@@ -180,7 +180,7 @@ template <class T>
 int conv2d_weight_gradient_cutlass(const Conv2d& p, const void* dz, const void* x, void* workspace, void* dweight,
                                    void* stream) {
   using E = typename TensorCore<T>::Element;
-  using Kernel = ProductKernel<cutlass::conv::kernel::DefaultConv2dWgrad, T, kWeightRows, kWeightColumns,
+  using Kernel = ProductKernel<cutlass::conv::kernel::DefaultConv2dWgrad, T, kWeightBlock, kWeightBlock,
                                Stored<float, false>, StrideSupport::kStrided>;
   if (p.pixels() == 0)
     return cudaMemsetAsync(dweight, 0, p.filters * p.taps() * sizeof(T), static_cast<cudaStream_t>(stream));

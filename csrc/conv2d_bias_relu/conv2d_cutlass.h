@@ -31,13 +31,13 @@ inline Conv2dSlice slice_of(const Conv2d& p, int64_t group) {
   return {group * p.group_channels(), group * p.group_filters() * p.taps(), group * p.group_filters()};
 }
 
-// The weight gradient is a product of [group_filters][pixels] and [pixels][taps], of which a block computes so many
-// results. Its pixels are split, this many or more to a split, so that the blocks of a launch fill a GPU.
-constexpr int64_t kWeightRows = 64, kWeightColumns = 256, kFewestPixels = 1024, kMostBlocks = 2 * 132;
+// The weight gradient is a product of [group_filters][pixels] and [pixels][taps], of which a block computes this
+// many results a side. Its pixels are split, this many or more to a split, so that the blocks of a launch fill a GPU.
+constexpr int64_t kWeightBlock = 128, kFewestPixels = 1024, kMostBlocks = 2 * 132;
 
 // It hangs on the shape alone, so that the same input gives the same bits on every GPU.
 inline int64_t weight_gradient_splits(const Conv2d& p) {
-  const int64_t blocks = ceil_div(p.group_filters(), kWeightRows) * ceil_div(p.taps(), kWeightColumns);
+  const int64_t blocks = ceil_div(p.group_filters(), kWeightBlock) * ceil_div(p.taps(), kWeightBlock);
   const int64_t by_blocks = kMostBlocks / blocks, by_pixels = ceil_div(p.pixels(), kFewestPixels);
   const int64_t splits = by_blocks < by_pixels ? by_blocks : by_pixels;
   return splits > 1 ? splits : 1;
