@@ -2,6 +2,7 @@
 // cp.async): channels-last operands, fp32 sums, one launch a group. One direction and dtype is compiled a file.
 #pragma once
 
+#include <cutlass/conv/conv2d_problem_size.h>
 #include <cutlass/conv/device/implicit_gemm_convolution.h>
 #include <cutlass/conv/kernel/default_conv2d_dgrad.h>
 #include <cutlass/conv/kernel/default_conv2d_fprop.h>

@@ -26,23 +26,26 @@ Conv2d problem_of(const Tensor& x, const Tensor& weight, const IntList& stride, 
   check_shape(weight, "weight", {weight.size(0), x.size(1) / groups, weight.size(2), weight.size(3)});
   check(x.size(1) % groups == 0 && weight.size(0) % groups == 0, "groups must divide ", x.size(1), " and ",
         weight.size(0), " channels, got ", groups);
-  Conv2d p{.batch = x.size(0),
-           .channels = x.size(1),
-           .height = x.size(2),
-           .width = x.size(3),
-           .filters = weight.size(0),
-           .taps_h = weight.size(2),
-           .taps_w = weight.size(3),
-           .groups = groups};
   int64_t size[2];
   for (int i = 0; i < 2; ++i) {
-    p.stride[i] = stride.at(i), p.padding[i] = padding.at(i), p.dilation[i] = dilation.at(i);
-    const int64_t room = x.size(2 + i) + 2 * p.padding[i] - p.dilation[i] * (weight.size(2 + i) - 1) - 1;
-    check(p.stride[i] > 0 && room >= 0, "weight ", shape_text(weight), " does not fit into x ", shape_text(x));
-    size[i] = room / p.stride[i] + 1;
+    const int64_t room = x.size(2 + i) + 2 * padding.at(i) - dilation.at(i) * (weight.size(2 + i) - 1) - 1;
+    check(stride.at(i) > 0 && room >= 0, "weight ", shape_text(weight), " does not fit into x ", shape_text(x),
+          " at stride ", stride.at(i));
+    size[i] = room / stride[i] + 1;
   }
-  p.out_height = size[0], p.out_width = size[1];
-  return p;
+  return {x.size(0),
+          x.size(1),
+          x.size(2),
+          x.size(3),
+          weight.size(0),
+          weight.size(2),
+          weight.size(3),
+          size[0],
+          size[1],
+          {stride[0], stride[1]},
+          {padding[0], padding[1]},
+          {dilation[0], dilation[1]},
+          groups};
 }
 
 Tensor empty_channels_last(const Tensor& like, int64_t batch, int64_t channels, int64_t height, int64_t width) {
