@@ -1,4 +1,4 @@
-"""conv2d_bias_relu by whatever is fastest for the call, each direction for itself: products by Triton, cuDNN or CUTLASS.
+"""conv2d_bias_relu by what is fastest for the call, each direction for itself: products by Triton, cuDNN or CUTLASS.
 
 cuDNN runs contiguous, channels-last, or one group at a time, with our epilogue (bias and ReLU in one pass) behind it
 and our masked gradient before it. On the CPU its place is taken by PyTorch's convolution there, which is for tests.
