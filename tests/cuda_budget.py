@@ -86,7 +86,7 @@ def run(*command: str) -> str:
 
 
 def plain(mangled: list[str], source: Path) -> dict[str, str]:
-    """Names as a reader writes them: relu_max_pool2d_kernel<float, 4, 3>. CUTLASS's, of two kilobytes, is its file's."""
+    """Names as a reader writes them: relu_max_pool2d_kernel<float, 4, 3>. CUTLASS's, of 2 KB, is its file's."""
     names = run("c++filt", *mangled).splitlines()
     short = (re.sub(r"alexnet_ext::|\(anonymous namespace\)::|^void ", "", name).split("(")[0] for name in names)
     found = dict(zip(mangled, short, strict=True))
