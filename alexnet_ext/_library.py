@@ -87,6 +87,17 @@ INTERPRETED = TRITON.loaded and os.environ.get("TRITON_INTERPRET", "0") == "1"
 """Triton kernels run in its interpreter: slowly, on CPU tensors."""
 
 
+def _find_cutlass() -> Library:
+    """The convolution by CUTLASS is part of the CUDA library, where that was built with CUTLASS's headers."""
+    if not LIBRARIES[1].loaded:
+        return Library("cutlass", "cuda", False, "it is part of the CUDA library")
+    if has_kernel("conv2d_bias_relu_cutlass", "cuda"):
+        return Library("cutlass", "cuda", True)
+    record = build_record()
+    reason = record.get("cutlass_reason") or "the CUDA library was built without it"
+    return Library("cutlass", "cuda", False, reason, record.get("cutlass_remedy") or REBUILD)
+
+
 def has_triton(op: str) -> bool:
     """Whether ``op`` has Triton kernels (``ops/<op>/triton_kernels.py``) that this process can run."""
     return TRITON.loaded and importlib.util.find_spec(f"{__package__}.ops.{op}.triton_kernels") is not None
@@ -99,3 +110,6 @@ def has_kernel(op: str, device_type: str) -> bool:
         return False
     name = f"alexnet_ext::{op}"
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(name, key))
+
+
+CUTLASS = _find_cutlass()

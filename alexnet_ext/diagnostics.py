@@ -60,9 +60,9 @@ class Info:
             "Libraries",
         ]
         for library in self.libraries:
-            lines.append(f"  {library.name:6s} {'loaded' if library.loaded else f'not loaded: {library.reason}'}")
+            lines.append(f"  {library.name:7s} {'loaded' if library.loaded else f'not loaded: {library.reason}'}")
             if library.remedy:
-                lines.append(f"         to mend it: {library.remedy}")
+                lines.append(f"          to mend it: {library.remedy}")
         lines += ["", "Build record"]
         for name, value in self.build_record.items():
             text = value if isinstance(value, str) else json.dumps(value)
@@ -95,7 +95,7 @@ def info() -> Info:
         cpu_capability=torch.backends.cpu.get_cpu_capability(),
         cpu_count=os.cpu_count() or 1,
         threads=torch.get_num_threads(),
-        libraries=(*_library.LIBRARIES, _library.TRITON),
+        libraries=(*_library.LIBRARIES, _library.TRITON, _library.CUTLASS),
         build_record=_library.build_record(),
         choices=[choice(op, device) for op in _backend.OPS for device in DEVICES],
         measured_file=str(_tuning.cache_file()),

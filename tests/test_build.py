@@ -84,23 +84,25 @@ CPU_BUILD = "/no/torch;2.99.0;;"
 CUDA_BUILD = "/no/torch;2.99.0;13.0;"
 
 
-def configured(folder: Path, torch_facts: str) -> tuple[str, dict[str, str]]:
-    """Configures a copy of the tree for a torch of these facts where no nvcc is; CMake's words and the build record."""
+def configured(folder: Path, torch_facts: str, *options: str, with_nvcc: bool = False) -> tuple[str, dict[str, str]]:
+    """Configures a copy of the tree for a torch of these facts, nvcc or not; CMake's words and the build record."""
     tools = Path(sys.executable).parent
-    path = os.pathsep.join([str(tools), *(entry for entry in os.environ["PATH"].split(os.pathsep) if not nvcc(entry))])
+    entries = [entry for entry in os.environ["PATH"].split(os.pathsep) if with_nvcc or not nvcc(entry)]
+    path = os.pathsep.join([str(tools), *entries])
     version = run(["cmake", "--version"], ROOT, PATH=path) if shutil.which("cmake", path=path) else None
     found = re.search(r"version (\d+)\.(\d+)", version.stdout) if version else None
     if found is None or (int(found[1]), int(found[2])) < (3, 26) or shutil.which("ninja", path=path) is None:
         pytest.skip("cmake 3.26 or newer and ninja are not installed (pip install cmake ninja)")
     tree = folder / "tree"
-    shutil.copytree(ROOT / "csrc", tree / "csrc")
+    for name in ("cmake", "csrc"):
+        shutil.copytree(ROOT / name, tree / name)
     shutil.copy(ROOT / "CMakeLists.txt", tree)
     (tree / "csrc" / "torch_facts.py").write_text(f"print({torch_facts!r})\n")
     command = ["cmake", "-G", "Ninja", "-S", str(tree), "-B", str(folder / "build")]
-    command += [f"-DPython_EXECUTABLE={sys.executable}", f"-DALEXNET_EXT_OUTPUT={folder}"]
+    command += [f"-DPython_EXECUTABLE={sys.executable}", f"-DALEXNET_EXT_OUTPUT={folder}", *options]
     done = run(command, folder, PATH=path)
     assert done.returncode == 0, done.stderr
-    return " ".join(done.stderr.split()), json.loads((folder / "build_info.json").read_text())
+    return " ".join((done.stderr + done.stdout).split()), json.loads((folder / "build_info.json").read_text())
 
 
 def nvcc(folder: str) -> bool:
@@ -121,6 +123,37 @@ def test_for_a_cpu_build_of_torch_the_cuda_library_is_left_out_and_said_so(tmp_p
     assert record["cuda_reason"] == "PyTorch 2.99.0 is a CPU build"
     assert "install a CUDA build of torch" in record["cuda_remedy"]
     assert record["cuda_reason"] in said
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+def test_without_its_headers_cutlass_is_left_out_and_said_so(tmp_path: Path) -> None:
+    said, record = configured(tmp_path, CUDA_BUILD, "-DCUTLASS_INCLUDE=/no/headers", with_nvcc=True)
+    assert (record["cuda_reason"], record["cutlass"]) == ("", "")
+    assert "looked in /no/headers" in record["cutlass_reason"]
+    assert "pip install 'nvidia-cutlass" in record["cutlass_remedy"]
+    assert record["cutlass_reason"] in said
+    assert record["cutlass_remedy"] in said
+    assert "_cutlass" not in (tmp_path / "build" / "build.ninja").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+def test_cutlass_is_compiled_where_its_headers_are_and_for_8_0_and_newer_alone(tmp_path: Path) -> None:
+    header = tmp_path / "headers" / "cutlass" / "version.h"
+    header.parent.mkdir(parents=True)
+    header.write_text("#define CUTLASS_MAJOR 4\n#define CUTLASS_MINOR 3\n#define CUTLASS_PATCH 1 \n")
+    facts = CUDA_BUILD.removesuffix(";") + ";7.5,9.0+PTX"
+    _, record = configured(tmp_path, facts, f"-DCUTLASS_INCLUDE={header.parents[1]}", with_nvcc=True)
+    assert (record["cutlass"], record["cutlass_reason"]) == ("4.3.1", "")
+    commands = json.loads(
+        run(["ninja", "-C", str(tmp_path / "build"), "-t", "compdb"], tmp_path, PATH=os.environ["PATH"]).stdout
+    )
+    compiled = {Path(entry["file"]).name: entry["command"] for entry in commands if entry["file"].endswith(".cu")}
+    ours = {name: command for name, command in compiled.items() if name.endswith("_cutlass.cu")}
+    assert len(ours) == 9
+    assert all("sm_90" in command and "sm_75" not in command for command in ours.values())
+    assert all("sm_75" in command for name, command in compiled.items() if name not in ours)
+    _, record = configured(tmp_path / "old", facts.replace(",9.0+PTX", ""), with_nvcc=True)
+    assert "is 8.0 or newer" in record["cutlass_reason"]
 
 
 def test_info_repeats_reason_and_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,7 +251,7 @@ def test_import_never_fails_and_everything_runs_stock(tmp_path: Path, library: b
     assert found["folder"] == str(package)
     assert found["reason"].startswith(reason)
     assert found["remedy"] == _library.REBUILD
-    assert f"cpu    not loaded: {reason}" in found["info"]
+    assert f"cpu     not loaded: {reason}" in found["info"]
     assert f"to mend it: {_library.REBUILD}" in found["info"]
     # Nothing claims to be compiled.
     assert "native" not in re.sub(r".*Backends", "", found["info"], flags=re.DOTALL)

@@ -45,14 +45,18 @@ def test_info_names_what_is_missing_why_and_the_remedy(monkeypatch: pytest.Monke
     monkeypatch.setattr(_library, "build_record", dict)
     untritoned = _library.Library("triton", "cuda", False, "Triton is not installed", "pip install triton")
     monkeypatch.setattr(_library, "TRITON", untritoned)
+    headless = _library.Library("cutlass", "cuda", False, "no headers were found", "pip install nvidia-cutlass")
+    monkeypatch.setattr(_library, "CUTLASS", headless)
     for kernels in ("NATIVE", "TRITON"):
         monkeypatch.setattr(_backend, kernels, {op: {"cpu": False, "cuda": False} for op in OPS})
     lines = str(ax.info()).splitlines()
-    assert "  cpu    not loaded: no compiler was found" in lines
-    assert "         to mend it: apt install g++" in lines
-    assert "  cuda   not loaded: this torch is a CPU build" in lines
-    assert "  triton not loaded: Triton is not installed" in lines
-    assert "         to mend it: pip install triton" in lines
+    assert "  cpu     not loaded: no compiler was found" in lines
+    assert "          to mend it: apt install g++" in lines
+    assert "  cuda    not loaded: this torch is a CPU build" in lines
+    assert "  triton  not loaded: Triton is not installed" in lines
+    assert "          to mend it: pip install triton" in lines
+    assert "  cutlass not loaded: no headers were found" in lines
+    assert "          to mend it: pip install nvidia-cutlass" in lines
     assert "  none: nothing has been built in this folder" in lines
     assert {(c.device, c.backend, c.reason) for c in ax.info().choices} == {
         ("cpu", "stock", "no compiler was found"),
@@ -67,7 +71,7 @@ def test_info_says_why_each_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_backend, "NATIVE", {op: {"cpu": True, "cuda": op == OPS[0]} for op in OPS})
     monkeypatch.setattr(_backend, "TRITON", {op: {"cpu": False, "cuda": op == OPS[2]} for op in OPS})
     text = str(ax.info())
-    assert "  cpu    loaded" in text
+    assert "  cpu     loaded" in text
     assert '  isa: ["AVX2", "AVX512"]' in text
     assert diagnostics.choice(OPS[1], "cpu").reason == "compiled kernel"
     unproven = "its compiled kernel has not been run on a GPU yet: ask for 'native'"

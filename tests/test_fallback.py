@@ -88,7 +88,7 @@ def test_without_library_every_op_runs_and_native_says_why_it_does_not(op: str, 
 
 
 def test_without_library_info_has_the_build_records_reason_and_remedy(said_without_library: str) -> None:
-    assert "cpu    not loaded: the compiler was on holiday" in said_without_library
+    assert "cpu     not loaded: the compiler was on holiday" in said_without_library
     assert "to mend it: call it back" in said_without_library
     for op in _backend.OPS:
         assert any(line.split()[:3] == [op, "cpu", "stock"] for line in said_without_library.splitlines())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from alexnet_ext.ops import _backend
+from alexnet_ext.ops._tuning import Candidate
 from tests import cases
 from tests.cases import Case, Tensors
 
@@ -51,6 +52,20 @@ def preferring(backend: str, device: str) -> Iterator[None]:
         yield
     finally:
         _backend.PREFERENCE, _backend.UNPROVEN = preference, unproven
+
+
+@contextmanager
+def choosing(choose: Callable[[str, Sequence[Candidate]], Candidate], device: str) -> Iterator[None]:
+    """The convolution by what is measured, with ``choose(the call in words, candidates)`` for a measurement."""
+    from alexnet_ext.ops.conv2d_bias_relu import measured
+
+    fastest = measured.fastest
+    measured.fastest = lambda what, device, given: choose(what, given)
+    try:
+        with preferring("measured", device):
+            yield
+    finally:
+        measured.fastest = fastest
 
 
 def synchronize(device: str) -> None:

@@ -1,4 +1,4 @@
-"""conv2d_bias_relu by whatever is fastest for the call, each direction for itself: Triton's products or cuDNN's.
+"""conv2d_bias_relu by what is fastest for the call, each direction for itself: products by Triton, cuDNN or CUTLASS.
 
 cuDNN runs contiguous, channels-last, or one group at a time, with our epilogue (bias and ReLU in one pass) behind it
 and our masked gradient before it. On the CPU its place is taken by PyTorch's convolution there, which is for tests.
@@ -17,7 +17,7 @@ from torch import Tensor
 from .._layout import convolved_format
 from .._triton import accumulator, is_wide, offset, place, tile, tile_at, wrap_triton
 from .._tuning import Candidate, fastest
-from . import configs, triton_kernels
+from . import configs, cutlass, triton_kernels
 from .triton_kernels import masked, precision
 
 NO_OUTPUT_PADDING = [0, 0]
@@ -172,6 +172,8 @@ def forward(
     found = candidates(lambda: [triton_kernels.forward(*given)], partial(convolve, *given), layout, groups)
     if configs.has_persistent(x, precision(x.dtype)):
         found.append(Candidate("triton persistent", lambda: [triton_kernels.forward(*given, persistent=True)]))
+    if cutlass.applies(x, weight, stride, padding, dilation, groups):
+        found.append(Candidate("cutlass", lambda: [cutlass.forward(*given)]))
     (y,) = fastest(describe("forward", x, weight, stride, padding, dilation, groups), x.device, found).run()
     return y.contiguous(memory_format=layout)
 
@@ -201,6 +203,8 @@ def backward(
             layout,
             groups,
         )
+        if cutlass.applies(x, weight, *constants, wanted):
+            found.append(Candidate("cutlass", partial(cutlass.gradients, dz, x, weight, *constants, wanted)))
         (gradient,) = fastest(describe(direction, x, weight, *constants), x.device, found).run()
         gradients[wanted] = gradient.contiguous(memory_format=layout)
     if output_mask[2]:

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._backend import operator
-from .._checks import IntPair, autocast_enabled, check_bias, check_same, check_tensor, pair, pooled_size
+from .._checks import IntPair, autocast_enabled, check_bias, check_same, check_tensor, pair
 from .._layout import convolved_format, new_images
 from .._register import Gradient, register
 from . import reference
+from .space_to_depth import convolved_size
 
 
 def conv2d_bias_relu(
@@ -129,9 +130,7 @@ def _fake(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    height, width = (
-        pooled_size(x.shape[2 + i], weight.shape[2 + i], stride[i], padding[i], dilation[i], False) for i in (0, 1)
-    )
+    height, width = convolved_size(x, weight, stride, padding, dilation)
     return new_images(x, (x.shape[0], weight.shape[0], height, width), convolved_format(x, weight))
 
 

@@ -20,16 +20,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._checks import pooled_size
 from .._layout import convolved_format, new_images
 from .._triton import accumulator, accumulator_dtype, is_wide, offset, place, tile, tile_at, wrap_triton
 from ..relu_max_pool2d.triton_kernels import PARTIAL_SUMS, store_sums, total
 from . import configs
+from .space_to_depth import convolved_size, rewritten
 
 
 @triton.jit
@@ -366,47 +365,8 @@ def masked(dy: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return dz, total(partial, dy.dtype)
 
 
-class SpaceToDepth:
-    """The exact rewrite of a strided convolution over few channels to stride 1 over stride x stride x channels.
-
-    Taps are padded with zeros to whole strides: 11 x 11 at stride 4 over 3 channels becomes 3 x 3 over 48.
-    """
-
-    def __init__(self, x: Tensor, weight: Tensor, stride: list[int], padding: list[int], size: list[int]) -> None:
-        self.stride, self.kernel = stride, weight.shape[2:]
-        self.taps = [triton.cdiv(self.kernel[i], stride[i]) for i in (0, 1)]
-        after = [(size[i] + self.taps[i] - 1) * stride[i] - x.shape[2 + i] - padding[i] for i in (0, 1)]
-        self.margins = [padding[1], after[1], padding[0], after[0]]
-
-    @staticmethod
-    def helps(weight: Tensor, stride: list[int], dilation: list[int], groups: int) -> bool:
-        return groups == 1 and weight.shape[1] < 16 and min(stride) > 1 and dilation == [1, 1]
-
-    def fold(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) to (N, stride * stride * C, H / stride, W / stride)."""
-        x = x.unflatten(3, (-1, self.stride[1])).unflatten(2, (-1, self.stride[0]))
-        return x.permute(0, 3, 5, 1, 2, 4).flatten(1, 3)
-
-    def unfold(self, x: Tensor) -> Tensor:
-        x = x.unflatten(1, (*self.stride, -1)).permute(0, 3, 4, 1, 5, 2)
-        return x.flatten(4, 5).flatten(2, 3)
-
-    def images(self, x: Tensor) -> Tensor:
-        return self.fold(F.pad(x, self.margins))
-
-    def weights(self, weight: Tensor) -> Tensor:
-        more = [self.taps[i] * self.stride[i] - self.kernel[i] for i in (0, 1)]
-        return self.fold(F.pad(weight, (0, more[1], 0, more[0])))
-
-    def images_back(self, dx: Tensor) -> Tensor:
-        return F.pad(self.unfold(dx), [-margin for margin in self.margins])
-
-    def weights_back(self, dweight: Tensor) -> Tensor:
-        return self.unfold(dweight)[:, :, : self.kernel[0], : self.kernel[1]]
-
-
 def empty_result(x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> Tensor:
-    size = [pooled_size(x.shape[2 + i], weight.shape[2 + i], stride[i], padding[i], dilation[i], False) for i in (0, 1)]
+    size = convolved_size(x, weight, stride, padding, dilation)
     return new_images(x, (x.shape[0], weight.shape[0], *size), convolved_format(x, weight))
 
 
@@ -423,9 +383,7 @@ def forward(
     y = empty_result(x, weight, stride, padding, dilation)
     if y.numel() == 0:
         return y
-    if SpaceToDepth.helps(weight, stride, dilation, groups):
-        rewrite = SpaceToDepth(x, weight, stride, padding, list(y.shape[2:]))
-        x, weight, stride, padding = rewrite.images(x), rewrite.weights(weight), [1, 1], [0, 0]
+    _, x, weight, stride, padding = rewritten(x, weight, stride, padding, dilation, groups)
     product(x, weight, bias, y, stride, [1, 1], padding, dilation, groups, True, persistent)
     return y
 
@@ -470,16 +428,13 @@ def gradients(
 ) -> list[Tensor]:
     """[dx] (wanted 0) or [dweight] (wanted 1) for the masked gradient."""
     result = new_images(x, (x.shape, weight.shape)[wanted], convolved_format(x, weight))
-    rewrite = None
-    if SpaceToDepth.helps(weight, stride, dilation, groups):
-        rewrite = SpaceToDepth(x, weight, stride, padding, list(dz.shape[2:]))
-        x, weight, stride, padding = rewrite.images(x), rewrite.weights(weight), [1, 1], [0, 0]
+    rewrite, x, weight, stride, padding = rewritten(x, weight, stride, padding, dilation, groups)
     if wanted == 1:
         found = weight_gradient(dz, x, list(weight.shape), stride, padding, dilation, groups)
-        return [result.copy_(found if rewrite is None else rewrite.weights_back(found))]
+        return [result.copy_(found if rewrite is None else rewrite.back(found, 1))]
     found = result if rewrite is None else new_images(x, x.shape, torch.channels_last)
     input_gradient(dz, weight, found, stride, padding, dilation, groups)
-    return [result if rewrite is None else result.copy_(rewrite.images_back(found))]
+    return [result if rewrite is None else result.copy_(rewrite.back(found, 0))]
 
 
 def input_gradient(

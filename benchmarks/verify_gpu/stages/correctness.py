@@ -1,4 +1,7 @@
-"""Values and all gradients of the tests' own cases against float64, on the device, by every backend of ours."""
+"""Values and all gradients of the tests' own cases against float64, on the device, by every backend of ours.
+
+The convolution by CUTLASS, which is no backend, is held against it on AlexNet's five layers.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,11 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 
+from alexnet_ext import _library
 from alexnet_ext.ops import _backend
+from benchmarks import harness
 from tests import cases, oracle
 from tests.cases import Case
 
@@ -39,8 +45,49 @@ def run(device: str) -> Iterator[Finding]:
         count = len(chosen) * len(LAYOUTS[backend])
         detail = f"{count - len(failed)} of {count} as float64"
         yield Finding(f"{op} {backend} {cases.dtype_id(dtype)}", not failed, detail)
+    if device == "cuda":
+        yield from cutlass_findings()
+
+
+def cutlass_findings() -> Iterator[Finding]:
+    if not _library.CUTLASS.loaded:
+        yield Finding("conv2d_bias_relu cutlass", None, f"skipped: {_library.CUTLASS.reason}")
+        return
+    torch.backends.cudnn.allow_tf32 = True
+    layers = harness.alexnet_cases("conv2d_bias_relu", 4)
+    for dtype, case in itertools.product((torch.bfloat16, torch.float16, torch.float32), layers):
+        name = f"{case.id} channels_last {cases.dtype_id(dtype)} cutlass"
+        yield attempt(name, partial(compare_cutlass, case, dtype, "cuda"))
 
 
 def compare(case: Case, dtype: torch.dtype, layout: str, backend: str, device: str) -> None:
     tensors = cases.make(case, dtype, layout, device=device)
     oracle.assert_matches_float64(cases.in_dtype(case, dtype), tensors, backend)
+
+
+def compare_cutlass(case: Case, dtype: torch.dtype, device: str) -> None:
+    """All values are of bf16, which fp16 and TF32 can say as well: but for sums nothing is rounded. One of x is NaN."""
+    from alexnet_ext.ops.conv2d_bias_relu import cutlass
+
+    tensors = cases.make(case, torch.bfloat16, "channels_last", requires_grad=False, device=device)
+    x, weight, bias, *constants = cases.raw_forward(
+        case, {n: t if t is None else t.to(dtype) for n, t in tensors.items()}
+    )
+    assert all(cutlass.applies(x, weight, *constants, wanted) for wanted in (None, 0, 1)), "it does not apply"
+    holed = x.clone()
+    holed[0, 0, 5, 5] = torch.nan
+    exact = [t.double() for t in (holed, weight, bias)]
+    y, size = F.relu(F.conv2d(*exact, *constants)), F.conv2d(*(t.abs() for t in exact), *constants).nan_to_num(0)
+    ours = cutlass.forward(holed, weight, bias, *constants)
+    oracle.assert_accurate("y", ours, y.cpu(), None, oracle.summands(case, "y"), size.max().item())
+    dz = torch.randn_like(y).bfloat16()
+    mask = [True, True, False]
+    given = [t.double() for t in (dz, x, weight)]
+    exact_gradients, of_parts = (
+        torch.ops.aten.convolution_backward(*each, None, *constants[:3], False, [0, 0], constants[3], mask)
+        for each in (given, [t.abs() for t in given])
+    )
+    for wanted, name in ((0, "x"), (1, "weight")):
+        (ours,) = cutlass.gradients(dz.to(dtype), x, weight, *constants, wanted)
+        largest = of_parts[wanted].max().item()
+        oracle.assert_accurate(name, ours, exact_gradients[wanted].cpu(), None, oracle.summands(case, name), largest)

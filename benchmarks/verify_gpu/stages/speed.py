@@ -9,17 +9,20 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from alexnet_ext import _library
+from alexnet_ext.ops import _backend
+from alexnet_ext.ops._tuning import Candidate
 from benchmarks import harness
 from tests import cases
 from tests.cases import Case, Tensors
 
-from ..common import SIZES, backends, each_backend, preferring, synchronize
+from ..common import SIZES, backends, choosing, each_backend, preferring, synchronize
 from ..report import Finding
 
 Run = Callable[[], object]
@@ -134,6 +137,31 @@ def compared(found: dict[str, float], floor: float | None) -> dict[str, float | 
     return numbers
 
 
+def convolution_findings(device: str) -> Iterator[Finding]:
+    """Every way that the convolution may take, each direction for itself."""
+    if not _backend.has_kernel("measured", "conv2d_bias_relu", device):
+        return
+    if not _library.CUTLASS.loaded:
+        yield Finding("conv2d_bias_relu cutlass", None, f"skipped: {_library.CUTLASS.reason}")
+    sizes = SIZES[device]
+    layers = harness.alexnet_cases("conv2d_bias_relu", sizes.batch)
+    for dtype, layout, case in itertools.product(sizes.dtypes, ("channels_last", "contiguous"), layers):
+        offered: dict[str, Sequence[Candidate]] = {}
+
+        def note(what: str, given: Sequence[Candidate], offered: dict[str, Sequence[Candidate]] = offered) -> Candidate:
+            offered[what.split(" x ")[0]] = given
+            return given[0]
+
+        tensors = cases.make(case, dtype, layout, device=device)
+        with choosing(note, device):
+            cases.fused(case, tensors).sum().backward()
+        for what, given in offered.items():
+            with torch.no_grad():
+                found = median_ms({candidate.name: candidate.run for candidate in given}, device)
+            name = f"{what} {harness.layer_name(case)} {cases.dtype_id(dtype)} {layout}"
+            yield Finding(name, None, numbers={f"{candidate} ms": ms for candidate, ms in found.items()})
+
+
 def augment_findings(device: str, rate: float) -> Iterator[Finding]:
     """Beside PyTorch's own operators, which is `backend="stock"` here: a loop over images would wait for each."""
     sizes = SIZES[device]
@@ -186,4 +214,5 @@ def run(device: str) -> Iterator[Finding]:
     yield Finding("copy", None, f"{rate / 1e6:.3g} GB/s, read and written")
     yield from network_findings(device)
     yield from op_findings(device, rate)
+    yield from convolution_findings(device)
     yield from augment_findings(device, rate)

@@ -1,0 +1,205 @@
+// The convolution and its two gradients as CUTLASS's implicit products for compute capability 8.0 and newer (mma.sync,
+// cp.async): channels-last operands, fp32 sums, one launch a group. One direction and dtype is compiled a file.
+#pragma once
+
+#include <cutlass/conv/conv2d_problem_size.h>
+#include <cutlass/conv/device/implicit_gemm_convolution.h>
+#include <cutlass/conv/kernel/default_conv2d_dgrad.h>
+#include <cutlass/conv/kernel/default_conv2d_fprop.h>
+#include <cutlass/conv/kernel/default_conv2d_wgrad.h>
+
+#include "../common/channel_sums.cuh"
+#include "conv2d_cutlass.h"
+
+namespace alexnet_ext {
+
+using cutlass::conv::StrideSupport;
+using cutlass::gemm::GemmShape;
+using Nhwc = cutlass::layout::TensorNHWC;
+
+// CUTLASS's element, its mma.sync instruction, and how deep a block's step is: 64 bytes of channels or pixels.
+template <class T>
+struct TensorCore;
+template <>
+struct TensorCore<bf16> {
+  using Element = cutlass::bfloat16_t;
+  using Instruction = GemmShape<16, 8, 16>;
+  static constexpr int kDepth = 32;
+};
+template <>
+struct TensorCore<f16> {
+  using Element = cutlass::half_t;
+  using Instruction = GemmShape<16, 8, 16>;
+  static constexpr int kDepth = 32;
+};
+template <>
+struct TensorCore<float> {  // fragments are rounded to the nearest TF32 on their way from shared memory
+  using Element = float;
+  using Instruction = GemmShape<16, 8, 8>;
+  static constexpr int kDepth = 16;
+};
+
+// What is stored for fp32 sums: themselves, or max(0, sum + bias), in the type E, 16 bytes at a time.
+template <class E, bool kRelu>
+struct Stored {
+  using ElementOutput = E;
+  using ElementAccumulator = float;
+  using ElementCompute = float;
+  static constexpr int kCount = 16 / sizeof(E);
+  using FragmentOutput = cutlass::Array<E, kCount>;
+  using FragmentAccumulator = cutlass::Array<float, kCount>;
+
+  struct Params {
+    bool bias = false;
+  };
+
+  bool bias;
+
+  CUTLASS_HOST_DEVICE explicit Stored(const Params& params) : bias(params.bias) {}
+  CUTLASS_HOST_DEVICE bool is_source_needed() const { return kRelu && bias; }
+  CUTLASS_HOST_DEVICE void set_k_partition(int, int) {}
+
+  CUTLASS_HOST_DEVICE FragmentOutput operator()(FragmentAccumulator sums) const {
+    if constexpr (kRelu) {
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < kCount; ++i) sums[i] = sums[i] <= 0 ? 0.0f : sums[i];  // written so that NaN stays
+    }
+    return cutlass::NumericArrayConverter<E, float, kCount>()(sums);
+  }
+
+  CUTLASS_HOST_DEVICE FragmentOutput operator()(FragmentAccumulator sums, const FragmentOutput& values) const {
+    const FragmentAccumulator wide = cutlass::NumericArrayConverter<float, E, kCount>()(values);
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < kCount; ++i) sums[i] += wide[i];
+    return (*this)(sums);
+  }
+};
+
+// The kernel of a direction (DefaultConv2dFprop, Dgrad or Wgrad) for blocks of kRows x kColumns results: four warps of
+// 64 x 64, and four steps in flight, at most 80 KiB, so that two blocks share a multiprocessor of 164 KiB and more.
+template <template <class, class, class, class, class, class, class, class, class, class, class, class, class, class,
+                    int, class, cutlass::conv::IteratorAlgorithm, StrideSupport, int, int> class Direction,
+          class T, int kRows, int kColumns, class Output, StrideSupport kStride,
+          class E = typename TensorCore<T>::Element, int kDepth = TensorCore<T>::kDepth>
+using ProductKernel =
+    typename Direction<E, Nhwc, E, Nhwc, typename Output::ElementOutput, Nhwc, float, cutlass::arch::OpClassTensorOp,
+                       cutlass::arch::Sm80, GemmShape<kRows, kColumns, kDepth>, GemmShape<64, 64, kDepth>,
+                       typename TensorCore<T>::Instruction, Output,
+                       cutlass::gemm::threadblock::GemmIdentityThreadblockSwizzle<4>, 4, cutlass::arch::OpMultiplyAdd,
+                       cutlass::conv::IteratorAlgorithm::kOptimized, kStride, 16 / sizeof(E), 16 / sizeof(E)>::Kernel;
+
+// A batch of images or the filters, as the whole tensor lies in memory.
+inline Nhwc layout_of(int64_t height, int64_t width, int64_t channels) {
+  return {static_cast<int>(channels), static_cast<int>(width * channels), static_cast<int>(height * width * channels)};
+}
+inline Nhwc layout_of_x(const Conv2d& p) { return layout_of(p.height, p.width, p.channels); }
+inline Nhwc layout_of_y(const Conv2d& p) { return layout_of(p.out_height, p.out_width, p.filters); }
+inline Nhwc layout_of_weight(const Conv2d& p) { return layout_of(p.taps_h, p.taps_w, p.group_channels()); }
+
+template <class E>
+inline cutlass::TensorRef<E, Nhwc> slice(const void* tensor, int64_t first, const Nhwc& layout) {
+  return {static_cast<E*>(const_cast<void*>(tensor)) + first, layout};
+}
+
+// One group as a problem of its own.
+inline cutlass::conv::Conv2dProblemSize problem_of_group(const Conv2d& p, int64_t splits = 1) {
+  auto n = [](int64_t v) { return static_cast<int>(v); };
+  const int channels = n(p.group_channels()), filters = n(p.group_filters());
+  return {n(p.batch),     n(p.height),      n(p.width),       channels,
+          filters,        n(p.taps_h),      n(p.taps_w),      n(p.out_height),
+          n(p.out_width), n(p.padding[0]),  n(p.padding[1]),  n(p.stride[0]),
+          n(p.stride[1]), n(p.dilation[0]), n(p.dilation[1]), cutlass::conv::Mode::kCrossCorrelation,
+          n(splits)};
+}
+
+// Not by launch(), whose grids are lines of kBlockThreads, nor by CUTLASS's adapter, which clears the workspace first.
+template <class Kernel>
+inline int launch_product(const typename Kernel::Arguments& arguments, void* stream) {
+  const bool boundary =
+      aligned(arguments.ref_A.data(), arguments.ref_B.data(), arguments.ref_C.data(), arguments.ref_D.data());
+  if (!boundary ||
+      cutlass::conv::device::ImplicitGemmConvolution<Kernel>::can_implement(arguments) != cutlass::Status::kSuccess)
+    return cudaErrorInvalidValue;
+  const auto kernel = reinterpret_cast<const void*>(&cutlass::Kernel<Kernel>);
+  constexpr size_t kBytes = sizeof(typename Kernel::SharedStorage);
+  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  if (status != cudaSuccess) return status;
+  typename Kernel::Params params(arguments);
+  void* given[] = {&params};
+  return cudaLaunchKernel(kernel, typename Kernel::ThreadblockSwizzle().get_grid_shape(params.grid_tiled_shape),
+                          Kernel::kThreadCount, given, kBytes, static_cast<cudaStream_t>(stream));
+}
+
+// f(slice) for each group until one fails.
+template <class F>
+inline int for_groups(const Conv2d& p, F&& f) {
+  int status = cudaSuccess;
+  for (int64_t group = 0; group < p.groups && status == cudaSuccess; ++group) status = f(group, slice_of(p, group));
+  return status;
+}
+
+// 64 columns a block: AlexNet's groups have 48, 96, 128, 192 and 384 channels, and 128 columns leave a quarter unused.
+template <class T>
+int conv2d_forward_cutlass(const Conv2d& p, const void* x, const void* weight, const void* bias, void* y,
+                           void* stream) {
+  using E = typename TensorCore<T>::Element;
+  using Kernel =
+      ProductKernel<cutlass::conv::kernel::DefaultConv2dFprop, T, 256, 64, Stored<E, true>, StrideSupport::kStrided>;
+  if (p.pixels() == 0) return cudaSuccess;
+  return for_groups(p, [&](int64_t, const Conv2dSlice& first) {
+    // Strides of 0: every pixel of the source is the bias.
+    const auto source = bias == nullptr ? cutlass::TensorRef<E, Nhwc>() : slice<E>(bias, first.y, {0, 0, 0});
+    return launch_product<Kernel>({problem_of_group(p),
+                                   slice<E>(x, first.x, layout_of_x(p)),
+                                   slice<E>(weight, first.weight, layout_of_weight(p)),
+                                   source,
+                                   slice<E>(y, first.y, layout_of_y(p)),
+                                   {bias != nullptr}},
+                                  stream);
+  });
+}
+
+template <class T>
+int conv2d_input_gradient_cutlass(const Conv2d& p, const void* dz, const void* weight, void* dx, void* stream) {
+  using E = typename TensorCore<T>::Element;
+  using Kernel =
+      ProductKernel<cutlass::conv::kernel::DefaultConv2dDgrad, T, 256, 64, Stored<E, false>, StrideSupport::kUnity>;
+  if (p.batch == 0) return cudaSuccess;
+  return for_groups(p, [&](int64_t, const Conv2dSlice& first) {
+    const auto result = slice<E>(dx, first.x, layout_of_x(p));
+    return launch_product<Kernel>({problem_of_group(p),
+                                   slice<E>(dz, first.y, layout_of_y(p)),
+                                   slice<E>(weight, first.weight, layout_of_weight(p)),
+                                   result,
+                                   result,
+                                   {}},
+                                  stream);
+  });
+}
+
+template <class T>
+int conv2d_weight_gradient_cutlass(const Conv2d& p, const void* dz, const void* x, void* workspace, void* dweight,
+                                   void* stream) {
+  using E = typename TensorCore<T>::Element;
+  using Kernel = ProductKernel<cutlass::conv::kernel::DefaultConv2dWgrad, T, kWeightBlock, kWeightBlock,
+                               Stored<float, false>, StrideSupport::kStrided>;
+  if (p.pixels() == 0)
+    return cudaMemsetAsync(dweight, 0, p.filters * p.taps() * sizeof(T), static_cast<cudaStream_t>(stream));
+  const int64_t splits = weight_gradient_splits(p), results = p.group_filters() * p.taps();
+  return for_groups(p, [&](int64_t group, const Conv2dSlice& first) {
+    const auto partial = slice<float>(workspace, group * splits * results, layout_of_weight(p));
+    const int status = launch_product<Kernel>({problem_of_group(p, splits),
+                                               slice<E>(dz, first.y, layout_of_y(p)),
+                                               slice<E>(x, first.x, layout_of_x(p)),
+                                               partial,
+                                               partial,
+                                               {},
+                                               cutlass::conv::SplitKMode::kParallel},
+                                              stream);
+    if (status != cudaSuccess) return status;
+    return static_cast<int>(
+        sum_rows<T>(splits, results, partial.data(), static_cast<T*>(dweight) + first.weight, stream));
+  });
+}
+
+}  // namespace alexnet_ext

@@ -1,0 +1,66 @@
+// conv2d_bias_relu on tensor cores by CUTLASS's implicit products, free of PyTorch and of CUTLASS: the problem, each
+// group's slice of it, and the launchers.
+#pragma once
+
+#include "../common/types.h"
+
+namespace alexnet_ext {
+
+// All tensors are dense and channels-last: x of (batch, channels, height, width), y of (batch, filters, out_height,
+// out_width), weight of (filters, channels / groups, taps_h, taps_w), which lies in memory as taps of channels.
+struct Conv2d {
+  int64_t batch, channels, height, width;
+  int64_t filters, taps_h, taps_w;
+  int64_t out_height, out_width;
+  int64_t stride[2], padding[2], dilation[2];
+  int64_t groups;
+
+  int64_t group_channels() const { return channels / groups; }
+  int64_t group_filters() const { return filters / groups; }
+  int64_t taps() const { return taps_h * taps_w * group_channels(); }  // of a filter
+  int64_t pixels() const { return batch * out_height * out_width; }    // of y
+};
+
+// Where a group begins in each tensor, in elements. From there on a pixel of x is `channels` away from the next one,
+// and one of y `filters`, as in the whole tensor: nothing is copied.
+struct Conv2dSlice {
+  int64_t x, weight, y;  // and in a bias as in y's pixel
+};
+
+inline Conv2dSlice slice_of(const Conv2d& p, int64_t group) {
+  return {group * p.group_channels(), group * p.group_filters() * p.taps(), group * p.group_filters()};
+}
+
+// The weight gradient is a product of [group_filters][pixels] and [pixels][taps], of which a block computes this
+// many results a side. Its pixels are split, this many or more to a split, so that the blocks of a launch fill a GPU.
+constexpr int64_t kWeightBlock = 128, kFewestPixels = 1024, kMostBlocks = 2 * 132;
+
+// It hangs on the shape alone, so that the same input gives the same bits on every GPU.
+inline int64_t weight_gradient_splits(const Conv2d& p) {
+  const int64_t blocks = ceil_div(p.group_filters(), kWeightBlock) * ceil_div(p.taps(), kWeightBlock);
+  const int64_t by_blocks = kMostBlocks / blocks, by_pixels = ceil_div(p.pixels(), kFewestPixels);
+  const int64_t splits = by_blocks < by_pixels ? by_blocks : by_pixels;
+  return splits > 1 ? splits : 1;
+}
+
+// Workspace of the weight gradient, in floats: [groups][splits][group_filters][taps].
+inline int64_t weight_gradient_workspace(const Conv2d& p) { return weight_gradient_splits(p) * p.filters * p.taps(); }
+
+// Asynchronous on `stream` (a cudaStream_t); return a cudaError_t, cudaErrorInvalidValue for what CUTLASS cannot do.
+// T is bf16, f16 or float, whose products are of TF32; sums are fp32. Pointers are aligned to 16 bytes, and so are the
+// channels of a group. alexnet_ext/ops/conv2d_bias_relu/cutlass.py says where they apply.
+
+// y = max(0, convolution of x with weight + bias), NaN kept; a null bias adds nothing.
+template <class T>
+int conv2d_forward_cutlass(const Conv2d& p, const void* x, const void* weight, const void* bias, void* y, void* stream);
+
+// dx; the stride is 1.
+template <class T>
+int conv2d_input_gradient_cutlass(const Conv2d& p, const void* dz, const void* weight, void* dx, void* stream);
+
+// dweight, summed up in one order and rounded once.
+template <class T>
+int conv2d_weight_gradient_cutlass(const Conv2d& p, const void* dz, const void* x, void* workspace, void* dweight,
+                                   void* stream);
+
+}  // namespace alexnet_ext
