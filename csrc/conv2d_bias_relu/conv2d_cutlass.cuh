@@ -138,67 +138,90 @@ inline int for_groups(const Conv2d& p, F&& f) {
   return status;
 }
 
+// ---- each direction's kernel, its arguments for a group, and its launcher
+
 // 64 columns a block: AlexNet's groups have 48, 96, 128, 192 and 384 channels, and 128 columns leave a quarter unused.
+template <class T>
+using ForwardKernel = ProductKernel<cutlass::conv::kernel::DefaultConv2dFprop, T, 256, 64,
+                                    Stored<typename TensorCore<T>::Element, true>, StrideSupport::kStrided>;
+template <class T>
+using InputGradientKernel = ProductKernel<cutlass::conv::kernel::DefaultConv2dDgrad, T, 256, 64,
+                                          Stored<typename TensorCore<T>::Element, false>, StrideSupport::kUnity>;
+template <class T>
+using WeightGradientKernel = ProductKernel<cutlass::conv::kernel::DefaultConv2dWgrad, T, kWeightBlock, kWeightBlock,
+                                           Stored<float, false>, StrideSupport::kStrided>;
+
+template <class T>
+typename ForwardKernel<T>::Arguments forward_arguments(const Conv2d& p, const Conv2dSlice& first, const void* x,
+                                                       const void* weight, const void* bias, void* y) {
+  using E = typename TensorCore<T>::Element;
+  // Strides of 0: every pixel of the source is the bias.
+  const auto source = bias == nullptr ? cutlass::TensorRef<E, Nhwc>() : slice<E>(bias, first.y, {0, 0, 0});
+  return {problem_of_group(p),
+          slice<E>(x, first.x, layout_of_x(p)),
+          slice<E>(weight, first.weight, layout_of_weight(p)),
+          source,
+          slice<E>(y, first.y, layout_of_y(p)),
+          {bias != nullptr}};
+}
+
+template <class T>
+typename InputGradientKernel<T>::Arguments input_gradient_arguments(const Conv2d& p, const Conv2dSlice& first,
+                                                                    const void* dz, const void* weight, void* dx) {
+  using E = typename TensorCore<T>::Element;
+  const auto result = slice<E>(dx, first.x, layout_of_x(p));
+  return {problem_of_group(p),
+          slice<E>(dz, first.y, layout_of_y(p)),
+          slice<E>(weight, first.weight, layout_of_weight(p)),
+          result,
+          result,
+          {}};
+}
+
+// Split i leaves its sums in partial[i], of [group_filters][taps].
+template <class T>
+typename WeightGradientKernel<T>::Arguments weight_gradient_arguments(const Conv2d& p, const Conv2dSlice& first,
+                                                                      const void* dz, const void* x, float* partial) {
+  using E = typename TensorCore<T>::Element;
+  const auto result = slice<float>(partial, 0, layout_of_weight(p));
+  return {problem_of_group(p, weight_gradient_splits(p)),
+          slice<E>(dz, first.y, layout_of_y(p)),
+          slice<E>(x, first.x, layout_of_x(p)),
+          result,
+          result,
+          {},
+          cutlass::conv::SplitKMode::kParallel};
+}
+
 template <class T>
 int conv2d_forward_cutlass(const Conv2d& p, const void* x, const void* weight, const void* bias, void* y,
                            void* stream) {
-  using E = typename TensorCore<T>::Element;
-  using Kernel =
-      ProductKernel<cutlass::conv::kernel::DefaultConv2dFprop, T, 256, 64, Stored<E, true>, StrideSupport::kStrided>;
   if (p.pixels() == 0) return cudaSuccess;
   return for_groups(p, [&](int64_t, const Conv2dSlice& first) {
-    // Strides of 0: every pixel of the source is the bias.
-    const auto source = bias == nullptr ? cutlass::TensorRef<E, Nhwc>() : slice<E>(bias, first.y, {0, 0, 0});
-    return launch_product<Kernel>({problem_of_group(p),
-                                   slice<E>(x, first.x, layout_of_x(p)),
-                                   slice<E>(weight, first.weight, layout_of_weight(p)),
-                                   source,
-                                   slice<E>(y, first.y, layout_of_y(p)),
-                                   {bias != nullptr}},
-                                  stream);
+    return launch_product<ForwardKernel<T>>(forward_arguments<T>(p, first, x, weight, bias, y), stream);
   });
 }
 
 template <class T>
 int conv2d_input_gradient_cutlass(const Conv2d& p, const void* dz, const void* weight, void* dx, void* stream) {
-  using E = typename TensorCore<T>::Element;
-  using Kernel =
-      ProductKernel<cutlass::conv::kernel::DefaultConv2dDgrad, T, 256, 64, Stored<E, false>, StrideSupport::kUnity>;
   if (p.batch == 0) return cudaSuccess;
   return for_groups(p, [&](int64_t, const Conv2dSlice& first) {
-    const auto result = slice<E>(dx, first.x, layout_of_x(p));
-    return launch_product<Kernel>({problem_of_group(p),
-                                   slice<E>(dz, first.y, layout_of_y(p)),
-                                   slice<E>(weight, first.weight, layout_of_weight(p)),
-                                   result,
-                                   result,
-                                   {}},
-                                  stream);
+    return launch_product<InputGradientKernel<T>>(input_gradient_arguments<T>(p, first, dz, weight, dx), stream);
   });
 }
 
 template <class T>
 int conv2d_weight_gradient_cutlass(const Conv2d& p, const void* dz, const void* x, void* workspace, void* dweight,
                                    void* stream) {
-  using E = typename TensorCore<T>::Element;
-  using Kernel = ProductKernel<cutlass::conv::kernel::DefaultConv2dWgrad, T, kWeightBlock, kWeightBlock,
-                               Stored<float, false>, StrideSupport::kStrided>;
   if (p.pixels() == 0)
     return cudaMemsetAsync(dweight, 0, p.filters * p.taps() * sizeof(T), static_cast<cudaStream_t>(stream));
   const int64_t splits = weight_gradient_splits(p), results = p.group_filters() * p.taps();
   return for_groups(p, [&](int64_t group, const Conv2dSlice& first) {
-    const auto partial = slice<float>(workspace, group * splits * results, layout_of_weight(p));
-    const int status = launch_product<Kernel>({problem_of_group(p, splits),
-                                               slice<E>(dz, first.y, layout_of_y(p)),
-                                               slice<E>(x, first.x, layout_of_x(p)),
-                                               partial,
-                                               partial,
-                                               {},
-                                               cutlass::conv::SplitKMode::kParallel},
-                                              stream);
+    float* partial = static_cast<float*>(workspace) + group * splits * results;
+    const int status =
+        launch_product<WeightGradientKernel<T>>(weight_gradient_arguments<T>(p, first, dz, x, partial), stream);
     if (status != cudaSuccess) return status;
-    return static_cast<int>(
-        sum_rows<T>(splits, results, partial.data(), static_cast<T*>(dweight) + first.weight, stream));
+    return static_cast<int>(sum_rows<T>(splits, results, partial, static_cast<T*>(dweight) + first.weight, stream));
   });
 }
 
