@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from alexnet_ext.ops import _backend
 from alexnet_ext.ops._tuning import Candidate
 from benchmarks.verify_gpu.stages import correctness, speed
 
-from . import cases, oracle
+from . import cases, cuda_budget, oracle
 from .cases import Case, conv
 from .test_triton_conv2d_bias_relu import LAYERS
 
@@ -200,6 +201,20 @@ def test_every_candidate_will_be_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     findings = list(speed.convolution_findings("cpu"))
     assert len(findings) == 6
     assert all({"cudnn channels_last ms", "triton ms", "cutlass ms"} <= set(finding.numbers) for finding in findings)
+
+
+# ---- what the kernels would read, asked of CUTLASS on the host
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+@pytest.mark.skipif(not cuda_budget.cutlass_include(), reason="CUTLASS's headers (nvidia-cutlass) are not installed")
+def test_blocks_read_what_the_convolution_and_its_gradients_are_made_of(tmp_path: Path) -> None:
+    root, program = cuda_budget.ROOT, tmp_path / "cutlass_reads"
+    sources = (root / "tests/cpp/cutlass_reads.cu", root / "csrc/common/isa.cpp")
+    folders = (f"-I{root / 'csrc'}", f"-I{root / 'tests' / 'cpp'}", "-isystem", cuda_budget.cutlass_include())
+    flags = (*cuda_budget.FLAGS, "-arch=sm_80")
+    cuda_budget.run("nvcc", *flags, *folders, "-o", str(program), *map(str, sources))
+    assert "0 failures" in cuda_budget.run(str(program))
 
 
 # ---- what is known of the build

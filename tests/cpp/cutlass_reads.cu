@@ -124,6 +124,10 @@ void check(const Conv2d& p) {
     }
     float partial;
     const auto for_weight = weight_gradient_arguments<T>(p, first, given_dz.data(), given_x.data(), &partial);
+    expect(for_weight.problem_size.split_k_slices == weight_gradient_splits(p), "the weight gradient's splits");
+    expect(implicit_gemm_tensor_c_size(WeightGradientKernel<T>::kConvolutionalOperator, for_weight.problem_size) ==
+               outputs * p.taps(),
+           "a split's sums lie behind those of the one before");
     expect_rows("dweight", product<WeightGradientKernel<T>, false, false>(for_weight), dweight, first.weight, p.taps(),
                 for_weight.ref_D.stride(2));
   }
