@@ -58,7 +58,9 @@ def test_opcheck_forward(case: Case, layout: str, requires_grad: bool) -> None:
 @opcheck_samples
 def test_opcheck_backward(case: Case, layout: str, requires_grad: bool) -> None:
     if requires_grad and case.op == "conv2d_bias_relu" and torch.__version__ < "2.13":
-        pytest.skip("PyTorch before 2.13 does not trace its own gradient of a convolution's gradient with symbolic sizes")
+        pytest.skip(
+            "PyTorch before 2.13 does not trace its own gradient of a convolution's gradient with symbolic sizes"
+        )
     arguments = cases.raw_backward(case, cases.make(case, layout=layout, requires_grad=False))
     arguments = tuple(
         value.requires_grad_(requires_grad) if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -172,8 +172,9 @@ def forward(
     found = candidates(lambda: [triton_kernels.forward(*given)], partial(convolve, *given), layout, groups)
     if configs.has_persistent(x, precision(x.dtype)):
         found.append(Candidate("triton persistent", lambda: [triton_kernels.forward(*given, persistent=True)]))
-    if cutlass.applies(x, weight, stride, padding, dilation, groups):
-        found.append(Candidate("cutlass", lambda: [cutlass.forward(*given)]))
+    for kind in cutlass.KINDS:
+        if cutlass.applies(x, weight, stride, padding, dilation, groups, kind=kind):
+            found.append(Candidate(kind, partial(cutlass.forward, *given, kind)))
     (y,) = fastest(describe("forward", x, weight, stride, padding, dilation, groups), x.device, found).run()
     return y.contiguous(memory_format=layout)
 
@@ -203,8 +204,9 @@ def backward(
             layout,
             groups,
         )
-        if cutlass.applies(x, weight, *constants, wanted):
-            found.append(Candidate("cutlass", partial(cutlass.gradients, dz, x, weight, *constants, wanted)))
+        for kind in cutlass.KINDS:
+            if cutlass.applies(x, weight, *constants, wanted, kind):
+                found.append(Candidate(kind, partial(cutlass.gradients, dz, x, weight, *constants, wanted, kind)))
         (gradient,) = fastest(describe(direction, x, weight, *constants), x.device, found).run()
         gradients[wanted] = gradient.contiguous(memory_format=layout)
     if output_mask[2]:
