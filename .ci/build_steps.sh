@@ -92,7 +92,7 @@ without_nvcc() {
   for folder in "${folders[@]}"; do [ -x "$folder/nvcc" ] || path+=${path:+:}$folder; done
   PATH=$path pip install -qq -e . --no-build-isolation
   alexnet info | tee "$work/info"
-  grep -q 'cuda   not loaded: PyTorch .* is a CUDA build, but no working nvcc was found' "$work/info"
+  grep -q 'cuda  *not loaded: PyTorch .* is a CUDA build, but no working nvcc was found' "$work/info"
   grep -q 'to mend it: put the nvcc of a CUDA toolkit on PATH, then: pip install -e . --no-build-isolation' "$work/info"
   [ ! -e alexnet_ext/libalexnet_ext_cuda.so ]
   python -I .ci/smoke.py cpu

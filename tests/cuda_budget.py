@@ -121,7 +121,7 @@ def cutlass_include() -> str:
 def compile_one(source: Path, architecture: str, folder: Path) -> dict[str, Usage]:
     cubin = folder / f"{source.stem}-{architecture}.cubin"
     folders = (cutlass_include(), f"{cutlass_include()}/../tools/util/include")
-    headers = [f"-isystem{folder}" for folder in folders if CUTLASS_KERNEL.match(source.stem)]
+    headers = [word for folder in folders for word in ("-isystem", folder) if CUTLASS_KERNEL.match(source.stem)]
     given = (*FLAGS, *headers, f"-arch=sm_{architecture}", "-cubin", "-o", str(cubin), str(source))
     usages = read_report(run("nvcc", *given))
     if not usages:
