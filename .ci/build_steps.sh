@@ -141,7 +141,6 @@ rebuild() {
 }
 
 planted_faults() {
-  enter cpu
-  python tests/mutation.py
   enter cuda
+  PYTHONPATH=$work/cutlass python tests/mutation.py
 }
