@@ -35,15 +35,12 @@ STABLE_TORCH_LIBRARY(alexnet_ext, m) {
       " int[2] dilation, int groups, bool[3] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias)");
   // Where CUTLASS's headers were there: of the channels-last operands that alexnet_ext/ops/conv2d_bias_relu/cutlass.py
   // says. The gradient is that of x (wanted 0) or weight (wanted 1), for the gradient dz of what is before the ReLU.
-  for (const char* name : {"conv2d_bias_relu_cutlass", "conv2d_bias_relu_cutlass_sm90"}) {
-    const std::string op = name;
-    m.def((op + "(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, int groups)"
-                " -> Tensor")
-              .c_str());
-    m.def((op + "_gradient(Tensor dz, Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation,"
-                " int groups, int wanted) -> Tensor")
-              .c_str());
-  }
+  m.def(
+      "conv2d_bias_relu_cutlass(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding,"
+      " int[2] dilation, int groups) -> Tensor");
+  m.def(
+      "conv2d_bias_relu_cutlass_gradient(Tensor dz, Tensor x, Tensor weight, int[2] stride, int[2] padding,"
+      " int[2] dilation, int groups, int wanted) -> Tensor");
 
   m.def("linear_bias_relu(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def(

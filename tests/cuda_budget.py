@@ -1,10 +1,10 @@
 """``python tests/cuda_budget.py``: what every CUDA kernel takes on every architecture, held against a committed file.
 
 Compiles csrc/*/*_cuda.cu with nvcc for each architecture (no GPU is needed), csrc/*/*_cutlass.cu for the two that are
-built by default, csrc/*/*_sm90.cu for the one that they are made for, and reads ptxas's report: registers must not be
-more than tests/cuda_budget.json says, static shared memory likewise, and there is no stack and no spill at all. Kernels
-made for 16-byte accesses, for TMA or for tensor cores must have these in their machine code. Exit code 1 when something
-does not hold. Without CUTLASS's headers its kernels are left out.
+built by default, and reads ptxas's report: registers must not be more than tests/cuda_budget.json says, static shared
+memory likewise, and there is no stack and no spill at all. Kernels made for 16-byte accesses or for tensor cores must
+have these in their machine code. Exit code 1 when something does not hold. Without CUTLASS's headers its kernels are
+left out.
 
     python tests/cuda_budget.py --renew     # writes the file anew; what must be zero or there must be so even then
     python tests/cuda_budget.py --cutlass   # missing headers of CUTLASS are a fault
@@ -29,7 +29,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = ROOT / "tests" / "cuda_budget.json"
 ARCHITECTURES = ("80", "90", "100", "120")
-CUTLASS_ARCHITECTURES = {"cutlass": ("80", "90"), "sm90": ("90a",)}
+CUTLASS_ARCHITECTURES = ("80", "90")
 FLAGS = ("-std=c++20", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "--extended-lambda", "-Xptxas", "-v")
 
 # By name, or by a number of neighbouring elements, their second template argument, above 1.
@@ -37,10 +37,7 @@ VECTOR_KERNEL = re.compile(r"_(lanes|vectors)_|^augment_|^(relu_max_pool2d(_back
 LOAD, STORE = "LDG.E.128", "STG.E.128"
 # From global to shared memory, 16 bytes at a time, and products of tensor cores.
 COPY, PRODUCT = r"LDGSTS\S*\.128", {"tf32": r"HMMA\.\S*TF32", "bf16": r"HMMA\.\S*BF16", "f16": r"HMMA\.16816\.F32 "}
-# Tiles brought to shared memory and back by TMA, and the products of a warp group.
-BROUGHT, STORED = r"UTMALDG\.4D\.IM2COL", r"UTMASTG\.4D"
-GROUP_PRODUCT = {"tf32": r"HGMMA\.\S*TF32", "bf16": r"HGMMA\.\S*BF16", "f16": r"HGMMA\.64x\d+x16\.F32 "}
-CUTLASS_KERNEL = re.compile(r"(\w+)_(tf32|bf16|f16)_(cutlass|sm90)$")
+CUTLASS_KERNEL = re.compile(r"(\w+)_(tf32|bf16|f16)_cutlass$")
 
 
 def instructions(name: str) -> tuple[str, ...]:
@@ -49,8 +46,6 @@ def instructions(name: str) -> tuple[str, ...]:
     A crop's bytes begin anywhere, and flipped they run backwards.
     """
     if found := CUTLASS_KERNEL.match(name):
-        if found[3] == "sm90":
-            return (BROUGHT, GROUP_PRODUCT[found[2]], STORED)
         return (COPY, PRODUCT[found[2]], STORE)
     if not VECTOR_KERNEL.search(name):
         return ()
@@ -120,8 +115,7 @@ def cutlass_include() -> str:
 
 def compile_one(source: Path, architecture: str, folder: Path) -> dict[str, Usage]:
     cubin = folder / f"{source.stem}-{architecture}.cubin"
-    folders = (cutlass_include(), f"{cutlass_include()}/../tools/util/include")
-    headers = [word for folder in folders for word in ("-isystem", folder) if CUTLASS_KERNEL.match(source.stem)]
+    headers = ("-isystem", cutlass_include()) if CUTLASS_KERNEL.match(source.stem) else ()
     given = (*FLAGS, *headers, f"-arch=sm_{architecture}", "-cubin", "-o", str(cubin), str(source))
     usages = read_report(run("nvcc", *given))
     if not usages:
@@ -138,8 +132,7 @@ def measure(jobs: int) -> dict[str, dict[str, Usage]]:
     """Usage by kernel and architecture."""
     sources = dict.fromkeys(sorted((ROOT / "csrc").glob("*/*_cuda.cu")), ARCHITECTURES)
     if cutlass_include():
-        for kind, architectures in CUTLASS_ARCHITECTURES.items():
-            sources |= dict.fromkeys(sorted((ROOT / "csrc").glob(f"*/*_{kind}.cu")), architectures)
+        sources |= dict.fromkeys(sorted((ROOT / "csrc").glob("*/*_cutlass.cu")), CUTLASS_ARCHITECTURES)
     found: dict[str, dict[str, Usage]] = {}
     with tempfile.TemporaryDirectory(prefix="cuda-budget-") as folder, ThreadPoolExecutor(jobs) as pool:
         tasks = [(source, architecture) for source, wanted in sources.items() for architecture in wanted]

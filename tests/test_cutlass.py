@@ -32,15 +32,14 @@ BUILT = _library.Library("cutlass", "cuda", True)
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the kernels were built and tensors lay on a GPU of compute capability 9.0, with TF32 allowed."""
     monkeypatch.setattr(cutlass, "CUTLASS", BUILT)
-    monkeypatch.setattr(cutlass, "SM90", True)
     monkeypatch.setattr(cutlass, "capability", lambda _: (9, 0))
     torch.backends.cudnn.allow_tf32 = True
 
 
-def applies(case: Case, wanted: int | None, dtype: torch.dtype = torch.bfloat16, kind: str = "cutlass") -> bool:
+def applies(case: Case, wanted: int | None, dtype: torch.dtype = torch.bfloat16) -> bool:
     x, weight = (torch.empty(case.shapes[name], dtype=dtype, device="meta") for name in ("x", "weight"))
     constants = (cases.pair(case.constants[name]) for name in ("stride", "padding", "dilation"))
-    return cutlass.applies(x, weight, *map(list, constants), case.constants["groups"], wanted, kind)
+    return cutlass.applies(x, weight, *map(list, constants), case.constants["groups"], wanted)
 
 
 @pytest.mark.parametrize("wanted", [FORWARD, OF_X, OF_WEIGHT])
@@ -99,28 +98,7 @@ def test_devices_and_builds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cutlass, "CUTLASS", _library.Library("cutlass", "cuda", False, "no headers"))
     assert not applies(PLAIN, FORWARD)
     monkeypatch.undo()
-    assert cutlass.capability(torch.device("cpu")) == (0, 0)
-
-
-@pytest.mark.parametrize("case", cases.params(cases.ALEXNET["conv2d_bias_relu"]))
-def test_the_kernels_for_9_0_apply_to_alexnet_but_for_the_gradient_of_weights(case: Case) -> None:
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        found = {wanted for wanted in (FORWARD, OF_X, OF_WEIGHT) if applies(case, wanted, dtype, "cutlass_sm90")}
-        assert found == ({FORWARD} if dtype == torch.float32 else {FORWARD, OF_X})
-
-
-def test_where_the_kernels_for_9_0_apply(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert applies(PLAIN, FORWARD, kind="cutlass_sm90")
-    for stride, padding, dilation in ((2, 1, 1), (1, 128, 1), (1, 1, 2)):
-        case = conv((2, 16, 9, 9), 32, (3, 3), stride=stride, padding=padding, dilation=dilation)
-        assert applies(case, FORWARD)
-        assert not applies(case, FORWARD, kind="cutlass_sm90")
-    for capability in ((8, 0), (10, 0), (12, 0)):
-        monkeypatch.setattr(cutlass, "capability", lambda _, found=capability: found)
-        assert not applies(PLAIN, FORWARD, kind="cutlass_sm90")
-    monkeypatch.setattr(cutlass, "capability", lambda _: (9, 0))
-    monkeypatch.setattr(cutlass, "SM90", False)
-    assert not applies(PLAIN, FORWARD, kind="cutlass_sm90")
+    assert cutlass.capability(torch.ones(1)) == (0, 0)
 
 
 # ---- as a candidate: stock PyTorch stands for the kernels, with their schemas and in need of what they need
@@ -151,9 +129,8 @@ def kernels() -> Iterator[None]:
     if not _library.LIBRARIES[0].loaded:
         pytest.skip(f"the schemas are in the CPU library: {_library.LIBRARIES[0].reason}")
     with torch.library._scoped_library("alexnet_ext", "IMPL") as library:
-        for kind in cutlass.KINDS:
-            library.impl(f"conv2d_bias_relu_{kind}", stock_forward, "CPU")
-            library.impl(f"conv2d_bias_relu_{kind}_gradient", stock_gradient, "CPU")
+        library.impl("conv2d_bias_relu_cutlass", stock_forward, "CPU")
+        library.impl("conv2d_bias_relu_cutlass_gradient", stock_gradient, "CPU")
         yield
 
 
@@ -181,10 +158,7 @@ def test_it_is_offered_last_in_every_direction_and_right(case: Case, layout: str
     y = oracle.assert_matches_float64(case, cases.make(case, dtype, layout))
     assert y.is_contiguous(memory_format=torch.channels_last) == (layout == "channels_last")
     assert len(offered) >= 3
-    of_x = ["cutlass"] if dtype == torch.float32 else ["cutlass", "cutlass_sm90"]
-    found = [[name for name in names if name.startswith("cutlass")] for names in offered[:3]]
-    assert found == [["cutlass", "cutlass_sm90"], of_x, ["cutlass"]]
-    assert all(names[-1].startswith("cutlass") for names in offered)
+    assert all(names[-1] == "cutlass" and names.count("cutlass") == 1 for names in offered)
 
 
 @pytest.mark.usefixtures("interpreter", "kernels")
@@ -204,16 +178,15 @@ def test_where_it_does_not_apply_another_one_runs(
 
 
 @pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("kind", cutlass.KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.dtype_id)
 @pytest.mark.parametrize("case", cases.params(LAYERS))
-def test_what_a_gpu_will_be_asked(case: Case, dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_gpu_will_be_asked(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The check of ``benchmarks.verify_gpu`` passes for what is right, and fails for a ReLU that loses NaN."""
-    correctness.compare_cutlass(case, dtype, "cpu", kind)
+    correctness.compare_cutlass(case, dtype, "cpu")
     right = cutlass.forward
-    monkeypatch.setattr(cutlass, "forward", lambda *given: [y.nan_to_num(0) for y in right(*given)])
+    monkeypatch.setattr(cutlass, "forward", lambda *given: right(*given).nan_to_num(0))
     with pytest.raises(AssertionError, match="NaN in other places"):
-        correctness.compare_cutlass(case, dtype, "cpu", kind)
+        correctness.compare_cutlass(case, dtype, "cpu")
 
 
 @pytest.mark.usefixtures("interpreter", "kernels")

@@ -75,8 +75,8 @@ std::vector<double> product(const typename Kernel::Arguments& arguments) {
 }
 
 template <class T>
-std::vector<CutlassElement<T>> elements_of(const Values& values) {
-  std::vector<CutlassElement<T>> elements;
+std::vector<typename TensorCore<T>::Element> elements_of(const Values& values) {
+  std::vector<typename TensorCore<T>::Element> elements;
   for (int64_t value : values) elements.emplace_back(static_cast<float>(value));
   return elements;
 }

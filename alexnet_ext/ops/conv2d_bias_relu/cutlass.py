@@ -1,8 +1,6 @@
-"""conv2d_bias_relu by CUTLASS's products on tensor cores, where they were built and apply: candidates of measured.py.
+"""conv2d_bias_relu by CUTLASS's products on tensor cores, where they were built and apply: a candidate of measured.py.
 
-There are two kinds: ``cutlass`` (mma.sync) for compute capability 8.0 and newer, and ``cutlass_sm90`` (wgmma, TMA's
-im2col) for 9.0 alone, without the weight's gradient, whose few blocks would leave most of a GPU idle there. Groups are
-slices of the channels-last tensors as they lie. Not yet run on a GPU.
+Groups are slices of the channels-last tensors as they lie. Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -10,27 +8,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..._library import CUTLASS, has_kernel
+from ..._library import CUTLASS
 from .space_to_depth import SpaceToDepth, convolved_size, rewritten
 from .triton_kernels import precision
 
-KINDS = ("cutlass", "cutlass_sm90")
-SM90 = has_kernel("conv2d_bias_relu_cutlass_sm90", "cuda")  # built where 9.0 was among the architectures
 LEAST_CAPABILITY = (8, 0)  # mma.sync of bf16 and TF32, cp.async
 ACCESS = 16  # bytes: so many of a group's channels are read and written at a time
 MOST_BYTES = 2**31  # a tensor's, as offsets are of 32 bits
 MOST_TAPS = 32  # a side's, of which each is a bit in a mask
-MOST_PADDING = 127  # of TMA's im2col, whose corners are signed bytes
 
 
-def capability(device: torch.device) -> tuple[int, int]:
-    """(0, 0) where it is no GPU."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-
-
-def on_sm90(device: torch.device) -> bool:
-    """Whether ``cutlass_sm90`` was built, and the device is of compute capability 9.0."""
-    return SM90 and capability(device) == (9, 0)
+def capability(x: Tensor) -> tuple[int, int]:
+    """Of x's device; (0, 0) where it is no GPU."""
+    return torch.cuda.get_device_capability(x.device) if x.is_cuda else (0, 0)
 
 
 def applies(
@@ -41,14 +31,13 @@ def applies(
     dilation: list[int],
     groups: int,
     wanted: int | None = None,
-    kind: str = "cutlass",
 ) -> bool:
     """Whether the kernels can compute the forward (wanted None), or the gradient of x (0) or weight (1).
 
     The last needs nothing more than the forward does; the gradient of x needs stride 1, which a first layer gets by
-    its rewrite, and so does all of ``cutlass_sm90``.
+    its rewrite.
     """
-    if not CUTLASS.loaded or capability(x.device) < LEAST_CAPABILITY or weight.dtype != x.dtype:
+    if not CUTLASS.loaded or capability(x) < LEAST_CAPABILITY or weight.dtype != x.dtype:
         return False
     if x.dtype not in (torch.bfloat16, torch.float16) and precision(x.dtype) != "tf32":
         return False
@@ -58,15 +47,7 @@ def applies(
     if SpaceToDepth.helps(weight, stride, dilation, groups):
         taps = SpaceToDepth(x, weight, stride, padding, size).taps
         image, channels = [size[i] + taps[i] - 1 for i in (0, 1)], channels * stride[0] * stride[1]
-        stride, padding = [1, 1], [0, 0]
-    if kind == "cutlass_sm90" and not (
-        on_sm90(x.device)
-        and stride == dilation == [1, 1]
-        and max(padding) <= MOST_PADDING
-        and wanted != 1
-        and (wanted is None or x.dtype != torch.float32)  # wgmma takes TF32 along the channels alone
-    ):
-        return False
+        stride = [1, 1]
     elements = (
         batch * channels * image[0] * image[1],
         filters * channels // groups * taps[0] * taps[1],
@@ -89,12 +70,10 @@ def forward(
     padding: list[int],
     dilation: list[int],
     groups: int,
-    kind: str = "cutlass",
-) -> list[Tensor]:
-    """[the result], channels-last."""
+) -> Tensor:
+    """The result, channels-last."""
     _, x, weight, stride, padding = rewritten(x, weight, stride, padding, dilation, groups)
-    op = getattr(torch.ops.alexnet_ext, f"conv2d_bias_relu_{kind}")
-    return [op(x, weight, bias, stride, padding, dilation, groups)]
+    return torch.ops.alexnet_ext.conv2d_bias_relu_cutlass(x, weight, bias, stride, padding, dilation, groups)
 
 
 def gradients(
@@ -106,10 +85,10 @@ def gradients(
     dilation: list[int],
     groups: int,
     wanted: int,
-    kind: str = "cutlass",
 ) -> list[Tensor]:
     """[dx] (wanted 0) or [dweight] (wanted 1) for the masked gradient."""
     rewrite, x, weight, stride, padding = rewritten(x, weight, stride, padding, dilation, groups)
-    op = getattr(torch.ops.alexnet_ext, f"conv2d_bias_relu_{kind}_gradient")
-    found = op(dz, x, weight, stride, padding, dilation, groups, wanted)
+    found = torch.ops.alexnet_ext.conv2d_bias_relu_cutlass_gradient(
+        dz, x, weight, stride, padding, dilation, groups, wanted
+    )
     return [found if rewrite is None else rewrite.back(found, wanted)]

@@ -172,9 +172,8 @@ def forward(
     found = candidates(lambda: [triton_kernels.forward(*given)], partial(convolve, *given), layout, groups)
     if configs.has_persistent(x, precision(x.dtype)):
         found.append(Candidate("triton persistent", lambda: [triton_kernels.forward(*given, persistent=True)]))
-    for kind in cutlass.KINDS:
-        if cutlass.applies(x, weight, stride, padding, dilation, groups, kind=kind):
-            found.append(Candidate(kind, partial(cutlass.forward, *given, kind)))
+    if cutlass.applies(x, weight, stride, padding, dilation, groups):
+        found.append(Candidate("cutlass", lambda: [cutlass.forward(*given)]))
     (y,) = fastest(describe("forward", x, weight, stride, padding, dilation, groups), x.device, found).run()
     return y.contiguous(memory_format=layout)
 
@@ -204,9 +203,8 @@ def backward(
             layout,
             groups,
         )
-        for kind in cutlass.KINDS:
-            if cutlass.applies(x, weight, *constants, wanted, kind):
-                found.append(Candidate(kind, partial(cutlass.gradients, dz, x, weight, *constants, wanted, kind)))
+        if cutlass.applies(x, weight, *constants, wanted):
+            found.append(Candidate("cutlass", partial(cutlass.gradients, dz, x, weight, *constants, wanted)))
         (gradient,) = fastest(describe(direction, x, weight, *constants), x.device, found).run()
         gradients[wanted] = gradient.contiguous(memory_format=layout)
     if output_mask[2]:
