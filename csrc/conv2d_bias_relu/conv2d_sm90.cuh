@@ -60,11 +60,11 @@ using Sums =
     fusion::Sm90EVT<fusion::Sm90Compute<cutlass::epilogue::thread::Identity, E, float, kRound>, fusion::Sm90AccFetch>;
 }  // namespace stored
 
-// The kernel of a direction for blocks of kRows pixels x kColumns channels, in steps of 64 channels of one tap: a warp
-// that loads, four that multiply, and as many steps in flight as fit into shared memory. Two blocks of a cluster read
-// the same weights, each one half for both: by its arithmetic a block of 128 x 128 asks level 2 for 64 bytes a clock
-// and multiprocessor without, for 48 with, and level 2 has some 32.
-template <Operator kDirection, class T, int kColumns>
+// The kernel of a direction for blocks of 128 pixels x kColumns channels, in steps of 64 channels of one tap: a warp
+// that loads, four that multiply, and as many steps in flight as kBlocks blocks leave room for in shared memory. Two
+// blocks of a cluster need the same weights, and each reads one half of them for both: bytes, not products, are what
+// blocks of this size wait for.
+template <Operator kDirection, class T, int kColumns, int kBlocks>
 struct Sm90Product {
   using E = typename WarpGroup<T>::Element;
   using Nhwc = cutlass::layout::TensorNHWC;
@@ -76,19 +76,26 @@ struct Sm90Product {
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster,
       cutlass::epilogue::collective::EpilogueTileAuto, float, float, void, Nhwc, kAccess, E, Nhwc, kAccess,
       cutlass::epilogue::TmaWarpSpecialized, Stored>::CollectiveOp;
+  // Of 228 KiB each block takes 1 KiB for itself.
+  static constexpr int kOthersBytes = (kBlocks - 1) * (228 * 1024 / kBlocks + 1024);
   using Mainloop = typename cutlass::conv::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, kDirection, E, Nhwc, kAccess, E, Nhwc, kAccess, float, Tile,
-      Cluster, cutlass::conv::collective::StageCountAutoCarveout<sizeof(typename Epilogue::SharedStorage)>,
+      Cluster,
+      cutlass::conv::collective::StageCountAutoCarveout<sizeof(typename Epilogue::SharedStorage) + kOthersBytes>,
       cutlass::conv::KernelImplicitTmaWarpSpecializedSm90>::CollectiveOp;
-  using Problem = cutlass::conv::ConvProblemShape<kDirection, 2>;
-  using Kernel = cutlass::conv::kernel::ConvUniversal<Problem, Mainloop, Epilogue>;
+  struct Kernel
+      : cutlass::conv::kernel::ConvUniversal<cutlass::conv::ConvProblemShape<kDirection, 2>, Mainloop, Epilogue> {
+    static constexpr int kBlocksPerProcessor = kBlocks;
+    static_assert(kBlocks * (Kernel::SharedStorageSize + 1024) <= 228 * 1024, "blocks share a multiprocessor");
+  };
 };
 
 // One kernel, whose blocks of index z compute group z: AlexNet's two towers fill a GPU better together.
 constexpr int kGroupsAtOnce = 2;
 template <class Kernel>
 struct Groups {
-  static constexpr int MaxThreadsPerBlock = Kernel::MaxThreadsPerBlock, MinBlocksPerMultiprocessor = 1;
+  static constexpr int MaxThreadsPerBlock = Kernel::MaxThreadsPerBlock;
+  static constexpr int MinBlocksPerMultiprocessor = Kernel::kBlocksPerProcessor;
   struct Params {
     typename Kernel::Params group[kGroupsAtOnce];
   };
@@ -163,10 +170,11 @@ int launch_groups(const Conv2d& p, void* stream, F&& arguments_of) {
 // ---- each direction's kernel, its arguments for a group, and its launcher
 
 template <class T>
-using Sm90Forward = typename Sm90Product<Operator::kFprop, T, 128>::Kernel;
-// The results' columns are a group's channels: 48, 192 and 256, which blocks of 128 would fill by 38, 75 and 100 %.
+using Sm90Forward = typename Sm90Product<Operator::kFprop, T, 128, 1>::Kernel;
+// The results' columns are a group's channels, in AlexNet 48, 192 and 256. At 96 the sums leave registers for two
+// blocks, of which one multiplies while the other one stores.
 template <class T>
-using Sm90InputGradient = typename Sm90Product<Operator::kDgrad, T, 96>::Kernel;
+using Sm90InputGradient = typename Sm90Product<Operator::kDgrad, T, 96, 2>::Kernel;
 
 template <class Kernel, class Problem>
 typename Kernel::StrideD sm90_strides_of_result(const Problem& problem) {
