@@ -11,7 +11,7 @@ list(FILTER ARCHITECTURES EXCLUDE REGEX "^[1-7][0-9](-|$)")
 set(VERSION_HEADER "${INCLUDE}/cutlass/version.h")
 
 if(NOT EXISTS "${VERSION_HEADER}")
-  set(CUTLASS_REASON "CUTLASS's headers were not found (looked in ${INCLUDE}, or in the package nvidia-cutlass)")
+  set(CUTLASS_REASON "CUTLASS's headers were not found (looked in ${INCLUDE})")
   set(CUTLASS_REMEDY "pip install 'nvidia-cutlass>=4.2,<5', then: pip install -e . --no-build-isolation --no-deps")
   if(NOT INCLUDE)
     set(CUTLASS_REASON "CUTLASS's headers were not found: the package nvidia-cutlass is not installed")

@@ -30,6 +30,9 @@ CUDA_AUGMENT = "csrc/augment/augment_kernels.cuh"
 BIAS = "csrc/common/cpu_bias.h"
 CUDA_LRN = "csrc/local_response_norm/local_response_norm_window.cuh"
 CUDA_SUMS = "csrc/common/channel_sums.cuh"
+CUTLASS = "csrc/conv2d_bias_relu/conv2d_cutlass.cuh"
+CUTLASS_APPLIES = "alexnet_ext/ops/conv2d_bias_relu/cutlass.py"
+CUTLASS_READS = "tests/test_cutlass.py -k blocks_read"  # needs nvcc and CUTLASS's headers
 WINOGRAD = "csrc/conv2d_bias_relu/winograd_cpu.cpp"
 EMULATOR = "tests/test_emulator.py"
 SECONDS = 240  # a fault may make a loop endless
@@ -178,6 +181,17 @@ FAULTS = (
           f"{EMULATOR} -k 'augment and inside'"),
     Fault("CUDA: reciprocal rounded down", "csrc/common/images.cuh", "static_cast<uint64_t>(divisor) + 1",
           "static_cast<uint64_t>(divisor)", f"{EMULATOR} -k 'to_the_bit and float32 and not augment'"),
+    Fault("CUTLASS: a group's strides for the whole tensor's", CUTLASS, "p.height, p.width, p.channels)",
+          "p.height, p.width, p.group_channels())", CUTLASS_READS),
+    Fault("CUTLASS: taps in reverse order", CUTLASS, "Mode::kCrossCorrelation", "Mode::kConvolution", CUTLASS_READS),
+    Fault("CUTLASS: every pixel with a bias of its own", CUTLASS, "first.y, {0, 0, 0})", "first.y, layout_of_y(p))",
+          CUTLASS_READS),
+    Fault("CUTLASS: pixels summed up once a split", CUTLASS, "problem_of_group(p, weight_gradient_splits(p))",
+          "problem_of_group(p)", CUTLASS_READS),
+    Fault("CUTLASS: TF32 where the flags forbid it", CUTLASS_APPLIES, 'precision(x.dtype) != "tf32"',
+          "x.dtype != torch.float32", "tests/test_cutlass.py -k dtypes"),
+    Fault("CUTLASS: the gradient of x with a stride", CUTLASS_APPLIES, "wanted != 0 or stride == [1, 1]", "True",
+          "tests/test_cutlass.py -k where_it_applies"),
 )  # fmt: skip
 
 
