@@ -38,7 +38,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def sm90(monkeypatch: pytest.MonkeyPatch) -> None:
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cutlass, "SM90", _library.Library("sm90", "cuda", True))
 
 
@@ -107,7 +107,7 @@ def test_devices_and_builds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cutlass.capability(torch.ones(1)) == (0, 0)
 
 
-@pytest.mark.usefixtures("sm90")
+@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("case", cases.params(cases.ALEXNET["conv2d_bias_relu"]))
 def test_sm90_applies_to_alexnet_but_for_the_weight_gradient(case: Case) -> None:
     for dtype, expected in ((torch.bfloat16, True), (torch.float16, True), (torch.float32, False)):
@@ -115,7 +115,7 @@ def test_sm90_applies_to_alexnet_but_for_the_weight_gradient(case: Case) -> None
         assert not applies(case, OF_WEIGHT, dtype, sm90=True)
 
 
-@pytest.mark.usefixtures("sm90")
+@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize(
     ("case", "expected"),
     [
@@ -217,7 +217,7 @@ def test_it_is_offered_last_in_every_direction_and_right(case: Case, layout: str
     assert all(names[-1] == "cutlass" and names.count("cutlass") == 1 for names in offered)
 
 
-@pytest.mark.usefixtures("interpreter", "kernels", "sm90")
+@pytest.mark.usefixtures("interpreter", "kernels", "hopper")
 @pytest.mark.parametrize("case", cases.params(LAYERS))
 def test_sm90_is_offered_behind_it_where_it_has_kernels(case: Case, offered: list[list[str]]) -> None:
     oracle.assert_matches_float64(case, cases.make(case, torch.float16))
@@ -241,7 +241,7 @@ def test_where_it_does_not_apply_another_one_runs(
     assert sum("cutlass" in names for names in offered[:3]) == directions
 
 
-@pytest.mark.usefixtures("kernels", "sm90")
+@pytest.mark.usefixtures("kernels", "hopper")
 @pytest.mark.parametrize(
     ("dtype", "sm90"),
     [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)],
@@ -257,7 +257,7 @@ def test_what_a_gpu_will_be_asked(case: Case, dtype: torch.dtype, sm90: bool, mo
         correctness.compare_cutlass(case, dtype, "cpu", sm90)
 
 
-@pytest.mark.usefixtures("interpreter", "kernels", "sm90")
+@pytest.mark.usefixtures("interpreter", "kernels", "hopper")
 def test_every_candidate_will_be_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = speed.SIZES["cpu"]._replace(dtypes=(torch.float16,))
     monkeypatch.setitem(speed.SIZES, "cpu", sizes)

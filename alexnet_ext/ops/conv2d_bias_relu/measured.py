@@ -172,9 +172,13 @@ def forward(
     found = candidates(lambda: [triton_kernels.forward(*given)], partial(convolve, *given), layout, groups)
     if configs.has_persistent(x, precision(x.dtype)):
         found.append(Candidate("triton persistent", lambda: [triton_kernels.forward(*given, persistent=True)]))
+
+    def by_cutlass(sm90: bool) -> list[Tensor]:
+        return [cutlass.forward(*given, sm90=sm90)]
+
     for sm90, name in cutlass.NAMES.items():
         if cutlass.applies(x, weight, stride, padding, dilation, groups, sm90=sm90):
-            found.append(Candidate(name, lambda sm90=sm90: [cutlass.forward(*given, sm90=sm90)]))
+            found.append(Candidate(name, partial(by_cutlass, sm90)))
     (y,) = fastest(describe("forward", x, weight, stride, padding, dilation, groups), x.device, found).run()
     return y.contiguous(memory_format=layout)
 
