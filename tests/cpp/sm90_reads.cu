@@ -184,6 +184,12 @@ void check(const Conv2d& p) {
   expect_values("dx", ours_dx, dx);
 }
 
+void check_relu() {
+  report().where = "ReLU";
+  const cutlass::Array<float, 4> given{NAN, -1, -0.0f, 2}, got = KeptRelu<cutlass::Array<float, 4>>()(given);
+  expect(std::isnan(got[0]) && got[1] == 0 && got[2] == 0 && got[3] == 2, "NaN stays, and what is above 0");
+}
+
 template <class T>
 bool taken(const Conv2d& p, bool forward, int64_t misplaced = 0) {
   alignas(16) static char memory[32];
@@ -248,8 +254,9 @@ int main() {
   check<bf16>(problem(3, 48, 11, 144, 3, 1, 1, 1, 2));  // blocks in part beyond pixels, filters, channels
   check<bf16>(problem(2, 24, 9, 48, 5, 1, 2, 1, 3));
   check<bf16>(problem(1, 16, 12, 16, 3, 1, 2, 2, 1));
-  check<bf16>(problem(2, 144, 5, 272, 2, 1, 0, 1, 1));                   // two steps and two blocks of channels
+  check<bf16>(problem(2, 144, 5, 272, 2, 1, 0, 1, 1));                    // two steps and two blocks of channels
   check<f16>({2, 16, 9, 6, 16, 4, 2, 6, 10, {1, 1}, {0, 3}, {1, 2}, 2});  // high and wide differ in all
   check_taken<bf16>();
+  check_relu();
   return finish("sm90_reads");
 }
