@@ -87,15 +87,18 @@ INTERPRETED = TRITON.loaded and os.environ.get("TRITON_INTERPRET", "0") == "1"
 """Triton kernels run in its interpreter: slowly, on CPU tensors."""
 
 
-def _find_cutlass() -> Library:
-    """The convolution by CUTLASS is part of the CUDA library, where that was built with CUTLASS's headers."""
+def _find_cutlass(name: str) -> Library:
+    """The convolution by CUTLASS is part of the CUDA library, where that was built with CUTLASS's headers.
+
+    ``"cutlass"`` is that for compute capability 8.0 and newer, ``"sm90"`` that for 9.0 alone.
+    """
     if not LIBRARIES[1].loaded:
-        return Library("cutlass", "cuda", False, "it is part of the CUDA library")
-    if has_kernel("conv2d_bias_relu_cutlass", "cuda"):
-        return Library("cutlass", "cuda", True)
+        return Library(name, "cuda", False, "it is part of the CUDA library")
+    if has_kernel(f"conv2d_bias_relu_{name}", "cuda"):
+        return Library(name, "cuda", True)
     record = build_record()
-    reason = record.get("cutlass_reason") or "the CUDA library was built without it"
-    return Library("cutlass", "cuda", False, reason, record.get("cutlass_remedy") or REBUILD)
+    reason = record.get(f"{name}_reason") or "the CUDA library was built without it"
+    return Library(name, "cuda", False, reason, record.get(f"{name}_remedy") or REBUILD)
 
 
 def has_triton(op: str) -> bool:
@@ -112,4 +115,4 @@ def has_kernel(op: str, device_type: str) -> bool:
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(name, key))
 
 
-CUTLASS = _find_cutlass()
+CUTLASS, SM90 = _find_cutlass("cutlass"), _find_cutlass("sm90")

@@ -95,7 +95,7 @@ def info() -> Info:
         cpu_capability=torch.backends.cpu.get_cpu_capability(),
         cpu_count=os.cpu_count() or 1,
         threads=torch.get_num_threads(),
-        libraries=(*_library.LIBRARIES, _library.TRITON, _library.CUTLASS),
+        libraries=(*_library.LIBRARIES, _library.TRITON, _library.CUTLASS, _library.SM90),
         build_record=_library.build_record(),
         choices=[choice(op, device) for op in _backend.OPS for device in DEVICES],
         measured_file=str(_tuning.cache_file()),

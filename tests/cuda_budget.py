@@ -1,10 +1,10 @@
 """``python tests/cuda_budget.py``: what every CUDA kernel takes on every architecture, held against a committed file.
 
 Compiles csrc/*/*_cuda.cu with nvcc for each architecture (no GPU is needed), csrc/*/*_cutlass.cu for the two that are
-built by default, and reads ptxas's report: registers must not be more than tests/cuda_budget.json says, static shared
-memory likewise, and there is no stack and no spill at all. Kernels made for 16-byte accesses or for tensor cores must
-have these in their machine code. Exit code 1 when something does not hold. Without CUTLASS's headers its kernels are
-left out.
+built by default and csrc/*/*_sm90.cu for 9.0a, and reads ptxas's report: registers must not be more than
+tests/cuda_budget.json says, static shared memory likewise, and there is no stack and no spill at all. Kernels made for
+16-byte accesses or for tensor cores must have these in their machine code. Exit code 1 when something does not hold.
+Without CUTLASS's headers its kernels are left out.
 
     python tests/cuda_budget.py --renew     # writes the file anew; what must be zero or there must be so even then
     python tests/cuda_budget.py --cutlass   # missing headers of CUTLASS are a fault
@@ -29,7 +29,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = ROOT / "tests" / "cuda_budget.json"
 ARCHITECTURES = ("80", "90", "100", "120")
-CUTLASS_ARCHITECTURES = ("80", "90")
+CUTLASS_ARCHITECTURES = {"cutlass": ("80", "90"), "sm90": ("90a",)}
 FLAGS = ("-std=c++20", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "--extended-lambda", "-Xptxas", "-v")
 
 # By name, or by a number of neighbouring elements, their second template argument, above 1.
@@ -37,7 +37,10 @@ VECTOR_KERNEL = re.compile(r"_(lanes|vectors)_|^augment_|^(relu_max_pool2d(_back
 LOAD, STORE = "LDG.E.128", "STG.E.128"
 # From global to shared memory, 16 bytes at a time, and products of tensor cores.
 COPY, PRODUCT = r"LDGSTS\S*\.128", {"tf32": r"HMMA\.\S*TF32", "bf16": r"HMMA\.\S*BF16", "f16": r"HMMA\.16816\.F32 "}
-CUTLASS_KERNEL = re.compile(r"(\w+)_(tf32|bf16|f16)_cutlass$")
+# TMA, which gathers pixels for the product and stores the results, and products of a group of four warps.
+GATHER, SCATTER = r"UTMALDG\S*\.IM2COL", r"UTMASTG\S*\.IM2COL"
+WARP_GROUP_PRODUCT = {"bf16": r"HGMMA\.\S*\.F32\.BF16", "f16": r"HGMMA\.\S*\.F32 "}
+CUTLASS_KERNEL = re.compile(r"(\w+)_(tf32|bf16|f16)_(cutlass|sm90)$")
 
 
 def instructions(name: str) -> tuple[str, ...]:
@@ -46,7 +49,9 @@ def instructions(name: str) -> tuple[str, ...]:
     A crop's bytes begin anywhere, and flipped they run backwards.
     """
     if found := CUTLASS_KERNEL.match(name):
-        return (COPY, PRODUCT[found[2]], STORE)
+        return (
+            (GATHER, WARP_GROUP_PRODUCT[found[2]], SCATTER) if found[3] == "sm90" else (COPY, PRODUCT[found[2]], STORE)
+        )
     if not VECTOR_KERNEL.search(name):
         return ()
     return (STORE,) if name.startswith("augment") else (LOAD, STORE)
@@ -113,9 +118,15 @@ def cutlass_include() -> str:
     return run(sys.executable, str(ROOT / "csrc" / "cutlass_include.py"))
 
 
+def cutlass_folders() -> tuple[str, ...]:
+    """What the compiler is told of CUTLASS's headers and utilities."""
+    utilities = Path(cutlass_include()).parent / "tools" / "util" / "include"
+    return ("-isystem", cutlass_include(), "-isystem", str(utilities))
+
+
 def compile_one(source: Path, architecture: str, folder: Path) -> dict[str, Usage]:
     cubin = folder / f"{source.stem}-{architecture}.cubin"
-    headers = ("-isystem", cutlass_include()) if CUTLASS_KERNEL.match(source.stem) else ()
+    headers = cutlass_folders() if CUTLASS_KERNEL.match(source.stem) else ()
     given = (*FLAGS, *headers, f"-arch=sm_{architecture}", "-cubin", "-o", str(cubin), str(source))
     usages = read_report(run("nvcc", *given))
     if not usages:
@@ -132,7 +143,8 @@ def measure(jobs: int) -> dict[str, dict[str, Usage]]:
     """Usage by kernel and architecture."""
     sources = dict.fromkeys(sorted((ROOT / "csrc").glob("*/*_cuda.cu")), ARCHITECTURES)
     if cutlass_include():
-        sources |= dict.fromkeys(sorted((ROOT / "csrc").glob("*/*_cutlass.cu")), CUTLASS_ARCHITECTURES)
+        for name, wanted in CUTLASS_ARCHITECTURES.items():
+            sources |= dict.fromkeys(sorted((ROOT / "csrc").glob(f"*/*_{name}.cu")), wanted)
     found: dict[str, dict[str, Usage]] = {}
     with tempfile.TemporaryDirectory(prefix="cuda-budget-") as folder, ThreadPoolExecutor(jobs) as pool:
         tasks = [(source, architecture) for source, wanted in sources.items() for architecture in wanted]

@@ -32,7 +32,9 @@ CUDA_LRN = "csrc/local_response_norm/local_response_norm_window.cuh"
 CUDA_SUMS = "csrc/common/channel_sums.cuh"
 CUTLASS = "csrc/conv2d_bias_relu/conv2d_cutlass.cuh"
 CUTLASS_APPLIES = "alexnet_ext/ops/conv2d_bias_relu/cutlass.py"
-CUTLASS_READS = "tests/test_cutlass.py -k blocks_read"  # needs nvcc and CUTLASS's headers
+CUTLASS_READS = "tests/test_cutlass.py -k 'blocks_read and cutlass_reads'"  # needs nvcc and CUTLASS's headers
+SM90 = "csrc/conv2d_bias_relu/conv2d_sm90.cuh"
+SM90_READS = "tests/test_cutlass.py -k sm90_reads"  # as well
 WINOGRAD = "csrc/conv2d_bias_relu/winograd_cpu.cpp"
 EMULATOR = "tests/test_emulator.py"
 SECONDS = 240  # a fault may make a loop endless
@@ -190,6 +192,14 @@ FAULTS = (
           CUTLASS_READS),
     Fault("CUTLASS: pixels summed up once a split", CUTLASS, "problem_of_group(p, weight_gradient_splits(p))",
           "problem_of_group(p)", CUTLASS_READS),
+    Fault("CUTLASS for 9.0: a group's strides for the whole tensor's", SM90,
+          "strides(p.out_height, p.out_width, p.filters)", "strides(p.out_height, p.out_width, p.group_filters())",
+          SM90_READS),
+    Fault("CUTLASS for 9.0: padding of rows for columns", SM90, "padding{n(p.padding[0]), n(p.padding[1])}",
+          "padding{n(p.padding[1]), n(p.padding[0])}", SM90_READS),
+    Fault("CUTLASS for 9.0: a ReLU that loses NaN", SM90, "v <= V(0) ? V(0) : v", "v > V(0) ? v : V(0)", SM90_READS),
+    Fault("CUTLASS for 9.0: elsewhere", CUTLASS_APPLIES, "capability(x) == HOPPER", "capability(x) >= HOPPER",
+          "tests/test_cutlass.py -k own_devices"),
     Fault("CUTLASS: TF32 where the flags forbid it", CUTLASS_APPLIES, 'precision(x.dtype) != "tf32"',
           "x.dtype != torch.float32", "tests/test_cutlass.py -k dtypes"),
     Fault("CUTLASS: the gradient of x with a stride", CUTLASS_APPLIES, "wanted != 0 or stride == [1, 1]", "True",

@@ -136,6 +136,12 @@ def test_without_its_headers_cutlass_is_left_out_and_said_so(tmp_path: Path) -> 
     assert "_cutlass" not in (tmp_path / "build" / "build.ninja").read_text(encoding="utf-8")
 
 
+def cuda_commands(folder: Path) -> dict[str, str]:
+    """The compiler's command for each CUDA file of what was configured there."""
+    said = run(["ninja", "-C", str(folder / "build"), "-t", "compdb"], folder, PATH=os.environ["PATH"]).stdout
+    return {Path(entry["file"]).name: entry["command"] for entry in json.loads(said) if entry["file"].endswith(".cu")}
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 def test_cutlass_is_compiled_where_its_headers_are_and_for_8_0_and_newer_alone(tmp_path: Path) -> None:
     header = tmp_path / "headers" / "cutlass" / "version.h"
@@ -144,16 +150,36 @@ def test_cutlass_is_compiled_where_its_headers_are_and_for_8_0_and_newer_alone(t
     facts = CUDA_BUILD.removesuffix(";") + ";7.5,9.0+PTX"
     _, record = configured(tmp_path, facts, f"-DCUTLASS_INCLUDE={header.parents[1]}", with_nvcc=True)
     assert (record["cutlass"], record["cutlass_reason"]) == ("4.3.1", "")
-    commands = json.loads(
-        run(["ninja", "-C", str(tmp_path / "build"), "-t", "compdb"], tmp_path, PATH=os.environ["PATH"]).stdout
-    )
-    compiled = {Path(entry["file"]).name: entry["command"] for entry in commands if entry["file"].endswith(".cu")}
+    compiled = cuda_commands(tmp_path)
     ours = {name: command for name, command in compiled.items() if name.endswith("_cutlass.cu")}
     assert len(ours) == 9
+    assert not any(name.endswith("_sm90.cu") for name in compiled)
+    assert "packed_stride.hpp was found neither in" in record["sm90_reason"]
     assert all("sm_90" in command and "sm_75" not in command for command in ours.values())
     assert all("sm_75" in command for name, command in compiled.items() if name not in ours)
     _, record = configured(tmp_path / "old", facts.replace(",9.0+PTX", ""), with_nvcc=True)
     assert "is 8.0 or newer" in record["cutlass_reason"]
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+def test_the_kernels_of_9_0_are_compiled_for_it_alone_and_where_it_is_wanted(tmp_path: Path) -> None:
+    headers = tmp_path / "cutlass" / "include"
+    for path in (headers / "cutlass/version.h", tmp_path / "cutlass/tools/util/include/cutlass/util/packed_stride.hpp"):
+        path.parent.mkdir(parents=True)
+        path.write_text("")
+    facts = CUDA_BUILD.removesuffix(";") + ";8.0,9.0+PTX"
+    _, record = configured(tmp_path, facts, f"-DCUTLASS_INCLUDE={headers}", with_nvcc=True)
+    assert record["sm90_reason"] == ""
+    ours = {name: command for name, command in cuda_commands(tmp_path).items() if name.endswith("_sm90.cu")}
+    assert len(ours) == 4
+    assert all(set(re.findall(r"sm_\w+", command)) >= {"sm_90a"} for command in ours.values())
+    assert not any(re.search(r"sm_80|sm_90\b|compute_90\b", command) for command in ours.values())
+    _, record = configured(
+        tmp_path / "old", facts.replace(",9.0+PTX", ""), f"-DCUTLASS_INCLUDE={headers}", with_nvcc=True
+    )
+    assert record["cutlass_reason"] == ""
+    assert "9.0 is none of the GPU architectures" in record["sm90_reason"]
+    assert not any(name.endswith("_sm90.cu") for name in cuda_commands(tmp_path / "old"))
 
 
 def test_info_repeats_reason_and_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

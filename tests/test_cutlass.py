@@ -30,16 +30,22 @@ BUILT = _library.Library("cutlass", "cuda", True)
 
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if the kernels were built and tensors lay on a GPU of compute capability 9.0, with TF32 allowed."""
+    """As if all kernels but those of sm90 were built and tensors lay on a GPU of 9.0, with TF32 allowed."""
     monkeypatch.setattr(cutlass, "CUTLASS", BUILT)
+    monkeypatch.setattr(cutlass, "SM90", _library.Library("sm90", "cuda", False, "for 8.0 alone"))
     monkeypatch.setattr(cutlass, "capability", lambda _: (9, 0))
     torch.backends.cudnn.allow_tf32 = True
 
 
-def applies(case: Case, wanted: int | None, dtype: torch.dtype = torch.bfloat16) -> bool:
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cutlass, "SM90", _library.Library("sm90", "cuda", True))
+
+
+def applies(case: Case, wanted: int | None, dtype: torch.dtype = torch.bfloat16, sm90: bool = False) -> bool:
     x, weight = (torch.empty(case.shapes[name], dtype=dtype, device="meta") for name in ("x", "weight"))
     constants = (cases.pair(case.constants[name]) for name in ("stride", "padding", "dilation"))
-    return cutlass.applies(x, weight, *map(list, constants), case.constants["groups"], wanted)
+    return cutlass.applies(x, weight, *map(list, constants), case.constants["groups"], wanted, sm90)
 
 
 @pytest.mark.parametrize("wanted", [FORWARD, OF_X, OF_WEIGHT])
@@ -101,6 +107,43 @@ def test_devices_and_builds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cutlass.capability(torch.ones(1)) == (0, 0)
 
 
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("case", cases.params(cases.ALEXNET["conv2d_bias_relu"]))
+def test_sm90_applies_to_alexnet_but_for_the_weight_gradient(case: Case) -> None:
+    for dtype, expected in ((torch.bfloat16, True), (torch.float16, True), (torch.float32, False)):
+        assert applies(case, FORWARD, dtype, sm90=True) == applies(case, OF_X, dtype, sm90=True) == expected
+        assert not applies(case, OF_WEIGHT, dtype, sm90=True)
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        (PLAIN, True),
+        (conv((2, 16, 9, 9), 32, (3, 3), stride=2), False),
+        (conv((2, 16, 9, 9), 32, (3, 3), groups=4), False),
+        (conv((2, 16, 9, 140), 32, (3, 2), dilation=(1, 127)), True),
+        (conv((2, 16, 9, 140), 32, (3, 2), dilation=(1, 128)), False),
+        (conv((2, 16, 140, 9), 32, (2, 3), dilation=(128, 1)), False),
+        (conv((2, 16, 9, 9), 32, (3, 3), padding=(1, 127)), True),
+        (conv((2, 16, 9, 9), 32, (3, 3), padding=(128, 1)), False),
+    ],
+    ids=lambda value: value.id if isinstance(value, Case) else "",
+)
+def test_where_sm90_applies(case: Case, expected: bool) -> None:
+    assert applies(case, FORWARD, sm90=True) == applies(case, OF_X, sm90=True) == expected
+
+
+def test_sm90_is_for_its_own_devices_and_builds(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not applies(PLAIN, FORWARD, sm90=True)
+    monkeypatch.setattr(cutlass, "SM90", _library.Library("sm90", "cuda", True))
+    for capability in ((0, 0), (8, 0), (8, 9), (10, 0), (12, 0)):
+        monkeypatch.setattr(cutlass, "capability", lambda _, found=capability: found)
+        assert not applies(PLAIN, FORWARD, sm90=True)
+    monkeypatch.setattr(cutlass, "capability", lambda _: (9, 0))
+    assert applies(PLAIN, FORWARD, sm90=True)
+
+
 # ---- as a candidate: stock PyTorch stands for the kernels, with their schemas and in need of what they need
 
 
@@ -119,6 +162,17 @@ def stock_gradient(dz: Tensor, x: Tensor, weight: Tensor, *constants: Any) -> Te
     return torch.ops.aten.convolution_backward(dz, x, weight, *arguments)[wanted].clone()
 
 
+def stock_sm90_forward(x: Tensor, weight: Tensor, *given: Any) -> Tensor:
+    assert x.element_size() == 2
+    assert given[1] == [1, 1]
+    return stock_forward(x, weight, *given)
+
+
+def stock_sm90_input_gradient(dz: Tensor, x: Tensor, weight: Tensor, *constants: Any) -> Tensor:
+    assert x.element_size() == 2
+    return stock_gradient(dz, x, weight, *constants, OF_X)
+
+
 def check_operands(x: Tensor, weight: Tensor, constants: Any) -> None:
     groups = constants[3]
     assert all(count // groups * x.element_size() % 16 == 0 for count in (x.shape[1], weight.shape[0]))
@@ -131,6 +185,8 @@ def kernels() -> Iterator[None]:
     with torch.library._scoped_library("alexnet_ext", "IMPL") as library:
         library.impl("conv2d_bias_relu_cutlass", stock_forward, "CPU")
         library.impl("conv2d_bias_relu_cutlass_gradient", stock_gradient, "CPU")
+        library.impl("conv2d_bias_relu_sm90", stock_sm90_forward, "CPU")
+        library.impl("conv2d_bias_relu_sm90_input_gradient", stock_sm90_input_gradient, "CPU")
         yield
 
 
@@ -161,6 +217,14 @@ def test_it_is_offered_last_in_every_direction_and_right(case: Case, layout: str
     assert all(names[-1] == "cutlass" and names.count("cutlass") == 1 for names in offered)
 
 
+@pytest.mark.usefixtures("interpreter", "kernels", "hopper")
+@pytest.mark.parametrize("case", cases.params(LAYERS))
+def test_sm90_is_offered_behind_it_where_it_has_kernels(case: Case, offered: list[list[str]]) -> None:
+    oracle.assert_matches_float64(case, cases.make(case, torch.float16))
+    assert [names[-2:] == ["cutlass", "cutlass sm90"] for names in offered[:3]] == [True, True, False]
+    assert offered[2][-1] == "cutlass"
+
+
 @pytest.mark.usefixtures("interpreter", "kernels")
 @pytest.mark.parametrize(
     ("case", "dtype", "directions"),
@@ -177,19 +241,23 @@ def test_where_it_does_not_apply_another_one_runs(
     assert sum("cutlass" in names for names in offered[:3]) == directions
 
 
-@pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.dtype_id)
+@pytest.mark.usefixtures("kernels", "hopper")
+@pytest.mark.parametrize(
+    ("dtype", "sm90"),
+    [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)],
+    ids=["float32", "bfloat16", "bfloat16-sm90"],
+)
 @pytest.mark.parametrize("case", cases.params(LAYERS))
-def test_what_a_gpu_will_be_asked(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_gpu_will_be_asked(case: Case, dtype: torch.dtype, sm90: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The check of ``benchmarks.verify_gpu`` passes for what is right, and fails for a ReLU that loses NaN."""
-    correctness.compare_cutlass(case, dtype, "cpu")
+    correctness.compare_cutlass(case, dtype, "cpu", sm90)
     right = cutlass.forward
-    monkeypatch.setattr(cutlass, "forward", lambda *given: right(*given).nan_to_num(0))
+    monkeypatch.setattr(cutlass, "forward", lambda *given, sm90: right(*given, sm90=sm90).nan_to_num(0))
     with pytest.raises(AssertionError, match="NaN in other places"):
-        correctness.compare_cutlass(case, dtype, "cpu")
+        correctness.compare_cutlass(case, dtype, "cpu", sm90)
 
 
-@pytest.mark.usefixtures("interpreter", "kernels")
+@pytest.mark.usefixtures("interpreter", "kernels", "hopper")
 def test_every_candidate_will_be_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = speed.SIZES["cpu"]._replace(dtypes=(torch.float16,))
     monkeypatch.setitem(speed.SIZES, "cpu", sizes)
@@ -198,9 +266,12 @@ def test_every_candidate_will_be_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         speed, "median_ms", lambda runs, device: {name: float(bool(run())) for name, run in runs.items()}
     )
     monkeypatch.setitem(_backend.MEASURED, "conv2d_bias_relu", {"cpu": True, "cuda": True})
+    monkeypatch.setattr(_library, "CUTLASS", BUILT)
+    monkeypatch.setattr(_library, "SM90", _library.Library("sm90", "cuda", True))
     findings = list(speed.convolution_findings("cpu"))
     assert len(findings) == 6
     assert all({"cudnn channels_last ms", "triton ms", "cutlass ms"} <= set(finding.numbers) for finding in findings)
+    assert sum("cutlass sm90 ms" in finding.numbers for finding in findings) == 4  # not for the weight gradients
 
 
 # ---- what the kernels would read, asked of CUTLASS on the host
@@ -208,11 +279,14 @@ def test_every_candidate_will_be_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 @pytest.mark.skipif(not cuda_budget.cutlass_include(), reason="CUTLASS's headers (nvidia-cutlass) are not installed")
-def test_blocks_read_what_the_convolution_and_its_gradients_are_made_of(tmp_path: Path) -> None:
-    root, program = cuda_budget.ROOT, tmp_path / "cutlass_reads"
-    sources = (root / "tests/cpp/cutlass_reads.cu", root / "csrc/common/isa.cpp")
-    folders = (f"-I{root / 'csrc'}", f"-I{root / 'tests' / 'cpp'}", "-isystem", cuda_budget.cutlass_include())
-    flags = (*cuda_budget.FLAGS, "-arch=sm_80")
+@pytest.mark.parametrize(("name", "architecture"), [("cutlass_reads", "sm_80"), ("sm90_reads", "sm_90a")])
+def test_blocks_read_what_the_convolution_and_its_gradients_are_made_of(
+    name: str, architecture: str, tmp_path: Path
+) -> None:
+    root, program = cuda_budget.ROOT, tmp_path / name
+    sources = (root / f"tests/cpp/{name}.cu", root / "csrc/common/isa.cpp")
+    folders = (f"-I{root / 'csrc'}", f"-I{root / 'tests' / 'cpp'}", *cuda_budget.cutlass_folders())
+    flags = (*cuda_budget.FLAGS, f"-arch={architecture}")
     cuda_budget.run("nvcc", *flags, *folders, "-o", str(program), *map(str, sources))
     assert "0 failures" in cuda_budget.run(str(program))
 
@@ -224,13 +298,14 @@ def test_the_library_says_why_it_is_missing(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(_library, "FOLDER", tmp_path)
     cpu, cuda = _library.Library("cpu", "cpu", True), _library.Library("cuda", "cuda", False, "no nvcc")
     monkeypatch.setattr(_library, "LIBRARIES", (cpu, cuda))
-    assert _library._find_cutlass().reason == "it is part of the CUDA library"
+    assert _library._find_cutlass("cutlass").reason == "it is part of the CUDA library"
     monkeypatch.setattr(_library, "LIBRARIES", (cpu, _library.Library("cuda", "cuda", True)))
     monkeypatch.setattr(_library, "has_kernel", lambda op, device: (op, device) == ("conv2d_bias_relu_cutlass", "cuda"))
-    assert _library._find_cutlass() == BUILT
+    assert _library._find_cutlass("cutlass") == BUILT
+    assert not _library._find_cutlass("sm90").loaded
     monkeypatch.setattr(_library, "has_kernel", lambda op, device: False)
-    assert _library._find_cutlass().remedy == _library.REBUILD
-    record = {"cutlass_reason": "no headers in sight", "cutlass_remedy": "find them"}
-    (tmp_path / "build_info.json").write_text(json.dumps(record))
-    found = _library._find_cutlass()
-    assert (found.loaded, found.reason, found.remedy) == (False, "no headers in sight", "find them")
+    assert _library._find_cutlass("cutlass").remedy == _library.REBUILD
+    for name in ("cutlass", "sm90"):
+        record = {f"{name}_reason": f"no {name} in sight", f"{name}_remedy": "find it"}
+        (tmp_path / "build_info.json").write_text(json.dumps(record))
+        assert _library._find_cutlass(name) == _library.Library(name, "cuda", False, f"no {name} in sight", "find it")

@@ -47,6 +47,8 @@ def test_info_names_what_is_missing_why_and_the_remedy(monkeypatch: pytest.Monke
     monkeypatch.setattr(_library, "TRITON", untritoned)
     headless = _library.Library("cutlass", "cuda", False, "no headers were found", "pip install nvidia-cutlass")
     monkeypatch.setattr(_library, "CUTLASS", headless)
+    elsewhere = _library.Library("sm90", "cuda", False, "9.0 was not wanted", "want it")
+    monkeypatch.setattr(_library, "SM90", elsewhere)
     for kernels in ("NATIVE", "TRITON"):
         monkeypatch.setattr(_backend, kernels, {op: {"cpu": False, "cuda": False} for op in OPS})
     lines = str(ax.info()).splitlines()
@@ -57,6 +59,7 @@ def test_info_names_what_is_missing_why_and_the_remedy(monkeypatch: pytest.Monke
     assert "          to mend it: pip install triton" in lines
     assert "  cutlass not loaded: no headers were found" in lines
     assert "          to mend it: pip install nvidia-cutlass" in lines
+    assert "  sm90    not loaded: 9.0 was not wanted" in lines
     assert "  none: nothing has been built in this folder" in lines
     assert {(c.device, c.backend, c.reason) for c in ax.info().choices} == {
         ("cpu", "stock", "no compiler was found"),

@@ -63,4 +63,10 @@ template <class T>
 int conv2d_weight_gradient_cutlass(const Conv2d& p, const void* dz, const void* x, void* workspace, void* dweight,
                                    void* stream);
 
+// The same for compute capability 9.0 alone (conv2d_sm90.cuh): T is bf16 or f16, the stride is 1.
+template <class T>
+int conv2d_forward_sm90(const Conv2d& p, const void* x, const void* weight, const void* bias, void* y, void* stream);
+template <class T>
+int conv2d_input_gradient_sm90(const Conv2d& p, const void* dz, const void* weight, void* dx, void* stream);
+
 }  // namespace alexnet_ext

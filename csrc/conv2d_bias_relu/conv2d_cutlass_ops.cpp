@@ -1,56 +1,11 @@
 // The convolution by CUTLASS as PyTorch operators: forward with bias and ReLU, and a gradient of what is before the
-// ReLU. Results are channels-last.
+// ReLU.
 #include <torch/csrc/stable/library.h>
 
-#include "../common/cuda_stream.h"
-#include "conv2d_cutlass.h"
+#include "conv2d_cutlass_plan.h"
 
 namespace alexnet_ext {
 namespace {
-
-using IntList = std::vector<int64_t>;
-
-// t or a copy of it, channels-last and on a boundary of 16 bytes.
-Tensor on_boundary(const Tensor& t, const char* name) {
-  Images images = images_of(t, name);
-  images.channels_last = true;
-  const Tensor whole = dense(t, images);
-  return reinterpret_cast<uintptr_t>(whole.data_ptr()) % 16 == 0 ? whole : torch::stable::clone(whole);
-}
-
-Conv2d problem_of(const Tensor& x, const Tensor& weight, const IntList& stride, const IntList& padding,
-                  const IntList& dilation, int64_t groups) {
-  check(groups > 0, "groups must be positive, got ", groups);
-  check(x.dim() == 4 && weight.dim() == 4, "x and weight must be 4D, got ", shape_text(x), " and ", shape_text(weight));
-  check_like(weight, "weight", x);
-  check_shape(weight, "weight", {weight.size(0), x.size(1) / groups, weight.size(2), weight.size(3)});
-  check(x.size(1) % groups == 0 && weight.size(0) % groups == 0, "groups must divide ", x.size(1), " and ",
-        weight.size(0), " channels, got ", groups);
-  int64_t size[2];
-  for (int i = 0; i < 2; ++i) {
-    const int64_t room = x.size(2 + i) + 2 * padding.at(i) - dilation.at(i) * (weight.size(2 + i) - 1) - 1;
-    check(stride.at(i) > 0 && room >= 0, "weight ", shape_text(weight), " does not fit into x ", shape_text(x),
-          " at stride ", stride.at(i));
-    size[i] = room / stride[i] + 1;
-  }
-  return {x.size(0),
-          x.size(1),
-          x.size(2),
-          x.size(3),
-          weight.size(0),
-          weight.size(2),
-          weight.size(3),
-          size[0],
-          size[1],
-          {stride[0], stride[1]},
-          {padding[0], padding[1]},
-          {dilation[0], dilation[1]},
-          groups};
-}
-
-Tensor empty_channels_last(const Tensor& like, int64_t batch, int64_t channels, int64_t height, int64_t width) {
-  return empty_images(like, {batch, channels, height, width, true}, like.scalar_type());
-}
 
 // f(Type<T>{}) for the C++ type that has a kernel.
 template <class F>
@@ -69,44 +24,28 @@ int with_tensor_core_type(DType dtype, F&& f) {
 
 Tensor forward(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, IntList stride, IntList padding,
                IntList dilation, int64_t groups) {
-  CudaStream stream(x);
-  const Conv2d p = problem_of(x, weight, stride, padding, dilation, groups);
-  const Tensor in = on_boundary(x, "x"), filters = on_boundary(weight, "weight");
-  bias_data(bias, x, p.filters);
-  if (bias) bias = torch::stable::contiguous(*bias);
-  if (bias && reinterpret_cast<uintptr_t>(bias->data_ptr()) % 16 != 0) bias = torch::stable::clone(*bias);
-  Tensor y = empty_channels_last(x, p.batch, p.filters, p.out_height, p.out_width);
-  stream.check("conv2d_forward_cutlass", with_tensor_core_type(dtype_of(x, "x"), [&](auto type) {
-                 return conv2d_forward_cutlass<typename decltype(type)::type>(p, in.data_ptr(), filters.data_ptr(),
-                                                                              bias ? bias->data_ptr() : nullptr,
-                                                                              y.data_ptr(), stream.get());
-               }));
-  return y;
+  auto launch = [](DType dtype, auto&&... given) {
+    return with_tensor_core_type(
+        dtype, [&](auto type) { return conv2d_forward_cutlass<typename decltype(type)::type>(given...); });
+  };
+  return forward_by("conv2d_forward_cutlass", launch, x, weight, bias, stride, padding, dilation, groups);
 }
 
 // The gradient of x (wanted 0) or of weight (wanted 1).
 Tensor gradient(const Tensor& dz, const Tensor& x, const Tensor& weight, IntList stride, IntList padding,
                 IntList dilation, int64_t groups, int64_t wanted) {
-  CudaStream stream(x);
   check(wanted == 0 || wanted == 1, "wanted must be 0 (x) or 1 (weight), got ", wanted);
   const Conv2d p = problem_of(x, weight, stride, padding, dilation, groups);
-  check_like(dz, "dz", x);
-  check_shape(dz, "dz", {p.batch, p.filters, p.out_height, p.out_width});
-  const Tensor out = on_boundary(dz, "dz");
-  const Tensor other = wanted == 0 ? on_boundary(weight, "weight") : on_boundary(x, "x");
-  const Tensor& like = wanted == 0 ? x : weight;
-  Tensor result = empty_channels_last(x, like.size(0), like.size(1), like.size(2), like.size(3));
   const int64_t sizes[] = {wanted == 0 ? 0 : weight_gradient_workspace(p)};
   const Tensor workspace = torch::stable::empty({sizes, 1}, ScalarType::Float, std::nullopt, x.device());
-  stream.check("conv2d_gradient_cutlass", with_tensor_core_type(dtype_of(x, "x"), [&](auto type) {
-                 using T = typename decltype(type)::type;
-                 if (wanted == 0)
-                   return conv2d_input_gradient_cutlass<T>(p, out.data_ptr(), other.data_ptr(), result.data_ptr(),
-                                                           stream.get());
-                 return conv2d_weight_gradient_cutlass<T>(p, out.data_ptr(), other.data_ptr(), workspace.data_ptr(),
-                                                          result.data_ptr(), stream.get());
-               }));
-  return result;
+  auto launch = [&](DType dtype, const Conv2d&, const void* dz, const void* other, void* result, void* stream) {
+    return with_tensor_core_type(dtype, [&](auto type) {
+      using T = typename decltype(type)::type;
+      if (wanted == 0) return conv2d_input_gradient_cutlass<T>(p, dz, other, result, stream);
+      return conv2d_weight_gradient_cutlass<T>(p, dz, other, workspace.data_ptr(), result, stream);
+    });
+  };
+  return gradient_by("conv2d_gradient_cutlass", launch, p, dz, wanted == 0 ? x : weight, wanted == 0 ? weight : x);
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 """conv2d_bias_relu by CUTLASS's products on tensor cores, where they were built and apply: a candidate of measured.py.
 
-Groups are slices of the channels-last tensors as they lie. Not yet run on a GPU.
+Groups are slices of the channels-last tensors as they lie. There are kernels for compute capability 8.0 and newer, and
+others (sm90) for 9.0 alone, whose instructions no other has. Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..._library import CUTLASS
+from ..._library import CUTLASS, SM90
 from .space_to_depth import SpaceToDepth, convolved_size, rewritten
 from .triton_kernels import precision
 
@@ -16,6 +17,9 @@ LEAST_CAPABILITY = (8, 0)  # mma.sync of bf16 and TF32, cp.async
 ACCESS = 16  # bytes: so many of a group's channels are read and written at a time
 MOST_BYTES = 2**31  # a tensor's, as offsets are of 32 bits
 MOST_TAPS = 32  # a side's, of which each is a bit in a mask
+HOPPER = (9, 0)
+MOST_PIXELS = 127  # sm90: how far taps reach, and of padding; 8 bits of a descriptor
+NAMES = {False: "cutlass", True: "cutlass sm90"}
 
 
 def capability(x: Tensor) -> tuple[int, int]:
@@ -31,12 +35,17 @@ def applies(
     dilation: list[int],
     groups: int,
     wanted: int | None = None,
+    sm90: bool = False,
 ) -> bool:
     """Whether the kernels can compute the forward (wanted None), or the gradient of x (0) or weight (1).
 
     The last needs nothing more than the forward does; the gradient of x needs stride 1, which a first layer gets by
-    its rewrite.
+    its rewrite. Those of ``sm90`` need it in both directions that they have.
     """
+    if sm90:
+        pixels = max(*(dilation[i] * (weight.shape[2 + i] - 1) for i in (0, 1)), *padding)
+        here = SM90.loaded and capability(x) == HOPPER and x.element_size() == 2 and pixels <= MOST_PIXELS
+        return here and wanted != 1 and applies(x, weight, stride, padding, dilation, groups, 0)
     if not CUTLASS.loaded or capability(x) < LEAST_CAPABILITY or weight.dtype != x.dtype:
         return False
     if x.dtype not in (torch.bfloat16, torch.float16) and precision(x.dtype) != "tf32":
@@ -70,10 +79,13 @@ def forward(
     padding: list[int],
     dilation: list[int],
     groups: int,
+    sm90: bool = False,
 ) -> Tensor:
     """The result, channels-last."""
     _, x, weight, stride, padding = rewritten(x, weight, stride, padding, dilation, groups)
-    return torch.ops.alexnet_ext.conv2d_bias_relu_cutlass(x, weight, bias, stride, padding, dilation, groups)
+    ops = torch.ops.alexnet_ext
+    run = ops.conv2d_bias_relu_sm90 if sm90 else ops.conv2d_bias_relu_cutlass
+    return run(x, weight, bias, stride, padding, dilation, groups)
 
 
 def gradients(
@@ -85,10 +97,13 @@ def gradients(
     dilation: list[int],
     groups: int,
     wanted: int,
+    sm90: bool = False,
 ) -> list[Tensor]:
     """[dx] (wanted 0) or [dweight] (wanted 1) for the masked gradient."""
     rewrite, x, weight, stride, padding = rewritten(x, weight, stride, padding, dilation, groups)
-    found = torch.ops.alexnet_ext.conv2d_bias_relu_cutlass_gradient(
-        dz, x, weight, stride, padding, dilation, groups, wanted
-    )
+    ops, given = torch.ops.alexnet_ext, (dz, x, weight, stride, padding, dilation, groups)
+    if sm90:
+        found = ops.conv2d_bias_relu_sm90_input_gradient(*given)
+    else:
+        found = ops.conv2d_bias_relu_cutlass_gradient(*given, wanted)
     return [found if rewrite is None else rewrite.back(found, wanted)]

@@ -172,8 +172,13 @@ def forward(
     found = candidates(lambda: [triton_kernels.forward(*given)], partial(convolve, *given), layout, groups)
     if configs.has_persistent(x, precision(x.dtype)):
         found.append(Candidate("triton persistent", lambda: [triton_kernels.forward(*given, persistent=True)]))
-    if cutlass.applies(x, weight, stride, padding, dilation, groups):
-        found.append(Candidate("cutlass", lambda: [cutlass.forward(*given)]))
+
+    def by_cutlass(sm90: bool) -> list[Tensor]:
+        return [cutlass.forward(*given, sm90=sm90)]
+
+    for sm90, name in cutlass.NAMES.items():
+        if cutlass.applies(x, weight, stride, padding, dilation, groups, sm90=sm90):
+            found.append(Candidate(name, partial(by_cutlass, sm90)))
     (y,) = fastest(describe("forward", x, weight, stride, padding, dilation, groups), x.device, found).run()
     return y.contiguous(memory_format=layout)
 
@@ -203,8 +208,9 @@ def backward(
             layout,
             groups,
         )
-        if cutlass.applies(x, weight, *constants, wanted):
-            found.append(Candidate("cutlass", partial(cutlass.gradients, dz, x, weight, *constants, wanted)))
+        for sm90, name in cutlass.NAMES.items():
+            if cutlass.applies(x, weight, *constants, wanted, sm90):
+                found.append(Candidate(name, partial(cutlass.gradients, dz, x, weight, *constants, wanted, sm90)))
         (gradient,) = fastest(describe(direction, x, weight, *constants), x.device, found).run()
         gradients[wanted] = gradient.contiguous(memory_format=layout)
     if output_mask[2]:

@@ -50,14 +50,18 @@ def run(device: str) -> Iterator[Finding]:
 
 
 def cutlass_findings() -> Iterator[Finding]:
-    if not _library.CUTLASS.loaded:
-        yield Finding("conv2d_bias_relu cutlass", None, f"skipped: {_library.CUTLASS.reason}")
-        return
     torch.backends.cudnn.allow_tf32 = True
-    layers = harness.alexnet_cases("conv2d_bias_relu", 4)
-    for dtype, case in itertools.product((torch.bfloat16, torch.float16, torch.float32), layers):
-        name = f"{case.id} channels_last {cases.dtype_id(dtype)} cutlass"
-        yield attempt(name, partial(compare_cutlass, case, dtype, "cuda"))
+    layers, halves = harness.alexnet_cases("conv2d_bias_relu", 4), (torch.bfloat16, torch.float16)
+    for library, sm90, dtypes in ((_library.CUTLASS, False, (*halves, torch.float32)), (_library.SM90, True, halves)):
+        reason = library.reason
+        if sm90 and torch.cuda.get_device_capability() != (9, 0):
+            reason = "the device is not of compute capability 9.0"
+        if reason:
+            yield Finding(f"conv2d_bias_relu {library.name}", None, f"skipped: {reason}")
+            continue
+        for dtype, case in itertools.product(dtypes, layers):
+            name = f"{case.id} channels_last {cases.dtype_id(dtype)} {library.name}"
+            yield attempt(name, partial(compare_cutlass, case, dtype, "cuda", sm90))
 
 
 def compare(case: Case, dtype: torch.dtype, layout: str, backend: str, device: str) -> None:
@@ -65,7 +69,7 @@ def compare(case: Case, dtype: torch.dtype, layout: str, backend: str, device: s
     oracle.assert_matches_float64(cases.in_dtype(case, dtype), tensors, backend)
 
 
-def compare_cutlass(case: Case, dtype: torch.dtype, device: str) -> None:
+def compare_cutlass(case: Case, dtype: torch.dtype, device: str, sm90: bool = False) -> None:
     """All values are of bf16, which fp16 and TF32 can say as well: but for sums nothing is rounded. One of x is NaN."""
     from alexnet_ext.ops.conv2d_bias_relu import cutlass
 
@@ -73,12 +77,14 @@ def compare_cutlass(case: Case, dtype: torch.dtype, device: str) -> None:
     x, weight, bias, *constants = cases.raw_forward(
         case, {n: t if t is None else t.to(dtype) for n, t in tensors.items()}
     )
-    assert all(cutlass.applies(x, weight, *constants, wanted) for wanted in (None, 0, 1)), "it does not apply"
+    gradients = ((0, "x"),) if sm90 else ((0, "x"), (1, "weight"))
+    directions = (None, *(wanted for wanted, _ in gradients))
+    assert all(cutlass.applies(x, weight, *constants, wanted, sm90) for wanted in directions), "it does not apply"
     holed = x.clone()
     holed[0, 0, 5, 5] = torch.nan
     exact = [t.double() for t in (holed, weight, bias)]
     y, size = F.relu(F.conv2d(*exact, *constants)), F.conv2d(*(t.abs() for t in exact), *constants).nan_to_num(0)
-    ours = cutlass.forward(holed, weight, bias, *constants)
+    ours = cutlass.forward(holed, weight, bias, *constants, sm90=sm90)
     oracle.assert_accurate("y", ours, y.cpu(), None, oracle.summands(case, "y"), size.max().item())
     dz = torch.randn_like(y).bfloat16()
     mask = [True, True, False]
@@ -87,7 +93,7 @@ def compare_cutlass(case: Case, dtype: torch.dtype, device: str) -> None:
         torch.ops.aten.convolution_backward(*each, None, *constants[:3], False, [0, 0], constants[3], mask)
         for each in (given, [t.abs() for t in given])
     )
-    for wanted, name in ((0, "x"), (1, "weight")):
-        (ours,) = cutlass.gradients(dz.to(dtype), x, weight, *constants, wanted)
+    for wanted, name in gradients:
+        (ours,) = cutlass.gradients(dz.to(dtype), x, weight, *constants, wanted, sm90)
         largest = of_parts[wanted].max().item()
         oracle.assert_accurate(name, ours, exact_gradients[wanted].cpu(), None, oracle.summands(case, name), largest)

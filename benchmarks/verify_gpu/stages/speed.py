@@ -141,8 +141,9 @@ def convolution_findings(device: str) -> Iterator[Finding]:
     """Every way that the convolution may take, each direction for itself."""
     if not _backend.has_kernel("measured", "conv2d_bias_relu", device):
         return
-    if not _library.CUTLASS.loaded:
-        yield Finding("conv2d_bias_relu cutlass", None, f"skipped: {_library.CUTLASS.reason}")
+    for library in (_library.CUTLASS, _library.SM90):
+        if not library.loaded:
+            yield Finding(f"conv2d_bias_relu {library.name}", None, f"skipped: {library.reason}")
     sizes = SIZES[device]
     layers = harness.alexnet_cases("conv2d_bias_relu", sizes.batch)
     for dtype, layout, case in itertools.product(sizes.dtypes, ("channels_last", "contiguous"), layers):

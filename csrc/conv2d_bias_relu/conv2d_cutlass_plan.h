@@ -1,0 +1,84 @@
+// Checks, layout and allocation that the bindings of the convolutions by CUTLASS share. Results are channels-last.
+#pragma once
+
+#include "../common/cuda_stream.h"
+#include "conv2d_cutlass.h"
+
+namespace alexnet_ext {
+
+using IntList = std::vector<int64_t>;
+
+// t or a copy of it, channels-last and on a boundary of 16 bytes.
+inline Tensor on_boundary(const Tensor& t, const char* name) {
+  Images images = images_of(t, name);
+  images.channels_last = true;
+  const Tensor whole = dense(t, images);
+  return reinterpret_cast<uintptr_t>(whole.data_ptr()) % 16 == 0 ? whole : torch::stable::clone(whole);
+}
+
+inline Conv2d problem_of(const Tensor& x, const Tensor& weight, const IntList& stride, const IntList& padding,
+                         const IntList& dilation, int64_t groups) {
+  check(groups > 0, "groups must be positive, got ", groups);
+  check(x.dim() == 4 && weight.dim() == 4, "x and weight must be 4D, got ", shape_text(x), " and ", shape_text(weight));
+  check_like(weight, "weight", x);
+  check_shape(weight, "weight", {weight.size(0), x.size(1) / groups, weight.size(2), weight.size(3)});
+  check(x.size(1) % groups == 0 && weight.size(0) % groups == 0, "groups must divide ", x.size(1), " and ",
+        weight.size(0), " channels, got ", groups);
+  int64_t size[2];
+  for (int i = 0; i < 2; ++i) {
+    const int64_t room = x.size(2 + i) + 2 * padding.at(i) - dilation.at(i) * (weight.size(2 + i) - 1) - 1;
+    check(stride.at(i) > 0 && room >= 0, "weight ", shape_text(weight), " does not fit into x ", shape_text(x),
+          " at stride ", stride.at(i));
+    size[i] = room / stride[i] + 1;
+  }
+  return {x.size(0),
+          x.size(1),
+          x.size(2),
+          x.size(3),
+          weight.size(0),
+          weight.size(2),
+          weight.size(3),
+          size[0],
+          size[1],
+          {stride[0], stride[1]},
+          {padding[0], padding[1]},
+          {dilation[0], dilation[1]},
+          groups};
+}
+
+inline Tensor empty_channels_last(const Tensor& like, int64_t batch, int64_t channels, int64_t height, int64_t width) {
+  return empty_images(like, {batch, channels, height, width, true}, like.scalar_type());
+}
+
+// launch(dtype, problem, x, weight, bias or null, y, stream) into a new y.
+template <class Launch>
+Tensor forward_by(const char* name, Launch&& launch, const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
+                  const IntList& stride, const IntList& padding, const IntList& dilation, int64_t groups) {
+  CudaStream stream(x);
+  const Conv2d p = problem_of(x, weight, stride, padding, dilation, groups);
+  const Tensor in = on_boundary(x, "x"), filters = on_boundary(weight, "weight");
+  bias_data(bias, x, p.filters);
+  if (bias) bias = torch::stable::contiguous(*bias);
+  if (bias && reinterpret_cast<uintptr_t>(bias->data_ptr()) % 16 != 0) bias = torch::stable::clone(*bias);
+  Tensor y = empty_channels_last(x, p.batch, p.filters, p.out_height, p.out_width);
+  stream.check(name, launch(dtype_of(x, "x"), p, in.data_ptr(), filters.data_ptr(), bias ? bias->data_ptr() : nullptr,
+                            y.data_ptr(), stream.get()));
+  return y;
+}
+
+// launch(dtype, problem, dz, other, result, stream) into a new gradient of `like`, which is x or weight; `other` is
+// the other one of them.
+template <class Launch>
+Tensor gradient_by(const char* name, Launch&& launch, const Conv2d& p, const Tensor& dz, const Tensor& like,
+                   const Tensor& other) {
+  CudaStream stream(like);
+  check_like(dz, "dz", like);
+  check_shape(dz, "dz", {p.batch, p.filters, p.out_height, p.out_width});
+  const Tensor out = on_boundary(dz, "dz"), operand = on_boundary(other, "x or weight");
+  Tensor result = empty_channels_last(like, like.size(0), like.size(1), like.size(2), like.size(3));
+  stream.check(name,
+               launch(dtype_of(dz, "dz"), p, out.data_ptr(), operand.data_ptr(), result.data_ptr(), stream.get()));
+  return result;
+}
+
+}  // namespace alexnet_ext
