@@ -76,7 +76,9 @@ def assert_matches_float64(
         terms = terms_of_gradients(case, expected, dy)
     for name, result in results.items():
         magnitude = terms[name].max().item() if name in terms and result.numel() else 0.0
-        assert_accurate(name, result, expected[name], stock.get(name), summands(case, name), magnitude)
+        # How near stock's products come hangs on the order that this CPU's oneDNN adds them up in.
+        least = 3 if case.op in cases.PRODUCTS else 0
+        assert_accurate(name, result, expected[name], stock.get(name), summands(case, name), magnitude, least)
         if name != "y":
             assert result.dtype == tensors[name].dtype, name
     return ours
@@ -111,11 +113,16 @@ def terms_of_gradients(case: Case, expected: dict[str, Tensor], dy: Tensor) -> d
 
 
 def assert_accurate(
-    name: str, ours: Tensor, exact: Tensor, stock: Tensor | None, terms: int, magnitude: float = 0.0
+    name: str,
+    ours: Tensor,
+    exact: Tensor,
+    stock: Tensor | None,
+    terms: int,
+    magnitude: float = 0.0,
+    least: int = 0,
 ) -> None:
-    """At most twice stock's error plus one ulp, and never above the cap of the tolerance table.
+    """At most twice stock's error plus one ulp (or ``least`` ulps), and never above the cap of the tolerance table.
 
-    Three ulps are granted in any case: how near stock's sums come hangs on the order that this CPU's oneDNN adds in.
     The cap is relative to the largest exact value times sqrt(terms), or to the largest sum of the terms' absolute
     values (``magnitude``) where that is more.
     """
@@ -132,7 +139,7 @@ def assert_accurate(
     assert error <= cap, f"{name}: error {error:.3g} of {largest:.3g} in {ours.dtype}, at most {cap:.3g}"
     if stock is not None and ours.dtype != torch.float64 and exact.unique().numel() >= ENOUGH:
         ulp = eps * largest
-        reach = 2 * max(_largest_error(stock.detach().cpu(), exact), ulp) + ulp
+        reach = max(2 * _largest_error(stock.detach().cpu(), exact) + ulp, least * ulp)
         assert error <= reach, f"{name}: error {error:.3g}, twice stock's and an ulp is {reach:.3g}"
 
 
