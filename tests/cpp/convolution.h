@@ -45,4 +45,11 @@ inline Conv2d problem(int64_t batch, int64_t channels, int64_t side, int64_t fil
           groups};
 }
 
+// AlexNet's at batch 128, the first one with its space brought to depth.
+inline std::vector<Conv2d> alexnet_layers() {
+  return {problem(128, 48, 57, 96, 3, 1, 0, 1, 1), problem(128, 96, 27, 256, 5, 1, 2, 1, 2),
+          problem(128, 256, 13, 384, 3, 1, 1, 1, 1), problem(128, 384, 13, 384, 3, 1, 1, 1, 2),
+          problem(128, 384, 13, 256, 3, 1, 1, 1, 2)};
+}
+
 }  // namespace alexnet_ext::test

@@ -202,9 +202,7 @@ bool taken(const Conv2d& p, bool forward, int64_t misplaced = 0) {
 template <class T>
 void check_taken() {
   report().where = std::string(dtype_name<T>()) + " at batch 128";
-  for (const Conv2d& p : {problem(128, 48, 57, 96, 3, 1, 0, 1, 1), problem(128, 96, 27, 256, 5, 1, 2, 1, 2),
-                          problem(128, 256, 13, 384, 3, 1, 1, 1, 1), problem(128, 384, 13, 384, 3, 1, 1, 1, 2),
-                          problem(128, 384, 13, 256, 3, 1, 1, 1, 2)})
+  for (const Conv2d& p : alexnet_layers())
     expect(taken<T>(p, true) && taken<T>(p, false), "AlexNet's layers are taken");
   for (bool forward : {true, false}) {
     const Conv2d plain = problem(1, 32, 9, 32, 3, 1, 1, 1, 1);
