@@ -205,11 +205,12 @@ def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         y = pool(op.Relu(x), kernel_size, stride, padding, dilation, ceil_mode)
         return y, winners(y)
 
-    def conv2d_bias_relu(x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, groups: int) -> Any:
+    def conv2d_bias_relu(
+        x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, groups: int, relu: bool = True
+    ) -> Any:
         pads = [*padding, *padding]
-        return op.Relu(
-            op.Conv(x, weight, bias, strides=list(stride), pads=pads, dilations=list(dilation), group=groups)
-        )
+        y = op.Conv(x, weight, bias, strides=list(stride), pads=pads, dilations=list(dilation), group=groups)
+        return op.Relu(y) if relu else y
 
     def linear_bias_relu(x: Any, weight: Any, bias: Any) -> Any:
         return op.Relu(op.Gemm(x, weight, bias, transB=1))

@@ -46,15 +46,27 @@ class ReLUMaxPool2d(nn.MaxPool2d):
         return ops.relu_max_pool2d(input, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
 
 
-class Conv2dReLU(nn.Conv2d):
-    """``nn.Sequential(nn.Conv2d(...), nn.ReLU())`` by ``ops.conv2d_bias_relu``, every padding_mode included."""
+class FusedConv2d(nn.Conv2d):
+    """What the layers with a convolution share: ``ops.conv2d_bias_relu``, every padding_mode included."""
 
-    def forward(self, input: Tensor) -> Tensor:
+    relu = True
+    """Whether bias and ReLU are the convolution's; else they are those of the op behind it."""
+
+    def convolution(self, input: Tensor) -> Tensor:
         padding: Any = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
-        return ops.conv2d_bias_relu(input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
+        bias = self.bias if self.relu else None
+        constants = (self.stride, padding, self.dilation, self.groups)
+        return ops.conv2d_bias_relu(input, self.weight, bias, *constants, relu=self.relu)
+
+
+class Conv2dReLU(FusedConv2d):
+    """``nn.Sequential(nn.Conv2d(...), nn.ReLU())`` by ``ops.conv2d_bias_relu``."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.convolution(input)
 
 
 class LinearReLU(nn.Linear):
@@ -64,9 +76,10 @@ class LinearReLU(nn.Linear):
         return ops.linear_bias_relu(input, self.weight, self.bias)
 
 
-class _Conv2dBlock(nn.Conv2d):
+class _Conv2dBlock(FusedConv2d):
     """A convolution and the fused block behind it; subclasses name the block's op and its order."""
 
+    relu = False
     norm: tuple[int, float, float, float]
     window: tuple[Any, Any]
 
@@ -81,10 +94,6 @@ class _Conv2dBlock(nn.Conv2d):
         if plain not in ((0, 1, False, False), ((0, 0), (1, 1), False, False)):
             raise ValueError(f"pool must have no padding, dilation, ceil_mode or return_indices, got {pool}")
         return {"norm": (norm.size, norm.alpha, norm.beta, norm.k), "window": (pool.kernel_size, pool.stride)}
-
-    def convolution(self, input: Tensor) -> Tensor:
-        """The convolution without its bias, which the block adds."""
-        return self._conv_forward(input, self.weight, None)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, lrn={self.norm}, pool={self.window}"

@@ -29,17 +29,18 @@ def tune(
     dtype: torch.dtype,
     layout: torch.memory_format = torch.channels_last,
 ) -> Iterator[TunedRow]:
-    """Measure every ``Conv2dReLU`` of ``network``, which may be on the meta device, for inputs of ``shape``.
+    """Measure every convolution of ``network``'s fused layers for inputs of ``shape``.
 
-    The three directions of each layer are measured on ``device`` where their choice is not known yet.
+    The network may be on the meta device. The three directions of each layer are measured on ``device`` where their
+    choice is not known yet.
     """
-    from .ops.conv2d_bias_relu.measured import describe
+    from .ops.conv2d_bias_relu.measured import FORWARD, describe
 
-    found: list[tuple[str, layers.Conv2dReLU, torch.Size]] = []
+    found: list[tuple[str, layers.FusedConv2d, torch.Size]] = []
     hooks = [
         module.register_forward_pre_hook(lambda m, inputs, name=name: found.append((name, m, inputs[0].shape)))
         for name, module in network.named_modules()
-        if isinstance(module, layers.Conv2dReLU)
+        if isinstance(module, layers.FusedConv2d)
     ]
     try:
         with torch.no_grad():
@@ -50,11 +51,12 @@ def tune(
     for name, layer, size in found:
         x = torch.randn(size, device=device, dtype=dtype).to(memory_format=layout).requires_grad_()
         weight = torch.randn(layer.weight.shape, device=device, dtype=dtype).to(memory_format=layout).requires_grad_()
-        bias = None if layer.bias is None else torch.zeros(len(weight), device=device, dtype=dtype)
+        has_bias = layer.relu and layer.bias is not None
+        bias = torch.zeros(len(weight), device=device, dtype=dtype) if has_bias else None
         constants = [*map(list, (layer.stride, layer.padding, layer.dilation)), layer.groups]
-        y = torch.ops.alexnet_ext.conv2d_bias_relu_measured(x, weight, bias, *constants)
+        y = torch.ops.alexnet_ext.conv2d_bias_relu_measured(x, weight, bias, *constants, layer.relu)
         y.backward(torch.randn_like(y))
-        for direction in ("forward", "input gradient", "weight gradient"):
+        for direction in (FORWARD[layer.relu], "input gradient", "weight gradient"):
             entry = (
                 _tuning.choices().known().get(_tuning.key_of(describe(direction, x, weight, *constants), device), {})
             )

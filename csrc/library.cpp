@@ -29,22 +29,23 @@ STABLE_TORCH_LIBRARY(alexnet_ext, m) {
 
   m.def(
       "conv2d_bias_relu(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation,"
-      " int groups) -> Tensor");
+      " int groups, bool relu=True) -> Tensor");
   m.def(
       "conv2d_bias_relu_backward(Tensor dy, Tensor x, Tensor weight, Tensor y, int[2] stride, int[2] padding,"
-      " int[2] dilation, int groups, bool[3] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias)");
+      " int[2] dilation, int groups, bool[3] output_mask, bool relu=True) -> (Tensor dx, Tensor dweight, Tensor "
+      "dbias)");
   // Where CUTLASS's headers were there: of the channels-last operands that alexnet_ext/ops/conv2d_bias_relu/cutlass.py
   // says. The gradient is that of x (wanted 0) or weight (wanted 1), for the gradient dz of what is before the ReLU.
   m.def(
       "conv2d_bias_relu_cutlass(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding,"
-      " int[2] dilation, int groups) -> Tensor");
+      " int[2] dilation, int groups, bool relu) -> Tensor");
   m.def(
       "conv2d_bias_relu_cutlass_gradient(Tensor dz, Tensor x, Tensor weight, int[2] stride, int[2] padding,"
       " int[2] dilation, int groups, int wanted) -> Tensor");
   // The same for devices of compute capability 9.0 alone; the gradient is that of x.
   m.def(
       "conv2d_bias_relu_sm90(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation,"
-      " int groups) -> Tensor");
+      " int groups, bool relu) -> Tensor");
   m.def(
       "conv2d_bias_relu_sm90_input_gradient(Tensor dz, Tensor x, Tensor weight, int[2] stride, int[2] padding,"
       " int[2] dilation, int groups) -> Tensor");

@@ -138,6 +138,9 @@ CONV_CASES = (
     conv((2, 8, 7, 9), 16, (5, 5), padding=2, groups=2),
     conv((1, 9, 4, 33), 7, (3, 3), padding=1),
     conv((4, 6, 5), 6, (3, 3), padding=1, groups=2),
+    conv((2, 4, 7, 5), 6, (3, 3), padding=1, groups=2, relu=False),
+    conv((2, 3, 9, 8), 5, (3, 2), bias=False, stride=(2, 1), relu=False),
+    conv((0, 2, 3, 4), 4, (3, 3), relu=False),
 )
 
 
@@ -200,6 +203,7 @@ EXAMPLES = (
     pool((2, 3, 9, 7), padding=1),
     conv((5, 4, 7, 9), 6, (3, 3), padding=1, groups=2),
     conv((5, 4, 7, 9), 6, (3, 3), bias=False),
+    conv((5, 4, 7, 9), 6, (3, 3), bias=False, groups=2, relu=False),
     linear((10, 7), 6),
     linear((10, 7), 6, bias=False),
     *(block(op, (2, 6, 7, 9), lrn_size=4, bias=bias) for op in BLOCKS for bias in (True, False)),
@@ -208,7 +212,7 @@ EXAMPLES = (
 # Large enough for Winograd's way on a CPU without AVX-512, in two parts: two images of 12 x 13 tiles, then one.
 WINOGRAD = (
     conv((3, 96, 24, 25), 112, (3, 3), padding=1),
-    conv((3, 192, 25, 21), 224, (3, 3), padding=(0, 2), groups=2, bias=False),
+    conv((3, 192, 25, 21), 224, (3, 3), padding=(0, 2), groups=2, bias=False, relu=False),
 )
 
 AUGMENT_EXAMPLES = (augment((5, 12, 14, 3), 9), augment((5, 12, 14, 3), 9, 4))
@@ -241,9 +245,17 @@ def _stock_pool(
 
 
 def _stock_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    relu: bool = True,
 ) -> Tensor:
-    return F.relu(F.conv2d(x, weight, bias, stride, padding, dilation, groups))
+    y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    return F.relu(y) if relu else y
 
 
 def _stock_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -444,7 +456,7 @@ def raw_backward(case: Case, tensors: Tensors) -> tuple[Any, ...]:
         case "relu_max_pool2d":
             return dy, *saved, *x.shape[2:], *constants[:-1]
         case "conv2d_bias_relu":
-            return dy, x, tensors["weight"], y, *constants, [True, True, bias is not None]
+            return dy, x, tensors["weight"], y, *constants[:4], [True, True, bias is not None], *constants[4:]
         case "linear_bias_relu":
             return dy, x, tensors["weight"], y, [True, True, bias is not None]
         case "relu_lrn_max_pool2d":

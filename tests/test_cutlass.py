@@ -148,8 +148,10 @@ def test_sm90_is_for_its_own_devices_and_builds(monkeypatch: pytest.MonkeyPatch)
 
 
 def stock_forward(x: Tensor, weight: Tensor, bias: Tensor | None, *constants: Any) -> Tensor:
+    *constants, relu = constants
     check_operands(x, weight, constants)
-    return F.relu(F.conv2d(x, weight, bias, *constants)).contiguous(memory_format=torch.channels_last)
+    y = F.conv2d(x, weight, bias, *constants)
+    return (F.relu(y) if relu else y).contiguous(memory_format=torch.channels_last)
 
 
 def stock_gradient(dz: Tensor, x: Tensor, weight: Tensor, *constants: Any) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import alexnet_ext as ax
@@ -212,6 +213,19 @@ def test_use_backend_holds_inside_modules(pair: Pair) -> None:
             assert cases.runs_ours(module(x))
         assert not cases.runs_ours(module(x))
     assert cases.runs_ours(module(x))
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("kind", [ax.nn.Conv2dReLULRNMaxPool2d, ax.nn.Conv2dReLUMaxPool2dLRN])
+def test_the_convolution_of_a_block_is_ours_too(kind: type[nn.Conv2d]) -> None:
+    """And it saves its input and weight alone, not its result, for a gradient that no ReLU of its own masks."""
+    block = kind(4, 6, 3, groups=2, norm=nn.LocalResponseNorm(5), pool=nn.MaxPool2d(2))
+    x, saved = torch.randn(2, 4, 9, 8), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
+        y = block.convolution(x)
+    assert cases.runs_ours(y)
+    assert sorted(saved) == sorted([x.shape, block.weight.shape])
+    torch.testing.assert_close(y, F.conv2d(x, block.weight, groups=2))
 
 
 def test_use_backend_is_undone_by_an_error() -> None:

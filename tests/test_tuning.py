@@ -258,10 +258,14 @@ def test_tune_measures_the_layers_of_a_network_and_info_shows_it(file: Path, mon
     monkeypatch.setattr(_tuning, "ROUNDS", 1)
     monkeypatch.setattr(_tuning, "REPEATS", 1)
     with torch.device("meta"):
-        network = nn.Sequential(ax.nn.Conv2dReLU(4, 6, 3, padding=1, groups=2), nn.MaxPool2d(2))
+        pool = nn.MaxPool2d(2)
+        block = ax.nn.Conv2dReLULRNMaxPool2d(6, 6, 3, groups=2, norm=nn.LocalResponseNorm(5), pool=pool)
+        network = nn.Sequential(ax.nn.Conv2dReLU(4, 6, 3, padding=1, groups=2), block)
     rows = list(tune(network, (2, 4, 6, 5), CPU, torch.float32))
     assert [(row.layer, row.direction) for row in rows] == [
-        ("0", direction) for direction in ("forward", "input gradient", "weight gradient")
+        (layer, direction)
+        for layer, forward in (("0", "forward"), ("1", "forward without relu"))
+        for direction in (forward, "input gradient", "weight gradient")
     ]
     assert all(row.choice == min(row.microseconds, key=row.microseconds.__getitem__) for row in rows)
     assert all(len(row.microseconds) == 4 for row in rows)

@@ -6,6 +6,9 @@
 
 namespace alexnet_ext {
 
+// What results are at least: max(0, .), or as they are.
+constexpr float least_of(bool relu) { return relu ? 0.0f : -__builtin_huge_valf(); }
+
 // CPU units: runs of this many elements.
 constexpr int64_t kReluRun = 1 << 14;
 

@@ -9,12 +9,13 @@ namespace alexnet_ext {
 namespace {
 
 Tensor forward(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, IntList stride, IntList padding,
-               IntList dilation, int64_t groups) {
+               IntList dilation, int64_t groups, bool relu) {
   CudaStream stream(x);
   DType dtype = dtype_of(x, "x");
   check_like(weight, "weight", x);
   if (bias) bias = torch::stable::contiguous(*bias);
   const void* b = bias_data(bias, x, weight.size(0));
+  if (!relu) return convolution(x, weight, bias, {stride, padding, dilation, groups});
   Tensor y = convolution(x, weight, std::nullopt, {stride, padding, dilation, groups});
   const Images images = images_of(y, "y");
   y = dense(y, images);
@@ -24,10 +25,16 @@ Tensor forward(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& y,
                                             IntList stride, IntList padding, IntList dilation, int64_t groups,
-                                            std::vector<bool> output_mask) {
+                                            std::vector<bool> output_mask, bool relu) {
   CudaStream stream(x);
   DType dtype = dtype_of(x, "x");
   check_gradient(dy, x, y);
+  const Convolution p{stride, padding, dilation, groups};
+  if (!relu) {
+    const auto gradients =
+        convolution_backward(dy, x, weight, p, {output_mask.at(0), output_mask.at(1), output_mask.at(2)});
+    return {gradients[0], gradients[1], gradients[2]};
+  }
   const Images images = images_of(y, "y");
   Tensor gradient = dense(dy, images), result = dense(y, images), dz = empty_images(y, images, y.scalar_type());
   std::optional<DeviceSums> sums;
@@ -35,8 +42,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, c
   stream.check("relu_mask", relu_mask_cuda(dtype, images, gradient.data_ptr(), result.data_ptr(), dz.data_ptr(),
                                            sums ? sums->rows.data_ptr() : nullptr,
                                            sums ? sums->total.data_ptr() : nullptr, stream.get()));
-  auto gradients = convolution_backward(dz, x, weight, {stride, padding, dilation, groups},
-                                        {output_mask.at(0), output_mask.at(1), false});
+  auto gradients = convolution_backward(dz, x, weight, p, {output_mask.at(0), output_mask.at(1), false});
   return {gradients[0], gradients[1], sums ? sums->total : gradients[2]};
 }
 

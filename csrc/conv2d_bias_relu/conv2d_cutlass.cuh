@@ -39,8 +39,8 @@ struct TensorCore<float> {  // fragments are rounded to the nearest TF32 on thei
   static constexpr int kDepth = 16;
 };
 
-// What is stored for fp32 sums: themselves, or max(0, sum + bias), in the type E, 16 bytes at a time.
-template <class E, bool kRelu>
+// What is stored for fp32 sums, in the type E, 16 bytes at a time: themselves, or max(least, sum + bias).
+template <class E, bool kForward>
 struct Stored {
   using ElementOutput = E;
   using ElementAccumulator = float;
@@ -51,18 +51,20 @@ struct Stored {
 
   struct Params {
     bool bias = false;
+    float least = least_of(false);
   };
 
   bool bias;
+  float least;
 
-  CUTLASS_HOST_DEVICE explicit Stored(const Params& params) : bias(params.bias) {}
-  CUTLASS_HOST_DEVICE bool is_source_needed() const { return kRelu && bias; }
+  CUTLASS_HOST_DEVICE explicit Stored(const Params& params) : bias(params.bias), least(params.least) {}
+  CUTLASS_HOST_DEVICE bool is_source_needed() const { return kForward && bias; }
   CUTLASS_HOST_DEVICE void set_k_partition(int, int) {}
 
   CUTLASS_HOST_DEVICE FragmentOutput operator()(FragmentAccumulator sums) const {
-    if constexpr (kRelu) {
+    if constexpr (kForward) {
       CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < kCount; ++i) sums[i] = sums[i] <= 0 ? 0.0f : sums[i];  // written so that NaN stays
+      for (int i = 0; i < kCount; ++i) sums[i] = sums[i] < least ? least : sums[i];  // written so that NaN stays
     }
     return cutlass::NumericArrayConverter<E, float, kCount>()(sums);
   }
@@ -153,7 +155,7 @@ using WeightGradientKernel = ProductKernel<cutlass::conv::kernel::DefaultConv2dW
 
 template <class T>
 typename ForwardKernel<T>::Arguments forward_arguments(const Conv2d& p, const Conv2dSlice& first, const void* x,
-                                                       const void* weight, const void* bias, void* y) {
+                                                       const void* weight, const void* bias, bool relu, void* y) {
   using E = typename TensorCore<T>::Element;
   // Strides of 0: every pixel of the source is the bias.
   const auto source = bias == nullptr ? cutlass::TensorRef<E, Nhwc>() : slice<E>(bias, first.y, {0, 0, 0});
@@ -162,7 +164,7 @@ typename ForwardKernel<T>::Arguments forward_arguments(const Conv2d& p, const Co
           slice<E>(weight, first.weight, layout_of_weight(p)),
           source,
           slice<E>(y, first.y, layout_of_y(p)),
-          {bias != nullptr}};
+          {bias != nullptr, least_of(relu)}};
 }
 
 template <class T>
@@ -194,11 +196,11 @@ typename WeightGradientKernel<T>::Arguments weight_gradient_arguments(const Conv
 }
 
 template <class T>
-int conv2d_forward_cutlass(const Conv2d& p, const void* x, const void* weight, const void* bias, void* y,
+int conv2d_forward_cutlass(const Conv2d& p, const void* x, const void* weight, const void* bias, bool relu, void* y,
                            void* stream) {
   if (p.pixels() == 0) return cudaSuccess;
   return for_groups(p, [&](int64_t, const Conv2dSlice& first) {
-    return launch_product<ForwardKernel<T>>(forward_arguments<T>(p, first, x, weight, bias, y), stream);
+    return launch_product<ForwardKernel<T>>(forward_arguments<T>(p, first, x, weight, bias, relu, y), stream);
   });
 }
 

@@ -2,7 +2,7 @@
 // group's slice of it, and the launchers.
 #pragma once
 
-#include "../common/types.h"
+#include "conv2d_bias_relu.h"
 
 namespace alexnet_ext {
 
@@ -50,9 +50,10 @@ inline int64_t weight_gradient_workspace(const Conv2d& p) { return weight_gradie
 // T is bf16, f16 or float, whose products are of TF32; sums are fp32. Pointers are aligned to 16 bytes, and so are the
 // channels of a group. alexnet_ext/ops/conv2d_bias_relu/cutlass.py says where they apply.
 
-// y = max(0, convolution of x with weight + bias), NaN kept; a null bias adds nothing.
+// y = convolution of x with weight + bias, with relu max(0, .) of it, NaN kept; a null bias adds nothing.
 template <class T>
-int conv2d_forward_cutlass(const Conv2d& p, const void* x, const void* weight, const void* bias, void* y, void* stream);
+int conv2d_forward_cutlass(const Conv2d& p, const void* x, const void* weight, const void* bias, bool relu, void* y,
+                           void* stream);
 
 // dx; the stride is 1.
 template <class T>
@@ -65,7 +66,8 @@ int conv2d_weight_gradient_cutlass(const Conv2d& p, const void* dz, const void* 
 
 // The same for compute capability 9.0 alone (conv2d_sm90.cuh): T is bf16 or f16, the stride is 1.
 template <class T>
-int conv2d_forward_sm90(const Conv2d& p, const void* x, const void* weight, const void* bias, void* y, void* stream);
+int conv2d_forward_sm90(const Conv2d& p, const void* x, const void* weight, const void* bias, bool relu, void* y,
+                        void* stream);
 template <class T>
 int conv2d_input_gradient_sm90(const Conv2d& p, const void* dz, const void* weight, void* dx, void* stream);
 

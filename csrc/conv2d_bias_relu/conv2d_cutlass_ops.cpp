@@ -23,12 +23,12 @@ int with_tensor_core_type(DType dtype, F&& f) {
 }
 
 Tensor forward(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, IntList stride, IntList padding,
-               IntList dilation, int64_t groups) {
+               IntList dilation, int64_t groups, bool relu) {
   auto launch = [](DType dtype, auto&&... given) {
     return with_tensor_core_type(
         dtype, [&](auto type) { return conv2d_forward_cutlass<typename decltype(type)::type>(given...); });
   };
-  return forward_by("conv2d_forward_cutlass", launch, x, weight, bias, stride, padding, dilation, groups);
+  return forward_by("conv2d_forward_cutlass", launch, x, weight, bias, stride, padding, dilation, groups, relu);
 }
 
 // The gradient of x (wanted 0) or of weight (wanted 1).

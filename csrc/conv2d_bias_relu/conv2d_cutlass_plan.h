@@ -50,10 +50,10 @@ inline Tensor empty_channels_last(const Tensor& like, int64_t batch, int64_t cha
   return empty_images(like, {batch, channels, height, width, true}, like.scalar_type());
 }
 
-// launch(dtype, problem, x, weight, bias or null, y, stream) into a new y.
+// launch(dtype, problem, x, weight, bias or null, relu, y, stream) into a new y.
 template <class Launch>
 Tensor forward_by(const char* name, Launch&& launch, const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
-                  const IntList& stride, const IntList& padding, const IntList& dilation, int64_t groups) {
+                  const IntList& stride, const IntList& padding, const IntList& dilation, int64_t groups, bool relu) {
   CudaStream stream(x);
   const Conv2d p = problem_of(x, weight, stride, padding, dilation, groups);
   const Tensor in = on_boundary(x, "x"), filters = on_boundary(weight, "weight");
@@ -62,7 +62,7 @@ Tensor forward_by(const char* name, Launch&& launch, const Tensor& x, const Tens
   if (bias && reinterpret_cast<uintptr_t>(bias->data_ptr()) % 16 != 0) bias = torch::stable::clone(*bias);
   Tensor y = empty_channels_last(x, p.batch, p.filters, p.out_height, p.out_width);
   stream.check(name, launch(dtype_of(x, "x"), p, in.data_ptr(), filters.data_ptr(), bias ? bias->data_ptr() : nullptr,
-                            y.data_ptr(), stream.get()));
+                            relu, y.data_ptr(), stream.get()));
   return y;
 }
 

@@ -32,29 +32,15 @@ struct WarpGroup<f16> {
   using Element = cutlass::half_t;
 };
 
-// max(0, v), written so that NaN stays.
-template <class V>
-struct KeptRelu {
-  CUTLASS_HOST_DEVICE V operator()(V v) const { return v <= V(0) ? V(0) : v; }
-};
-template <class V, int kCount>
-struct KeptRelu<cutlass::Array<V, kCount>> {
-  CUTLASS_HOST_DEVICE cutlass::Array<V, kCount> operator()(cutlass::Array<V, kCount> values) const {
-    CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < kCount; ++i) values[i] = KeptRelu<V>()(values[i]);
-    return values;
-  }
-};
-
-// What is stored for sums: max(0, sum + bias), where a null bias is 0, or themselves.
+// What is stored for sums: themselves, or max(least, sum + bias), where a null bias is 0 and NaN stays.
 namespace stored {
 namespace fusion = cutlass::epilogue::fusion;
 constexpr auto kRound = cutlass::FloatRoundStyle::round_to_nearest;
 
 template <class E, class Tile>
-using Relu = fusion::Sm90EVT<fusion::Sm90Compute<KeptRelu, E, float, kRound>,
-                             fusion::Sm90EVT<fusion::Sm90Compute<cutlass::plus, float, float, kRound>,
-                                             fusion::Sm90RowBroadcast<0, Tile, E, float>, fusion::Sm90AccFetch>>;
+using Forward = fusion::Sm90EVT<fusion::Sm90Compute<cutlass::epilogue::thread::LowerBound, E, float, kRound>,
+                                fusion::Sm90EVT<fusion::Sm90Compute<cutlass::plus, float, float, kRound>,
+                                                fusion::Sm90RowBroadcast<0, Tile, E, float>, fusion::Sm90AccFetch>>;
 template <class E>
 using Sums =
     fusion::Sm90EVT<fusion::Sm90Compute<cutlass::epilogue::thread::Identity, E, float, kRound>, fusion::Sm90AccFetch>;
@@ -71,7 +57,7 @@ struct Sm90Product {
   using Tile = cute::Shape<cute::_128, cute::Int<kColumns>, cute::Shape<cute::_64>>;
   using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
   static constexpr int kAccess = 16 / sizeof(E);
-  using Stored = cute::conditional_t<kDirection == Operator::kFprop, stored::Relu<E, Tile>, stored::Sums<E>>;
+  using Stored = cute::conditional_t<kDirection == Operator::kFprop, stored::Forward<E, Tile>, stored::Sums<E>>;
   using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster,
       cutlass::epilogue::collective::EpilogueTileAuto, float, float, void, Nhwc, kAccess, E, Nhwc, kAccess,
@@ -189,13 +175,17 @@ E* sm90_slice(const void* tensor, int64_t first) {
 
 template <class T>
 typename Sm90Forward<T>::Arguments sm90_forward_arguments(const Conv2d& p, const Conv2dSlice& first, const void* x,
-                                                          const void* weight, const void* bias, void* y) {
+                                                          const void* weight, const void* bias, bool relu, void* y) {
   using E = typename WarpGroup<T>::Element;
   const auto problem = sm90_problem_of_group<Operator::kFprop>(p);
   const auto strides = sm90_strides_of_result<Sm90Forward<T>>(problem);
   return {problem,
           {sm90_slice<E>(x, first.x), sm90_slice<E>(weight, first.weight)},
-          {{{{sm90_slice<E>(bias, first.y)}, {}, {}}, {}}, nullptr, strides, sm90_slice<E>(y, first.y), strides}};
+          {{{{sm90_slice<E>(bias, first.y)}, {}, {}}, {least_of(relu)}},
+           nullptr,
+           strides,
+           sm90_slice<E>(y, first.y),
+           strides}};
 }
 
 template <class T>
@@ -210,10 +200,12 @@ typename Sm90InputGradient<T>::Arguments sm90_input_gradient_arguments(const Con
 }
 
 template <class T>
-int conv2d_forward_sm90(const Conv2d& p, const void* x, const void* weight, const void* bias, void* y, void* stream) {
+int conv2d_forward_sm90(const Conv2d& p, const void* x, const void* weight, const void* bias, bool relu, void* y,
+                        void* stream) {
   if (p.pixels() == 0) return cudaSuccess;
-  return launch_groups<Sm90Forward<T>>(
-      p, stream, [&](const Conv2dSlice& first) { return sm90_forward_arguments<T>(p, first, x, weight, bias, y); });
+  return launch_groups<Sm90Forward<T>>(p, stream, [&](const Conv2dSlice& first) {
+    return sm90_forward_arguments<T>(p, first, x, weight, bias, relu, y);
+  });
 }
 
 template <class T>

@@ -16,12 +16,12 @@ int with_half_type(DType dtype, F&& f) {
 }
 
 Tensor forward(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, IntList stride, IntList padding,
-               IntList dilation, int64_t groups) {
+               IntList dilation, int64_t groups, bool relu) {
   auto launch = [](DType dtype, auto&&... given) {
     return with_half_type(dtype,
                           [&](auto type) { return conv2d_forward_sm90<typename decltype(type)::type>(given...); });
   };
-  return forward_by("conv2d_forward_sm90", launch, x, weight, bias, stride, padding, dilation, groups);
+  return forward_by("conv2d_forward_sm90", launch, x, weight, bias, stride, padding, dilation, groups, relu);
 }
 
 Tensor input_gradient(const Tensor& dz, const Tensor& x, const Tensor& weight, IntList stride, IntList padding,

@@ -46,11 +46,11 @@ struct Weight3x3 {
 template <Isa isa>
 void winograd_input_cpu(const Winograd& p, const float* x, float* v, int64_t first, int64_t begin, int64_t end);
 
-// y = max(0, . + bias), NaN kept. Returns whether every value was finite before that: Winograd's sums make NaN of an
-// infinity where a convolution does not, so the caller then convolves.
+// y = max(least, . + bias), NaN kept. Returns whether every value was finite before that: Winograd's sums make NaN of
+// an infinity where a convolution does not, so the caller then convolves.
 template <Isa isa>
-bool winograd_output_cpu(const Winograd& p, const float* m, const float* bias, float* y, int64_t first, int64_t begin,
-                         int64_t end);
+bool winograd_output_cpu(const Winograd& p, const float* m, const float* bias, float least, float* y, int64_t first,
+                         int64_t begin, int64_t end);
 
 template <Isa isa>
 void winograd_output_transposed_cpu(const Winograd& p, const float* dy, float* z, int64_t first, int64_t begin,

@@ -115,7 +115,7 @@ void winograd_input_cpu<Isa::ALEXNET_ISA>(const Winograd& p, const float* x, flo
 }
 
 template <>
-bool winograd_output_cpu<Isa::ALEXNET_ISA>(const Winograd& p, const float* m, const float* bias, float* y,
+bool winograd_output_cpu<Isa::ALEXNET_ISA>(const Winograd& p, const float* m, const float* bias, float least, float* y,
                                            int64_t first, int64_t begin, int64_t end) {
   const Matrix matrix{p.groups, p.capacity, p.outputs()};
   Finite finite;
@@ -131,7 +131,7 @@ bool winograd_output_cpu<Isa::ALEXNET_ISA>(const Winograd& p, const float* m, co
           if (h >= p.out.height || w >= p.out.width) continue;
           const V z = bias == nullptr ? tile[q] : tile[q] + load(bias + channel);
           finite.look(z);
-          store(y + pixel(p.out, n, h, w) + channel, z <= 0 ? V{} : z);
+          store(y + pixel(p.out, n, h, w) + channel, z < least ? V{} + least : z);
         }
       }
   });

@@ -53,8 +53,9 @@ class WinogradConvolution {
     return made;
   }
 
-  // max(0, conv2d(x, weight) + bias); nothing where a value is not finite.
-  std::optional<Tensor> forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) const {
+  // conv2d(x, weight) + bias, with relu max(0, .) of it; nothing where a value is not finite.
+  std::optional<Tensor> forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                                bool relu) const {
     const Tensor in = dense(x, p_.in);
     const Tensor u = transformed(weight);
     Tensor y = empty_images(x, p_.out, ScalarType::Float), v = matrix(x, p_.inputs()), m = matrix(x, p_.outputs());
@@ -67,7 +68,8 @@ class WinogradConvolution {
       });
       multiply(used(v, images), torch::stable::transpose(u, 1, 2), used(m, images));
       rows_of_tiles(images, [&](auto isa, int64_t begin, int64_t end) {
-        if (!winograd_output_cpu<isa.value>(p_, floats(m), bias_values, floats(y), first, begin, end)) finite = false;
+        if (!winograd_output_cpu<isa.value>(p_, floats(m), bias_values, least_of(relu), floats(y), first, begin, end))
+          finite = false;
       });
     });
     if (!finite) return std::nullopt;

@@ -110,12 +110,16 @@ void check(const Conv2d& p) {
   for (int64_t group = 0; group < p.groups; ++group) {
     const Conv2dSlice first = slice_of(p, group);
     // Results are as wide as their tensors: what lies where is checked by the layouts alone.
+    const bool relu = group == 0;
     const auto forward =
-        forward_arguments<T>(p, first, given_x.data(), given_weight.data(), given_dz.data(), given_dz.data());
+        forward_arguments<T>(p, first, given_x.data(), given_weight.data(), given_dz.data(), relu, given_dz.data());
     expect_rows("y", product<ForwardKernel<T>, true, true>(forward), y, first.y, outputs, forward.ref_D.stride(0));
     expect(forward.ref_D.data() == given_dz.data() + first.y, "y begins at its group");
     expect(forward.ref_C.data() == given_dz.data() + first.y && forward.ref_C.stride() == cutlass::make_Coord(0, 0, 0),
            "the bias begins at its group and is the same for all pixels");
+    const typename ForwardKernel<T>::EpilogueOutputOp stored(forward.output_op);
+    const auto below = stored(typename decltype(stored)::FragmentAccumulator{-1, NAN, 2});
+    expect(float(below[0]) == (relu ? 0 : -1) && std::isnan(float(below[1])) && float(below[2]) == 2, "ReLU");
     if (p.stride[0] == 1) {
       const auto for_x = input_gradient_arguments<T>(p, first, given_dz.data(), given_weight.data(), given_x.data());
       expect_rows("dx", product<InputGradientKernel<T>, true, false>(for_x), dx, first.x, inputs,
@@ -138,7 +142,7 @@ bool taken(const Conv2d& p, bool forward) {
   using Forward = cutlass::conv::device::ImplicitGemmConvolution<ForwardKernel<T>>;
   using Gradient = cutlass::conv::device::ImplicitGemmConvolution<InputGradientKernel<T>>;
   const auto yes = cutlass::Status::kSuccess;
-  return forward ? Forward::can_implement(forward_arguments<T>(p, {}, nullptr, nullptr, nullptr, nullptr)) == yes
+  return forward ? Forward::can_implement(forward_arguments<T>(p, {}, nullptr, nullptr, nullptr, true, nullptr)) == yes
                  : Gradient::can_implement(input_gradient_arguments<T>(p, {}, nullptr, nullptr, nullptr)) == yes;
 }
 

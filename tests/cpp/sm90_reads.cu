@@ -173,9 +173,11 @@ void check(const Conv2d& p) {
   std::vector<E> ours_y(y.size(), E(-1e9f)), ours_dx(dx.size(), E(-1e9f));
   for (int64_t group = 0; group < p.groups; ++group) {
     const Conv2dSlice first = slice_of(p, group);
+    const bool relu = group == 0;
     const auto forward =
-        sm90_forward_arguments<T>(p, first, given_x.data(), given_weight.data(), bias.data(), ours_y.data());
+        sm90_forward_arguments<T>(p, first, given_x.data(), given_weight.data(), bias.data(), relu, ours_y.data());
     expect(forward.epilogue.thread.op_0.op_0.ptr_row == bias.data() + first.y, "the bias begins at its group");
+    expect(forward.epilogue.thread.op_1.lower_bound == (relu ? 0 : -INFINITY), "without a ReLU nothing is raised");
     compute<Sm90Forward<T>>(forward);
     compute<Sm90InputGradient<T>>(
         sm90_input_gradient_arguments<T>(p, first, given_dz.data(), given_weight.data(), ours_dx.data()));
@@ -186,8 +188,12 @@ void check(const Conv2d& p) {
 
 void check_relu() {
   report().where = "ReLU";
-  const cutlass::Array<float, 4> given{NAN, -1, -0.0f, 2}, got = KeptRelu<cutlass::Array<float, 4>>()(given);
-  expect(std::isnan(got[0]) && got[1] == 0 && got[2] == 0 && got[3] == 2, "NaN stays, and what is above 0");
+  using Values = cutlass::Array<float, 4>;
+  using AtLeast = cutlass::epilogue::thread::LowerBound<Values>;
+  const Values given{NAN, -1, -0.0f, 2}, raised = AtLeast()(given, {least_of(true)});
+  expect(std::isnan(raised[0]) && raised[1] == 0 && raised[2] == 0 && raised[3] == 2, "NaN stays, and what is above 0");
+  const Values kept = AtLeast()(given, {least_of(false)});
+  expect(std::isnan(kept[0]) && kept[1] == -1 && kept[2] == 0 && kept[3] == 2, "everything stays");
 }
 
 template <class T>
@@ -195,7 +201,7 @@ bool taken(const Conv2d& p, bool forward, int64_t misplaced = 0) {
   alignas(16) static char memory[32];
   const char* at = memory + misplaced;
   void* to = memory;
-  return forward ? sm90_takes<Sm90Forward<T>>(sm90_forward_arguments<T>(p, {}, at, at, nullptr, to))
+  return forward ? sm90_takes<Sm90Forward<T>>(sm90_forward_arguments<T>(p, {}, at, at, nullptr, true, to))
                  : sm90_takes<Sm90InputGradient<T>>(sm90_input_gradient_arguments<T>(p, {}, at, at, to));
 }
 

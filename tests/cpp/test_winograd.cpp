@@ -1,4 +1,5 @@
 // Winograd's transforms with plain products between them, against a plain convolution and its gradients in double.
+#include "conv2d_bias_relu/conv2d_bias_relu.h"
 #include "conv2d_bias_relu/winograd.h"
 #include "harness.h"
 
@@ -53,6 +54,7 @@ void check(Isa isa, Images in, int64_t outputs, int64_t groups, int64_t pad_h, i
                    "x" + std::to_string(in.height) + "x" + std::to_string(in.width) + " to " +
                    std::to_string(out.channels) + " groups " + std::to_string(groups) + " padding " +
                    std::to_string(pad_h) + "," + std::to_string(pad_w) + (strided ? " strided weight" : "");
+  const bool relu = !strided;
   Random random(in.height * 100 + in.width);
   const Array<float> x = random_array(random, in.batch * in.channels * in.height * in.width),
                      dy = random_array(random, out.batch * out.channels * out.height * out.width),
@@ -79,7 +81,7 @@ void check(Isa isa, Images in, int64_t outputs, int64_t groups, int64_t pad_h, i
       multiply(matrices, rows, outputs, inputs, {z, rows, outputs, false}, {u, outputs, inputs, false}, dv.data());
       multiply(matrices, outputs, rows, inputs, {z, rows, outputs, true}, {v, rows, inputs, false}, du.data());
       run_units(split, units, [&](int64_t begin, int64_t end) {
-        if (!winograd_output_cpu<i.value>(p, m.data(), bias.data(), y.data(), 0, begin, end))
+        if (!winograd_output_cpu<i.value>(p, m.data(), bias.data(), least_of(relu), y.data(), 0, begin, end))
           expect(false, "finite values pass for others");
       });
       run_units(split, in.batch * groups * channel_blocks(p), [&](int64_t begin, int64_t end) {
@@ -110,7 +112,7 @@ void check(Isa isa, Images in, int64_t outputs, int64_t groups, int64_t pad_h, i
                   for_x[a].add(static_cast<double>(dy[o]) * weight[b]);
                   for_weight[b].add(static_cast<double>(dy[o]) * x[a]);
                 }
-            expect_near("y", o, y[o], sum.value > 0 ? sum.value : 0, sum.magnitude + 16, kRounding);
+            expect_near("y", o, y[o], relu && sum.value < 0 ? 0 : sum.value, sum.magnitude + 16, kRounding);
           }
     for (int64_t i = 0; i < dx.size(); ++i)
       expect_near("dx", i, dx[i], for_x[i].value, for_x[i].magnitude + 16, kRounding);
@@ -132,7 +134,8 @@ void check_finite(Isa isa, float odd) {
     for (int64_t t = 0; t < 4; ++t) m[(place * 4 + t) * 16 + 5] = odd;
     du[(place * 16 + 3) * 16 + 7] = odd;
     with_isa(isa, [&](auto i) {
-      expect(!winograd_output_cpu<i.value>(p, m.data(), nullptr, y.data(), 0, 0, 2), "y passes for finite");
+      expect(!winograd_output_cpu<i.value>(p, m.data(), nullptr, least_of(true), y.data(), 0, 0, 2),
+             "y passes for finite");
       expect(!winograd_input_transposed_cpu<i.value>(p, m.data(), dx.data(), 0, 0, 1), "dx passes for finite");
       const Weight3x3 to{dweight.data(), {16 * 9, 9, 3, 1}};
       expect(!winograd_weight_transposed_cpu<i.value>(p, du.data(), 1, to, 0, 16), "dweight passes for finite");

@@ -79,13 +79,14 @@ def forward(
     padding: list[int],
     dilation: list[int],
     groups: int,
+    relu: bool = True,
     sm90: bool = False,
 ) -> Tensor:
     """The result, channels-last."""
     _, x, weight, stride, padding = rewritten(x, weight, stride, padding, dilation, groups)
     ops = torch.ops.alexnet_ext
     run = ops.conv2d_bias_relu_sm90 if sm90 else ops.conv2d_bias_relu_cutlass
-    return run(x, weight, bias, stride, padding, dilation, groups)
+    return run(x, weight, bias, stride, padding, dilation, groups, relu)
 
 
 def gradients(

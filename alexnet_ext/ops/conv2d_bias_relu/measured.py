@@ -18,9 +18,10 @@ from .._layout import convolved_format
 from .._triton import accumulator, is_wide, offset, place, tile, tile_at, wrap_triton
 from .._tuning import Candidate, fastest
 from . import configs, cutlass, triton_kernels
-from .triton_kernels import masked, precision
+from .triton_kernels import before_relu, precision
 
 NO_OUTPUT_PADDING = [0, 0]
+FORWARD = {True: "forward", False: "forward without relu"}
 
 
 @triton.jit
@@ -36,6 +37,7 @@ def _epilogue_kernel(
     y_row,
     y_column,
     BIAS: tl.constexpr,
+    RELU: tl.constexpr,
     HALO: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -46,14 +48,15 @@ def _epilogue_kernel(
     y = accumulator(tl.load(y_ptr + at, inside, 0.0))
     if BIAS:
         y += accumulator(tl.load(bias_ptr + channel, channel < channels, 0.0))
-    y = tl.where(y <= 0, 0.0, y)  # written so that NaN stays
+    if RELU:
+        y = tl.where(y <= 0, 0.0, y)  # written so that NaN stays
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), inside)
 
 
-def epilogue(y: Tensor, bias: Tensor | None) -> Tensor:
-    """max(0, y + bias), in place."""
+def epilogue(y: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    """y + bias, with relu max(0, .) of it, in place."""
     batch, channels, height, width = y.shape
-    if y.numel() == 0:
+    if y.numel() == 0 or (bias is None and not relu):
         return y
     blocks, channel_blocks = tile(channels, y.stride(1), None, y.dtype)
     pixels = batch * height * width
@@ -66,6 +69,7 @@ def epilogue(y: Tensor, bias: Tensor | None) -> Tensor:
         width,
         *y.stride(),
         BIAS=bias is not None,
+        RELU=relu,
         **blocks,
         WIDE=is_wide(y),
     )
@@ -80,6 +84,7 @@ def convolve(
     padding: list[int],
     dilation: list[int],
     groups: int,
+    relu: bool,
     layout: torch.memory_format,
     towers: bool,
 ) -> list[Tensor]:
@@ -98,8 +103,8 @@ def convolve(
 
     if towers:
         parts = zip(x.tensor_split(groups, 1), weight.tensor_split(groups), strict=True)
-        return [epilogue(torch.cat([run(*part, 1) for part in parts], 1), bias)]
-    return [epilogue(run(x, weight, groups), bias)]
+        return [epilogue(torch.cat([run(*part, 1) for part in parts], 1), bias, relu)]
+    return [epilogue(run(x, weight, groups), bias, relu)]
 
 
 def differentiate(
@@ -164,8 +169,9 @@ def forward(
     padding: list[int],
     dilation: list[int],
     groups: int,
+    relu: bool = True,
 ) -> Tensor:
-    given = (x, weight, bias, stride, padding, dilation, groups)
+    given = (x, weight, bias, stride, padding, dilation, groups, relu)
     if x.numel() == 0 or weight.numel() == 0:
         return triton_kernels.forward(*given)
     layout = convolved_format(x, weight)
@@ -179,7 +185,7 @@ def forward(
     for sm90, name in cutlass.NAMES.items():
         if cutlass.applies(x, weight, stride, padding, dilation, groups, sm90=sm90):
             found.append(Candidate(name, partial(by_cutlass, sm90)))
-    (y,) = fastest(describe("forward", x, weight, stride, padding, dilation, groups), x.device, found).run()
+    (y,) = fastest(describe(FORWARD[relu], x, weight, stride, padding, dilation, groups), x.device, found).run()
     return y.contiguous(memory_format=layout)
 
 
@@ -193,12 +199,13 @@ def backward(
     dilation: list[int],
     groups: int,
     output_mask: list[bool],
+    relu: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     constants = (stride, padding, dilation, groups)
     if y.numel() == 0 or weight.numel() == 0:
-        return triton_kernels.backward(dy, x, weight, y, *constants, output_mask)
+        return triton_kernels.backward(dy, x, weight, y, *constants, output_mask, relu)
     layout, gradients = convolved_format(x, weight), [x.new_empty(0) for _ in range(3)]
-    dz, dbias = masked(dy, y)
+    dz, dbias = before_relu(dy, y, output_mask[2], relu)
     for wanted, direction in ((0, "input gradient"), (1, "weight gradient")):
         if not output_mask[wanted]:
             continue

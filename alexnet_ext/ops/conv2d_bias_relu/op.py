@@ -25,6 +25,7 @@ def conv2d_bias_relu(
     dilation: IntPair = 1,
     groups: int = 1,
     *,
+    relu: bool = True,
     backend: str = "auto",
 ) -> Tensor:
     """``max(0, conv2d(x, weight) + bias)``. Equals ``F.relu(F.conv2d(x, weight, bias, ...))``, NaN kept.
@@ -41,11 +42,12 @@ def conv2d_bias_relu(
         stride, dilation: an int or (height, width).
         padding: an int, (height, width), ``"valid"``, or ``"same"`` with stride 1.
         groups: divides C_in and C_out; group g of the output sees only group g of the input.
+        relu: False leaves ``max(0, .)`` out, for a block of other ops behind the convolution.
         backend: ``"auto"``, ``"native"``, ``"triton"`` or ``"stock"``.
 
     Returns:
         (N, C_out, H_out, W_out) in the memory format that ``F.conv2d`` gives. Under autocast x, weight and
-        bias are cast to the autocast dtype, as in stock. Saves x, weight and the result for the backward.
+        bias are cast to the autocast dtype, as in stock. Saves x, weight and, with relu, the result for the backward.
 
     Raises:
         RuntimeError: rank, channels, groups, dtype, device or size that do not fit together.
@@ -66,9 +68,9 @@ def conv2d_bias_relu(
     _check_reach(x, weight, pad, dilate)
     op = operator("conv2d_bias_relu", backend, x)
     if op is None:
-        return reference.conv2d_bias_relu(x, weight, bias, step, pad, dilate, groups)
+        return reference.conv2d_bias_relu(x, weight, bias, step, pad, dilate, groups, relu)
     batch = x if x.dim() == 4 else x.unsqueeze(0)
-    y = op(batch, weight, bias, step, pad, dilate, groups)
+    y = op(batch, weight, bias, step, pad, dilate, groups, relu)
     return y if x.dim() == 4 else y.squeeze(0)
 
 
@@ -129,6 +131,7 @@ def _fake(
     padding: list[int],
     dilation: list[int],
     groups: int,
+    relu: bool = True,
 ) -> Tensor:
     height, width = convolved_size(x, weight, stride, padding, dilation)
     return new_images(x, (x.shape[0], weight.shape[0], height, width), convolved_format(x, weight))
@@ -144,6 +147,7 @@ def _fake_backward(
     dilation: list[int],
     groups: int,
     output_mask: list[bool],
+    relu: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     layout = convolved_format(x, weight)
     for_x, for_weight, for_bias = output_mask
@@ -156,14 +160,16 @@ def _fake_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _bias, *ctx.constants = inputs
-    ctx.save_for_backward(x, weight, output)
+    x, weight, _bias, *ctx.constants, ctx.relu = inputs
+    ctx.save_for_backward(x, weight, *([output] if ctx.relu else []))
 
 
 def _backward(op: Any, ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     wanted = list(ctx.needs_input_grad[:3])
-    gradients = op(dy, *ctx.saved_tensors, *ctx.constants, wanted)
-    return *(g if w else None for g, w in zip(gradients, wanted, strict=True)), None, None, None, None
+    x, weight, *result = ctx.saved_tensors
+    y = result[0] if result else dy  # without a ReLU to mask only its shape counts
+    gradients = op(dy, x, weight, y, *ctx.constants, wanted, ctx.relu)
+    return *(g if w else None for g, w in zip(gradients, wanted, strict=True)), None, None, None, None, None
 
 
 def _autocast(dtype: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Any, ...]:
@@ -177,12 +183,12 @@ def _autocast(dtype: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor | None
 
 register(
     "conv2d_bias_relu",
-    schema="(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, int groups) "
-    "-> Tensor",
+    schema="(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, int groups, "
+    "bool relu=True) -> Tensor",
     fake=_fake,
     gradient=Gradient(
         schema="(Tensor dy, Tensor x, Tensor weight, Tensor y, int[2] stride, int[2] padding, int[2] dilation, "
-        "int groups, bool[3] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+        "int groups, bool[3] output_mask, bool relu=True) -> (Tensor dx, Tensor dweight, Tensor dbias)",
         fake=_fake_backward,
         setup_context=_setup_context,
         backward=_backward,

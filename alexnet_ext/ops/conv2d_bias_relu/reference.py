@@ -13,8 +13,10 @@ def conv2d_bias_relu(
     padding: list[int] | str,
     dilation: list[int],
     groups: int,
+    relu: bool = True,
 ) -> Tensor:
-    return F.relu(F.conv2d(x, weight, bias, stride, padding, dilation, groups))
+    y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    return F.relu(y) if relu else y
 
 
 def conv2d_bias_relu_backward(
@@ -27,6 +29,7 @@ def conv2d_bias_relu_backward(
     dilation: list[int],
     groups: int,
     output_mask: list[bool],
+    relu: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dweight, dbias); what output_mask leaves out is an empty tensor."""
     from .._register import differentiable, first_gradient
@@ -35,6 +38,6 @@ def conv2d_bias_relu_backward(
     inputs = (differentiable(x), differentiable(weight), bias)
     z = F.conv2d(*inputs, stride, padding, dilation, groups)
     # Written as !(y <= 0) so that a NaN keeps its gradient, as in torch.relu.
-    dx, dweight, dbias = first_gradient(z, inputs, torch.where(y <= 0, 0, dy))
+    dx, dweight, dbias = first_gradient(z, inputs, torch.where(y <= 0, 0, dy) if relu else dy)
     empty, (for_x, for_weight, for_bias) = x.new_empty(0), output_mask
     return dx if for_x else empty, dweight if for_weight else empty, dbias if for_bias else empty

@@ -200,19 +200,21 @@ def _mask_kernel(
     y_channel,
     y_row,
     y_column,
+    RELU: tl.constexpr,
     HALO: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """dz = dy where y is positive or NaN, channels-last, and its sums by channel."""
+    """dz = dy, with RELU where y is positive or NaN, channels-last, and its sums by channel."""
     sums = tl.zeros([1, BLOCK_C], tl.float64 if dy_ptr.dtype.element_ty == tl.float64 else tl.float32)
     for block in range(tl.program_id(0), tl.cdiv(pixels, BLOCK_P), tl.num_programs(0)):
         pixel, channel, inside, _ = tile_at(block, pixels, channels, HALO, BLOCK_P, BLOCK_C, WIDE)
         at = place(pixel, height, width)
-        dy = tl.load(dy_ptr + offset(at, channel, (dy_batch, dy_channel, dy_row, dy_column)), inside, 0.0)
-        y = tl.load(y_ptr + offset(at, channel, (y_batch, y_channel, y_row, y_column)), inside, 0.0)
-        dz = tl.where(accumulator(y) <= 0, 0.0, accumulator(dy))
+        dz = accumulator(tl.load(dy_ptr + offset(at, channel, (dy_batch, dy_channel, dy_row, dy_column)), inside, 0.0))
+        if RELU:
+            y = tl.load(y_ptr + offset(at, channel, (y_batch, y_channel, y_row, y_column)), inside, 0.0)
+            dz = tl.where(accumulator(y) <= 0, 0.0, dz)
         tl.store(dz_ptr + pixel * channels + channel, dz.to(dz_ptr.dtype.element_ty), inside)
         sums += tl.sum(dz, 0, keep_dims=True)
     store_sums(sums, sums_ptr, channels, HALO, BLOCK_C)
@@ -340,8 +342,13 @@ def split(pixels: int, c_out: int, k: int, groups: int) -> tuple[int, int]:
     return triton.cdiv(pixels, part_pixels), part_pixels
 
 
-def masked(dy: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """(dz, dbias): the gradient where y is positive or NaN, channels-last, and its sums by channel."""
+def before_relu(dy: Tensor, y: Tensor, for_bias: bool, relu: bool) -> tuple[Tensor, Tensor]:
+    """(dz, dbias): the gradient of what is before the ReLU, channels-last, and, if wanted, its sums by channel.
+
+    With ``relu`` it is dy where y is positive or NaN, else dy, which is passed on as it is where no sums are wanted.
+    """
+    if not relu and not for_bias:
+        return channels_last(dy), dy.new_empty(0)
     batch, channels, height, width = y.shape
     dz = new_images(dy, y.shape, torch.channels_last)
     blocks, channel_blocks = tile(channels, 1, None, dy.dtype)
@@ -359,6 +366,7 @@ def masked(dy: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         width,
         *dy.stride(),
         *y.stride(),
+        RELU=relu,
         **blocks,
         WIDE=is_wide(dy, y, dz),
     )
@@ -378,13 +386,14 @@ def forward(
     padding: list[int],
     dilation: list[int],
     groups: int,
+    relu: bool = True,
     persistent: bool = False,
 ) -> Tensor:
     y = empty_result(x, weight, stride, padding, dilation)
     if y.numel() == 0:
         return y
     _, x, weight, stride, padding = rewritten(x, weight, stride, padding, dilation, groups)
-    product(x, weight, bias, y, stride, [1, 1], padding, dilation, groups, True, persistent)
+    product(x, weight, bias, y, stride, [1, 1], padding, dilation, groups, relu, persistent)
     return y
 
 
@@ -398,6 +407,7 @@ def backward(
     dilation: list[int],
     groups: int,
     output_mask: list[bool],
+    relu: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     for_x, for_weight, for_bias = output_mask
     if y.numel() == 0:
@@ -407,7 +417,7 @@ def backward(
             new_images(x, weight.shape, layout).zero_() if for_weight else x.new_empty(0),
             x.new_zeros(weight.shape[0]) if for_bias else x.new_empty(0),
         )
-    dz, dbias = masked(dy, y)
+    dz, dbias = before_relu(dy, y, output_mask[2], relu)
     constants = (stride, padding, dilation, groups)
     return (
         gradients(dz, x, weight, *constants, 0)[0] if for_x else x.new_empty(0),
