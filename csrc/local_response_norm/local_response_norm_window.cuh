@@ -92,11 +92,11 @@ __device__ inline A lrn_gradient(const DeviceLrn<A>& lrn, const ChannelBlocks& w
   A value = 0, scaled = 0;
   // The mirrored window: the outputs whose window holds the channel.
   const A sum = window_sum<A>(work, lrn.channels, lrn.after, lrn.before, inside, [&](int j) {
-    const A s = lrn_scale(lrn, j, x), v = x(j);
+    const A dy_j = dy(j), s = lrn_scale(lrn, j, x), x_j = x(j);
     // dy * s^-beta first: where s overflowed it is 0, and x * s^-(beta+1) alone would be inf * 0.
-    const A gradient = dy(j) / power(s, lrn.beta);
-    if (j == own) value = v, scaled = gradient;
-    return gradient * v / s;
+    const A part = dy_j / power(s, lrn.beta);
+    if (j == own) value = x_j, scaled = part;
+    return part * x_j / s;
   });
   // pow(s, 0) is a constant whatever s is, so nothing flows through it, not even 0 * inf.
   return lrn.beta == 0 ? scaled : scaled - lrn.factor * value * sum;
