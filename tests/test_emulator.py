@@ -65,8 +65,11 @@ BLOCK_CASES = tuple(
         block(op, (1, 1, 1, 1), kernel_size=1, stride=1),
         block(op, (0, 8, 4, 5)),
         *(block(op, (2, channels, 5, 7)) for channels in (1, 7, 8, 9, 24, 40)),
-        *(block(op, (2, 8, 5, 7), lrn_size=size) for size in (1, 2, 4, 15)),
-        block(op, (2, 16, 5, 7), beta=0.3),
+        *(block(op, (2, 8, 5, 7), lrn_size=size) for size in (1, 2, 3, 4, 7, 15)),
+        *(block(op, (2, 16, 5, 7), beta=beta) for beta in (0.0, 0.3, 0.5, 1.0)),
+        # Where threads share their neighbours' parts: about 16 and 64 channels a block, windows beyond the channels.
+        *(block(op, (1, channels, 5, 7), lrn_size=4) for channels in (15, 16, 17, 63, 64, 65)),
+        *(block(op, (1, 70, 4, 5), lrn_size=size, kernel_size=2) for size in (2, 7, 15, 100, 300)),
         block(op, (2, 8, 6, 9), kernel_size=(2, 3), stride=(1, 2)),
         block(op, (2, 8, 9, 8), kernel_size=2, stride=3),
         block(op, (24, 6, 5), kernel_size=3, stride=1),
@@ -85,6 +88,7 @@ CONV_CASES = (
 CASES = LRN_CASES + POOL_CASES + BLOCK_CASES + CONV_CASES
 EXAMPLES = (lrn((3, 48, 3, 5)), lrn((2, 24, 3, 5), size=4), pool((2, 24, 9, 7), padding=1), pool((2, 5, 9, 7), 2, 2))
 EXAMPLES += tuple(block(op, (2, channels, 7, 9)) for op in cases.BLOCKS for channels in (9, 24))
+EXAMPLES += tuple(block(op, (3, 70, 7, 9), lrn_size=size) for op in cases.BLOCKS for size in (4, 15))
 EXAMPLES += (conv((3, 4, 9, 7), 24, (3, 3)), conv((3, 4, 9, 7), 9, (3, 3)))
 
 
@@ -101,6 +105,7 @@ LARGE_CASES = (
     pool((70_000, 1, 2, 3), 2, 1),
     lrn((70_000, 1, 1, 1)),
     *(block(op, shape) for op in cases.BLOCKS for shape in ((100, 8, 13, 11), (41, 24, 10, 17))),
+    *(block(op, (70, 20, 13, 9), lrn_size=4) for op in cases.BLOCKS),
 )
 
 
@@ -204,15 +209,22 @@ SPECIAL = (torch.nan, torch.inf, -torch.inf, 1e20, -1e20, 1e-30, -0.0, 0.0)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize(("beta", "k"), [(0.75, 1.0), (0.5, 1.0), (2.0, -1.0), (0.75, -1.0), (0.75, 0.0), (0.0, 1.0)])
 @pytest.mark.parametrize("size", [3, 4, 5])
-def test_lrn_at_the_edges_equals_the_cpu_kernels(folder: Path, size: int, beta: float, k: float, layout: str) -> None:
+@pytest.mark.parametrize("op", ["local_response_norm", *cases.BLOCKS])
+def test_lrn_at_the_edges_equals_the_cpu_kernels(
+    folder: Path, op: str, size: int, beta: float, k: float, layout: str
+) -> None:
     """NaN, inf, overflow, zeros, bases of the power that are 0, negative or inf: values and gradients."""
     x = torch.linspace(0.5, 1.5, 16 * 12).view(1, 16, 3, 4)
     for i, value in enumerate(SPECIAL):
         x[0, 5, i // 4, i % 4] = value
+    tensors: cases.Tensors = {"x": cases.lay_out(x, layout)}
     case = lrn((1, 16, 3, 4), size, 1.0, beta, k)
-    expected = raw(case, {"x": cases.lay_out(x, layout)})
+    if op in cases.BLOCKS:
+        constants = {"lrn_size": size, "alpha": 1.0, "beta": beta, "k": k, "kernel_size": 1, "stride": 1}
+        case, tensors = block(op, (1, 16, 3, 4), bias=False, **constants), tensors | {"bias": None}
+    expected = raw(case, tensors)
     with emulated.kernels_emulated(folder):
-        found = raw(case, {"x": cases.lay_out(x, layout)})
+        found = raw(case, tensors)
     for one, other in zip(expected, found, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5, equal_nan=True)
 

@@ -3,8 +3,8 @@
 // Blocks leave their sums as rows of [rows][channels] in a workspace, and a second kernel adds the rows up.
 #pragma once
 
+#include "channel_blocks.cuh"
 #include "channel_sums.h"
-#include "images.cuh"
 
 namespace alexnet_ext {
 
@@ -66,49 +66,32 @@ __device__ inline void sum_vectors(const A (&sum)[V], const Divisor& vectors, A*
       [](int i) { return i / kOwners * kWarp + kOuter + i % kOwners; }, sums);
 }
 
-// ---- element by element: a thread stays at one channel
+// ---- a thread stays at one channel
 
-// A block's threads: `lanes` neighbouring channels of channels-last images, one channel of contiguous ones, and as many
-// pixels as there is room for.
-struct ChannelBlocks {
-  int64_t pixels, rows;
-  int lanes;
-  Divisor by_groups;
+// What takes each element by itself.
+constexpr ChannelWidths kElementWidths{1, 32};
 
-  ChannelBlocks(const Images& s, int64_t row_count)
-      : pixels(s.batch * s.height * s.width),
-        rows(row_count),
-        lanes(s.channels_last ? 32 : 1),
-        by_groups(ceil_div(s.channels, lanes)) {}
-
-  int64_t blocks() const { return rows * by_groups.value; }
-};
-
-// The row's sums = those of what f(position) returns for each of this block's elements; null sums: none wanted.
+// The row's sums = those of what f(position, whether there is such a pixel) returns in this block's threads, which call
+// it equally often; null sums: none wanted.
 template <class A, class F>
-__device__ inline void sum_elements(const ChannelBlocks& work, const DeviceImages& s, A* __restrict__ sums, F&& f) {
-  A* shared = shared_memory<A>();
-  const int64_t row = work.by_groups.divide(blockIdx.x);
-  const int lane = threadIdx.x % work.lanes, runs = kBlockThreads / work.lanes;
-  const int64_t channel = (blockIdx.x - row * work.by_groups.value) * work.lanes + lane;
+__device__ inline void sum_pixels(const ChannelBlocks& work, const DeviceImages& s, A* __restrict__ sums, F&& f) {
+  const ChannelPlace own(work);
   A sum = 0;
-  if (channel < s.channels) {
-    Position at;
-    at.channel = static_cast<int>(channel);
-    for (int64_t pixel = row * runs + threadIdx.x / work.lanes; pixel < work.pixels; pixel += work.rows * runs) {
-      const int64_t line = s.by_width.divide(pixel);
-      at.column = static_cast<int>(pixel - line * s.width);
-      at.image = s.by_height.divide(line);
-      at.row = static_cast<int>(line - at.image * s.height);
-      sum += f(at);
-    }
-  }
+  for_pixels(work, [&](int64_t pixel, bool inside) { sum += f(s.position(pixel, own.channel), inside); });
   if (sums == nullptr) return;
+  A* shared = shared_memory<A>();
   shared[threadIdx.x] = sum;
   __syncthreads();
-  if (static_cast<int>(threadIdx.x) >= work.lanes || channel >= s.channels) return;
-  for (int i = 1; i < runs; ++i) sum += shared[threadIdx.x + i * work.lanes];
-  sums[row * s.channels + channel] = sum;
+  if (own.pixel != 0 || own.channel >= s.channels) return;
+  for (int i = 1; i < work.height; ++i) sum += shared[threadIdx.x + i * own.pixel_step];
+  sums[own.row * s.channels + own.channel] = sum;
+}
+
+// The same for f(position) of each of this block's elements.
+template <class A, class F>
+__device__ inline void sum_elements(const ChannelBlocks& work, const DeviceImages& s, A* __restrict__ sums, F&& f) {
+  sum_pixels(work, s, sums,
+             [&](const Position& at, bool inside) { return inside && at.channel < s.channels ? f(at) : A(0); });
 }
 
 }  // namespace alexnet_ext

@@ -64,6 +64,16 @@ struct DeviceImages {
     return at;
   }
 
+  // The position of this channel of pixel i of all images.
+  __device__ Position position(int64_t i, int channel) const {
+    Position at;
+    at.channel = channel;
+    at.column = take(i, by_width);
+    at.row = take(i, by_height);
+    at.image = i;
+    return at;
+  }
+
  private:
   // The remainder of i, which becomes the quotient.
   __device__ static int take(int64_t& i, const Divisor& by) {

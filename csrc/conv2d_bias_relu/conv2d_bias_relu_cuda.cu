@@ -31,7 +31,7 @@ int relu_mask_cuda(DType dtype, const Images& s, const void* dy, const void* y, 
       status = launch(relu_mask_vectors_kernel<T, V>, rows, kBlockThreads * V * sizeof(Acc<T>), stream,
                       Divisor(s.channels / V), elements(s), gradient, result, out, partial);
     } else {
-      const ChannelBlocks work(s, rows);
+      const ChannelBlocks work(s, kElementWidths, rows);
       status = launch(relu_mask_kernel<T>, work.blocks(), kBlockThreads * sizeof(Acc<T>), stream, DeviceImages(s), work,
                       gradient, result, out, partial);
     }

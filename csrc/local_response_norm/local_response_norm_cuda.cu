@@ -102,9 +102,9 @@ int local_response_norm_backward_cuda(const LocalResponseNorm& p, const void* dy
       }
     }
     const Pixels work = pixels_of(p);
-    const Patches tiles(p, work.channels_first ? 16 : 64);
-    status = launch(local_response_norm_backward_kernel<T>, tiles.count < kMaxBlocks ? tiles.count : kMaxBlocks,
-                    2 * kBlockThreads * sizeof(Acc<T>), stream, lrn, work, tiles, gradient, in, out);
+    const ChannelBlocks blocks(p.channels, p.batch * p.pixels, work.channels_first, kWindowWidths);
+    status = launch(local_response_norm_backward_kernel<T>, blocks.blocks(), kBlockThreads * sizeof(Acc<T>), stream,
+                    lrn, work, blocks, gradient, in, out);
   });
   return status;
 }

@@ -97,67 +97,19 @@ __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
   });
 }
 
-// Tiles of kBlockThreads elements, `width` channels of each of some pixels, neighbours in memory side by side.
-struct Patches {
-  int width, shift;  // 1 << shift is the width
-  Divisor by_columns;
-  int64_t pixels, count;  // of all images; how many tiles
-
-  Patches(const LocalResponseNorm& p, int most) : width(1), shift(0), by_columns(1), pixels(p.batch * p.pixels) {
-    while (width < most && width < p.channels) width = 1 << ++shift;
-    by_columns = Divisor(ceil_div(p.channels, width));
-    count = ceil_div(pixels, kBlockThreads / width) * by_columns.value;
-  }
-};
-
-// Each element's scale and term are computed once a tile, n reads, and summed up from shared memory, n more; terms of
-// the neighbouring tiles, n - 1 beside `width`, are computed once more.
 template <class T>
 __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
-    local_response_norm_backward_kernel(DeviceLrn<Acc<T>> lrn, Pixels work, Patches tiles, const T* __restrict__ dy,
-                                        const T* __restrict__ x, T* __restrict__ dx) {
-  using A = Acc<T>;
-  A *terms = shared_memory<A>(), *scaled = terms + kBlockThreads;
-  const int high = kBlockThreads >> tiles.shift, thread = threadIdx.x;
-  const int lane = work.channels_first ? thread / high : thread & (tiles.width - 1);  // this thread's channel in a tile
-  const int step = work.channels_first ? high : 1;                                    // from a channel to the next
-  const int start = thread - lane * step;
-  for (int64_t tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
-    const int64_t row = tiles.by_columns.divide(tile);
-    const int first = static_cast<int>(tile - row * tiles.by_columns.value) * tiles.width, channel = first + lane;
-    const int64_t pixel = row * high + (work.channels_first ? thread & (high - 1) : thread >> tiles.shift);
+    local_response_norm_backward_kernel(DeviceLrn<Acc<T>> lrn, Pixels work, ChannelBlocks blocks,
+                                        const T* __restrict__ dy, const T* __restrict__ x, T* __restrict__ dx) {
+  const int channel = ChannelPlace(blocks).channel;
+  for_pixels(blocks, [&](int64_t pixel, bool inside) {
     const int64_t image = work.by_pixels.divide(pixel);
     const int64_t at = image * work.batch_step + (pixel - image * work.by_pixels.value) * work.pixel_step;
-    const bool inside = pixel < tiles.pixels;
     const auto in = [&](int j) { return widen(x[at + j * work.channel_step]); };
-    // The mirrored window: the outputs whose window holds the channel.
-    const int begin = first > lrn.after ? first - lrn.after : 0;
-    const int most = first + tiles.width - 1 + lrn.before, end = most < lrn.channels ? most + 1 : lrn.channels;
-    A sum = 0, own = 0;
-    for (int from = begin; from < end; from += tiles.width) {
-      const int j = from + lane;
-      if (inside && j < end) {
-        const A s = lrn_scale(lrn, j, in);
-        // dy * s^-beta first: where s overflowed it is 0, and x * s^-(beta+1) alone would be inf * 0.
-        const A value = widen(dy[at + j * work.channel_step]) / power(s, lrn.beta);
-        scaled[thread] = value;
-        terms[thread] = value * in(j) / s;
-      }
-      __syncthreads();
-      const int to = from + tiles.width < end ? from + tiles.width : end;
-      const int low = channel - lrn.after > from ? channel - lrn.after : from;
-      const int last = channel + lrn.before < to ? channel + lrn.before : to - 1;
-      if (inside) {
-#pragma unroll 1
-        for (int k = low; k <= last; ++k) sum += terms[start + (k - from) * step];
-        if (channel >= from && channel < to) own = scaled[start + (channel - from) * step];
-      }
-      __syncthreads();
-    }
-    // pow(s, 0) is a constant whatever s is, so nothing flows through it, not even 0 * inf.
-    if (inside && channel < lrn.channels)
-      dx[at + channel * work.channel_step] = narrow<T>(lrn.beta == 0 ? own : own - lrn.factor * in(channel)*sum);
-  }
+    const auto gradient = [&](int j) { return widen(dy[at + j * work.channel_step]); };
+    const Acc<T> out = lrn_gradient(lrn, blocks, inside, in, gradient);
+    if (inside && channel < lrn.channels) dx[at + channel * work.channel_step] = narrow<T>(out);
+  });
 }
 
 }  // namespace alexnet_ext

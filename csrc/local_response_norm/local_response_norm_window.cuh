@@ -4,7 +4,7 @@
 // through all channels behind it.
 #pragma once
 
-#include "../common/images.cuh"
+#include "../common/channel_blocks.cuh"
 #include "local_response_norm.h"
 
 namespace alexnet_ext {
@@ -54,22 +54,52 @@ __device__ inline A lrn_value(const DeviceLrn<A>& lrn, int c, X&& x) {
   return x(c) / power(lrn_scale(lrn, c, x), lrn.beta);
 }
 
-template <class A, class X, class Dy>
-__device__ inline A lrn_gradient(const DeviceLrn<A>& lrn, int c, X&& x, Dy&& dy) {
-  // The mirrored window: the outputs whose window holds channel c.
-  const int first = c > lrn.after ? c - lrn.after : 0;
-  const int last = c + lrn.before < lrn.channels ? c + lrn.before : lrn.channels - 1;
-  A sum = 0, own = 0;
+// ---- the same where the threads of a block have neighbouring channels: what they share is computed once
+
+constexpr ChannelWidths kWindowWidths{16, 64};
+
+// The sum of term(j) over the channels j in [c - before, c + after] of this thread's pixel (where it is `inside`), c
+// its own. The block's threads take the terms of their own channels, then those beside them, `width` at a time, and
+// each adds up its window from shared memory: before + after terms beside `width` are computed once more elsewhere.
+template <class A, class Term>
+__device__ inline A window_sum(const ChannelBlocks& work, int channels, int before, int after, bool inside,
+                               Term&& term) {
+  A* terms = shared_memory<A>();
+  const ChannelPlace own(work);
+  const int first = own.channel - own.lane, total = work.width + before + after;
+  A sum = 0;
+  for (int from = 0; from < total; from += work.width) {
+    // A ring: behind the own channels those that follow them, then those in front of them.
+    const int place = from + own.lane, j = first + (place < work.width + after ? place : place - total);
+    terms[threadIdx.x] = inside && place < total && j >= 0 && j < channels ? term(j) : A(0);
+    __syncthreads();
+    const auto add = [&](int begin, int end) {
+      const int low = begin > from ? begin : from, high = end < from + work.width ? end : from + work.width;
 #pragma unroll 1
-  for (int j = first; j <= last; ++j) {
-    const A s = lrn_scale(lrn, j, x);
-    // dy * s^-beta first: where s overflowed it is 0, and x * s^-(beta+1) alone would be inf * 0.
-    const A scaled = dy(j) / power(s, lrn.beta);
-    sum += scaled * x(j) / s;
-    if (j == c) own = scaled;
+      for (int k = low; k < high; ++k) sum += terms[own.pixel * own.pixel_step + (k - from) * own.channel_step];
+    };
+    add(own.lane - before, own.lane + after + 1);
+    add(own.lane - before + total, total);
+    __syncthreads();
   }
+  return sum;
+}
+
+// dx of this thread's channel, 0 beyond the last. Each channel's scale and term are computed once a block: n + 2 reads.
+template <class A, class X, class Dy>
+__device__ inline A lrn_gradient(const DeviceLrn<A>& lrn, const ChannelBlocks& work, bool inside, X&& x, Dy&& dy) {
+  const int own = ChannelPlace(work).channel;
+  A value = 0, scaled = 0;
+  // The mirrored window: the outputs whose window holds the channel.
+  const A sum = window_sum<A>(work, lrn.channels, lrn.after, lrn.before, inside, [&](int j) {
+    const A dy_j = dy(j), s = lrn_scale(lrn, j, x), x_j = x(j);
+    // dy * s^-beta first: where s overflowed it is 0, and x * s^-(beta+1) alone would be inf * 0.
+    const A part = dy_j / power(s, lrn.beta);
+    if (j == own) value = x_j, scaled = part;
+    return part * x_j / s;
+  });
   // pow(s, 0) is a constant whatever s is, so nothing flows through it, not even 0 * inf.
-  return lrn.beta == 0 ? own : own - lrn.factor * x(c) * sum;
+  return lrn.beta == 0 ? scaled : scaled - lrn.factor * value * sum;
 }
 
 // ---- n = 3, 5 or 7 and beta = 3/4: the window in registers

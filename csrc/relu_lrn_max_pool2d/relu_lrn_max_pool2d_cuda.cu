@@ -76,7 +76,7 @@ int relu_lrn_max_pool2d_backward_cuda(const LrnPoolBlock& p, const void* dy, con
       }
     }
     if (!fast) {
-      const ChannelBlocks work(p.in, rows);
+      const ChannelBlocks work(p.in, kWindowWidths, rows);
       status = launch(relu_lrn_max_pool2d_backward_kernel<T>, work.blocks(), kBlockThreads * sizeof(Acc<T>), stream,
                       block, work, gradient, in, b, winners, out, sums);
     }

@@ -231,7 +231,7 @@ __global__ void __launch_bounds__(kBlockThreads, 3)  // 80 registers
                                         const T* __restrict__ x, const T* __restrict__ bias,
                                         const uint8_t* __restrict__ winners, T* __restrict__ dx,
                                         Acc<T>* __restrict__ sums) {
-  sum_elements(work, p.in, sums, [&](const Position& at) {
+  sum_pixels(work, p.in, sums, [&](const Position& at, bool inside) {
     const int64_t base = p.in.at(at.image, 0, at.row, at.column);
     const auto activation = [&](int j) { return relu(with_bias(widen(x[base + j * p.in.channel_step]), bias, j)); };
     const auto gradient = [&](int j) {
@@ -239,7 +239,9 @@ __global__ void __launch_bounds__(kBlockThreads, 3)  // 80 registers
       gather<1>(won, p.pool, p.out, {at.image, j, at.row, at.column}, dy, winners);
       return won[0];
     };
-    const Acc<T> out = activation(at.channel) <= 0 ? Acc<T>(0) : lrn_gradient(p.lrn, at.channel, activation, gradient);
+    Acc<T> out = lrn_gradient(p.lrn, work, inside, activation, gradient);
+    if (!inside || at.channel >= p.in.channels) return Acc<T>(0);
+    if (activation(at.channel) <= 0) out = 0;
     dx[base + at.channel * p.in.channel_step] = narrow<T>(out);
     return out;
   });

@@ -96,6 +96,7 @@ __device__ inline void for_windows(const DevicePooling& pool, const DeviceImages
 #pragma unroll 1
   for (int oh = bottom - pool.more_windows[0]; oh <= bottom; ++oh) {
     const int r = tap_of(pool, 0, row, oh, out.height);
+#pragma unroll 1
     for (int ow = right - pool.more_windows[1]; ow <= right; ++ow) {
       const int s = tap_of(pool, 1, column, ow, out.width);
       f(oh, ow, r < 0 || s < 0 ? -1 : r * pool.kernel[1] + s);

@@ -21,7 +21,12 @@ void relu_max_pool2d_lrn_backward_cpu(const LrnPoolBlock& p, const void* dy, con
 // relu_lrn_max_pool2d_backward_cuda.
 int relu_max_pool2d_lrn_cuda(const LrnPoolBlock& p, const void* x, const void* bias, void* y, void* pooled,
                              uint8_t* winners, void* stream);
+
+// dpooled is a workspace of p.out's elements, of the type of bias_sums, where the backward needs one, as any LRN but
+// AlexNet's does; else null.
+bool relu_max_pool2d_lrn_needs_dpooled(const LrnPoolBlock& p, const void* dy, const void* pooled,
+                                       const uint8_t* winners, const void* dx);
 int relu_max_pool2d_lrn_backward_cuda(const LrnPoolBlock& p, const void* dy, const void* pooled, const uint8_t* winners,
-                                      void* dx, void* bias_sums, void* dbias, void* stream);
+                                      void* dx, void* dpooled, void* bias_sums, void* dbias, void* stream);
 
 }  // namespace alexnet_ext

@@ -13,6 +13,14 @@ Tiles tiles_of(const LrnPoolBlock& p, int64_t lanes, int64_t most_needed) {
   });
 }
 
+// Those of the backward for AlexNet's LRN; none for any other LRN, or where a single input needs more than fits.
+Tiles backward_tiles(const LrnPoolBlock& p, bool lanes) {
+  if (lanes)
+    return tiles_of(p, p.in.channels / kLaneChannels,
+                    kSharedBytes / (p.in.channels * static_cast<int64_t>(sizeof(float))));
+  return has_pixels(p) ? tiles_of(p, 1, kBlockThreads) : Tiles();
+}
+
 }  // namespace
 
 int relu_max_pool2d_lrn_cuda(const LrnPoolBlock& p, const void* x, const void* bias, void* y, void* pooled,
@@ -43,13 +51,20 @@ int relu_max_pool2d_lrn_cuda(const LrnPoolBlock& p, const void* x, const void* b
         return;
       }
     }
-    status = launch(relu_max_pool2d_lrn_kernel<T>, blocks_for(n), 0, stream, block, n, in, b, out, kept, winners);
+    const ChannelBlocks work(p.out, kWindowWidths);
+    status = launch(relu_max_pool2d_lrn_kernel<T>, work.blocks(), kBlockThreads * sizeof(Acc<T>), stream, block, work,
+                    in, b, out, kept, winners);
   });
   return status;
 }
 
+bool relu_max_pool2d_lrn_needs_dpooled(const LrnPoolBlock& p, const void* dy, const void* pooled,
+                                       const uint8_t* winners, const void* dx) {
+  return backward_tiles(p, has_lanes(p, aligned(dy, pooled, winners, dx))).rows == 0;
+}
+
 int relu_max_pool2d_lrn_backward_cuda(const LrnPoolBlock& p, const void* dy, const void* pooled, const uint8_t* winners,
-                                      void* dx, void* bias_sums, void* dbias, void* stream) {
+                                      void* dx, void* dpooled, void* bias_sums, void* dbias, void* stream) {
   if (!fits(p.in)) return cudaErrorInvalidValue;
   cudaError_t status = cudaSuccess;
   const int64_t rows = sum_rows_of(p.in);
@@ -59,34 +74,30 @@ int relu_max_pool2d_lrn_backward_cuda(const LrnPoolBlock& p, const void* dy, con
     const T *gradient = static_cast<const T*>(dy), *kept = static_cast<const T*>(pooled);
     T* out = static_cast<T*>(dx);
     Acc<T>* sums = static_cast<Acc<T>*>(bias_sums);
-    bool fast = false;
-    if constexpr (__is_same(Acc<T>, float)) {
+    if (dpooled != nullptr) {
+      Acc<T>* between = static_cast<Acc<T>*>(dpooled);
+      const ChannelBlocks over_pooled(p.out, kWindowWidths), work(p.in, kElementWidths, rows);
+      const int64_t shared = kBlockThreads * sizeof(Acc<T>);
+      status = launch(relu_max_pool2d_lrn_pooled_backward_kernel<T>, over_pooled.blocks(), shared, stream, block,
+                      over_pooled, gradient, kept, between);
+      if (status == cudaSuccess)
+        status = launch(relu_max_pool2d_lrn_backward_kernel<T>, work.blocks(), shared, stream, block, work, between,
+                        winners, out, sums);
+    } else if constexpr (__is_same(Acc<T>, float)) {
       const bool lanes = has_lanes(p, aligned(dy, pooled, winners, dx));
-      Tiles tiles;
+      const Tiles tiles = backward_tiles(p, lanes);
       if (lanes) {
-        const int64_t most_needed = kSharedBytes / (p.in.channels * static_cast<int64_t>(sizeof(float)));
-        tiles = tiles_of(p, p.in.channels / kLaneChannels, most_needed);
-      } else if (has_pixels(p)) {
-        tiles = tiles_of(p, 1, kBlockThreads);
-      }
-      fast = tiles.rows > 0;
-      if (fast && lanes) {
         // The bias sums go through the same shared memory.
         const int64_t for_sums = kBlockThreads * kLaneChannels * sizeof(float);
         status = launch(relu_max_pool2d_lrn_lanes_backward_kernel<T, 5>, rows,
                         std::max(for_sums, tiles.shared_bytes(p.in.channels)), stream, block, tiles, gradient, kept,
                         winners, out, sums);
-      } else if (fast) {
+      } else {
         const Chunks work = chunks_of(tiles, p.in);
         status = launch(relu_max_pool2d_lrn_pixels_backward_kernel<T, 5>, rows * work.chunks,
                         tiles.shared_bytes(kRun) + work.channels * sizeof(float), stream, block, tiles, work, rows,
                         gradient, kept, winners, out, sums);
       }
-    }
-    if (!fast) {
-      const ChannelBlocks work(p.in, rows);
-      status = launch(relu_max_pool2d_lrn_backward_kernel<T>, work.blocks(), kBlockThreads * sizeof(Acc<T>), stream,
-                      block, work, gradient, kept, winners, out, sums);
     }
     if (status == cudaSuccess) status = sum_rows<T>(rows, p.in.channels, bias_sums, dbias, stream);
   });

@@ -25,8 +25,12 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dy, const Tensor& kept, const 
       dy, kept, winners, height, width, {lrn_size, alpha, beta, k}, kernel, stride,
       [&](const LrnPoolBlock& p, const void* gradient, const void* activation, const uint8_t* taps, void* dx) {
         DeviceSums sums(kept, p.in);
+        std::optional<Tensor> dpooled;
+        if (relu_max_pool2d_lrn_needs_dpooled(p, gradient, activation, taps, dx))
+          dpooled = empty_images(kept, p.out, sums.rows.scalar_type());
         stream.check("relu_max_pool2d_lrn_backward",
-                     relu_max_pool2d_lrn_backward_cuda(p, gradient, activation, taps, dx, sums.rows.data_ptr(),
+                     relu_max_pool2d_lrn_backward_cuda(p, gradient, activation, taps, dx,
+                                                       dpooled ? dpooled->data_ptr() : nullptr, sums.rows.data_ptr(),
                                                        sums.total.data_ptr(), stream.get()));
         return sums.total;
       });

@@ -188,45 +188,62 @@ __global__ void __launch_bounds__(kBlockThreads, 3)  // 80 registers
   for (int i = thread; i < end - first; i += kBlockThreads) sums[block_row * p.in.channels + first + i] = totals[i];
 }
 
-// ---- any layout, window and beta: element by element
+// ---- any layout, window and beta: element by element, neighbours' parts by way of shared memory
 
 template <class T>
 __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
-    relu_max_pool2d_lrn_kernel(DeviceBlock<Acc<T>> p, int64_t n, const T* __restrict__ x, const T* __restrict__ bias,
-                               T* __restrict__ y, T* __restrict__ pooled, uint8_t* __restrict__ winners) {
-  for_each(n, [&](int64_t i) {
-    const Position at = p.out.position(i);
-    const auto best = [&](int j) {
-      Best<Acc<T>, 1> found;
+    relu_max_pool2d_lrn_kernel(DeviceBlock<Acc<T>> p, ChannelBlocks work, const T* __restrict__ x,
+                               const T* __restrict__ bias, T* __restrict__ y, T* __restrict__ pooled,
+                               uint8_t* __restrict__ winners) {
+  using A = Acc<T>;
+  const int channel = ChannelPlace(work).channel;
+  for_pixels(work, [&](int64_t pixel, bool inside) {
+    const Position at = p.out.position(pixel, channel);
+    Best<A, 1> own;
+    const A sum = window_sum<A>(work, p.lrn.channels, p.lrn.before, p.lrn.after, inside, [&](int j) {
+      Best<A, 1> best;
       for_taps<0>(p.pool, p.in, at.row, at.column, [&](int ih, int iw, int tap) {
-        const Acc<T> values[] = {with_bias(widen(x[p.in.at(at.image, j, ih, iw)]), bias, j)};
-        found.template take<true>(values, tap);
+        const A values[] = {with_bias(widen(x[p.in.at(at.image, j, ih, iw)]), bias, j)};
+        best.template take<true>(values, tap);
       });
-      return found;
-    };
-    y[i] = narrow<T>(lrn_value(p.lrn, at.channel, [&](int j) { return best(j).value[0]; }));
-    const Best<Acc<T>, 1> own = best(at.channel);
-    store<1>(pooled + i, own.value);
-    store_bytes<1>(winners + i, own.tap);
+      if (j == channel) own = best;
+      return best.value[0] * best.value[0];
+    });
+    if (!inside || channel >= p.out.channels) return;
+    const int64_t to = p.out.at(at.image, channel, at.row, at.column);
+    y[to] = narrow<T>(own.value[0] / power(p.lrn.k + p.lrn.mean * sum, p.lrn.beta));
+    store<1>(pooled + to, own.value);
+    store_bytes<1>(winners + to, own.tap);
   });
 }
 
+// Backward, first LRN's gradient of what was pooled, once for all inputs that the windows share.
 template <class T>
 __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
-    relu_max_pool2d_lrn_backward_kernel(DeviceBlock<Acc<T>> p, ChannelBlocks work, const T* __restrict__ dy,
-                                        const T* __restrict__ pooled, const uint8_t* __restrict__ winners,
-                                        T* __restrict__ dx, Acc<T>* __restrict__ sums) {
+    relu_max_pool2d_lrn_pooled_backward_kernel(DeviceBlock<Acc<T>> p, ChannelBlocks work, const T* __restrict__ dy,
+                                               const T* __restrict__ pooled, Acc<T>* __restrict__ dpooled) {
+  const int channel = ChannelPlace(work).channel;
+  for_pixels(work, [&](int64_t pixel, bool inside) {
+    const Position at = p.out.position(pixel, 0);
+    const int64_t base = p.out.at(at.image, 0, at.row, at.column);
+    const auto value = [&](int j) { return widen(pooled[base + j * p.out.channel_step]); };
+    const auto gradient = [&](int j) { return widen(dy[base + j * p.out.channel_step]); };
+    const Acc<T> out = lrn_gradient(p.lrn, work, inside, value, gradient);
+    if (inside && channel < p.out.channels) dpooled[base + channel * p.out.channel_step] = out;
+  });
+}
+
+// Then the pooling's.
+template <class T>
+__global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
+    relu_max_pool2d_lrn_backward_kernel(DeviceBlock<Acc<T>> p, ChannelBlocks work, const Acc<T>* __restrict__ dpooled,
+                                        const uint8_t* __restrict__ winners, T* __restrict__ dx,
+                                        Acc<T>* __restrict__ sums) {
   sum_elements(work, p.in, sums, [&](const Position& at) {
-    Acc<T> out = 0;
-    for_windows(p.pool, p.out, at.row, at.column, [&](int oh, int ow, int tap) {
-      if (tap < 0 || winners[p.out.at(at.image, at.channel, oh, ow)] != tap) return;
-      const int64_t base = p.out.at(at.image, 0, oh, ow);
-      const auto value = [&](int j) { return widen(pooled[base + j * p.out.channel_step]); };
-      const auto gradient = [&](int j) { return widen(dy[base + j * p.out.channel_step]); };
-      out += lrn_gradient(p.lrn, at.channel, value, gradient);
-    });
-    dx[p.in.at(at.image, at.channel, at.row, at.column)] = narrow<T>(out);
-    return out;
+    Acc<T> won[1];
+    gather<1>(won, p.pool, p.out, at, dpooled, winners);
+    store<1>(dx + p.in.at(at.image, at.channel, at.row, at.column), won);
+    return won[0];
   });
 }
 
