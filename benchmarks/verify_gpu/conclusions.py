@@ -1,4 +1,4 @@
-"""What follows from the findings: which kernels ``backend="auto"`` may run, in which order, and which targets are met."""
+"""What follows from the findings: which kernels ``backend="auto"`` may run, in which order, which targets are met."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ ROUND = 0.2
 
 @dataclass(frozen=True)
 class Backward:
-    """A contestant whose forward runs, untimed, in every turn anew: compiled functions keep nothing for a second one."""
+    """A contestant whose forward runs, untimed, in every turn anew: compiled functions keep nothing for a second."""
 
     forward: Callable[[], Tensor]
     wanted: list[Tensor]

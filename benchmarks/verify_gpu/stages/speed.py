@@ -197,13 +197,14 @@ def stock_ways(case: Case, tensors: Tensors, y: Tensor, what: str, device: str) 
     wanted = 0 if "input gradient" in what else 1 if "weight gradient" in what else None
     dz = torch.randn_like(y) * (y > 0)
 
-    def whole(x: Tensor, weight: Tensor, bias: Tensor | None, dz: Tensor, groups: int) -> Tensor:
+    def whole(x: Tensor, weight: Tensor, bias: Tensor | None, dz: Tensor, groups: int) -> list[Tensor]:
         if wanted is None:
-            return F.relu(F.conv2d(x, weight, bias, stride, padding, dilation, groups))
+            return [F.relu(F.conv2d(x, weight, bias, stride, padding, dilation, groups))]
         mask = [wanted == 0, wanted == 1, False]
-        return torch.ops.aten.convolution_backward(
+        found = torch.ops.aten.convolution_backward(
             dz, x, weight, None, stride, padding, dilation, False, [0, 0], groups, mask
-        )[wanted]
+        )
+        return [found[wanted]]
 
     found: dict[str, Run] = {"stock": partial(whole, x, weight, bias, dz, groups)}
     if groups > 1:
@@ -229,7 +230,7 @@ def beside(towers: Sequence[Run], streams: Sequence[torch.cuda.Stream]) -> list[
     for tower, stream in zip(towers, streams, strict=True):
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            results.append(tower())
+            results += tower()
     for stream in streams:
         current.wait_stream(stream)
     return results
