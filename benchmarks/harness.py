@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import math
+import platform
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from pytest_benchmark.fixture import BenchmarkFixture
+from torch import nn
 
 import alexnet_ext as ax
 from alexnet_ext import _library
 from tests import cases
 from tests.cases import Case
+
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
 
 BATCH = 32
 DIRECTIONS = ("forward", "forward+backward")
@@ -24,6 +30,15 @@ NETWORK = ("training step", "inference")
 LAYOUTS = ("contiguous", "channels_last")
 
 Run = Callable[[], Any]
+
+
+def device_name() -> str:
+    """The CPU's model as its maker prints it."""
+    try:
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def alexnet_cases(op: str, batch: int = BATCH) -> tuple[Case, ...]:
@@ -85,10 +100,11 @@ def network_run(
     fused_optimizer: bool = False,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
+    compiled: Callable[[nn.Module], Callable[[torch.Tensor], torch.Tensor]] = lambda model: model,
 ) -> Run:
     """One step of the paper's SGD on the paper's network with random images, or one inference.
 
-    bf16 and fp16 are autocast's.
+    bf16 and fp16 are autocast's; ``compiled(model)`` is called in the model's place.
     """
     torch.manual_seed(0)
     model = ax.models.alexnet("paper", fused=fused)
@@ -96,13 +112,13 @@ def network_run(
     if layout == "channels_last":
         model, images = (x.to(memory_format=torch.channels_last) for x in (model, images))
     model, images, labels = model.to(device), images.to(device), labels.to(device)
+    network = compiled(model.eval() if kind == "inference" else model)
     lowered = torch.autocast(device, dtype, enabled=dtype != torch.float32)
     if kind == "inference":
-        model.eval()
 
         def infer() -> None:
             with torch.no_grad(), lowered:
-                model(images)
+                network(images)
 
         return infer
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4, fused=fused_optimizer)
@@ -110,7 +126,7 @@ def network_run(
     def step() -> None:
         optimizer.zero_grad()
         with lowered:
-            loss = F.cross_entropy(model(images), labels)
+            loss = F.cross_entropy(network(images), labels)
         loss.backward()
         optimizer.step()
 

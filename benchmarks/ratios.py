@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import platform
 import re
 import shlex
 import statistics
@@ -30,7 +29,7 @@ import alexnet_ext as ax
 from alexnet_ext import _library
 
 from . import harness, worker
-from .harness import Run
+from .harness import Run, device_name
 
 RESULTS = Path(__file__).parent / "results"
 OPS = (
@@ -144,15 +143,6 @@ def network_rows(batch: int, seconds: float) -> Iterator[Row]:
     with worker.Worker("train", batch) as train, worker.Worker("plain", batch) as plain:
         ours, stock, rounds = contest(train.step, plain.step, seconds)
     yield Row("alexnet train, a step", "as it runs", shape, stock, ours, None, TARGETS["training step"], rounds)
-
-
-def device_name() -> str:
-    """The CPU's model as its maker prints it."""
-    try:
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
-    except OSError:
-        found = None
-    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def circumstances(batch: int, rate: float) -> dict[str, Any]:

@@ -1,13 +1,16 @@
-"""Runs the stages one after another, each in a process of its own and within its time, and writes the report.
+"""Runs the stages one after another, each in processes of its own and within its time, and writes the report.
 
-    python -m benchmarks.verify_gpu                    # the GPU, ten minutes
-    python -m benchmarks.verify_gpu --device cpu       # what applies without one, at small sizes
+    python -m benchmarks.verify_gpu                      # the GPU, ten minutes
+    python -m benchmarks.verify_gpu --stage compiled     # afterwards, what ten minutes did not hold; the build is kept
+    python -m benchmarks.verify_gpu --device cpu         # what applies without one, at small sizes
 
-The report is benchmarks/results/DEVICE-DATE.md and .json. Exit code 1 when a stage did not pass.
+The report is benchmarks/results/DEVICE-DATE.md and .json: of another command its stages are added to those there.
+Exit code 1 when a stage did not pass. Needs what the build needs and pytest, whose name tests/cases.py uses.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -17,17 +20,27 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any, NamedTuple
 
 from . import report, stages
 from .report import Finding, Outcome
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
+KEPT = 20_000
+"""Characters of what a part printed: its end."""
+VERDICTS = ("not applicable", "passed", "not reached", "failed", "timed out", "crashed")
+"""From the best to the worst: a stage is as good as its worst part."""
+
+
+class Part(NamedTuple):
+    verdict: str
+    findings: tuple[Finding, ...] = ()
+    output: str = ""
 
 
 def circumstances(device: str) -> dict[str, Any]:
@@ -46,25 +59,35 @@ def circumstances(device: str) -> dict[str, Any]:
     }
 
 
-def run_stage(stage: stages.Stage, device: str, seconds: float) -> Outcome:
-    """The stage's findings come line by line through a file, so that those before a crash or a time limit count."""
-    start = time.monotonic()
+def run_part(stage: stages.Stage, part: str, device: str, seconds: float, threads: int | None) -> Part:
+    """The findings come line by line through a file, so that those before a crash or a time limit count."""
     with tempfile.TemporaryDirectory() as folder:
         lines, said = Path(folder, "findings"), Path(folder, "output")
-        command = [sys.executable, "-m", "benchmarks.verify_gpu.stages", stage.name, device, str(lines)]
+        command = [sys.executable, "-m", "benchmarks.verify_gpu.stages", stage.name, part, device, str(seconds)]
+        environment = os.environ | {"PYTHONFAULTHANDLER": "1"}
+        if threads is not None:
+            environment["OMP_NUM_THREADS"] = str(threads)
         with said.open("wb") as output:
             process = subprocess.Popen(
-                command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                [*command, str(lines)],
+                cwd=ROOT,
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
             try:
-                code: int | None = process.wait(max(1.0, seconds))
+                code: int | None = process.wait(seconds)
             except subprocess.TimeoutExpired:
                 code = None
+            except BaseException:  # interrupted: nothing of it stays on the GPU
+                os.killpg(process.pid, signal.SIGKILL)
+                raise
             if code is None:
                 os.killpg(process.pid, signal.SIGKILL)  # and whatever it has started
                 process.wait()
         found = lines.read_text(encoding="utf-8").splitlines() if lines.exists() else []
-        text = said.read_text(encoding="utf-8", errors="replace")
+        text = said.read_text(encoding="utf-8", errors="replace")[-KEPT:]
     findings = tuple(Finding(**json.loads(line)) for line in found)
     if code is None:
         verdict = "timed out"
@@ -74,46 +97,89 @@ def run_stage(stage: stages.Stage, device: str, seconds: float) -> Outcome:
         verdict = "not applicable"
     else:
         verdict = "failed" if any(finding.ok is False for finding in findings) else "passed"
-    return Outcome(stage.name, stage.purpose, verdict, time.monotonic() - start, findings, text)
+    return Part(verdict, findings, text)
 
 
-def main(
-    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
-    only: Annotated[list[str] | None, typer.Option("--stage", help="A stage to run (again for more); all.")] = None,
-    seconds: Annotated[float, typer.Option(help="Time for all of it.", min=1)] = 570,
-    out: Annotated[Path, typer.Option(help="Folder of the report.")] = RESULTS,
-) -> None:
+def run_stage(
+    stage: stages.Stage, device: str, seconds: float, tell: Callable[[Outcome], None] = lambda outcome: None
+) -> Outcome:
+    """All parts within ``seconds``; ``tell`` is given what is known so far, each time that a part has ended."""
+    start = time.monotonic()
+    parts = stage.parts if device == "cuda" else ("",)
+    cores = os.cpu_count() or 1
+    workers = min(len(parts), cores) if stage.parallel else 1
+    threads = max(1, cores // workers) if workers > 1 else None
+    done: dict[str, Part] = {}
+
+    def one(part: str) -> Part:
+        """What is left of the time is shared evenly among the parts that are left."""
+        left = start + seconds - time.monotonic()
+        share = left * workers / (len(parts) - len(done)) if stage.parallel else left
+        return run_part(stage, part, device, min(left, share), threads) if left >= 1 else Part("not reached")
+
+    def outcome() -> Outcome:
+        known = {part: done[part] for part in parts if part in done}
+        verdict = max((found.verdict for found in known.values()), key=VERDICTS.index)
+        broken = {part: found for part, found in known.items() if found.verdict in VERDICTS[2:]}
+        output = "\n".join(f"{part}\n{found.output}".strip() for part, found in broken.items() if found.output)
+        unfinished = tuple(
+            f"{part} {found.verdict}".strip() for part, found in broken.items() if found.verdict != "failed"
+        )
+        unfinished += tuple(f"{part} not reached" for part in parts if part not in done)
+        findings = tuple(finding for found in known.values() for finding in found.findings)
+        return Outcome(stage.name, stage.purpose, verdict, time.monotonic() - start, findings, output, unfinished)
+
+    with ThreadPoolExecutor(workers) as pool:
+        running = {pool.submit(one, part): part for part in parts}
+        for future in as_completed(running):
+            done[running[future]] = future.result()
+            tell(outcome())
+    return outcome()
+
+
+def arguments(given: Sequence[str] | None) -> argparse.Namespace:
+    names = [stage.name for stage in stages.STAGES]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.verify_gpu", description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--stage", action="append", choices=names, help="a stage to run (again for more); all")
+    parser.add_argument("--seconds", type=float, default=570, help="time for all of it")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the report")
+    return parser.parse_args(given)
+
+
+def main(given: Sequence[str] | None = None) -> int:
     """Prove the kernels on a GPU: right, fast, capturable, deterministic; into one report."""
-    chosen = [stage for stage in stages.STAGES if not only or stage.name in only]
-    if unknown := set(only or ()) - {stage.name for stage in chosen}:
-        typer.echo(f"--stage must be of {', '.join(s.name for s in stages.STAGES)}, got {', '.join(unknown)}", err=True)
-        raise typer.Exit(2)
-    end = time.monotonic() + seconds
+    asked = arguments(given)
+    end = time.monotonic() + asked.seconds
     try:
-        facts = circumstances(device)
+        facts = circumstances(asked.device)
     except RuntimeError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(1) from None
+        print(error, file=sys.stderr)
+        return 1
     slug = re.sub(r"[^a-z0-9]+", "-", f"verify {facts['device']}".lower()).strip("-")
-    path = out / f"{slug}-{facts['date']}.md"
-    outcomes: list[Outcome] = []
+    path = asked.out / f"{slug}-{facts['date']}.md"
+    chosen = [stage for stage in stages.STAGES if not asked.stage or stage.name in asked.stage]
+    known = {outcome.stage: outcome for outcome in report.read(path)} if asked.stage else {}
+
+    def tell(outcome: Outcome) -> None:
+        known[outcome.stage] = outcome
+        report.write(path, facts, [known[stage.name] for stage in stages.STAGES if stage.name in known])
+
     for stage in chosen:
         left = end - time.monotonic()
         if left < 5:
-            outcomes.append(Outcome(stage.name, stage.purpose, "not reached", 0.0))
+            last = Outcome(stage.name, stage.purpose, "not reached", 0.0)
         else:
-            outcomes.append(run_stage(stage, device, min(left, stage.seconds)))
-        report.write(path, facts, outcomes)
-        last = outcomes[-1]
-        failures = [finding for finding in last.findings if finding.ok is False]
-        typer.echo(f"{last.stage}: {last.verdict}, {len(last.findings)} findings, {last.seconds:.0f} s")
-        for finding in failures[:5]:
-            typer.echo(f"  FAILED {finding.name}: {' '.join(finding.detail.split())[:300]}")
+            last = run_stage(stage, asked.device, min(left, stage.seconds), tell)
+        tell(last)
+        print(f"{last.stage}: {last.verdict}, {len(last.findings)} findings, {last.seconds:.0f} s", flush=True)
+        for finding in [finding for finding in last.findings if finding.ok is False][:5]:
+            print(f"  FAILED {finding.name}: {' '.join(finding.detail.split())[:300]}")
         if last.verdict in ("crashed", "timed out"):
-            typer.echo("  " + "\n  ".join(last.output.splitlines()[-8:]))
-    typer.echo(f"written to {path} and {path.with_suffix('.json').name}")
-    raise typer.Exit(0 if all(outcome.ok for outcome in outcomes) else 1)
+            print("  " + "\n  ".join([", ".join(last.unfinished)[:1000], *last.output.splitlines()[-8:]]))
+    print(f"written to {path} and {path.with_suffix('.json').name}")
+    return 0 if all(known[stage.name].ok for stage in chosen) else 1
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""What stages share: the backends there are, sizes by device, cases with their gradients."""
+"""What stages share: the ways there are to run an op, sizes by device, cases with their gradients, CUDA graphs."""
 
 from __future__ import annotations
 
@@ -15,38 +15,45 @@ from tests import cases
 from tests.cases import Case, Tensors
 
 from .report import Finding
+from .stages import BACKENDS
 
 
 class Sizes(NamedTuple):
     """What the CPU cannot do in the time is smaller there."""
 
     batch: int
-    network_batches: tuple[int, ...]
     training_steps: int
     dtypes: tuple[torch.dtype, ...]
     runs: int
 
 
 SIZES = {
-    "cuda": Sizes(256, (128, 1024), 50, (torch.bfloat16, torch.float32), 100),
-    "cpu": Sizes(2, (2,), 3, (torch.float32,), 5),
+    "cuda": Sizes(256, 50, (torch.bfloat16, torch.float32), 100),
+    "cpu": Sizes(2, 3, (torch.float32,), 5),
 }
+# What "auto" would prefer were it all proven, by what is looked at; what has no kernel there runs stock.
+PREFERRED = {"native": ("native",), "triton": ("triton",), "measured": ("measured", *BACKENDS), "stock": ()}
 
 
 def backends(op: str, device: str) -> list[str]:
-    """Ours, that have kernels for the op on this device."""
-    return [name for name in ("native", "triton") if _backend.has_kernel(name, op, device)]
+    """Ours, that have kernels for the op on this device and can be asked for by name."""
+    return [name for name in BACKENDS if _backend.has_kernel(name, op, device)]
 
 
-def each_backend(device: str) -> list[str]:
-    return [name for name in ("native", "triton") if any(name in backends(op, device) for op in _backend.OPS)]
+def ways(op: str, device: str) -> list[str]:
+    """The same, and by measurement where the op has that."""
+    return backends(op, device) + ["measured"] * _backend.has_kernel("measured", op, device)
+
+
+def each_way(device: str) -> list[str]:
+    return [name for name in (*BACKENDS, "measured") if any(name in ways(op, device) for op in _backend.OPS)]
 
 
 @contextmanager
-def preferring(backend: str, device: str) -> Iterator[None]:
-    """``backend="auto"`` as it would be were this backend proven and preferred; stock where it has no kernel."""
+def preferring(way: str, device: str) -> Iterator[None]:
+    """``backend="auto"`` as it would be were this way proven and preferred; stock where it has no kernel."""
     preference, unproven = _backend.PREFERENCE, _backend.UNPROVEN
-    _backend.PREFERENCE = {**preference, device: () if backend == "stock" else (backend,)}
+    _backend.PREFERENCE = {**preference, device: PREFERRED[way]}
     _backend.UNPROVEN = set()
     try:
         yield
@@ -68,31 +75,58 @@ def choosing(choose: Callable[[str, Sequence[Candidate]], Candidate], device: st
         measured.fastest = fastest
 
 
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+def fused(case: Case, tensors: Tensors, way: str) -> Tensor:
+    """The op by our kernels: another answer than stock's, or RuntimeError where there is none."""
+    if way in BACKENDS:
+        return cases.fused(case, tensors, way)
+    device = next(tensor.device.type for tensor in tensors.values() if tensor is not None)
+    with preferring(way, device):
+        if _backend.preferred(case.op, device) != way:
+            raise RuntimeError(f"{case.op} has no kernel for {way!r} on {device}")
+        return cases.fused(case, tensors)
 
 
-def gradients(case: Case, tensors: Tensors, backend: str, dy: Tensor | None = None) -> list[Tensor]:
+def gradients(case: Case, tensors: Tensors, way: str, dy: Tensor | None = None) -> list[Tensor]:
     """[y, gradients of all that want one]."""
-    y = cases.fused(case, tensors, backend)
+    y = fused(case, tensors, way)
     wanted = list(cases.wanting_grad(tensors).values())
     if not wanted:
         return [y]
     return [y.detach(), *torch.autograd.grad(y, wanted, torch.ones_like(y) if dy is None else dy)]
 
 
-def attempt(name: str, check: Callable[[], Any]) -> Finding:
-    """Whatever ``check`` raises is a finding that failed; what it returns is the detail."""
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def attempt(name: str, check: Callable[[], Any], **about: str) -> Finding:
+    """Whatever ``check`` raises is a finding that failed, asynchronous errors too; what it returns is the detail."""
     try:
         detail = check()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
     except Exception as error:
-        return Finding(name, False, f"{type(error).__name__}: {error}"[:2000])
-    return Finding(name, True, str(detail or ""))
+        return Finding(name, False, f"{type(error).__name__}: {error}"[:2000], about=about)
+    return Finding(name, True, str(detail or ""), about=about)
 
 
-def examples(device: str) -> Iterator[tuple[Case, str]]:
-    """(case, backend) of one plain case an op."""
+def examples(device: str, wanted: Callable[[str], bool] = lambda way: True) -> Iterator[tuple[Case, str]]:
+    """(case, way) of one plain case an op."""
     for case in cases.EXAMPLES + cases.AUGMENT_EXAMPLES:
-        for backend in backends(case.op, device):
-            yield case, backend
+        for way in filter(wanted, ways(case.op, device)):
+            yield case, way
+
+
+def captured(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """``work`` warmed up beside, as PyTorch asks, then captured."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph

@@ -2,12 +2,15 @@
 
 import importlib.util
 import json
+import shutil
+import subprocess
 import sys
 
 import torch
 
 import alexnet_ext as ax
-from benchmarks.ratios import device_name
+
+from ..harness import device_name
 
 
 def facts(device: str) -> dict[str, str]:
@@ -26,10 +29,22 @@ def facts(device: str) -> dict[str, str]:
         "compute capability": f"{properties.major}.{properties.minor}",
         "multiprocessors": str(properties.multi_processor_count),
         "memory": f"{properties.total_memory / 2**30:.0f} GiB",
+        "L2": f"{properties.L2_cache_size / 2**20:.0f} MiB",
         "CUDA": str(torch.version.cuda),
         "cuDNN": str(torch.backends.cudnn.version()),
+        **told("driver, clocks, power limit", "nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit"),
+        **told("nvcc", "nvcc", "--version"),
         **found,
     }
+
+
+def told(what: str, program: str, option: str) -> dict[str, str]:
+    """The last line that a program prints, where it is there."""
+    if shutil.which(program) is None:
+        return {what: f"{program} is not on PATH"}
+    options = [option, "--format=csv,noheader"] if program == "nvidia-smi" else [option]
+    lines = subprocess.run([program, *options], capture_output=True, text=True).stdout.split("\n")
+    return {what: next((line for line in reversed(lines) if line.strip()), "")}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What stages find, and the report: written anew after every stage, so that an interrupted run loses nothing."""
+"""What stages find, and the report: written anew after every part, so that an interrupted run loses nothing."""
 
 from __future__ import annotations
 
@@ -7,20 +7,29 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from . import conclusions
+
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that a stage saw. ``ok`` is None for a measurement, which cannot fail; ``numbers`` make a table."""
+    """One thing that a stage saw. ``ok`` is None for a measurement, which cannot fail; ``numbers`` make a table.
+
+    ``about`` is what conclusions are drawn by: the backend that was checked, or what was measured.
+    """
 
     name: str
     ok: bool | None = True
     detail: str = ""
     numbers: dict[str, Any] = field(default_factory=dict)
+    about: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A stage's end: ``verdict`` is passed, failed, crashed, timed out, not applicable or not reached."""
+    """A stage's end: ``verdict`` is passed, failed, crashed, timed out, not applicable or not reached.
+
+    ``unfinished`` names the parts that crashed, timed out or were not reached.
+    """
 
     stage: str
     purpose: str
@@ -28,6 +37,7 @@ class Outcome:
     seconds: float
     findings: tuple[Finding, ...] = ()
     output: str = ""
+    unfinished: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -55,24 +65,32 @@ def markdown(facts: dict[str, Any], outcomes: list[Outcome]) -> str:
             [outcome.stage, outcome.purpose, outcome.verdict, f"{good} of {len(judged)}", f"{outcome.seconds:.0f}"]
         )
     lines += table(["stage", "what it proves", "verdict", "checks passed", "seconds"], stages)
+    for title, headings, rows in conclusions.tables(outcomes):
+        lines += ["", f"## {title}", "", *table(headings, [[cell(value) for value in row] for row in rows])]
     for outcome in outcomes:
-        failures = [finding for finding in outcome.findings if finding.ok is False]
-        notes = [finding for finding in outcome.findings if finding.ok is not False and finding.detail]
-        measured: dict[tuple[str, ...], list[Finding]] = {}
-        for finding in outcome.findings:
-            if finding.numbers:
-                measured.setdefault(tuple(finding.numbers), []).append(finding)
-        if not (failures or notes or measured or outcome.output):
-            continue
-        lines += ["", f"## {outcome.stage}", ""]
-        lines += [f"- FAILED {finding.name}: {' '.join(finding.detail.split())[:600]}" for finding in failures]
-        lines += [f"- {finding.name}: {finding.detail}" for finding in notes]
-        for columns, findings in measured.items():
-            rows = [[f.name, *(cell(value) for value in f.numbers.values())] for f in findings]
-            lines += ["", *table(["", *columns], rows)]
-        if outcome.output and not outcome.ok:
-            lines += ["", "```", outcome.output[-3000:], "```"]
+        lines += details(outcome)
     return "\n".join(lines) + "\n"
+
+
+def details(outcome: Outcome) -> list[str]:
+    failures = [finding for finding in outcome.findings if finding.ok is False]
+    notes = [finding for finding in outcome.findings if finding.ok is not False and finding.detail]
+    measured: dict[tuple[str, ...], list[Finding]] = {}
+    for finding in outcome.findings:
+        if finding.numbers:
+            measured.setdefault(tuple(finding.numbers), []).append(finding)
+    if not (failures or notes or measured or outcome.output or outcome.unfinished):
+        return []
+    lines = ["", f"## {outcome.stage}", ""]
+    lines += [f"- UNFINISHED {part}" for part in outcome.unfinished if part]
+    lines += [f"- FAILED {finding.name}: {' '.join(finding.detail.split())[:600]}" for finding in failures]
+    lines += [f"- {finding.name}: {finding.detail}" for finding in notes]
+    for columns, findings in measured.items():
+        rows = [[f.name, *(cell(value) for value in f.numbers.values())] for f in findings]
+        lines += ["", *table(["", *columns], rows)]
+    if outcome.output and not outcome.ok:
+        lines += ["", "```", outcome.output[-3000:], "```"]
+    return lines
 
 
 def write(path: Path, facts: dict[str, Any], outcomes: list[Outcome]) -> None:
@@ -83,3 +101,17 @@ def write(path: Path, facts: dict[str, Any], outcomes: list[Outcome]) -> None:
         beside = file.with_suffix(f"{file.suffix}.new")
         beside.write_text(text + "\n" * (not text.endswith("\n")), encoding="utf-8")
         beside.replace(file)
+
+
+def read(path: Path) -> list[Outcome]:
+    """What was written to ``path`` (.md) and its .json; empty where nothing was."""
+    try:
+        data = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return []
+
+    def outcome(stage: dict[str, Any]) -> Outcome:
+        findings = tuple(Finding(**finding) for finding in stage.pop("findings"))
+        return Outcome(**stage | {"unfinished": tuple(stage["unfinished"])}, findings=findings)
+
+    return [outcome(stage) for stage in data["stages"]]

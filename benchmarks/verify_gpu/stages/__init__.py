@@ -1,35 +1,88 @@
-"""The stages, most valuable first: a module each, whose ``run(device)`` yields what it finds."""
+"""The stages, most valuable first: a module each, whose ``run(task)`` yields what it finds."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+import itertools
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..report import Finding
 
 
+class Task(NamedTuple):
+    """What a stage's process is to do: all of it on this device, or one of its parts; by ``end``, a monotonic time."""
+
+    device: str
+    part: str = ""
+    end: float = math.inf
+
+    def wants(self, part: str) -> bool:
+        return self.part in ("", part)
+
+
 @dataclass(frozen=True)
 class Stage:
-    """``seconds`` is its time limit, of which the last stages may find less left."""
+    """``seconds`` is its time limit, of which the last stages may find less left.
+
+    On a GPU each part is a process of its own, so that what spoils one CUDA context spoils one part; ``parallel`` parts
+    run together, as many as there are cores. What is timed runs alone.
+    """
 
     name: str
     purpose: str
     seconds: float
+    parts: tuple[str, ...] = ("",)
+    parallel: bool = False
 
-    def run(self, device: str) -> Iterator[Finding]:
-        found: Iterator[Finding] = importlib.import_module(f"{__name__}.{self.name}").run(device)
+    def run(self, task: Task) -> Iterator[Finding]:
+        found: Iterator[Finding] = importlib.import_module(f"{__name__}.{self.name}").run(task)
         return found
+
+
+# Named here and not asked of the package: this process must not load a library that the first stage builds anew.
+BLOCKS = ("relu_lrn_max_pool2d", "relu_max_pool2d_lrn")
+OPS = (*BLOCKS, "local_response_norm", "relu_max_pool2d", "conv2d_bias_relu", "linear_bias_relu", "augment")
+DTYPES = ("bfloat16", "float32", "float16", "float64")
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+BACKENDS = ("native", "triton")
+WAYS = (*BACKENDS, "measured")
+NETWORKS = ("training step 128", "inference 1024", "training step 1024", "inference 128")
+
+
+def crossed(*names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(map(" ".join, itertools.product(*names)))
 
 
 STAGES = (
     Stage("build", "builds with no network and no isolation; the libraries load", 200),
-    Stage("correctness", "every op, backend, dtype and layout against float64", 150),
-    Stage("network", "the network's values, gradients and 50 training steps against stock", 90),
-    Stage("speed", "each op beside a copy of its bytes, stock and compiled stock; the network's images/s", 150),
-    Stage("graphs", "CUDA graphs: captured once, replayed with other data", 40),
-    Stage("streams", "the current stream is used", 30),
-    Stage("determinism", "the same bits over 100 runs", 40),
-    Stage("large", "offsets beyond 32 bits", 40),
-    Stage("sanitizers", "compute-sanitizer's four tools, each shown to see a planted bug", 120),
+    Stage(
+        "correctness",
+        "every op, backend, dtype and layout, and each candidate of the convolution, against float64",
+        130,
+        crossed(BACKENDS, OPS, DTYPES) + crossed(("measured candidates", "measured cutlass"), DTYPES),
+        True,
+    ),
+    Stage("network", "the network's values, gradients and 50 training steps against stock", 80, WAYS, True),
+    Stage(
+        "speed",
+        "each op beside a copy of its bytes, stock and compiled stock; each way to convolve",
+        180,
+        (*BLOCKS, "local_response_norm", "relu_max_pool2d", "convolution", "conv2d_bias_relu", "augment"),
+    ),
+    Stage("images", "the network's images a second, eager and in a CUDA graph, beside stock", 100, NETWORKS),
+    Stage("graphs", "CUDA graphs: captured once, replayed with other data", 40, WAYS, True),
+    Stage("streams", "the current stream is used", 30, WAYS, True),
+    Stage("determinism", "the same bits over 100 runs", 40, WAYS, True),
+    Stage("large", "offsets beyond 32 bits", 50, BACKENDS),
+    Stage(
+        "sanitizers",
+        "compute-sanitizer's four tools, each shown to see a planted bug",
+        120,
+        crossed(("planted", *WAYS), TOOLS),
+        True,
+    ),
+    Stage("compiled", "the network beside torch.compile(mode='max-autotune') of stock", 300, NETWORKS),
 )

@@ -9,24 +9,41 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..report import Finding
+from . import Task
 
 ROOT = Path(__file__).resolve().parents[3]
 INSTALL = [sys.executable, "-m", "pip", "install", "-e", ".", "--no-build-isolation", "--no-deps"]
+# What follows is worth little without a library: should pip or CUTLASS be what fails, the rest is built.
+CONFIGURE = [
+    *("cmake", "-G", "Ninja", "-S", ".", "-B", "build/editable", "-DCUTLASS_INCLUDE=none"),
+    *(f"-DPython_EXECUTABLE={sys.executable}", f"-DALEXNET_EXT_OUTPUT={ROOT / 'alexnet_ext'}"),
+]
+COMPILE = ["cmake", "--build", "build/editable"]
 
 
-def run(device: str) -> Iterator[Finding]:
+def run(task: Task) -> Iterator[Finding]:
     start = time.monotonic()
-    built = subprocess.run(INSTALL, cwd=ROOT, capture_output=True, text=True)
+    built = said(*INSTALL)
     yield Finding(
         "pip install -e . --no-build-isolation --no-deps",
         built.returncode == 0,
-        f"{time.monotonic() - start:.0f} s" if built.returncode == 0 else (built.stdout + built.stderr)[-1500:],
+        f"{time.monotonic() - start:.0f} s" if built.returncode == 0 else built.stdout[-1500:],
     )
+    if built.returncode:
+        print(built.stdout)
+        for command in (CONFIGURE, COMPILE):
+            print(said(*command).stdout)
     loads = "from alexnet_ext import _library as l; print(*(i.name for i in l.LIBRARIES if i.loaded))"
-    loaded = subprocess.run([sys.executable, "-c", loads], cwd=ROOT, capture_output=True, text=True)
-    libraries = loaded.stdout.split()
-    for name in ("cpu", "cuda") if device == "cuda" else ("cpu",):
-        yield Finding(f"the {name} library loads", name in libraries, loaded.stderr[-1500:])
-    told = subprocess.run([sys.executable, "-m", "alexnet_ext", "info"], cwd=ROOT, capture_output=True, text=True)
+    loaded = said(sys.executable, "-c", loads)
+    for name in ("cpu", "cuda") if task.device == "cuda" else ("cpu",):
+        yield Finding(f"the {name} library loads", name in loaded.stdout.split(), loaded.stdout[-1500:].strip())
+    told = said(sys.executable, "-c", "import alexnet_ext; print(alexnet_ext.info())")
     print(told.stdout)
-    yield Finding("alexnet info", told.returncode == 0, told.stderr[-1500:])
+    yield Finding("alexnet_ext.info()", told.returncode == 0, told.stdout[-1500:] if told.returncode else "")
+    for name in ("cutlass", "sm90") if task.device == "cuda" else ():
+        asks = f"from alexnet_ext import _library as l; print(l.{name.upper()}.reason or 'is there')"
+        yield Finding(f"the convolution by {name}", None, said(sys.executable, "-c", asks).stdout.strip()[-300:])
+
+
+def said(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -1,12 +1,16 @@
 """Values and all gradients of the tests' own cases against float64, on the device, by every backend of ours.
 
-The convolution by CUTLASS, which is no backend, is held against it on AlexNet's five layers.
+The convolution's candidates (``measured.py``), of which some are no backend, are each held against it on AlexNet's five
+layers. A part that finds too little time for all cases takes a fair sample of them, and says so.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -14,59 +18,126 @@ import torch.nn.functional as F
 
 from alexnet_ext import _library
 from alexnet_ext.ops import _backend
+from alexnet_ext.ops._tuning import Candidate
 from benchmarks import harness
 from tests import cases, oracle
 from tests.cases import Case
 
-from ..common import attempt, backends, each_backend
+from .. import common
+from ..common import attempt, backends, choosing, each_way
 from ..report import Finding
+from . import Task
 
-# Triton compiles each new set of constants for a second: there the layouts that it treats alike are left out.
 LAYOUTS = {"native": ("channels_last", "contiguous", "sliced", "offset"), "triton": ("channels_last", "contiguous")}
+"""Triton compiles each new set of constants for a second: there the layouts that it treats alike are left out."""
 DTYPES = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
 EXAMPLES = cases.EXAMPLES + cases.AUGMENT_EXAMPLES
 SHOWN = 5
+SIDES = {227: 35, 27: 9, 13: 7}
+"""Of AlexNet's images: what a block of a product is made of is channels, groups and taps; float64 takes its time."""
 
 
-def run(device: str) -> Iterator[Finding]:
+def run(task: Task) -> Iterator[Finding]:
     """A finding an op, backend and dtype, and one for each of the first failures in it."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    for backend, dtype, op in itertools.product(each_backend(device), DTYPES, _backend.OPS):
-        if backend not in backends(op, device):
-            continue
-        chosen = cases.CASES[op] if device == "cuda" else [case for case in EXAMPLES if case.op == op]
-        failed = []
-        for case, layout in itertools.product(chosen, LAYOUTS[backend]):
-            name = f"{case.id} {layout} {cases.dtype_id(dtype)} {backend}"
-            found = attempt(name, partial(compare, case, dtype, layout, backend, device))
-            if not found.ok:
-                failed.append(found)
-        yield from failed[:SHOWN]
-        count = len(chosen) * len(LAYOUTS[backend])
-        detail = f"{count - len(failed)} of {count} as float64"
-        yield Finding(f"{op} {backend} {cases.dtype_id(dtype)}", not failed, detail)
-    if device == "cuda":
-        yield from cutlass_findings()
+    device = task.device
+    asked = [way for way in each_way(device) if way in LAYOUTS]
+    for backend, op, dtype in itertools.product(asked, _backend.OPS, DTYPES):
+        if backend in backends(op, device) and task.wants(f"{backend} {op} {cases.dtype_id(dtype)}"):
+            chosen = cases.CASES[op] if device == "cuda" else [case for case in EXAMPLES if case.op == op]
+            checks = {
+                f"{case.id} {layout} {cases.dtype_id(dtype)} {backend}": partial(
+                    compare, case, dtype, layout, backend, device
+                )
+                for case, layout in itertools.product(chosen, LAYOUTS[backend])
+            }
+            yield from held(f"{op} {backend} {cases.dtype_id(dtype)}", checks, backend, task.end)
+    if not _backend.has_kernel("measured", "conv2d_bias_relu", device):
+        return
+    for dtype in DTYPES:
+        if task.wants(f"measured candidates {cases.dtype_id(dtype)}"):
+            checks = dict(candidate_checks(dtype, device))
+            yield from held(f"conv2d_bias_relu, candidates, {cases.dtype_id(dtype)}", checks, "measured", task.end)
+        if task.wants(f"measured cutlass {cases.dtype_id(dtype)}") and device == "cuda":
+            yield from cutlass_findings(dtype)
 
 
-def cutlass_findings() -> Iterator[Finding]:
-    torch.backends.cudnn.allow_tf32 = True
-    layers, halves = harness.alexnet_cases("conv2d_bias_relu", 4), (torch.bfloat16, torch.float16)
-    for library, sm90, dtypes in ((_library.CUTLASS, False, (*halves, torch.float32)), (_library.SM90, True, halves)):
-        reason = library.reason
-        if sm90 and torch.cuda.get_device_capability() != (9, 0):
-            reason = "the device is not of compute capability 9.0"
-        if reason:
-            yield Finding(f"conv2d_bias_relu {library.name}", None, f"skipped: {reason}")
-            continue
-        for dtype, case in itertools.product(dtypes, layers):
-            name = f"{case.id} channels_last {cases.dtype_id(dtype)} {library.name}"
-            yield attempt(name, partial(compare_cutlass, case, dtype, "cuda", sm90))
+def held(name: str, checks: dict[str, Callable[[], object]], way: str, end: float) -> Iterator[Finding]:
+    order = list(checks)
+    random.Random(0).shuffle(order)
+    failed, reached = [], 0
+    for check in order:
+        if time.monotonic() > end:
+            break
+        reached += 1
+        found = attempt(check, checks[check], backend=way)
+        if not found.ok:
+            failed.append(found)
+    yield from failed[:SHOWN]
+    detail = f"{reached - len(failed)} of {reached} as float64"
+    detail += f"; time for {reached} of {len(order)}" if reached < len(order) else ""
+    yield Finding(name, not failed and reached > 0, detail, about={"backend": way})
 
 
 def compare(case: Case, dtype: torch.dtype, layout: str, backend: str, device: str) -> None:
     tensors = cases.make(case, dtype, layout, device=device)
     oracle.assert_matches_float64(cases.in_dtype(case, dtype), tensors, backend)
+
+
+def layers() -> list[Case]:
+    """AlexNet's convolutions, of two small images."""
+
+    def small(case: Case) -> Case:
+        _, channels, *sides = case.shapes["x"]
+        return replace(case, shapes=case.shapes | {"x": (2, channels, *(SIDES[side] for side in sides))})
+
+    return [small(case) for case in cases.ALEXNET["conv2d_bias_relu"]]
+
+
+def named(name: str) -> Callable[[str, Sequence[Candidate]], Candidate]:
+    """The candidate of this name where there is one, else the first: some are for one direction alone."""
+    return lambda what, given: next((found for found in given if found.name == name), given[0])
+
+
+def candidate_names(case: Case, dtype: torch.dtype, layout: str, device: str) -> list[str]:
+    """Of all candidates that a call of this kind and its gradients have, in the order that they are offered in."""
+    names: dict[str, None] = {}
+
+    def note(what: str, given: Sequence[Candidate]) -> Candidate:
+        names.update(dict.fromkeys(found.name for found in given))
+        return given[0]
+
+    with choosing(note, device):
+        common.gradients(case, cases.make(case, dtype, layout, device=device), "measured")
+    return list(names)
+
+
+def candidate_checks(dtype: torch.dtype, device: str) -> Iterator[tuple[str, Callable[[], object]]]:
+    for case, layout in itertools.product(layers(), ("channels_last", "contiguous")):
+        for name in candidate_names(case, dtype, layout, device):
+            yield f"{case.id} {layout} {name}", partial(compare_candidate, name, case, dtype, layout, device)
+
+
+def compare_candidate(name: str, case: Case, dtype: torch.dtype, layout: str, device: str) -> None:
+    with choosing(named(name), device):
+        compare(case, dtype, layout, "auto", device)
+
+
+def cutlass_findings(dtype: torch.dtype) -> Iterator[Finding]:
+    torch.backends.cudnn.allow_tf32 = True
+    halves = (torch.bfloat16, torch.float16)
+    for library, sm90, dtypes in ((_library.CUTLASS, False, (*halves, torch.float32)), (_library.SM90, True, halves)):
+        if dtype not in dtypes:
+            continue
+        reason = library.reason
+        if sm90 and torch.cuda.get_device_capability() != (9, 0):
+            reason = "the device is not of compute capability 9.0"
+        if reason:
+            yield Finding(f"conv2d_bias_relu {library.name} {cases.dtype_id(dtype)}", None, f"skipped: {reason}")
+            continue
+        for case in harness.alexnet_cases("conv2d_bias_relu", 4):
+            name = f"{case.id} channels_last {cases.dtype_id(dtype)} {library.name}"
+            yield attempt(name, partial(compare_cutlass, case, dtype, "cuda", sm90), backend="measured")
 
 
 def compare_cutlass(case: Case, dtype: torch.dtype, device: str, sm90: bool = False) -> None:

@@ -1,18 +1,18 @@
-"""Each op beside a copy of the bytes it must move, stock and compiled stock; then the network's images a second.
+"""Each op beside a copy of the bytes it must move, stock and compiled stock; each way to convolve, in each direction.
 
-A time is the median of turns that all contestants take one after another, the caches flushed in between.
+fp32 products are TF32's, as PyTorch's convolutions are; cuDNN measures its algorithms first (``cudnn.benchmark``).
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from alexnet_ext import _library
@@ -22,123 +22,132 @@ from benchmarks import harness
 from tests import cases
 from tests.cases import Case, Tensors
 
-from ..common import SIZES, backends, choosing, each_backend, preferring, synchronize
+from ..common import SIZES, choosing, fused, ways
 from ..report import Finding
+from ..timing import Backward, Run, copy_of, copy_rate, median_ms, product_rate, warm_up
+from . import Task
 
-Run = Callable[[], object]
-TURNS = 15
-FLUSHED = 2**28
-"""Bytes written between turns: more than an H100's 50 MB of L2."""
-
-
-def median_ms(contestants: dict[str, Run], device: str) -> dict[str, float]:
-    """The median of each; what raises (no kernel in stock) is left out, after its first turn."""
-    running = {}
-    for name, run in contestants.items():
-        try:
-            for _ in range(2):
-                run()
-            synchronize(device)
-        except (RuntimeError, NotImplementedError) as error:
-            print(f"{name} does not run: {error}")
-            continue
-        running[name] = run
-    times: dict[str, list[float]] = {name: [] for name in running}
-    flush = torch.empty(FLUSHED, dtype=torch.uint8, device=device)
-    for _ in range(TURNS if device == "cuda" else 3):
-        for name, run in running.items():
-            flush.zero_()
-            times[name].append(once_ms(run, device))
-    return {name: statistics.median(found) for name, found in times.items()}
+ALLOWED = {
+    "local_response_norm": 1.15,
+    "relu_max_pool2d": 1.15,
+    "relu_lrn_max_pool2d": 1.25,
+    "relu_max_pool2d_lrn": 1.25,
+}
+"""Times a copy of the same bytes: the target."""
+OURS = ("native", "triton", "measured")
 
 
-def once_ms(run: Run, device: str) -> float:
-    if device != "cuda":
-        start = time.perf_counter()
-        run()
-        return (time.perf_counter() - start) * 1e3
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    first.record()
-    run()
-    last.record()
-    last.synchronize()
-    return first.elapsed_time(last)
+def run(task: Task) -> Iterator[Finding]:
+    device = task.device
+    torch.backends.cudnn.benchmark = True
+    warm_up(device)
+    rate = copy_rate(device)
+    yield Finding(f"copy {task.part}".strip(), None, f"{rate / 1e6:.3g} GB/s, read and written")
+    for op in (*ALLOWED, "conv2d_bias_relu"):
+        if task.wants(op):
+            yield from op_findings(op, device)
+    if task.wants("convolution"):
+        yield from convolution_findings(device)
+    if task.wants("augment"):
+        yield from augment_findings(device)
 
 
-def copy_rate(device: str) -> float:
-    """Bytes a millisecond, read and written, of a copy of half a gigabyte."""
-    source = torch.ones(2**28 if device == "cuda" else 2**25, dtype=torch.bfloat16, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / median_ms({"copy": lambda: target.copy_(source)}, device)["copy"]
+def made(case: Case, dtype: torch.dtype, layout: str, device: str) -> Tensors:
+    """As ``cases.make``, but drawn on the device: a batch of 256 takes the CPU seconds."""
+    tensors: Tensors = {}
+    for name, shape in case.items():
+        tensors[name] = None
+        if shape is not None:
+            values = torch.randn(shape, dtype=dtype, device=device)
+            if name == "weight":
+                values /= math.sqrt(math.prod(shape[1:]))
+            if layout == "channels_last" and len(shape) == 4:
+                values = values.contiguous(memory_format=torch.channels_last)
+            tensors[name] = values.requires_grad_(name != "x" or shape[1] != 3)  # images need no gradient
+    return tensors
 
 
-def forward_bytes(case: Case, tensors: Tensors, y: Tensor) -> int:
-    """What forward must move: x read, y written, a byte an output element for the winners."""
-    kept = y.numel() if "pool" in case.op else 0
-    kept += y.nbytes if case.op == "relu_max_pool2d_lrn" else 0
-    x = tensors["x"]
-    return (x.nbytes if x is not None else 0) + y.nbytes + kept
+def moved_bytes(case: Case, tensors: Tensors, y: Tensor, backward: bool) -> int:
+    """What must be read and written. Pooling keeps a byte an output element; LRN's gradient needs its input again."""
+    x, winners = tensors["x"], y.numel() if "pool" in case.op else 0
+    given = sum(tensor.nbytes for tensor in tensors.values() if tensor is not None)
+    if case.op in cases.PRODUCTS:  # y tells where ReLU was open; gradients are as large as what they are of
+        wanted = sum(tensor.nbytes for tensor in cases.wanting_grad(tensors).values())
+        return 2 * y.nbytes + given + wanted if backward else given + y.nbytes
+    pooled = y.nbytes if case.op == "relu_max_pool2d_lrn" else 0
+    if not backward:
+        return given + y.nbytes + pooled + winners
+    again = x.nbytes if case.op in ("local_response_norm", "relu_lrn_max_pool2d") else 0
+    return y.nbytes + again + pooled + winners + x.nbytes
 
 
-def backward_bytes(case: Case, tensors: Tensors, y: Tensor) -> int:
-    """dy, what was saved, and dx."""
-    x = tensors["x"]
-    size = x.nbytes if x is not None else 0
-    return (
-        y.nbytes
-        + size
-        + {"local_response_norm": size, "relu_max_pool2d": y.numel()}.get(
-            case.op, y.numel() + (size if case.op == "relu_lrn_max_pool2d" else y.nbytes)
-        )
-    )
+def operations(case: Case, y: Tensor, directions: int = 1) -> int:
+    """Of a product, multiplications and additions."""
+    return 2 * y.numel() * math.prod(case.shapes["weight"][1:]) * directions
 
 
-def op_findings(device: str, rate: float) -> Iterator[Finding]:
+def op_findings(op: str, device: str) -> Iterator[Finding]:
     sizes = SIZES[device]
-    ops = [*(op for op in cases.OPS if op not in cases.PRODUCTS), "conv2d_bias_relu"]
-    for dtype, layout, op in itertools.product(sizes.dtypes, ("channels_last", "contiguous"), ops):
-        for index, case in enumerate(harness.alexnet_cases(op, sizes.batch)):
-            # Compiling takes seconds: once an op, dtype and layout.
-            yield from case_findings(case, dtype, layout, device, rate, with_compiled=index == 0 and device == "cuda")
+    for dtype in sizes.dtypes:
+        rate = product_rate(device, dtype) if op in cases.PRODUCTS else math.nan
+        for layout, (index, case) in itertools.product(
+            ("channels_last", "contiguous"), enumerate(harness.alexnet_cases(op, sizes.batch))
+        ):
+            # Compiling takes seconds: once an op, dtype and layout; of the convolutions the first with two towers.
+            with_compiled = device == "cuda" and index == (op in cases.PRODUCTS)
+            yield from case_findings(case, dtype, layout, device, rate, with_compiled)
 
 
 def case_findings(
     case: Case, dtype: torch.dtype, layout: str, device: str, rate: float, with_compiled: bool
 ) -> Iterator[Finding]:
-    tensors = cases.make(case, dtype, layout, device=device)
-    if case.shapes["x"][1] == 3:  # images need no gradient
-        tensors["x"].requires_grad_(False)
+    tensors = made(case, dtype, layout, device)
     wanted = list(cases.wanting_grad(tensors).values())
     with torch.no_grad():
-        y = cases.stock(case, {n: None if t is None else t.float() for n, t in tensors.items()}).to(dtype)
+        y = cases.stock(case, tensors)
     dy = torch.randn_like(y)
-    ours = backends(case.op, device)
-    runs: dict[str, Callable[[], Tensor]] = {name: partial(cases.fused, case, tensors, name) for name in ours}
+    runs: dict[str, Callable[[], Tensor]] = {way: partial(fused, case, tensors, way) for way in ways(case.op, device)}
     runs["stock"] = partial(cases.stock, case, tensors)
     if with_compiled:
-        runs["compiled stock"] = partial(torch.compile(partial(cases.stock, case), dynamic=False), tensors)
-    for direction in ("forward", "forward + backward"):
-        found = median_ms({name: once(run, wanted, dy, direction) for name, run in runs.items()}, device)
-        floor = None
-        if case.op not in cases.PRODUCTS:
-            moved = forward_bytes(case, tensors, y)
-            moved += backward_bytes(case, tensors, y) if direction != "forward" else 0
-            floor = moved / rate
+        torch._dynamo.reset()  # all cases are one function's, of which so many are compiled before it gives up
+        compiled = torch.compile(partial(cases.stock, case), fullgraph=True, dynamic=False)
+        runs["compiled stock"] = partial(compiled, tensors)
+    for direction in ("forward", "backward"):
+        backward = direction == "backward"
+        moved = moved_bytes(case, tensors, y, backward)
+        contestants: dict[str, Any] = {
+            name: Backward(run, wanted, dy) if backward else run for name, run in runs.items()
+        }
+        with torch.set_grad_enabled(backward):
+            found = median_ms(contestants | {"copy": copy_of(moved, device)}, device)
+        floor = found.pop("copy")
+        if case.op in cases.PRODUCTS:
+            floor = max(floor, operations(case, y, len(wanted) - 1 if backward else 1) / rate)
         name = f"{case.op} {harness.layer_name(case)} {cases.dtype_id(dtype)} {layout} {direction}"
-        yield Finding(name, None, numbers=compared(found, floor))
+        about = {"kind": "op", "op": case.op, "dtype": str(cases.dtype_id(dtype)), "layout": layout}
+        yield Finding(name, None, numbers=compared(case.op, found, moved, floor), about=about)
+        for missing in runs.keys() - found.keys():
+            yield Finding(f"{name} by {missing}", False, "it does not run", about={"backend": missing})
 
 
-def compared(found: dict[str, float], floor: float | None) -> dict[str, float | None]:
-    best = min((found[name] for name in ("native", "triton") if name in found), default=math.nan)
-    numbers = {f"{name} ms": found.get(name) for name in ("native", "triton", "stock", "compiled stock")}
-    numbers["floor ms"] = floor
-    numbers["% of floor rate"] = 100 * floor / best if floor else None
-    numbers["times stock"] = found["stock"] / best if "stock" in found else None
-    return numbers
+def compared(op: str, found: dict[str, float], moved: int, floor: float) -> dict[str, Any]:
+    ours = {name: found[name] for name in OURS if name in found}
+    best = min(ours.values(), default=math.nan)
+    compiled = found.get("compiled stock")
+    return {
+        "MB": moved / 1e6,
+        "floor ms": floor,
+        **{f"{name} ms": found.get(name) for name in (*OURS, "stock", "compiled stock")},
+        "fastest": min(found, key=found.__getitem__, default=""),
+        "% of floor": 100 * floor / best,
+        "target": 100 / ALLOWED[op] if op in ALLOWED else None,
+        "times stock": found["stock"] / best if "stock" in found else None,
+        "times compiled": compiled / best if compiled else None,
+    }
 
 
 def convolution_findings(device: str) -> Iterator[Finding]:
-    """Every way that the convolution may take, each direction for itself."""
+    """Every way that the convolution may take, each direction for itself, beside stock's."""
     if not _backend.has_kernel("measured", "conv2d_bias_relu", device):
         return
     for library in (_library.CUTLASS, _library.SM90):
@@ -153,67 +162,95 @@ def convolution_findings(device: str) -> Iterator[Finding]:
             offered[what.split(" x ")[0]] = given
             return given[0]
 
-        tensors = cases.make(case, dtype, layout, device=device)
+        tensors = made(case, dtype, layout, device)
         with choosing(note, device):
-            cases.fused(case, tensors).sum().backward()
+            y = cases.fused(case, tensors)
+            y.sum().backward()
         for what, given in offered.items():
+            runs: dict[str, Any] = {candidate.name: candidate.run for candidate in given}
+            stock = stock_ways(case, tensors, y.detach(), what, device)
             with torch.no_grad():
-                found = median_ms({candidate.name: candidate.run for candidate in given}, device)
-            name = f"{what} {harness.layer_name(case)} {cases.dtype_id(dtype)} {layout}"
-            yield Finding(name, None, numbers={f"{candidate} ms": ms for candidate, ms in found.items()})
+                found = median_ms(runs | stock, device)
+            ours = {name: ms for name, ms in found.items() if name in runs}
+            theirs = {name: ms for name, ms in found.items() if name in stock}
+            best = min(ours, key=ours.__getitem__)
+            numbers: dict[str, Any] = {f"{name} ms": ms for name, ms in found.items()}
+            numbers |= {"fastest": best, "TFLOP/s": operations(case, y) / ours[best] / 1e9}
+            if theirs:
+                numbers |= {"fastest stock": min(theirs, key=theirs.__getitem__)}
+                numbers |= {"times stock": min(theirs.values()) / ours[best]}
+            layer = f"{harness.layer_name(case)} {cases.dtype_id(dtype)} {layout}"
+            yield Finding(f"{what} {layer}", None, numbers=numbers, about={"kind": "convolution"})
+            for missing in runs.keys() - found.keys():
+                detail = "it does not run, and is not chosen"
+                yield Finding(f"{what} {layer} by {missing}", False, detail, about={"backend": "measured"})
 
 
-def augment_findings(device: str, rate: float) -> Iterator[Finding]:
+def stock_ways(case: Case, tensors: Tensors, y: Tensor, what: str, device: str) -> dict[str, Run]:
+    """What stock PyTorch can do in this layout: as it is, a tower on each of two streams, one tower with zeros.
+
+    The towers' results are left apart and the zeros are there already, in stock's favour.
+    """
+    x, weight, bias = (None if t is None else t.detach() for t in tensors.values())
+    stride, padding, dilation = (cases.pair(case.constants[name]) for name in ("stride", "padding", "dilation"))
+    groups = case.constants["groups"]
+    wanted = 0 if "input gradient" in what else 1 if "weight gradient" in what else None
+    dz = torch.randn_like(y) * (y > 0)
+
+    def whole(x: Tensor, weight: Tensor, bias: Tensor | None, dz: Tensor, groups: int) -> list[Tensor]:
+        if wanted is None:
+            return [F.relu(F.conv2d(x, weight, bias, stride, padding, dilation, groups))]
+        mask = [wanted == 0, wanted == 1, False]
+        found = torch.ops.aten.convolution_backward(
+            dz, x, weight, None, stride, padding, dilation, False, [0, 0], groups, mask
+        )
+        return [found[wanted]]
+
+    found: dict[str, Run] = {"stock": partial(whole, x, weight, bias, dz, groups)}
+    if groups > 1:
+        biases = [None] * groups if bias is None else bias.tensor_split(groups)
+        parts = [t.tensor_split(groups, dim) for t, dim in ((x, 1), (weight, 0), (dz, 1))]
+        towers = [
+            partial(whole, own_x, own_weight, own_bias, own_dz, 1)
+            for own_x, own_weight, own_bias, own_dz in zip(*parts[:2], biases, parts[2], strict=True)
+        ]
+        if device == "cuda":
+            found["stock two streams"] = partial(beside, towers, [torch.cuda.Stream() for _ in towers])
+        dense = torch.zeros(weight.shape[0], x.shape[1], *weight.shape[2:], dtype=weight.dtype, device=device)
+        for tower, own in enumerate(weight.tensor_split(groups)):
+            dense.tensor_split(groups)[tower].tensor_split(groups, 1)[tower].copy_(own)
+        if x.is_contiguous(memory_format=torch.channels_last):
+            dense = dense.contiguous(memory_format=torch.channels_last)
+        found["stock dense with zeros"] = partial(whole, x, dense, bias, dz, 1)
+    return found
+
+
+def beside(towers: Sequence[Run], streams: Sequence[torch.cuda.Stream]) -> list[Tensor]:
+    current, results = torch.cuda.current_stream(), []
+    for tower, stream in zip(towers, streams, strict=True):
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            results += tower()
+    for stream in streams:
+        current.wait_stream(stream)
+    return results
+
+
+def augment_findings(device: str) -> Iterator[Finding]:
     """Beside PyTorch's own operators, which is `backend="stock"` here: a loop over images would wait for each."""
     sizes = SIZES[device]
     for dtype, case in itertools.product(sizes.dtypes, harness.alexnet_cases("augment", sizes.batch)):
         typed = cases.in_dtype(case, dtype)
         tensors = cases.make(typed, device=device)
-        runs: dict[str, Run] = {
-            name: partial(cases.fused, typed, tensors, name) for name in (*backends("augment", device), "stock")
-        }
+        stock = partial(cases.fused, typed, backend="stock")
+        runs: dict[str, Run] = {way: partial(fused, typed, tensors, way) for way in ways("augment", device)}
+        runs["stock"] = partial(stock, tensors)
         if device == "cuda":
-            runs["compiled stock"] = partial(torch.compile(partial(cases.fused, typed, backend="stock")), tensors)
-        floor = harness.bytes_moved(typed) / rate
+            torch._dynamo.reset()
+            runs["compiled stock"] = partial(torch.compile(stock, dynamic=False), tensors)
+        moved = harness.bytes_moved(typed) or 0
+        found = median_ms(runs | {"copy": copy_of(moved, device)}, device)
+        floor = found.pop("copy")
+        about = {"kind": "op", "op": "augment", "dtype": str(cases.dtype_id(dtype)), "layout": harness.layer_name(case)}
         name = f"augment {harness.layer_name(case)} {cases.dtype_id(dtype)}"
-        yield Finding(name, None, numbers=compared(median_ms(runs, device), floor))
-
-
-def once(run: Callable[[], Tensor], wanted: list[Tensor], dy: Tensor, direction: str) -> Run:
-    def forward() -> None:
-        with torch.no_grad():
-            run()
-
-    def both() -> None:
-        torch.autograd.grad(run(), wanted, dy)
-
-    return forward if direction == "forward" else both
-
-
-def network_findings(device: str) -> Iterator[Finding]:
-    sizes = SIZES[device]
-    dtype = sizes.dtypes[0]
-    for kind, batch in itertools.product(harness.NETWORK, sizes.network_batches):
-        contestants = [("stock", "contiguous"), ("stock", "channels_last")]
-        contestants += [(backend, "channels_last") for backend in each_backend(device)]
-        runs: dict[str, Run] = {}
-        for backend, layout in contestants:
-            step = harness.network_run(kind, backend != "stock", batch, layout, device == "cuda", device, dtype)
-            runs[f"{backend} {layout}"] = partial(preferred_step, step, backend, device)
-        found = median_ms(runs, device)
-        numbers = {f"{name} images/s": 1e3 * batch / ms for name, ms in found.items()}
-        yield Finding(f"AlexNet {kind}, batch {batch}, {cases.dtype_id(dtype)}", None, numbers=numbers)
-
-
-def preferred_step(step: Run, backend: str, device: str) -> None:
-    with preferring(backend, device):
-        step()
-
-
-def run(device: str) -> Iterator[Finding]:
-    rate = copy_rate(device)
-    yield Finding("copy", None, f"{rate / 1e6:.3g} GB/s, read and written")
-    yield from network_findings(device)
-    yield from op_findings(device, rate)
-    yield from convolution_findings(device)
-    yield from augment_findings(device, rate)
+        yield Finding(name, None, numbers=compared("augment", found, moved, floor), about=about)
