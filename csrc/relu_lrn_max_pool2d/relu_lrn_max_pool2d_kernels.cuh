@@ -205,7 +205,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)  // 128 registers
   for (int i = thread; i < end - first; i += kBlockThreads) sums[block_row * p.in.channels + first + i] = totals[i];
 }
 
-// ---- any layout, window and beta: element by element
+// ---- any layout, window and beta: element by element, backward with the neighbours' parts by way of shared memory
 
 template <class T>
 __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)

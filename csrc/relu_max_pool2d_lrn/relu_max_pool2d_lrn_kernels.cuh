@@ -4,6 +4,7 @@
 // contiguous, a thread walks along the channels with the window in its registers.
 // Bytes forward: x once, as windows overlap in L1 and L2; y, pooled and winners (each a quarter of x or less, at 3/2)
 // once. Backward: dy, pooled and winners once, and again what two tiles share, from L2; dx once, and the bias sums.
+// With any other LRN the backward is two kernels, and dpooled, a workspace of fp32, is written and read between them.
 #pragma once
 
 #include "../relu_lrn_max_pool2d/block_window.cuh"
