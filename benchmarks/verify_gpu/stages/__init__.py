@@ -70,8 +70,7 @@ STAGES = (
         "speed",
         "each op beside a copy of its bytes, stock and compiled stock; each way to convolve",
         250,
-        ("relu_lrn_max_pool2d", "convolution", "local_response_norm", "relu_max_pool2d", "conv2d_bias_relu")
-        + ("relu_max_pool2d_lrn", "augment"),
+        (BLOCKS[0], "convolution", "local_response_norm", "relu_max_pool2d", "conv2d_bias_relu", BLOCKS[1], "augment"),
     ),
     Stage("graphs", "CUDA graphs: captured once, replayed with other data", 40, WAYS, True),
     Stage("streams", "the current stream is used", 30, WAYS, True),
