@@ -107,11 +107,11 @@ def network_run(
     bf16 and fp16 are autocast's; ``compiled(model)`` is called in the model's place.
     """
     torch.manual_seed(0)
-    model = ax.models.alexnet("paper", fused=fused)
-    images, labels = torch.randn(batch, 3, 227, 227), torch.randint(0, 1000, (batch,))
+    with torch.device(device):  # a CPU takes a second to draw 61 million weights
+        model = ax.models.alexnet("paper", fused=fused)
+        images, labels = torch.randn(batch, 3, 227, 227), torch.randint(0, 1000, (batch,))
     if layout == "channels_last":
         model, images = (x.to(memory_format=torch.channels_last) for x in (model, images))
-    model, images, labels = model.to(device), images.to(device), labels.to(device)
     network = compiled(model.eval() if kind == "inference" else model)
     lowered = torch.autocast(device, dtype, enabled=dtype != torch.float32)
     if kind == "inference":

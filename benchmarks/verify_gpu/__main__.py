@@ -1,11 +1,12 @@
 """Runs the stages one after another, each in processes of its own and within its time, and writes the report.
 
-    python -m benchmarks.verify_gpu                      # the GPU, ten minutes
-    python -m benchmarks.verify_gpu --stage compiled     # afterwards, what ten minutes did not hold; the build is kept
-    python -m benchmarks.verify_gpu --device cpu         # what applies without one, at small sizes
+    python -m benchmarks.verify_gpu                    # the GPU, ten minutes
+    python -m benchmarks.verify_gpu --stage images --stage sanitizers --stage compiled    # what was not reached
+    python -m benchmarks.verify_gpu --device cpu       # what applies without one, at small sizes
 
-The report is benchmarks/results/DEVICE-DATE.md and .json: of another command its stages are added to those there.
-Exit code 1 when a stage did not pass. Needs what the build needs and pytest, whose name tests/cases.py uses.
+The second needs the build that the first leaves, and adds its stages to the report that is there, which is
+benchmarks/results/verify-DEVICE-DATE.md and .json. Exit code 1 when a stage did not pass. Needs what the build
+needs, and pytest, whose name tests/cases.py uses.
 """
 
 from __future__ import annotations
