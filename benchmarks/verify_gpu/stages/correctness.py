@@ -154,9 +154,12 @@ def compare_cutlass(case: Case, dtype: torch.dtype, device: str, sm90: bool = Fa
     holed = x.clone()
     holed[0, 0, 5, 5] = torch.nan
     exact = [t.double() for t in (holed, weight, bias)]
-    y, size = F.relu(F.conv2d(*exact, *constants)), F.conv2d(*(t.abs() for t in exact), *constants).nan_to_num(0)
-    ours = cutlass.forward(holed, weight, bias, *constants, sm90=sm90)
-    oracle.assert_accurate("y", ours, y.cpu(), None, oracle.summands(case, "y"), size.max().item())
+    size = F.conv2d(*(t.abs() for t in exact), *constants).nan_to_num(0).max().item()
+    for relu in (False, True):
+        y = F.conv2d(*exact, *constants)
+        y = F.relu(y) if relu else y
+        ours = cutlass.forward(holed, weight, bias, *constants, relu=relu, sm90=sm90)
+        oracle.assert_accurate("y", ours, y.cpu(), None, oracle.summands(case, "y"), size)
     dz = torch.randn_like(y).bfloat16()
     mask = [True, True, False]
     given = [t.double() for t in (dz, x, weight)]
