@@ -46,7 +46,7 @@ class ReLUMaxPool2d(nn.MaxPool2d):
         return ops.relu_max_pool2d(input, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
 
 
-class FusedConv2d(nn.Conv2d):
+class _FusedConv2d(nn.Conv2d):
     """What the layers with a convolution share: ``ops.conv2d_bias_relu``, every padding_mode included."""
 
     relu = True
@@ -62,7 +62,7 @@ class FusedConv2d(nn.Conv2d):
         return ops.conv2d_bias_relu(input, self.weight, bias, *constants, relu=self.relu)
 
 
-class Conv2dReLU(FusedConv2d):
+class Conv2dReLU(_FusedConv2d):
     """``nn.Sequential(nn.Conv2d(...), nn.ReLU())`` by ``ops.conv2d_bias_relu``."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class LinearReLU(nn.Linear):
         return ops.linear_bias_relu(input, self.weight, self.bias)
 
 
-class _Conv2dBlock(FusedConv2d):
+class _Conv2dBlock(_FusedConv2d):
     """A convolution and the fused block behind it; subclasses name the block's op and its order."""
 
     relu = False

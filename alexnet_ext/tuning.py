@@ -36,11 +36,11 @@ def tune(
     """
     from .ops.conv2d_bias_relu.measured import FORWARD, describe
 
-    found: list[tuple[str, layers.FusedConv2d, torch.Size]] = []
+    found: list[tuple[str, layers._FusedConv2d, torch.Size]] = []
     hooks = [
         module.register_forward_pre_hook(lambda m, inputs, name=name: found.append((name, m, inputs[0].shape)))
         for name, module in network.named_modules()
-        if isinstance(module, layers.FusedConv2d)
+        if isinstance(module, layers._FusedConv2d)
     ]
     try:
         with torch.no_grad():
