@@ -135,6 +135,21 @@ def test_the_sign_of_a_zero_is_that_of_stock(row: list[float], layout: str) -> N
     assert torch.equal(relu_max_pool2d(x, (1, 2)).signbit(), F.max_pool2d(F.relu(x), (1, 2)).signbit())
 
 
+@each_dtype
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
+@pytest.mark.parametrize("padding", [(0, 0), (0, 1), (1, 0), (1, 1), (2, 2)], ids=str)
+@pytest.mark.parametrize("dilation", [1, 2, (3, 5)], ids=str)
+def test_the_sign_of_a_zero_beside_padding_is_that_of_stock(
+    dilation: Any, padding: tuple[int, int], layout: str, dtype: torch.dtype
+) -> None:
+    """What is first in a window that begins in the padding is the first value in the image."""
+    x = torch.tensor([-1, -0.0, 0, -inf], dtype=dtype)[torch.randint(0, 4, (2, 17, 13, 23))]
+    for stride in (1, 2, (3, 4)):
+        y = relu_max_pool2d(cases.lay_out(x, layout), 5, stride, padding, dilation)
+        expected = F.max_pool2d(F.relu(x), 5, stride, padding, dilation)
+        assert torch.equal(y.signbit(), expected.signbit())
+
+
 def test_with_ceil_mode_a_window_may_be_larger_than_the_image() -> None:
     x = torch.randn(1, 2, 1, 2)
     expected = F.max_pool2d(F.relu(x), 2, 3, 0, 1, True)
