@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import cases, oracle
 from .cases import Case, block, conv, each_dtype, each_example, lrn, pool
@@ -180,6 +181,28 @@ def test_vmap_over_everything_and_over_x_alone(case: Case, dim: int) -> None:
     alone = torch.vmap(lambda x: cases.fused(case, many[0] | {"x": x}), in_dims=dim, out_dims=1)
     expected = torch.stack([cases.fused(case, many[0] | {"x": tensors["x"]}) for tensors in many], 1)
     torch.testing.assert_close(alone(stacked["x"]), expected)
+
+
+@each_example
+def test_vmap_over_nothing(case: Case) -> None:
+    tensors = cases.make(case, requires_grad=False)
+    none = {name: t.new_empty(0, *t.shape) for name, t in tensors.items() if t is not None}
+    y = torch.vmap(lambda *t: cases.fused(case, tensors | dict(zip(none, t, strict=True))))(*none.values())
+    assert y.shape == (0, *cases.fused(case, tensors).shape)
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("case", [lrn((2, 3, 4, 5)), pool((2, 3, 7, 5))], ids=lambda case: case.op)
+def test_vmap_over_x_is_one_call_where_x_has_a_batch(case: Case) -> None:
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            called.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    called: list[str] = []
+    with Calls():
+        torch.vmap(lambda x: cases.fused(case, {"x": x}))(torch.randn(3, *case.shapes["x"]))
+    assert called.count(f"alexnet_ext.{case.op}.default") == 1
 
 
 @each_example

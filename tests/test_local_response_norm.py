@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -257,6 +258,12 @@ def test_strides_are_those_of_stock(change: oracle.Apply) -> None:
 def test_channels_last_3d_is_kept() -> None:
     x = torch.randn(2, 6, 3, 5, 4).contiguous(memory_format=torch.channels_last_3d)
     assert local_response_norm(x, 3).is_contiguous(memory_format=torch.channels_last_3d)
+
+
+def test_takes_the_numbers_that_stock_takes() -> None:
+    x = torch.randn(1, 7, 4, 4)
+    numbers = (np.int64(5), np.float32(0.25), np.float64(0.75), np.int32(2))
+    torch.testing.assert_close(local_response_norm(x, *numbers), F.local_response_norm(x, *numbers))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -133,6 +134,36 @@ def test_the_sign_of_a_zero_is_that_of_stock(row: list[float], layout: str) -> N
     """ReLU keeps -0., and of equal values a window's first is returned."""
     x = cases.lay_out(torch.tensor(row).view(1, 1, 1, 2).repeat(1, 9, 1, 9), layout)
     assert torch.equal(relu_max_pool2d(x, (1, 2)).signbit(), F.max_pool2d(F.relu(x), (1, 2)).signbit())
+
+
+@each_dtype
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
+@pytest.mark.parametrize("padding", [(0, 0), (0, 1), (1, 0), (1, 1), (2, 2)], ids=str)
+@pytest.mark.parametrize("dilation", [1, 2, (3, 5)], ids=str)
+def test_the_sign_of_a_zero_beside_padding_is_that_of_stock(
+    dilation: Any, padding: tuple[int, int], layout: str, dtype: torch.dtype
+) -> None:
+    """What is first in a window that begins in the padding is the first value in the image."""
+    x = torch.tensor([-1, -0.0, 0, -inf], dtype=dtype)[torch.randint(0, 4, (2, 17, 13, 23))]
+    for stride in (1, 2, (3, 4)):
+        y = relu_max_pool2d(cases.lay_out(x, layout), 5, stride, padding, dilation)
+        expected = F.max_pool2d(F.relu(x), 5, stride, padding, dilation)
+        assert torch.equal(y.signbit(), expected.signbit())
+
+
+def test_takes_the_integers_that_stock_takes() -> None:
+    x = torch.randn(1, 2, 9, 9)
+    for two in (np.int64(2), np.uint8(2), (np.int32(2), 2), torch.tensor(2), [2], torch.Size([2, 2])):
+        expected = F.max_pool2d(F.relu(x), two, two, 1, two)
+        assert torch.equal(relu_max_pool2d(x, two, two, 1, two), expected)
+    assert torch.equal(relu_max_pool2d(x, 2, ()), F.max_pool2d(F.relu(x), 2, ()))
+    for wrong in (2.0, np.float64(2), np.array([2, 2]), range(2, 4), b"2", True, "2"):
+        with pytest.raises(TypeError, match="stride must be an int or a pair of ints"):
+            relu_max_pool2d(x, 2, wrong)
+    with pytest.raises(ValueError, match="stride must be below"):
+        relu_max_pool2d(x, 2, 2**63)
+    with pytest.raises(TypeError, match="ceil_mode must be a bool, got 1"):
+        relu_max_pool2d(x, 2, ceil_mode=1)
 
 
 def test_with_ceil_mode_a_window_may_be_larger_than_the_image() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from numbers import Real
+from typing import Any
 
 import torch
 
@@ -37,25 +40,42 @@ def check_bias(bias: torch.Tensor | None, channels: int, x: torch.Tensor) -> Non
         raise RuntimeError(f"bias is on device {bias.device}, expected {x.device}, the device of x")
 
 
-def check_lrn(size: object, alpha: object, beta: object, k: object, name: str = "size") -> None:
-    if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
+def check_lrn(size: Any, alpha: Any, beta: Any, k: Any, name: str = "size") -> tuple[Any, ...]:
+    """LRN's constants, checked, as Python's own numbers."""
+    whole = integer(size)
+    if whole is None:
         raise TypeError(f"{name} must be an int, got {type(size).__name__} {size!r}")
-    if size <= 0:
+    if whole <= 0:
         raise RuntimeError(f"{name} must be greater than zero, got {size}")
+    constants = []
     for which, value in (("alpha", alpha), ("beta", beta), ("k", k)):
-        if isinstance(value, (bool, complex, str)) or not isinstance(value, (int, float, torch.SymFloat)):
+        if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, Real)):
             raise TypeError(f"{which} must be a float, got {type(value).__name__} {value!r}")
+        constants.append(value if isinstance(value, (int, float, torch.SymFloat)) else float(value))
+    return whole, *constants
+
+
+def integer(value: Any) -> Any:
+    """``value`` as an int where PyTorch takes it for one, as it does NumPy's integers; else None."""
+    if isinstance(value, (int, torch.SymInt)):
+        return None if isinstance(value, bool) else value
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
 
 
 def pair(name: str, value: IntPair, at_least: int) -> list[int]:
     """``value`` as [height, width]; one int stands for both."""
-    values = [value] * 2 if isinstance(value, int) else list(value) if isinstance(value, Sequence) else []
+    values: list[Any] = [integer(v) for v in (value if isinstance(value, (list, tuple)) else [value])]
     if len(values) == 1:
         values *= 2
-    if len(values) != 2 or not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
+    if len(values) != 2 or None in values:
         raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}")
     if min(values) < at_least:
         raise RuntimeError(f"{name} must be at least {at_least}, got {value!r}")
+    if max(values) >= 2**63:
+        raise ValueError(f"{name} must be below 2**63, got {value!r}")
     return values
 
 

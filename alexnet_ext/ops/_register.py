@@ -165,14 +165,18 @@ def _vmap_rule(op: str, batched: Sequence[int]) -> Callable[..., Any]:
 
     def loop(size: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
         def pick(value: Any, dim: Any, b: int) -> Any:
-            return value.select(dim, b) if isinstance(value, Tensor) and dim is not None else value
+            if not isinstance(value, Tensor) or dim is None:
+                return value
+            return value.select(dim, b) if size else value.new_zeros(value.movedim(dim, 0).shape[1:])
 
-        results = [_overload(op)(*map(pick, args, in_dims, [b] * len(args))) for b in range(size)]
+        # Of nothing, one of zeros says the shapes.
+        results = [_overload(op)(*map(pick, args, in_dims, [b] * len(args))) for b in range(max(size, 1))]
         if isinstance(results[0], tuple):
-            return tuple(torch.stack(column) for column in zip(*results, strict=True))
-        return torch.stack(results)
+            return tuple(torch.stack(column)[:size] for column in zip(*results, strict=True))
+        return torch.stack(results)[:size]
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        in_dims = tuple(None if isinstance(dim, list) else dim for dim in in_dims)  # of a list of numbers: one each
         can_fold = batched and all(i in batched or dim is None for i, dim in enumerate(in_dims))
         outputs = (fold if can_fold else loop)(info.batch_size, in_dims, args)
         return outputs, (0,) * len(outputs) if isinstance(outputs, tuple) else 0

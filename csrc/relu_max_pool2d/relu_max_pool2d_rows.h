@@ -186,7 +186,7 @@ class PoolRows {
         int64_t last = shift >= width_ ? 0 : (width_ - 1 - shift) / stride + 1;
         if (last > length_) last = length_;
         if (first > last) first = last;
-        for (int64_t i = 0; i < first; ++i) to[i] = -INFINITY;
+        for (int64_t i = 0; i < first; ++i) to[i] = left_of(from, i * stride + shift);
         if (stride == 2) {
           for (int64_t i = first; i < last; ++i) to[i] = from[i * 2 + shift];
         } else {
@@ -196,6 +196,13 @@ class PoolRows {
       }
     }
     return kept;
+  }
+
+  // The padding left of a row. Under ReLU its first value lends a window's zero its sign, so a zero of the first column
+  // that the window reaches stands here too; it is never above what it is compared with.
+  A left_of(const A* row, int64_t column) const {
+    int64_t reached = column - floor_div(column, columns_.dilation) * columns_.dilation;
+    return floor && reached < width_ && row[reached] == 0 ? row[reached] : -INFINITY;
   }
 
   // The best of `taps`, each moved on by `shift`, for `length` results from `at` on, in whole vectors.

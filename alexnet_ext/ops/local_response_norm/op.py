@@ -39,7 +39,7 @@ def local_response_norm(
         TypeError: size is not an int, or a constant not a number.
     """
     check_tensor("x", x)
-    check_lrn(size, alpha, beta, k)
+    size, alpha, beta, k = check_lrn(size, alpha, beta, k)
     if x.dim() < 3:
         raise ValueError(f"x has {x.dim()} dimensions, expected 3D or higher dimensionality (N, C, ...)")
     unsupported = f"x of rank {x.dim()}" if x.dim() > 6 else ""

@@ -55,14 +55,12 @@ def relu_lrn_max_pool2d(
     Raises:
         RuntimeError, TypeError: as ``local_response_norm`` and ``relu_max_pool2d``; or a bias that does not fit x.
     """
-    kernel, step, op = check_block(
-        "relu_lrn_max_pool2d", backend, x, bias, lrn_size, alpha, beta, k, kernel_size, stride
-    )
+    constants, op = check_block("relu_lrn_max_pool2d", backend, x, bias, lrn_size, alpha, beta, k, kernel_size, stride)
     batch = x if x.dim() == 4 else x.unsqueeze(0)
     if op is not None:
-        y, _ = op(batch, bias, lrn_size, alpha, beta, k, kernel, step)
+        y, _ = op(batch, bias, *constants)
     else:
-        y = reference.relu_lrn_max_pool2d(batch, bias, lrn_size, alpha, beta, k, kernel, step)
+        y = reference.relu_lrn_max_pool2d(batch, bias, *constants)
     return y if x.dim() == 4 else y.squeeze(0)
 
 
@@ -77,17 +75,17 @@ def check_block(
     k: float,
     kernel_size: IntPair,
     stride: IntPair,
-) -> tuple[list[int], list[int], Any]:
-    """Check a fused block's arguments (either order); (kernel_size, stride, the operator that runs or None)."""
+) -> tuple[tuple[Any, ...], Any]:
+    """Check a fused block's arguments (either order); (those behind the bias, the operator that runs or None)."""
     check_tensor("x", x)
-    check_lrn(lrn_size, alpha, beta, k, "lrn_size")
+    norm = check_lrn(lrn_size, alpha, beta, k, "lrn_size")
     kernel, step = pair("kernel_size", kernel_size, 1), pair("stride", stride, 1)
     check_pool(x, kernel, step, [0, 0], [1, 1], False)
     check_bias(bias, x.shape[-3], x)
     if bias is not None and not autocast_enabled(x):
         check_same("bias", bias, x)
     unsupported = f"a window of {kernel}" if kernel[0] * kernel[1] > MAX_TAPS else ""
-    return kernel, step, operator(op, backend, x, unsupported)
+    return (*norm, kernel, step), operator(op, backend, x, unsupported)
 
 
 def pool_fake(x: Tensor, kernel_size: list[int], stride: list[int]) -> tuple[Tensor, Tensor]:

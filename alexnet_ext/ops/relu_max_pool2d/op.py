@@ -45,12 +45,14 @@ def relu_max_pool2d(
 
     Raises:
         RuntimeError: wrong rank, empty C, H or W, padding above half the window, an empty output.
-        TypeError: a size that is neither an int nor a pair of ints.
+        TypeError: a size that is neither an int nor a pair of ints, or a ceil_mode that is no bool.
     """
     check_tensor("x", x)
     kernel = pair("kernel_size", kernel_size, 1)
-    step = kernel if stride is None or stride == [] else pair("stride", stride, 1)
+    step = kernel if stride is None or (isinstance(stride, (list, tuple)) and not stride) else pair("stride", stride, 1)
     pad, dilate = pair("padding", padding, 0), pair("dilation", dilation, 1)
+    if not isinstance(ceil_mode, bool):
+        raise TypeError(f"ceil_mode must be a bool, got {ceil_mode!r}")
     check_pool(x, kernel, step, pad, dilate, ceil_mode)
     unsupported = f"a window of {kernel}" if kernel[0] * kernel[1] > MAX_TAPS else ""
     if any(kernel[i] > 1 and dilate[i] > x.shape[-2 + i] for i in (0, 1)):

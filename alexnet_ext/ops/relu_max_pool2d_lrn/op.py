@@ -33,14 +33,12 @@ def relu_max_pool2d_lrn(
     lrn_size, alpha, beta, k)``. Arguments, result and errors as ``relu_lrn_max_pool2d``. Saves the pooled
     activation (a quarter of x at window 3, stride 2) and one byte an output element, not x.
     """
-    kernel, step, op = check_block(
-        "relu_max_pool2d_lrn", backend, x, bias, lrn_size, alpha, beta, k, kernel_size, stride
-    )
+    constants, op = check_block("relu_max_pool2d_lrn", backend, x, bias, lrn_size, alpha, beta, k, kernel_size, stride)
     batch = x if x.dim() == 4 else x.unsqueeze(0)
     if op is not None:
-        y, _, _ = op(batch, bias, lrn_size, alpha, beta, k, kernel, step)
+        y, _, _ = op(batch, bias, *constants)
     else:
-        y = reference.relu_max_pool2d_lrn(batch, bias, lrn_size, alpha, beta, k, kernel, step)
+        y = reference.relu_max_pool2d_lrn(batch, bias, *constants)
     return y if x.dim() == 4 else y.squeeze(0)
 
 
