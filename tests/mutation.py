@@ -73,7 +73,7 @@ FAULTS = (
           "relu_max_pool2d"),
     Fault("pool: NaN skipped", POOL, "(v > value) | (v != v)", "(v > value)", "relu_max_pool2d"),
     # 0 instead of -inf would be right here: the maximum starts at ReLU's 0.
-    Fault("pool: padding holds a value that can win", POOL, "to[i] = -INFINITY", "to[i] = 1", "relu_max_pool2d", 2),
+    Fault("pool: padding holds a value that can win", POOL, "to[i] = -INFINITY", "to[i] = 1", "relu_max_pool2d"),
     Fault("pool: window without a winner gives tap 0", POOL, "broadcast<Int<A>>(kNoWinner)", "broadcast<Int<A>>(0)",
           "relu_max_pool2d"),
     Fault("pool: zero loses its sign", POOL, "value = floor ? (v == 0 ? v : Vec<A>{}) : v;",
