@@ -254,7 +254,7 @@ def test_what_a_gpu_will_be_asked(case: Case, dtype: torch.dtype, sm90: bool, mo
     """The check of ``benchmarks.verify_gpu`` passes for what is right, and fails for a ReLU that loses NaN."""
     correctness.compare_cutlass(case, dtype, "cpu", sm90)
     right = cutlass.forward
-    monkeypatch.setattr(cutlass, "forward", lambda *given, sm90: right(*given, sm90=sm90).nan_to_num(0))
+    monkeypatch.setattr(cutlass, "forward", lambda *given, **how: right(*given, **how).nan_to_num(0))
     with pytest.raises(AssertionError, match="NaN in other places"):
         correctness.compare_cutlass(case, dtype, "cpu", sm90)
 
