@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 
 from . import nn as fused_nn
 from .calls import Rewritten, is_own_code, rewrite
-from .places import MAY_RETURN_INPUT, Chain, Place, every_place, find_chains, is_sealed
+from .places import RETURN_NEW, Chain, Place, every_place, find_chains, is_sealed
 
 FilterFn = Callable[[nn.Module, str], bool]
 
@@ -140,8 +140,9 @@ def accelerate(
             exclude them by ``filter_fn``. ``"fx"`` also traces each other module's own ``forward`` with ``torch.fx``,
             in training and in evaluation: it takes layers of that module for neighbours that it calls one after the
             other, and where it calls ``F.local_response_norm``, or ``F.relu`` and then ``F.max_pool2d``, a traced copy
-            with fused calls stands in for it. What the code of such a ``forward`` decides by other things than its
-            inputs and ``self.training`` (a random number, a flag) is then decided for good.
+            with fused calls stands in for it, where the call gives no argument that may be left out. What the code of
+            such a ``forward`` decides by other things than its inputs and ``self.training`` (a random number, a flag)
+            is then decided for good.
 
     Returns:
         The report: what was fused, and each Conv2d, LocalResponseNorm and MaxPool2d left alone, with the reason: hooks,
@@ -363,7 +364,7 @@ def _obstacle(chain: Chain, places: tuple[Place, ...], shared: dict[int, str], r
     if (
         isinstance(first, nn.ReLU)
         and first.inplace
-        and all(isinstance(p.module, MAY_RETURN_INPUT) for p in chain[: chain.index(places[0])])
+        and not any(isinstance(p.module, RETURN_NEW) for p in chain[: chain.index(places[0])])
     ):
         return f"{places[0].name}: it writes into its input (inplace=True), which others may read"
     return ""

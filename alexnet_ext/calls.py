@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from . import ops
-from .places import MAY_RETURN_INPUT, trace
+from .places import RETURN_NEW, optional, trace
 
 RELUS = (F.relu, F.relu_, torch.relu, torch.relu_)
 
@@ -22,6 +22,7 @@ class Rewritten:
     """Takes the place of ``owner.forward``: the same code as ``torch.fx`` saw it, with fused calls.
 
     It looks everything up in ``owner`` as the original does, so a layer or a parameter replaced later is the one used.
+    Calls that give an argument which may be left out run the original: what that one does with it, no trace shows.
     """
 
     def __init__(self, owner: nn.Module, options: dict[str, bool]) -> None:
@@ -33,7 +34,9 @@ class Rewritten:
 
     def prepare(self, training: bool) -> None:
         """Make the function for this mode. Raises whatever the owner's code raises when it is traced."""
-        graph = trace(self.owner, training)
+        able = optional(self.owner)
+        self.arguments = len(self.__signature__.parameters) - len(able)
+        graph = trace(self.owner, training, left_out=able)
         self.found[training] = fuse_calls(graph, self.owner, self.options)
         # A method of a class of its own, which takes any self: here the owner.
         self.functions[training] = type(fx.GraphModule(self.owner, graph)).forward
@@ -42,6 +45,8 @@ class Rewritten:
         training = self.owner.training
         if training not in self.functions:  # read from a pickle, which holds no code
             self.prepare(training)
+        if len(args) + len(kwargs) != self.arguments:
+            return type(self.owner).forward(self.owner, *args, **kwargs)
         return self.functions[training](self.owner, *args, **kwargs)
 
     @property
@@ -102,7 +107,7 @@ def _is_relu(node: fx.Node, owner: nn.Module) -> bool:
         return False
     if not writes:
         return True
-    fresh = given.op == "call_module" and not isinstance(owner.get_submodule(str(given.target)), MAY_RETURN_INPUT)
+    fresh = given.op == "call_module" and isinstance(owner.get_submodule(str(given.target)), RETURN_NEW)
     return fresh and len(given.users) == 1
 
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
 
-MAY_RETURN_INPUT = (nn.Identity, nn.modules.dropout._DropoutNd)
-"""Layers whose output may be the very tensor they were given: what writes into the one writes into the other."""
+RETURN_NEW = (
+    *(nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm),
+    *(nn.LocalResponseNorm, nn.MaxPool2d, nn.AvgPool2d),
+)
+"""Layers whose output is memory of its own. Any other's may be what it was given, or a view of it: what writes into the
+one then writes into the other."""
 
 Chain = list["Place"]
 """Places of one parent whose modules run in this order, each one's output read by the next one alone, as its input."""
@@ -107,33 +112,77 @@ def _runs_in_order(module: nn.Module) -> bool:
 
 
 class _Shallow(fx.Tracer):
-    """Sees one module's own code: the modules it calls are leaves."""
+    """Sees one module's own code: the modules it calls are leaves. ``left_out`` are arguments, by fx's name for them,
+    that are not given: forward is run with these values."""
+
+    def __init__(self, left_out: dict[str, Any]) -> None:
+        super().__init__()
+        self.left_out = left_out
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
+    def create_args_for_root(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
+        function, given = super().create_args_for_root(*args, **kwargs)
+        for i, value in enumerate(given):
+            if isinstance(value, fx.Proxy) and value.node.target in self.left_out:
+                self.graph.erase_node(value.node)
+                given[i] = self.left_out[value.node.target]
+        return function, given
 
-def trace(owner: nn.Module, training: bool) -> fx.Graph:
-    """``owner.forward`` of its class, in training or in evaluation; the owner is left as it was."""
-    modes, attributes = {module: module.training for module in owner.modules()}, set(vars(owner))
+
+def optional(owner: nn.Module) -> dict[str, Any]:
+    """The arguments that a call of ``owner`` may leave out, by fx's name for them, and what they are then."""
+    found: dict[str, Any] = {}
+    for name, parameter in inspect.signature(type(owner).forward).parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+            found[f"*{name}"] = ()
+        elif parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            found[f"**{name}"] = {}
+        elif parameter.default is not inspect.Parameter.empty:
+            found[name] = parameter.default
+    return found
+
+
+def trace(owner: nn.Module, training: bool, left_out: dict[str, Any]) -> fx.Graph:
+    """``owner.forward`` of its class, in training or in evaluation; the owner is left as it was.
+
+    Raises whatever that code raises when it is given proxies, and RuntimeError where it changes the owner: a graph
+    would not.
+    """
+    modes, attributes = {module: module.training for module in owner.modules()}, dict(vars(owner))
+    copies = {name: buffer if buffer is None else buffer.clone() for name, buffer in owner._buffers.items()}
     try:
         owner.train(training)
-        graph = _Shallow().trace(owner)
-        made = vars(owner).keys() - attributes  # the tracer keeps the tensors that forward makes in the owner
-        if made:
-            raise RuntimeError("it makes tensors of its own")
+        owner.__dict__["_buffers"] = dict(copies)
+        before = dict(vars(owner))
+        graph = _Shallow(left_out).trace(owner)
+        now = vars(owner)
+        if now.keys() - before.keys():  # the tracer keeps the tensors that forward makes in the owner
+            raise RuntimeError("it makes or keeps tensors of its own")
+        kept = all(now[name] is value for name, value in before.items()) and all(
+            owner._buffers[name] is copy and (copy is None or copy._version == 0) for name, copy in copies.items()
+        )
+        if not kept:
+            raise RuntimeError("it changes its own attributes")
         return graph
     finally:
+        vars(owner).clear()
+        vars(owner).update(attributes)
         for module, mode in modes.items():
             module.training = mode
-        for name in vars(owner).keys() - attributes:
-            delattr(owner, name)
 
 
 def _traced(owner: nn.Module, prefix: str, training: bool) -> list[tuple[str, str]]:
     """(source, reader) for each input and each output of the modules that ``owner.forward`` calls; "" is anything that
-    is not the only output of one module being the only input of another."""
-    graph = trace(owner, training)
+    is not the only output of one module being the only input of another. What a call may leave out is there, is not,
+    and is there alone."""
+    able = optional(owner)
+    ways = [able, {}, *({other: able[other] for other in able if other != name} for name in able)]
+    return [flow for left_out in ways for flow in _flows(trace(owner, training, left_out), prefix)]
+
+
+def _flows(graph: fx.Graph, prefix: str) -> list[tuple[str, str]]:
 
     def called(node: object) -> str:
         return prefix + str(node.target) if isinstance(node, fx.Node) and node.op == "call_module" else ""

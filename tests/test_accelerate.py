@@ -154,6 +154,14 @@ LEFT_ALONE: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: sequential(nn.Identity(), nn.ReLU(inplace=True), nn.MaxPool2d(2)),
         "1: it writes into its input (inplace=True)",
     ),
+    "writes_into_a_view_of_its_input": (
+        lambda: sequential(nn.Flatten(2), nn.ReLU(inplace=True), nn.MaxPool2d(2)),
+        "1: it writes into its input (inplace=True)",
+    ),
+    "writes_into_what_somebody_returns": (
+        lambda: sequential(nn.Sequential(), nn.ReLU(inplace=True), nn.MaxPool2d(2)),
+        "1: it writes into its input (inplace=True)",
+    ),
 }
 
 

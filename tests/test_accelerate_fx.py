@@ -226,3 +226,89 @@ def test_a_forward_that_makes_tensors_is_left_alone() -> None:
     ax.accelerate(model, method="fx")
     assert set(vars(model)) == before
     torch.testing.assert_close(model(x), expected)
+
+
+class Optional(nn.Module):
+    """What its code does hangs on arguments that a call may leave out, which are no tensors for fx to look into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(4, 4, 1) for _ in range(3))
+        self.ra, self.rb, self.rc = (nn.ReLU() for _ in range(3))
+
+    def forward(self, x: Tensor, scale: Tensor | None = None, *, shift: Tensor | None = None) -> Tensor:
+        x = self.a(x)
+        if scale is not None:
+            x = self.ra(x) * scale
+        x = self.b(x)
+        if scale is not None and shift is None:
+            x = self.rb(x)
+        x = self.rc(self.c(x))
+        return F.max_pool2d(x if shift is None else F.relu(x - shift), 2)
+
+
+def test_arguments_that_may_be_left_out() -> None:
+    model, x = Optional(), torch.randn(2, 4, 6, 6)
+    two = torch.tensor(2.0)
+    calls: list[tuple[tuple[Tensor, ...], dict[str, Tensor]]] = [
+        *(((x,), {}), ((x, two), {}), ((x,), {"scale": two})),
+        *(((x,), {"shift": two}), ((x, two), {"shift": two})),
+    ]
+    expected = [model(*args, **kwargs) for args, kwargs in calls]
+    report = ax.accelerate(model, method="fx")
+    assert [(row.name, row.action) for row in report if row.pattern != "calls"] == [
+        ("a", "left alone"),
+        ("b", "left alone"),
+        ("c", "fused"),
+    ]
+    for (args, kwargs), y in zip(calls, expected, strict=True):
+        torch.testing.assert_close(model(*args, **kwargs), y)
+
+
+def test_calls_are_fused_where_arguments_are_left_out_and_not_where_they_are_given() -> None:
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+            y = F.max_pool2d(F.relu(x), 2)
+            return y if scale is None else y * scale
+
+    model, x, two = Scaled(), torch.randn(1, 4, 6, 6), torch.tensor(2.0)
+    expected = model(x), model(x, two), model(x, scale=two), model(x=x)
+    assert fused(ax.accelerate(model, method="fx")) == {RELU_POOL: 1}
+    torch.testing.assert_close((model(x), model(x, two), model(x, scale=two), model(x=x)), expected)
+
+
+def test_a_forward_that_changes_its_owner_is_left_alone_and_the_owner_as_it_was() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls, self.last, self.conv, self.relu = 0, None, nn.Conv2d(4, 4, 1), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return self.relu(self.conv(x)) * self.calls
+
+    class Keeps(Counts):
+        def forward(self, x: Tensor) -> Tensor:
+            self.last = self.conv(x)
+            return self.relu(self.last)
+
+    class CountsInABuffer(Counts):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("steps", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.steps += 1
+            return F.max_pool2d(F.relu(self.conv(x)), 2) * self.steps
+
+    for kind in (Counts, Keeps, CountsInABuffer):
+        model = kind()
+        before = (0, None, [torch.zeros(()) for _ in model.buffers()])
+        report = ax.accelerate(model, method="fx")
+        assert report[0].action == "left alone"
+        assert report[0].reason.endswith("it changes its own attributes")
+        assert (model.calls, model.last, list(model.buffers())) == before
+        twin, x = copy.deepcopy(model), torch.randn(1, 4, 5, 5)
+        ax.restore(twin)
+        for _ in range(2):
+            torch.testing.assert_close(model(x), twin(x))
