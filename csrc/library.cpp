@@ -32,8 +32,8 @@ STABLE_TORCH_LIBRARY(alexnet_ext, m) {
       " int groups, bool relu=True) -> Tensor");
   m.def(
       "conv2d_bias_relu_backward(Tensor dy, Tensor x, Tensor weight, Tensor y, int[2] stride, int[2] padding,"
-      " int[2] dilation, int groups, bool[3] output_mask, bool relu=True) -> (Tensor dx, Tensor dweight, Tensor "
-      "dbias)");
+      " int[2] dilation, int groups, bool[3] output_mask, bool relu=True)"
+      " -> (Tensor dx, Tensor dweight, Tensor dbias)");
   // Where CUTLASS's headers were there: of the channels-last operands that alexnet_ext/ops/conv2d_bias_relu/cutlass.py
   // says. The gradient is that of x (wanted 0) or weight (wanted 1), for the gradient dz of what is before the ReLU.
   m.def(
