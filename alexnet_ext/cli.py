@@ -310,7 +310,7 @@ def tune(
     precision: Annotated[Precision, typer.Option()] = Precision.bf16,
     device: Device = "auto",
 ) -> None:
-    """Measure which convolution is fastest for each layer on this GPU, and remember it for training."""
+    """Prove the kernels on this GPU, measure what is fastest for each op and convolution, and remember it."""
     import torch
 
     from .ops import _tuning
@@ -325,7 +325,7 @@ def tune(
         network = models.alexnet(str(model or "paper"), image_size=image_size, init="torch")
     side = network.config.image_size
     console = Console()
-    table = Table("layer", "direction", "choice", "microseconds")
+    table = Table("layer or op", "direction", "choice", "microseconds")
     for row in measure(network, (batch_size, 3, side, side), where, dtype):
         times = ", ".join(f"{name} {time:.0f}" for name, time in sorted(row.microseconds.items(), key=lambda t: t[1]))
         table.add_row(row.layer, row.direction, row.choice, times)

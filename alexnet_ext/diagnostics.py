@@ -108,14 +108,17 @@ def choice(op: str, device: str) -> Choice:
     current = _backend._current
     if current == "stock":
         return Choice(op, device, "stock", "use_backend('stock') is in force")
-    picked = _backend.preferred(op, device) if current == "auto" else current
+    picked = _backend.preferred(op, torch.device(device)) if current == "auto" else current
+    if current == "auto" and device in _backend.TUNED and picked == _tuning.tuned(op, torch.device(device)):
+        return Choice(op, device, picked, "right and fastest here, as `alexnet tune` found")
     if picked != "stock" and _backend.has_kernel(picked, op, device):
         return Choice(op, device, picked, KERNELS[picked])
     for backend in ("native", "triton"):
         if _backend.has_kernel(backend, op, device):
-            return Choice(
-                op, device, "stock", f"its {KERNELS[backend]} has not been run on a GPU yet: ask for {backend!r}"
+            unproven = (
+                f"its {KERNELS[backend]} has not been run on a GPU by its authors: `alexnet tune` proves it on yours"
             )
+            return Choice(op, device, "stock", unproven)
     library = next((found for found in _library.LIBRARIES if found.device == device), None)
     if library is None or not library.loaded:
         return Choice(op, device, "stock", library.reason if library else f"no library serves {device}")

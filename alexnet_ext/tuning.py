@@ -1,25 +1,122 @@
-"""``tune``: measure the convolutions of a network ahead of training. Not yet run on a GPU."""
+"""``tune``: prove and measure the kernels of a network on the device that will train it. Not yet run on a GPU.
+
+Each convolution is measured for its own shape, direction by direction (``ops/conv2d_bias_relu/measured.py``); then
+each op as a whole, by every backend that computes it right here, over all of the network's calls. What is fastest
+is remembered, and from then on ``backend="auto"`` runs it on this device.
+"""
 
 from __future__ import annotations
 
+import importlib
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import nn as layers
-from .ops import _tuning
+from . import ops
+from ._check import CASES, check
+from .ops import _backend, _tuning
+
+CONVOLUTION = "conv2d_bias_relu"
+OURS = ("native", "triton")
 
 
 @dataclass(frozen=True)
 class TunedRow:
-    """What was found for one direction of one layer: the choice, and the microseconds of every candidate."""
+    """What was found for a direction of a layer, or for an op in all: the choice, each candidate's microseconds."""
 
     layer: str
     direction: str
     choice: str
     microseconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Call:
+    """An op as a layer of the network calls it; tensors are on the meta device."""
+
+    layer: str
+    op: str
+    arguments: tuple[Any, ...]
+
+    def made(self, device: torch.device, dtype: torch.dtype, layout: torch.memory_format) -> list[Any]:
+        """The arguments on ``device``: normal numbers that want a gradient; zeros where the op has none."""
+
+        def like(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            if self.op == "augment":
+                return torch.zeros(value.shape, dtype=value.dtype, device=device)
+            x = torch.randn(value.shape, dtype=dtype, device=device)
+            return (x.to(memory_format=layout) if x.dim() == 4 else x).requires_grad_()
+
+        return [like(value) for value in self.arguments]
+
+    def run(self, backend: str, arguments: Sequence[Any]) -> list[Tensor]:
+        """[y, gradients of all tensors that want one] by this backend."""
+        if backend == "stock":
+            function = getattr(importlib.import_module(f".ops.{self.op}.reference", __package__), self.op)
+        else:
+            function = getattr(torch.ops.alexnet_ext, self.op if backend == "native" else f"{self.op}_{backend}")
+        y = function(*arguments)
+        y = y[0] if isinstance(y, tuple) else y
+        wanted = [value for value in arguments if isinstance(value, Tensor) and value.requires_grad]
+        return [y.detach(), *torch.autograd.grad(y, wanted, torch.ones_like(y))] if wanted else [y]
+
+
+class _Calls(TorchDispatchMode):
+    """Notes each call of our ops, whichever twin it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.found = "", list[Call]()
+
+    def enter(self, layer: str, *_: Any) -> None:
+        self.layer = layer
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == "alexnet_ext":  # which is called without what stands at its default
+            rest = [kwargs.get(a.name, a.default_value) for a in func._schema.arguments[len(args) :]]
+            self.found.append(Call(self.layer, func._opname.removesuffix("_triton"), (*args, *rest)))
+        return func(*args, **kwargs)
+
+
+def calls_of(network: nn.Module, shape: Sequence[int]) -> list[Call]:
+    """The calls of our ops in ``network``, of inputs of ``shape``; none is run.
+
+    Behind them one, at AlexNet's shapes and this batch, of each op that it does not call: augment makes its input,
+    others serve other models.
+    """
+    calls = _Calls()
+    hooks = [
+        module.register_forward_pre_hook(lambda *_, layer=layer: calls.enter(layer))
+        for layer, module in network.named_modules()
+    ]
+    meta = partial(torch.empty, device="meta")
+    batch, _, height, width = shape
+    try:
+        with torch.no_grad(), calls:
+            weights = {name: value.to("meta") for name, value in network.state_dict().items()}
+            torch.func.functional_call(network, weights, meta(tuple(shape)))
+            calls.enter("")
+            called = {call.op for call in calls.found}
+            for case in CASES:
+                if case.op not in called:
+                    (_, *rest), *others = case.shapes
+                    case.ours(meta(batch, *rest), *map(meta, others))
+            drawn = meta(batch, 2, dtype=torch.int64), meta(batch, dtype=torch.bool), meta(batch, 3)
+            images = meta(batch, height, width, 3, dtype=torch.uint8)
+            ops.augment(images, *drawn, min(height, width), mean=(0.5,) * 3, std=(0.5,) * 3)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls.found
 
 
 def tune(
@@ -29,35 +126,55 @@ def tune(
     dtype: torch.dtype,
     layout: torch.memory_format = torch.channels_last,
 ) -> Iterator[TunedRow]:
-    """Measure every convolution of ``network``'s fused layers for inputs of ``shape``.
+    """Prove and measure on ``device`` what ``network`` calls for inputs of ``shape``; rows come as they are found.
 
-    The network may be on the meta device. The three directions of each layer are measured on ``device`` where their
-    choice is not known yet.
+    The network's own tensors are not touched, and may be on the meta device. A convolution's directions are measured
+    where their choice is not known yet, an op's backends each time: the last choice holds. A backend is a candidate
+    for an op where ``check`` finds it right; choosing by measurement where it agrees with stock PyTorch on all layers.
     """
+    by_op: dict[str, list[Call]] = {}
+    for call in calls_of(network, shape):
+        if any(_backend.has_kernel(backend, call.op, device.type) for backend in OURS):
+            by_op.setdefault(call.op, []).append(call)
+    for op, calls in by_op.items():
+        given = [(call, call.made(device, dtype, layout)) for call in calls]
+        found = [backend for backend in OURS if _backend.has_kernel(backend, op, device.type)]
+        ways = [way for way in found if _is_right(op, way, device)]
+        if op == CONVOLUTION and "triton" in found:
+            for call, arguments in given:
+                yield from _directions(call, arguments, device)
+            if all(_tuning.agree(call.run("measured", values), call.run("stock", values)) for call, values in given):
+                ways.insert(0, "measured")
+            else:
+                warnings.warn(f"{op}: what is fastest differs from stock PyTorch and is not used", stacklevel=2)
+
+        def run(way: str, given: list[tuple[Call, list[Any]]] = given) -> list[Tensor]:
+            return [result for call, arguments in given for result in call.run(way, arguments)]
+
+        candidates = [_tuning.Candidate(way, partial(run, way)) for way in (*ways, "stock")]
+        _tuning.choices().remember(_tuning.key_of(op, device), _tuning.race(candidates, _tuning.gpu_clock))
+        yield TunedRow(op, "forward and backward", *_known(op, device))
+
+
+def _directions(call: Call, arguments: list[Any], device: torch.device) -> Iterator[TunedRow]:
+    """A convolution's: running it measures what is not known."""
     from .ops.conv2d_bias_relu.measured import FORWARD, describe
 
-    found: list[tuple[str, layers._FusedConv2d, torch.Size]] = []
-    hooks = [
-        module.register_forward_pre_hook(lambda m, inputs, name=name: found.append((name, m, inputs[0].shape)))
-        for name, module in network.named_modules()
-        if isinstance(module, layers._FusedConv2d)
-    ]
-    try:
-        with torch.no_grad():
-            network(torch.empty(tuple(shape), device=next(network.parameters()).device))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for name, layer, size in found:
-        x = torch.randn(size, device=device, dtype=dtype).to(memory_format=layout).requires_grad_()
-        weight = torch.randn(layer.weight.shape, device=device, dtype=dtype).to(memory_format=layout).requires_grad_()
-        has_bias = layer.relu and layer.bias is not None
-        bias = torch.zeros(len(weight), device=device, dtype=dtype) if has_bias else None
-        constants = [*map(list, (layer.stride, layer.padding, layer.dilation)), layer.groups]
-        y = torch.ops.alexnet_ext.conv2d_bias_relu_measured(x, weight, bias, *constants, layer.relu)
-        y.backward(torch.randn_like(y))
-        for direction in (FORWARD[layer.relu], "input gradient", "weight gradient"):
-            entry = (
-                _tuning.choices().known().get(_tuning.key_of(describe(direction, x, weight, *constants), device), {})
-            )
-            yield TunedRow(name, direction, entry["choice"], entry["microseconds"])
+    call.run("measured", arguments)
+    x, weight, _, *constants, relu = arguments
+    for direction in (FORWARD[relu], "input gradient", "weight gradient"):
+        yield TunedRow(call.layer, direction, *_known(describe(direction, x, weight, *constants), device))
+
+
+def _known(what: str, device: torch.device) -> tuple[str, dict[str, float]]:
+    entry = _tuning.choices().known()[_tuning.key_of(what, device)]
+    return entry["choice"], entry["microseconds"]
+
+
+def _is_right(op: str, backend: str, device: torch.device) -> bool:
+    with _backend.preferring((backend,), device.type):
+        wrong = [row for row in check(device, op_names=[op], variants=()) if not row.ok]
+    for row in wrong[:1]:
+        error = row.note or f"its {row.tensor} is off by {row.error:.2g}, {row.tolerance:.2g} is allowed"
+        warnings.warn(f"{op} by {backend} is not used, as in {row.dtype}, {row.layout}, {error}", stacklevel=3)
+    return not wrong

@@ -178,10 +178,11 @@ def markdown(facts: dict[str, Any], rows: list[Row]) -> str:
 
 
 def write(folder: Path, facts: dict[str, Any], rows: list[Row]) -> Path:
-    """Both files, named by device and date; returns the readable one."""
+    """Both files, named by device, date and, where that run is not the first, number; returns the readable one."""
     folder.mkdir(parents=True, exist_ok=True)
     slug = re.sub(r"[^a-z0-9]+", "-", f"{facts['device']} {facts['threads']} threads".lower()).strip("-")
-    path = folder / f"{slug}-{facts['date']}.md"
+    names = (f"{slug}-{facts['date']}{f'-{run}' if run > 1 else ''}.md" for run in itertools.count(1))
+    path = next(folder / name for name in names if not (folder / name).exists())
     path.write_text(markdown(facts, rows), encoding="utf-8")
     data = {**facts, "rows": [{**asdict(row), "ratio": row.ratio} for row in rows]}
     path.with_suffix(".json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

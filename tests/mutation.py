@@ -217,6 +217,10 @@ FAULTS = (
           "x.dtype != torch.float32", "tests/test_cutlass.py -k dtypes"),
     Fault("CUTLASS: the gradient of x with a stride", CUTLASS_APPLIES, "wanted != 0 or stride == [1, 1]", "True",
           "tests/test_cutlass.py -k where_it_applies"),
+    Fault("tune: unproven kernels measured", "alexnet_ext/tuning.py", " if _is_right(op, way, device)]", "]",
+          "tests/test_tuning.py -k wrong_here"),
+    Fault("auto: another device's choice", "alexnet_ext/ops/_tuning.py", " | {device_name(device)} | ", " | ",
+          "tests/test_tuning.py -k 'choices_are_of_one or auto_follows'"),
 )  # fmt: skip
 
 

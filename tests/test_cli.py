@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 
 from alexnet_ext import cli, diagnostics, models
 from alexnet_ext.data import Digits
+from alexnet_ext.ops import _backend
 from alexnet_ext.training import checkpoint
 from alexnet_ext.training.log import read_metrics
 
@@ -76,6 +77,20 @@ def test_train_says_how_well_it_did(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert f"of the 200 held-out images right ({right};" in printed
     assert "stock layers" in printed
     assert "after 1 step, " in printed
+
+
+def test_train_says_that_the_kernels_wait_for_tune(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The CPU in the place of a GPU that nothing has been proven on."""
+    monkeypatch.setattr(_backend, "TUNED", ("cpu",))
+    monkeypatch.setattr(_backend, "tuned", lambda *_: "")
+    options = ["train", "--data", "synthetic", *SMALL, "--steps", "1", "--out"]
+    assert cli.run_command([*options, str(tmp_path / "run")]) == 0
+    assert "stock PyTorch until `alexnet tune` has proven the kernels on this GPU" in capsys.readouterr().out
+    monkeypatch.setattr(_backend, "tuned", lambda op, _: "native" if op == "relu_max_pool2d" else "")
+    assert cli.run_command([*options, str(tmp_path / "another")]) == 0
+    assert "alexnet tune" not in capsys.readouterr().out
 
 
 def test_train_on_a_folder_with_a_broken_image(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -198,6 +199,13 @@ def test_empty_batch_has_zero_parameter_gradients() -> None:
     assert tensors["x"].grad.shape == (0, 4, 7, 5)
     assert not tensors["weight"].grad.any()
     assert not tensors["bias"].grad.any()
+
+
+def test_numpys_integers_are_integers() -> None:
+    x, weight = torch.randn(1, 4, 8, 8), torch.randn(4, 2, 3, 3)
+    one, two = np.int64(1), np.int32(2)
+    y = conv2d_bias_relu(x, weight, None, two, (one, one), one, two)
+    assert torch.equal(y, conv2d_bias_relu(x, weight, None, 2, (1, 1), 1, 2))
 
 
 X, WEIGHT, BIAS = torch.randn(1, 4, 8, 8), torch.randn(4, 2, 3, 3), torch.randn(4)

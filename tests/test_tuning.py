@@ -8,17 +8,19 @@ import multiprocessing
 import os
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import alexnet_ext as ax
-from alexnet_ext import cli
-from alexnet_ext.ops import _tuning
+from alexnet_ext import _check, cli, tuning
+from alexnet_ext.ops import _backend, _tuning
 from alexnet_ext.ops._tuning import Candidate, Choices, fastest
-from alexnet_ext.tuning import tune
+from alexnet_ext.tuning import calls_of
 
 from . import cases, oracle
 from .cases import conv
@@ -253,25 +255,123 @@ def test_a_direction_that_is_not_wanted_is_not_measured(monkeypatch: pytest.Monk
     assert kept == ["conv2d_bias_relu forward", "conv2d_bias_relu weight gradient"]
 
 
-@interpreted
-def test_tune_measures_the_layers_of_a_network_and_info_shows_it(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+SMALL = {"local_response_norm": (2, 9, 7, 5), "conv2d_bias_relu": (2, 4, 6, 5), "linear_bias_relu": (3, 6)}
+
+
+@pytest.fixture
+def quick_tune(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU in a GPU's place: the compiled kernels and the interpreted ones, on small tensors, timed once."""
+    monkeypatch.setattr(_backend, "TUNED", ("cpu",))
     monkeypatch.setattr(_tuning, "ROUNDS", 1)
     monkeypatch.setattr(_tuning, "REPEATS", 1)
+    monkeypatch.setitem(_backend.TRITON["augment"], "cpu", False)  # its images are no smaller
+    small = []
+    for case in _check.CASES:
+        x = SMALL.get(case.op, SMALL["local_response_norm"])
+        weights = {
+            "conv2d_bias_relu": ((6, 4 // (1 + ("two" in case.name)), 3, 3), (6,)),
+            "linear_bias_relu": ((4, 6), (4,)),
+        }
+        others = weights.get(case.op, ((x[1],),) if len(case.shapes) == 2 else ())
+        small.append(replace(case, shapes=(x, *others)))
+    for module in (_check, tuning):
+        monkeypatch.setattr(module, "CASES", tuple(small))
+
+
+def small_network() -> nn.Module:
     with torch.device("meta"):
-        pool = nn.MaxPool2d(2)
-        block = ax.nn.Conv2dReLULRNMaxPool2d(6, 6, 3, groups=2, norm=nn.LocalResponseNorm(5), pool=pool)
-        network = nn.Sequential(ax.nn.Conv2dReLU(4, 6, 3, padding=1, groups=2), block)
-    rows = list(tune(network, (2, 4, 6, 5), CPU, torch.float32))
-    assert [(row.layer, row.direction) for row in rows] == [
-        (layer, direction)
-        for layer, forward in (("0", "forward"), ("1", "forward without relu"))
-        for direction in (forward, "input gradient", "weight gradient")
+        norm, pool = nn.LocalResponseNorm(5), nn.MaxPool2d(2)
+        block = ax.nn.Conv2dReLULRNMaxPool2d(6, 6, 3, groups=2, norm=norm, pool=pool)
+        return nn.Sequential(ax.nn.Conv2dReLU(3, 6, 3, padding="same", groups=3), block)
+
+
+@interpreted
+@pytest.mark.usefixtures("native", "quick_tune")
+def test_tune_measures_a_networks_convolutions_and_every_op(file: Path) -> None:
+    with pytest.warns(
+        UserWarning, match="conv2d_bias_relu by triton is not used, as in bf16"
+    ):  # the interpreter's fault
+        rows = list(tuning.tune(small_network(), (2, 3, 9, 8), CPU, torch.float32))
+    directions = ("input gradient", "weight gradient")
+    assert [(row.layer, row.direction) for row in rows[:7]] == [
+        *(("0", direction) for direction in ("forward", *directions)),
+        *(("1", direction) for direction in ("forward without relu", *directions)),
+        ("conv2d_bias_relu", "forward and backward"),
     ]
+    assert {row.layer for row in rows[6:]} == set(_backend.OPS)
     assert all(row.choice == min(row.microseconds, key=row.microseconds.__getitem__) for row in rows)
-    assert all(len(row.microseconds) == 4 for row in rows)
+    assert all(len(row.microseconds) == 4 for row in rows[:6])
+    by_op = {row.layer: row for row in rows[6:]}
+    without_triton = {op: {"native", "stock"} for op in ("linear_bias_relu", "augment")}
+    with_measured = {"conv2d_bias_relu": {"measured", "native", "stock"}}
+    for op, row in by_op.items():
+        assert row.microseconds.keys() == (without_triton | with_measured).get(op, {"native", "triton", "stock"})
+        if row.choice != "measured":  # of which the CPU has none
+            assert _backend.preferred(op, CPU) == row.choice
+            assert ax.diagnostics.choice(op, "cpu").reason == "right and fastest here, as `alexnet tune` found"
     info = ax.info()
     assert info.measured_file == str(file)
-    assert f"{rows[0].choice}: conv2d_bias_relu forward x [2, 4, 6, 5]" in str(info)
+    assert f"{rows[0].choice}: conv2d_bias_relu forward x [2, 3, 9, 8]" in str(info)
+    assert f"{by_op['local_response_norm'].choice}: local_response_norm | cpu" in str(info)
+
+
+@pytest.mark.usefixtures("native", "quick_tune")
+def test_what_is_wrong_here_is_no_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backend, "TRITON", {op: {"cpu": False} for op in _backend.OPS})
+    wrong = [
+        replace(case, ours=lambda x, case=case: case.ours(x) * 1.01) if case.op == "local_response_norm" else case
+        for case in _check.CASES
+    ]
+    monkeypatch.setattr(_check, "CASES", tuple(wrong))
+    with pytest.warns(UserWarning, match="local_response_norm by native is not used, as in fp32, contiguous, its y is"):
+        rows = {row.layer: row for row in tuning.tune(small_network(), (2, 3, 9, 8), CPU, torch.float32)}
+    assert rows["local_response_norm"].microseconds.keys() == {"stock"}
+    assert _backend.preferred("local_response_norm", CPU) == "stock"
+    assert rows["relu_max_pool2d"].microseconds.keys() == {"native", "stock"}
+
+
+@interpreted
+@pytest.mark.usefixtures("native", "quick_tune")
+def test_a_convolution_that_differs_from_stock_is_not_left_to_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = importlib.import_module("alexnet_ext.ops.conv2d_bias_relu.measured")
+    epilogue = measured.epilogue
+    monkeypatch.setattr(measured, "epilogue", lambda y, bias, relu: epilogue(y, bias, relu).mul_(1.1))
+    monkeypatch.setattr(tuning, "calls_of", lambda *given: [c for c in calls_of(*given) if c.op == "conv2d_bias_relu"])
+    with pytest.warns(
+        UserWarning, match="conv2d_bias_relu: what is fastest differs from stock PyTorch and is not used"
+    ):
+        *_, row = tuning.tune(small_network(), (2, 3, 9, 8), CPU, torch.float32)
+    assert row.microseconds.keys() == {"native", "stock"}
+
+
+@pytest.mark.usefixtures("native")
+def test_auto_follows_what_was_found_on_this_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backend, "TUNED", ("cpu",))
+    x = torch.randn(2, 6, 4, 4)
+    graphs: list[str] = []
+
+    def backend(module: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(module.code)
+        return module.forward
+
+    def runs(found: str, dtype: torch.dtype = torch.float32) -> str:
+        """What runs, eager and compiled, once this is found."""
+        _tuning.choices().remember(_tuning.key_of("local_response_norm", CPU), {found: 1.0, "another": 2.0})
+        torch.compiler.reset()
+        torch.compile(lambda x: ax.ops.local_response_norm(x, 5), backend=backend, fullgraph=True)(x.to(dtype))
+        traced = "native" if "alexnet_ext" in graphs.pop() else "stock"
+        assert _backend.choose("local_response_norm", "auto", x.to(dtype)) == traced
+        return traced
+
+    assert runs("stock") == "stock"
+    assert runs("native") == "native"
+    assert runs("stock", torch.float64) == "native", "which tune does not prove: the static order holds"
+    assert runs("gone") == "native", "what has no kernel any more: the static order holds"
+    assert runs("stock") == "stock"
+    with _backend.preferring(("native",), "cpu"):
+        assert _backend.preferred("local_response_norm", CPU) == "native"
+    monkeypatch.setattr(_tuning, "device_name", lambda _: "another device 9.0")
+    assert _backend.preferred("local_response_norm", CPU) == "native"
 
 
 def test_the_command_says_that_it_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:

@@ -73,10 +73,10 @@ def test_a_check_that_raises_is_a_failed_finding() -> None:
 
 
 def test_preferring_changes_what_auto_runs_and_is_undone() -> None:
-    before = _backend.preferred("local_response_norm", "cpu")
+    before = _backend.preferred("local_response_norm", torch.device("cpu"))
     with preferring("stock", "cpu"):
-        assert _backend.preferred("local_response_norm", "cpu") == "stock"
-    assert _backend.preferred("local_response_norm", "cpu") == before
+        assert _backend.preferred("local_response_norm", torch.device("cpu")) == "stock"
+    assert _backend.preferred("local_response_norm", torch.device("cpu")) == before
 
 
 def fake_stage(body: str, folder: Path, monkeypatch: pytest.MonkeyPatch, seconds: float = 60) -> stages.Stage:

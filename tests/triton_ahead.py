@@ -170,16 +170,26 @@ def convolutions(layer: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable
     )
 
 
-Work = tuple[str, torch.dtype, str, int, Callable[[], Any]]
+# The number of channels shapes the tile: that of AlexNet's other normalization, many, and an odd one.
+WIDTHS = (
+    (torch.bfloat16, 256),
+    (torch.float64, 256),
+    (torch.bfloat16, 1024),
+    (torch.float32, 1024),
+    (torch.float64, 1024),
+    (torch.float32, 17),
+)
+
+Work = tuple[str, torch.dtype, int, str, int, Callable[[], Any]]
 
 
 def quick() -> Iterator[Work]:
     """A sample: the memory-bound kernels for one chip, a forward convolution for each."""
     for name, run in memory_bound(torch.bfloat16, torch.channels_last):
-        yield name, torch.bfloat16, "channels_last", 90, run
+        yield name, torch.bfloat16, 96, "channels_last", 90, run
     for capability in ARCHITECTURES:
         for name, run in list(convolutions(1, torch.bfloat16))[:2]:
-            yield name, torch.bfloat16, "channels_last", capability, run
+            yield name, torch.bfloat16, LAYERS[1][1][0], "channels_last", capability, run
 
 
 def full() -> Iterator[Work]:
@@ -187,14 +197,15 @@ def full() -> Iterator[Work]:
     others = (torch.float32, torch.float64)
     for layout, memory_format in (("channels_last", torch.channels_last), ("contiguous", torch.contiguous_format)):
         for capability in ARCHITECTURES if layout == "channels_last" else (90,):
-            for dtype, channels in ((torch.bfloat16, 96), *((other, 96) for other in others), (torch.float64, 256)):
+            for dtype, channels in ((torch.bfloat16, 96), *((other, 96) for other in others), *WIDTHS):
                 for name, run in memory_bound(dtype, memory_format, channels):
-                    yield name, dtype, layout, capability, run
+                    if channels == 96 or name != "augment":
+                        yield name, dtype, channels, layout, capability, run
     for capability in ARCHITECTURES:
         for layer in range(len(LAYERS)):
             for dtype in (torch.bfloat16, torch.float16, *others) if layer == 1 else (torch.bfloat16,):
                 for name, run in convolutions(layer, dtype):
-                    yield name, dtype, "channels_last", capability, run
+                    yield name, dtype, LAYERS[layer][1][0], "channels_last", capability, run
 
 
 def traced() -> None:
@@ -228,13 +239,14 @@ def traced() -> None:
 
 
 def main(grid: str) -> None:
-    for name, dtype, layout, capability, run in {"quick": quick, "full": full}[grid]():
+    for name, dtype, channels, layout, capability, run in {"quick": quick, "full": full}[grid]():
         for tf32 in (False, True) if dtype == torch.float32 and name.startswith("conv") else (False,):
             torch.backends.cudnn.conv.fp32_precision = "tf32" if tf32 else "ieee"
             with mock.patch.object(configs, "architecture", return_value=capability // 10):
                 found = launches(run)
             for launch in found:
-                what = {"op": name, "dtype": str(dtype).removeprefix("torch."), "layout": layout, "tf32": tf32}
+                what = {"op": name, "dtype": str(dtype).removeprefix("torch."), "channels": channels, "layout": layout}
+                what["tf32"] = tf32
                 print(json.dumps(what | facts(launch, capability)), flush=True)
 
 

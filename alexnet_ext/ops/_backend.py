@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 from torch.autograd import forward_ad
 
 from .. import _library
+from ._tuning import tuned
 
 BACKENDS = ("auto", "native", "triton", "stock")
 OPS = (
@@ -33,8 +36,12 @@ MEASURED = {op: {"cpu": False, "cuda": TRITON[op]["cuda"] and op == "conv2d_bias
 # What "auto" prefers by device, where there is a kernel: stock PyTorch runs the rest. The interpreter is no choice.
 PREFERENCE = {"cpu": ("native",), "cuda": ("measured", "native", "triton"), "meta": ("native", "triton")}
 
-# Kernels that build but have not been run and measured yet: "auto" leaves them to stock PyTorch.
+# Kernels that build but have not been run and measured by us yet: "auto" leaves them to stock PyTorch.
 UNPROVEN = {("measured", "cuda"), ("native", "cuda"), ("triton", "cuda")}
+
+# Where and for what "auto" runs what `alexnet tune` found right and fastest on this very device, if it has looked.
+TUNED: tuple[str, ...] = ("cuda",)
+TUNED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # A plain global and not a ContextVar: torch.compile guards on the one and breaks the graph at the other.
 _current = "auto"
@@ -83,16 +90,37 @@ def _transform() -> str:
 
 
 def has_kernel(backend: str, op: str, device: str) -> bool:
-    kernels = {"native": NATIVE, "triton": TRITON, "measured": MEASURED}[backend][op]
+    kernels = {"native": NATIVE, "triton": TRITON, "measured": MEASURED}.get(backend, {}).get(op, {})
     return any(kernels.values()) if device == "meta" else kernels.get(device, False)
 
 
-def preferred(op: str, device: str) -> str:
+def preferred(op: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
     """What ``"auto"`` runs for a call that our kernels cover."""
-    for backend in PREFERENCE.get(device, ()):
-        if has_kernel(backend, op, device) and (backend, device) not in UNPROVEN:
+    if device.type in TUNED and dtype in TUNED_DTYPES:
+        found = tuned(op, device)
+        if found == "stock" or has_kernel(found, op, device.type):
+            return found
+    for backend in PREFERENCE.get(device.type, ()):
+        if has_kernel(backend, op, device.type) and (backend, device.type) not in UNPROVEN:
             return backend
     return "stock"
+
+
+def is_untuned(device: torch.device) -> bool:
+    """Whether ``"auto"`` would run more of our kernels on this device after `alexnet tune`."""
+    return device.type in TUNED and not any(tuned(op, device) for op in OPS)
+
+
+@contextmanager
+def preferring(backends: Sequence[str], device: str) -> Iterator[None]:
+    """``"auto"`` by the first of these that has a kernel on this kind of device, proven or not: to prove it."""
+    global PREFERENCE, UNPROVEN, TUNED
+    before = PREFERENCE, UNPROVEN, TUNED
+    PREFERENCE, UNPROVEN, TUNED = {**PREFERENCE, device: tuple(backends)}, set(), ()
+    try:
+        yield
+    finally:
+        PREFERENCE, UNPROVEN, TUNED = before
 
 
 def _refusal(backend: str, op: str, device: str) -> str:
@@ -124,7 +152,7 @@ def choose(op: str, backend: str, x: torch.Tensor, unsupported: str = "", dtype:
         unsupported = f"layout {x.layout}"
     unsupported = unsupported or _transform()
     if backend == "auto":
-        return "stock" if unsupported else preferred(op, device)
+        return "stock" if unsupported else preferred(op, x.device, dtype or x.dtype)
     if not has_kernel(backend, op, device):
         unsupported = _refusal(backend, op, device)
     if unsupported:

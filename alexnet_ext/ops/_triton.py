@@ -63,29 +63,30 @@ def power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-CHANNELS = 1024
-"""Up to so many channels stand in one tile where they meet; of fp64 a quarter, 8 in each lane of a warp: more spill."""
+CHANNELS = 256
+"""Up to so many channels stand in one tile where they meet: a lane has at most 8, so its neighbours are in its warp."""
 
 
 def tile(channels: int, channel_stride: int, reach: int | None, dtype: torch.dtype) -> tuple[dict[str, int], int]:
     """Block sizes for tiles of pixels by channels, and how many channel blocks there are.
 
     Where channels meet (``reach``: over how many of them), all stand in one tile if that is possible, else blocks
-    overlap by ``reach`` on each side. A tile is longest along what lies side by side in memory.
+    overlap by ``reach`` on each side. A tile is longest along what lies side by side in memory. Its values stay in
+    registers: 16 a thread where 16 bytes at a time hold nothing but what is needed, else 8, 4 of fp64.
     """
+    dense = channel_stride == 1
     block_c, halo = power_of_two(channels), 0
     if reach is None:
-        block_c = min(block_c, max(256 if channel_stride == 1 else 8, power_of_two(channels // 2**15)))
-    elif channels > (most := CHANNELS // 4 if dtype == torch.float64 else CHANNELS):
-        block_c, halo = max(most, power_of_two(4 * reach)), reach
-    # 16 values a thread, 8 of fp64 or where each value has an address of its own: a kernel's tiles stay in registers.
-    heavy = dtype == torch.float64 or channel_stride != 1
-    block_p = max((2048 if heavy else 4096) // block_c, 1 if channel_stride == 1 else 8)
-    block_p = min(block_p, 128 if channel_stride == 1 else 256)
-    warps = min(32, max(1, block_p * block_c // (256 if heavy else 512)))
-    if dtype == torch.float64 and block_c <= 128:  # 4 a thread: pooling's backward of 96 channels spilled two on 10.0
-        block_p //= 2
-    blocks = {"HALO": halo, "BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": warps}
+        block_c = min(block_c, max(256 if dense else 8, power_of_two(channels // 2**15)))
+    elif channels > CHANNELS:
+        halo = 8 * triton.cdiv(reach, 8) if dense else reach  # 8: blocks begin where 16 bytes of bf16 do
+        block_c = max(CHANNELS // 2, power_of_two(4 * halo))
+    values = 4 if dtype == torch.float64 else 16 if dense and halo == 0 and channels % 16 == 0 else 8
+    block_p = min(max((128 if dense else 256) * values // block_c, 1 if dense else values), 128 if dense else 256)
+    warps = max(1, block_p * block_c // (32 * values))
+    # A warp for each pixel at most where channels meet: shared by two, its neighbours would go by shared memory.
+    num_warps = min(warps, 32 if reach is None else block_p)
+    blocks = {"HALO": halo, "BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": num_warps}
     return blocks, triton.cdiv(channels, block_c - 2 * halo)
 
 

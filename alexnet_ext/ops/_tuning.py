@@ -1,7 +1,8 @@
 """Measured choices: of several ways to compute the same, the fastest on this device, remembered on disk.
 
-Nothing is measured while a CUDA graph is captured or torch.compile traces: there a choice that is already known is
-used, else the static one. Not yet run on a GPU.
+A convolution's are made on its first call (``fastest``), those between an op's backends by ``tuning.tune``. Nothing is
+measured while a CUDA graph is captured or torch.compile traces: there a choice that is already known is used, else the
+static one. Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -56,10 +57,7 @@ def agree(ours: Results, theirs: Results) -> bool:
 
 
 def timings(candidates: Sequence[Candidate], clock: Clock) -> dict[str, float]:
-    """Seconds of each candidate: the least of some rounds, which take turns.
-
-    Left out is what raises, and what computes something else than the first that does not.
-    """
+    """Seconds of each candidate, but for what raises, and what computes something else than the first that does not."""
     reference: Results | None = None
     left = []
     for candidate in candidates:
@@ -77,9 +75,14 @@ def timings(candidates: Sequence[Candidate], clock: Clock) -> dict[str, float]:
         left.append(candidate)
     if not left:
         raise RuntimeError(f"none of {', '.join(candidate.name for candidate in candidates)} runs")
-    seconds = {candidate.name: float("inf") for candidate in left}
+    return race(left, clock)
+
+
+def race(candidates: Sequence[Candidate], clock: Clock) -> dict[str, float]:
+    """Seconds of each candidate: the least of some rounds, which take turns."""
+    seconds = {candidate.name: float("inf") for candidate in candidates}
     for _ in range(ROUNDS):
-        for candidate in left:
+        for candidate in candidates:
             begun = clock()
             for _ in range(REPEATS):
                 candidate.run()
@@ -164,7 +167,7 @@ def versions() -> str:
 
 @functools.cache
 def device_name(device: torch.device) -> str:
-    if device.type != "cuda":
+    if device.type != "cuda" or not torch.cuda.is_available():
         return device.type
     major, minor = torch.cuda.get_device_capability(device)
     return f"{torch.cuda.get_device_name(device)} {major}.{minor}"
@@ -192,3 +195,9 @@ def fastest(what: str, device: torch.device, candidates: Sequence[Candidate], cl
             return candidates[0]
         name = choices().remember(key, timings(candidates, clock))
     return by_name[name]
+
+
+@torch.compiler.assume_constant_result
+def tuned(op: str, device: torch.device) -> str:
+    """The backend that ``tuning.tune`` found right and fastest for ``op`` on this device; "" where it did not look."""
+    return str(choices().known().get(key_of(op, device), {}).get("choice", ""))

@@ -19,6 +19,7 @@ from ..data.errors import CommandError, os_error, path_text, require
 from ..data.folder import ImageFolder
 from ..data.images import crop, read_image
 from ..data.sources import Split, open_split
+from ..ops import _backend
 from . import checkpoint, pictures
 from .evaluate import Evaluation, evaluate, predict
 from .files import write_file
@@ -108,6 +109,8 @@ def _train(trainer: Trainer, console: Console, began: float) -> Evaluation:
     say(console, f"AlexNet, variant {recipe.model}: {parameters / 1e6:.1f} M parameters, {kind}, {place}")
     if not recipe.stock and library is not None and not library.loaded:
         say(console, f"  the layers run on stock PyTorch, slower: {library.reason}; to mend it: {library.remedy}")
+    elif not recipe.stock and _backend.is_untuned(trainer.device):
+        say(console, "  the layers run on stock PyTorch until `alexnet tune` has proven the kernels on this GPU")
     say(
         console,
         f"{path_text(recipe.data)}: {len(split.train):,} images to train on and {len(split.held_out):,} held out, "

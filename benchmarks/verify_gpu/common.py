@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -49,16 +49,9 @@ def each_way(device: str) -> list[str]:
     return [name for name in (*BACKENDS, "measured") if any(name in ways(op, device) for op in _backend.OPS)]
 
 
-@contextmanager
-def preferring(way: str, device: str) -> Iterator[None]:
+def preferring(way: str, device: str) -> AbstractContextManager[None]:
     """``backend="auto"`` as it would be were this way proven and preferred; stock where it has no kernel."""
-    preference, unproven = _backend.PREFERENCE, _backend.UNPROVEN
-    _backend.PREFERENCE = {**preference, device: PREFERRED[way]}
-    _backend.UNPROVEN = set()
-    try:
-        yield
-    finally:
-        _backend.PREFERENCE, _backend.UNPROVEN = preference, unproven
+    return _backend.preferring(PREFERRED[way], device)
 
 
 @contextmanager
@@ -81,7 +74,7 @@ def fused(case: Case, tensors: Tensors, way: str) -> Tensor:
         return cases.fused(case, tensors, way)
     device = next(tensor.device.type for tensor in tensors.values() if tensor is not None)
     with preferring(way, device):
-        if _backend.preferred(case.op, device) != way:
+        if _backend.preferred(case.op, torch.device(device)) != way:
             raise RuntimeError(f"{case.op} has no kernel for {way!r} on {device}")
         return cases.fused(case, tensors)
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._backend import operator
-from .._checks import IntPair, autocast_enabled, check_bias, check_same, check_tensor, pair
+from .._checks import IntPair, autocast_enabled, check_bias, check_same, check_tensor, integer, pair
 from .._layout import convolved_format, new_images
 from .._register import Gradient, register
 from . import reference
@@ -57,7 +57,7 @@ def conv2d_bias_relu(
         check_tensor(name, value)
     step, dilate = pair("stride", stride, 1), pair("dilation", dilation, 1)
     pad = _padding(padding, step)
-    _check_shapes(x, weight, groups)
+    groups = _check_shapes(x, weight, groups)
     check_bias(bias, weight.shape[0], x)
     if weight.device != x.device or not autocast_enabled(x):
         check_same("weight", weight, x)
@@ -95,9 +95,11 @@ def _pad_same(x: Tensor, weight: Tensor, dilation: list[int]) -> tuple[Tensor, l
     return x, before
 
 
-def _check_shapes(x: Tensor, weight: Tensor, groups: int) -> None:
-    if isinstance(groups, bool) or not isinstance(groups, int):
-        raise TypeError(f"groups must be an int, got {groups!r}")
+def _check_shapes(x: Tensor, weight: Tensor, given: Any) -> int:
+    """The number of groups, which x and weight fit."""
+    groups: int = integer(given)
+    if groups is None:
+        raise TypeError(f"groups must be an int, got {given!r}")
     if groups < 1:
         raise ValueError(f"groups must be at least 1, got {groups}")
     if x.dim() not in (3, 4):
@@ -111,6 +113,7 @@ def _check_shapes(x: Tensor, weight: Tensor, groups: int) -> None:
             f"Given groups={groups}, weight of size {list(weight.shape)}, expected x of shape {list(x.shape)} "
             f"to have {weight.shape[1] * groups} channels, but got {x.shape[-3]}"
         )
+    return groups
 
 
 def _check_reach(x: Tensor, weight: Tensor, padding: list[int], dilation: list[int]) -> None:

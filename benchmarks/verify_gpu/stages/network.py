@@ -46,7 +46,7 @@ def runs_ours(way: str, device: str) -> str:
         model(images).sum().backward()
 
     with preferring(way, device):
-        chosen = {op: _backend.preferred(op, device) for op in IN_IT}
+        chosen = {op: _backend.preferred(op, torch.device(device)) for op in IN_IT}
         step()
         with profile(activities=[ProfilerActivity.CPU]) as profiled:
             step()
