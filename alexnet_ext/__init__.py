@@ -5,6 +5,7 @@ from ._version import __version__
 from .accelerate import Report, accelerate, accelerated, restore
 from .diagnostics import info
 from .ops import use_backend
+from .tuning import tune
 
 __all__ = [
     "Report",
@@ -16,5 +17,6 @@ __all__ = [
     "nn",
     "ops",
     "restore",
+    "tune",
     "use_backend",
 ]

@@ -315,7 +315,7 @@ def tune(
 
     from .ops import _tuning
     from .training.run import device_of
-    from .tuning import tune as measure
+    from .tuning import rows
 
     where = device_of(device)
     if where.type != "cuda":
@@ -326,7 +326,7 @@ def tune(
     side = network.config.image_size
     console = Console()
     table = Table("layer or op", "direction", "choice", "microseconds")
-    for row in measure(network, (batch_size, 3, side, side), where, dtype):
+    for row in rows(network, (batch_size, 3, side, side), where, dtype, torch.channels_last):
         times = ", ".join(f"{name} {time:.0f}" for name, time in sorted(row.microseconds.items(), key=lambda t: t[1]))
         table.add_row(row.layer, row.direction, row.choice, times)
     console.print(table)

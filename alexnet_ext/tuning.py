@@ -1,7 +1,7 @@
-"""``tune``: prove and measure the kernels of a network on the device that will train it. Not yet run on a GPU.
+"""``tune``: prove and measure the kernels of a model on the device that will train it. Not yet run on a GPU.
 
 Each convolution is measured for its own shape, direction by direction (``ops/conv2d_bias_relu/measured.py``); then
-each op as a whole, by every backend that computes it right here, over all of the network's calls. What is fastest
+each op as a whole, by every backend that computes it right here, over all of the model's calls. What is fastest
 is remembered, and from then on ``backend="auto"`` runs it on this device.
 """
 
@@ -38,7 +38,7 @@ class TunedRow:
 
 @dataclass(frozen=True)
 class Call:
-    """An op as a layer of the network calls it; tensors are on the meta device."""
+    """An op as a layer of the model calls it; tensors are on the meta device."""
 
     layer: str
     op: str
@@ -87,8 +87,8 @@ class _Calls(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def calls_of(network: nn.Module, shape: Sequence[int]) -> list[Call]:
-    """The calls of our ops in ``network``, of inputs of ``shape``; none is run.
+def calls_of(model: nn.Module, shape: Sequence[int]) -> list[Call]:
+    """The calls of our ops in ``model``, of inputs of ``shape``; none is run.
 
     Behind them one, at AlexNet's shapes and this batch, of each op that it does not call: augment makes its input,
     others serve other models.
@@ -96,14 +96,14 @@ def calls_of(network: nn.Module, shape: Sequence[int]) -> list[Call]:
     calls = _Calls()
     hooks = [
         module.register_forward_pre_hook(lambda *_, layer=layer: calls.enter(layer))
-        for layer, module in network.named_modules()
+        for layer, module in model.named_modules()
     ]
     meta = partial(torch.empty, device="meta")
     batch, _, height, width = shape
     try:
         with torch.no_grad(), calls:
-            weights = {name: value.to("meta") for name, value in network.state_dict().items()}
-            torch.func.functional_call(network, weights, meta(tuple(shape)))
+            tensors = (*model.named_parameters(), *model.named_buffers())
+            torch.func.functional_call(model, {name: x.to("meta") for name, x in tensors}, meta(tuple(shape)))
             calls.enter("")
             called = {call.op for call in calls.found}
             for case in CASES:
@@ -120,20 +120,40 @@ def calls_of(network: nn.Module, shape: Sequence[int]) -> list[Call]:
 
 
 def tune(
-    network: nn.Module,
+    model: nn.Module,
     shape: Sequence[int],
-    device: torch.device,
-    dtype: torch.dtype,
+    *,
+    device: torch.device | str = "cuda",
+    dtype: torch.dtype = torch.float32,
     layout: torch.memory_format = torch.channels_last,
-) -> Iterator[TunedRow]:
-    """Prove and measure on ``device`` what ``network`` calls for inputs of ``shape``; rows come as they are found.
+) -> list[TunedRow]:
+    """Prove and measure on ``device`` the kernels that ``model`` calls; from now on ``backend="auto"`` follows there.
 
-    The network's own tensors are not touched, and may be on the meta device. A convolution's directions are measured
-    where their choice is not known yet, an op's backends each time: the last choice holds. A backend is a candidate
-    for an op where ``check`` finds it right; choosing by measurement where it agrees with stock PyTorch on all layers.
+    A backend is a candidate for an op where it is right on this device (``alexnet check`` says how that is judged, in
+    fp32, bf16 and fp16, forward and backward); choosing a convolution by measurement where it agrees with stock PyTorch
+    on every layer. The fastest over all of the model's calls is kept, in the user's cache folder, for this device and
+    these versions of PyTorch, Triton and this package. A convolution's directions are measured where their choice is
+    not known yet, an op's backends each time: the last choice holds. Not yet run on a GPU.
+
+    >>> rows = alexnet_ext.tune(alexnet_ext.models.alexnet().cuda(), (128, 3, 227, 227), dtype=torch.bfloat16)
+
+    Args:
+        model: with fused layers, ``accelerate``'s or one's own. Its tensors stay as they are, on any device.
+        shape: (N, C, H, W) of its input.
+        device, dtype, layout: what it will train with.
+
+    Warns:
+        UserWarning: a kernel that is wrong or does not run here, and is not used.
     """
+    return list(rows(model, shape, torch.device(device), dtype, layout))
+
+
+def rows(
+    model: nn.Module, shape: Sequence[int], device: torch.device, dtype: torch.dtype, layout: torch.memory_format
+) -> Iterator[TunedRow]:
+    """What ``tune`` finds, as it is found."""
     by_op: dict[str, list[Call]] = {}
-    for call in calls_of(network, shape):
+    for call in calls_of(model, shape):
         if any(_backend.has_kernel(backend, call.op, device.type) for backend in OURS):
             by_op.setdefault(call.op, []).append(call)
     for op, calls in by_op.items():

@@ -291,7 +291,7 @@ def test_tune_measures_a_networks_convolutions_and_every_op(file: Path) -> None:
     with pytest.warns(
         UserWarning, match="conv2d_bias_relu by triton is not used, as in bf16"
     ):  # the interpreter's fault
-        rows = list(tuning.tune(small_network(), (2, 3, 9, 8), CPU, torch.float32))
+        rows = ax.tune(small_network(), (2, 3, 9, 8), device=CPU)
     directions = ("input gradient", "weight gradient")
     assert [(row.layer, row.direction) for row in rows[:7]] == [
         *(("0", direction) for direction in ("forward", *directions)),
@@ -324,7 +324,7 @@ def test_what_is_wrong_here_is_no_candidate(monkeypatch: pytest.MonkeyPatch) -> 
     ]
     monkeypatch.setattr(_check, "CASES", tuple(wrong))
     with pytest.warns(UserWarning, match="local_response_norm by native is not used, as in fp32, contiguous, its y is"):
-        rows = {row.layer: row for row in tuning.tune(small_network(), (2, 3, 9, 8), CPU, torch.float32)}
+        rows = {row.layer: row for row in ax.tune(small_network(), (2, 3, 9, 8), device="cpu")}
     assert rows["local_response_norm"].microseconds.keys() == {"stock"}
     assert _backend.preferred("local_response_norm", CPU) == "stock"
     assert rows["relu_max_pool2d"].microseconds.keys() == {"native", "stock"}
@@ -340,7 +340,7 @@ def test_a_convolution_that_differs_from_stock_is_not_left_to_measurement(monkey
     with pytest.warns(
         UserWarning, match="conv2d_bias_relu: what is fastest differs from stock PyTorch and is not used"
     ):
-        *_, row = tuning.tune(small_network(), (2, 3, 9, 8), CPU, torch.float32)
+        *_, row = ax.tune(small_network(), (2, 3, 9, 8), device="cpu")
     assert row.microseconds.keys() == {"native", "stock"}
 
 

@@ -12,7 +12,7 @@ import torch
 
 from alexnet_ext import models
 from alexnet_ext.ops import _backend, _tuning
-from alexnet_ext.tuning import TunedRow, tune
+from alexnet_ext.tuning import TunedRow, rows
 
 from ..common import SIZES, ways
 from ..report import Finding
@@ -21,6 +21,7 @@ from . import Task
 
 def run(task: Task) -> Iterator[Finding]:
     sizes, device = SIZES[task.device], torch.device(task.device)
+    shape = (sizes.batch, 3, 227, 227)
     with torch.device("meta"):
         network = models.alexnet("paper", init="torch")
     # The user's own choices stay as they are.
@@ -32,7 +33,7 @@ def run(task: Task) -> Iterator[Finding]:
             warnings.catch_warnings(record=True) as caught,
         ):
             warnings.simplefilter("always")
-            for row in tune(network, (sizes.batch, 3, 227, 227), device, sizes.dtypes[0]):
+            for row in rows(network, shape, device, sizes.dtypes[0], torch.channels_last):
                 said = [str(warning.message) for warning in caught]
                 caught.clear()
                 yield judged(row, device, said) if row.layer in _backend.OPS else measured(row, said)
