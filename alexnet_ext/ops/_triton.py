@@ -71,20 +71,20 @@ def tile(channels: int, channel_stride: int, reach: int | None, dtype: torch.dty
     """Block sizes for tiles of pixels by channels, and how many channel blocks there are.
 
     Where channels meet (``reach``: over how many of them), all stand in one tile if that is possible, else blocks
-    overlap by ``reach`` on each side. A tile is longest along what lies side by side in memory. Its values stay in
-    registers: 16 a thread where 16 bytes at a time hold nothing but what is needed, else 8, 4 of fp64.
+    overlap by ``reach`` on each side. A tile is longest along what lies side by side in memory. So that its values stay
+    in registers a thread has 16 where they come 16 bytes at a time and do not meet, else 8, and 4 of fp64.
     """
     dense = channel_stride == 1
     block_c, halo = power_of_two(channels), 0
     if reach is None:
-        block_c = min(block_c, max(256 if dense else 8, power_of_two(channels // 2**15)))
+        block_c = min(block_c, max(128 if dense else 8, power_of_two(channels // 2**15)))
     elif channels > CHANNELS:
         halo = 8 * triton.cdiv(reach, 8) if dense else reach  # 8: blocks begin where 16 bytes of bf16 do
-        block_c = max(CHANNELS // 2, power_of_two(4 * halo))
-    values = 4 if dtype == torch.float64 else 16 if dense and halo == 0 and channels % 16 == 0 else 8
+        block_c = max(CHANNELS // 2 if dense else CHANNELS // 4, power_of_two(4 * halo))
+    values = 4 if dtype == torch.float64 else 16 if dense and reach is None and channels % 16 == 0 else 8
     block_p = min(max((128 if dense else 256) * values // block_c, 1 if dense else values), 128 if dense else 256)
     warps = max(1, block_p * block_c // (32 * values))
-    # A warp for each pixel at most where channels meet: shared by two, its neighbours would go by shared memory.
+    # Where channels meet a warp for each pixel at most: two would exchange its neighbours by way of shared memory.
     num_warps = min(warps, 32 if reach is None else block_p)
     blocks = {"HALO": halo, "BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": num_warps}
     return blocks, triton.cdiv(channels, block_c - 2 * halo)
