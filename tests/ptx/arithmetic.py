@@ -1,0 +1,142 @@
+"""Numbers as PTX has them: types, comparisons, conversions."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+
+def dtype_of(kind: str, sign: str = "") -> np.dtype[Any]:
+    """NumPy's of a PTX type; with a sign (``"u"``), that of the same bytes."""
+    if kind == "pred":
+        return np.dtype(bool)
+    letter, bits = kind[0], int(kind[1:])
+    return np.dtype(f"{sign or {'b': 'u', 's': 'i'}.get(letter, letter)}{bits // 8}")
+
+
+def NARROW(value: Any, dtype: np.dtype[Any]) -> Array:
+    return np.asarray(value).astype(dtype)
+
+
+def _left(a: Any, by: Any) -> Any:
+    width = 8 * np.asarray(a).itemsize
+    return np.where(by < width, a << np.minimum(by, width - 1).astype(np.asarray(a).dtype), 0).astype(
+        np.asarray(a).dtype
+    )
+
+
+def _right(a: Any, by: Any) -> Any:
+    dtype = np.asarray(a).dtype
+    width = 8 * dtype.itemsize
+    shifted = a >> np.minimum(by, width - 1).astype(dtype)
+    return shifted if dtype.kind == "i" else np.where(by < width, shifted, 0).astype(dtype)
+
+
+def _divided(a: Any, b: Any) -> Any:
+    if np.asarray(a).dtype.kind == "f":
+        return a / b
+    quotient = np.abs(a) // np.abs(b)
+    return np.where((a < 0) != (b < 0), -quotient, quotient).astype(np.asarray(a).dtype)
+
+
+def _least(a: Any, b: Any) -> Any:
+    return np.fmin(a, b)
+
+
+def _most(a: Any, b: Any) -> Any:
+    return np.fmax(a, b)
+
+
+BINARY: dict[str, Callable[[Any, Any], Any]] = {
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "div": _divided,
+    "rem": lambda a, b: a - b * _divided(a, b),
+    "and": operator.and_,
+    "or": operator.or_,
+    "xor": operator.xor,
+    "shl": _left,
+    "shr": _right,
+    "min": _least,
+    "max": _most,
+}
+
+UNARY: dict[str, Callable[[Any], Any]] = {
+    "not": operator.invert,
+    "neg": operator.neg,
+    "abs": np.abs,
+    "sqrt": np.sqrt,
+    "rsqrt": lambda a: 1 / np.sqrt(a),
+}
+
+
+def _unless_nan(compare: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    return lambda a, b: compare(a, b) & (a == a) & (b == b)
+
+
+_ORDERED = {"eq": operator.eq, "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge}
+_OPPOSITE = {"eq": "ne", "lt": "ge", "le": "gt", "gt": "le", "ge": "lt"}
+COMPARE: dict[str, Callable[[Any, Any], Any]] = {
+    **_ORDERED,
+    "ne": _unless_nan(operator.ne),
+    # Unordered ones hold of NaN too: they are what the opposite is not.
+    **{
+        f"{name}u": (lambda a, b, opposite=_ORDERED.get(_OPPOSITE[name]): ~opposite(a, b))
+        for name in ("lt", "le", "gt", "ge")
+    },
+    "equ": lambda a, b: ~((a < b) | (a > b)),
+    "neu": operator.ne,
+    "lo": operator.lt,
+    "ls": operator.le,
+    "hi": operator.gt,
+    "hs": operator.ge,
+    "num": lambda a, b: (a == a) & (b == b),
+    "nan": lambda a, b: (a != a) | (b != b),
+}
+
+
+def to_bf16(value: Any) -> Array:
+    """The bits of fp32 numbers rounded to the nearest bf16, ties to even."""
+    bits = np.asarray(value, np.float32).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    return np.where(np.isnan(value), np.uint32(0x7FFF), rounded).astype(np.uint16)
+
+
+def to_f16(value: Any) -> Array:
+    return np.asarray(value).astype(np.float16).view(np.uint16)
+
+
+def from_bf16(bits: Any) -> Array:
+    return (np.asarray(bits).astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def convert(
+    op: list[str], write: Callable[..., None], source: Callable[[int, str], Callable[..., Any]]
+) -> Callable[..., None]:
+    """``cvt``; its type of result stands before that of its operand."""
+    to, of = op[-2:]
+    if to in ("bf16x2", "f16x2"):
+        narrow, high, low = to_bf16 if to == "bf16x2" else to_f16, source(0, "f32"), source(1, "f32")
+
+        def pack(some: Any) -> None:
+            upper, lower = narrow(high(some)).astype(np.uint32), narrow(low(some)).astype(np.uint32)
+            write(some, upper << np.uint32(16) | lower)
+
+        return pack
+    if to in ("bf16", "f16") and of == "f32":
+        narrow, a = to_bf16 if to == "bf16" else to_f16, source(0, "f32")
+        return lambda some: write(some, narrow(a(some)))
+    if to == "tf32":
+        a = source(0, "u32")
+        return lambda some: write(some, (a(some) + np.uint32(0x1000)) & np.uint32(0xFFFFE000))
+    if of == "bf16":
+        bits = source(0, "u16")
+        return lambda some: write(some, from_bf16(bits(some)))
+    a, dtype = source(0, of), dtype_of(to)
+    return lambda some: write(some, np.asarray(a(some)).astype(dtype))

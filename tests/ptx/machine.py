@@ -1,0 +1,468 @@
+"""A machine for PTX: one block of threads at a time, each register an array over its threads.
+
+Threads that stand at one instruction do it together; of threads that stand at several, those furthest behind go on.
+Shared memory and registers begin as NaN. Every address must lie within a buffer that was named, and be a multiple of
+the access. What cp.async copies arrives when it is waited for, not before. An instruction that is not known here is an
+error. (PTX ISA 8.x, sections 9.7.1 to 9.7.14; fragments of matrices as in 9.7.14.5.)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from . import matrices
+from .arithmetic import BINARY, COMPARE, NARROW, UNARY, convert, dtype_of
+
+Array = np.ndarray[Any, Any]
+# Which threads: all of a block, or their indices.
+Some = Any
+ALL = slice(None)
+WARP = 32
+
+
+class PtxError(Exception):
+    """Something that is wrong in the program, or not known to this machine."""
+
+
+@dataclass
+class Instruction:
+    guard: str
+    op: list[str]
+    operands: list[str]
+    text: str
+
+
+@dataclass
+class Kernel:
+    name: str
+    parameters: list[tuple[str, int]]  # and their bytes
+    registers: dict[str, tuple[str, int]] = field(default_factory=dict)  # by prefix: type and count
+    code: list[Instruction] = field(default_factory=list)
+    labels: dict[str, int] = field(default_factory=dict)
+    shared: dict[str, int] = field(default_factory=dict)  # static, by name: bytes
+
+
+SIZES = {"8": 1, "16": 2, "32": 4, "64": 8}
+STATEMENT = re.compile(r"(?:@(!?[%\w]+)\s+)?([\w.:]+)\s*(.*)", re.S)
+OPERANDS = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+")
+
+
+def parse(text: str) -> dict[str, Kernel]:
+    """The kernels of a PTX file."""
+    text = re.sub(r"//[^\n]*", "", text)
+    shared = re.findall(r"\.shared\s+\.align\s+\d+\s+\.b8\s+(\w+)\[(\d*)\]", text)
+    kernels = {}
+    for head in re.finditer(r"\.entry\s+(\w+)\s*\((.*?)\)\s*(?:\.\w+\s+[\d, ]+\s*)*\{", text, re.S):
+        parameters = []
+        for _, bits, name, count in re.findall(
+            r"\.param\s+(\.align\s+\d+\s+)?\.[busf](\d+)\s+(\w+)(?:\[(\d+)\])?", head[2]
+        ):
+            parameters.append((name, SIZES[bits] * int(count or 1)))
+        kernel = Kernel(head[1], parameters, shared={name: int(size or 0) for name, size in shared})
+        read_body(kernel, text[head.end() : closing(text, head.end())])
+        kernels[head[1]] = kernel
+    return kernels
+
+
+def closing(text: str, at: int) -> int:
+    """Where the brace opened before ``at`` is closed."""
+    depth = 1
+    for brace in re.finditer(r"[{}]", text[at:]):
+        depth += 1 if brace[0] == "{" else -1
+        if depth == 0:
+            return at + brace.start()
+    raise PtxError("a brace is not closed")
+
+
+def statements(body: str) -> Iterator[str]:
+    """One by one: instructions and declarations, labels with their colon, and the braces of scopes."""
+    text = ""
+    for character in body:
+        begins = not text.strip()
+        if character in "{}" and begins:
+            yield character
+        elif character == ";":
+            yield text.strip()
+            text = ""
+        elif character == ":" and re.fullmatch(r"\s*\$?\w+", text):
+            yield text.strip() + ":"
+            text = ""
+        else:
+            text += character
+
+
+def read_body(kernel: Kernel, body: str) -> None:
+    scopes: list[dict[str, str]] = [{}]  # of inline assembly: its own registers, renamed
+    for statement in statements(body):
+        if statement == "{":
+            scopes.append({})
+        elif statement == "}":
+            scopes.pop()
+        elif statement.endswith(":"):
+            kernel.labels[statement[:-1]] = len(kernel.code)
+        elif statement.startswith(".reg"):
+            _, kind, names = statement.replace(".", " ").split(None, 2)
+            for name in names.split(","):
+                if found := re.fullmatch(r"(%\w+?)<(\d+)>", name.strip()):
+                    kernel.registers[found[1]] = (kind, int(found[2]))
+                else:
+                    prefix = f"%scoped{len(kernel.registers)}_"
+                    scopes[-1][name.strip()] = f"{prefix}0"
+                    kernel.registers[prefix] = (kind, 1)
+        elif statement and not statement.startswith("."):
+            for name, register in (item for scope in scopes for item in scope.items()):
+                statement = re.sub(rf"(?<![\w%.]){re.escape(name)}\b", register, statement)
+            found = STATEMENT.fullmatch(statement)
+            if found is None:
+                raise PtxError(f"not a statement: {statement}")
+            words = " ".join(statement.split())
+            kernel.code.append(Instruction(found[1] or "", found[2].split("."), OPERANDS.findall(found[3]), words))
+
+
+class Machine:
+    """Runs a kernel's blocks over global memory of the buffers that it is given."""
+
+    def __init__(
+        self, kernel: Kernel, buffers: Sequence[Array], arguments: Sequence[bytes], threads: int, shared: int
+    ) -> None:
+        self.kernel, self.threads = kernel, threads
+        self.buffers = [(b.ctypes.data, b.view(np.uint8).reshape(-1)) for b in buffers]
+        self.addresses, parameters = {}, b""
+        for (name, size), value in zip(kernel.parameters, arguments, strict=True):
+            parameters += bytes(-len(parameters) % min(size & -size, 8))
+            self.addresses[name] = len(parameters)
+            parameters += value
+        self.parameters = np.frombuffer(parameters, np.uint8)
+        for name, size in kernel.shared.items():
+            self.addresses[name] = 0 if size == 0 else shared
+            shared += size
+        self.shared = np.empty(shared, np.uint8)
+        self.registers: dict[str, Array] = {}
+        for prefix, (kind, count) in kernel.registers.items():
+            block = np.empty((count, threads), dtype_of(kind, "u"))
+            block.view(np.uint8).fill(1 if kind == "pred" else 0xFF)
+            self.registers |= {f"{prefix}{i}": block[i] for i in range(count)}
+        lane = np.arange(threads, dtype=np.uint32)
+        self.special: dict[str, Any] = {"%tid.x": lane, "%tid.y": np.uint32(0), "%tid.z": np.uint32(0)}
+        self.special |= {"%laneid": lane % WARP, "%warpid": lane // WARP}
+        self.special |= {f"%ntid.{axis}": np.uint32(threads if axis == "x" else 1) for axis in "xyz"}
+        self.pending: list[list[tuple[Array, Array]]] = [[]]
+        self.steps = [self.step(instruction) for instruction in kernel.code]
+
+    def run(self, grid: tuple[int, int, int]) -> None:
+        self.grid = grid
+        with np.errstate(all="ignore"):
+            for z in range(grid[2]):
+                for y in range(grid[1]):
+                    for x in range(grid[0]):
+                        self.block = (x, y, z)
+                        self.run_block()
+
+    def run_block(self) -> None:
+        self.shared.fill(0xFF)
+        self.pending = [[]]
+        everyone = np.arange(self.threads)
+        # Where each thread stands; the end is where all go, and waiting ones stand behind their barrier.
+        at, waits, end = np.zeros(self.threads, int), np.zeros(self.threads, bool), len(self.steps)
+        while True:
+            runs = ~waits & (at < end)
+            if not runs.any():
+                if not waits.any():
+                    return
+                if len(set(at[waits])) > 1:
+                    raise PtxError("threads wait for each other at different barriers")
+                waits[:] = False
+                continue
+            pc = int(at[runs].min())
+            here = everyone[runs & (at == pc)]
+            others = at[runs & (at != pc)]
+            limit = int(others.min()) if len(others) else end
+            pc, here = self.go(pc, limit, here, at, waits)
+
+    def go(self, pc: int, limit: int, here: Array, at: Array, waits: Array) -> tuple[int, Array]:
+        """Run these threads until they part, wait, end, or stand where others do."""
+        some: Some = ALL if len(here) == self.threads else here
+        alive = len(here) == int((at < len(self.steps)).sum())
+        while pc < limit:
+            instruction, step = self.kernel.code[pc], self.steps[pc]
+            kind = instruction.op[0]
+            if kind in ("bra", "ret", "exit"):
+                taken = self.guarded(instruction, here)
+                target = self.kernel.labels[instruction.operands[0]] if kind == "bra" else len(self.steps)
+                at[here] = pc + 1
+                at[taken] = target
+                if 0 < len(taken) < len(here) or kind != "bra" or target > limit:
+                    return pc, here
+                pc = target if len(taken) else pc + 1
+                if pc > limit:
+                    return pc, here
+                continue
+            if kind == "bar" and not alive:
+                at[here] = pc  # the barrier's own instruction is done when all are here
+                if len(instruction.op) > 2 and instruction.op[1] == "red":
+                    raise PtxError(f"threads part before {instruction.text}")
+                at[here] = pc + 1
+                waits[here] = True
+                return pc, here
+            if step is not None:
+                chosen: Some = some
+                if instruction.guard:
+                    found = self.guarded(instruction, here)
+                    chosen = some if len(found) == len(here) else found
+                if isinstance(chosen, slice) or len(chosen):
+                    try:
+                        step(chosen)
+                    except PtxError as error:
+                        raise PtxError(f"{error}: {instruction.text}") from None
+            pc += 1
+        at[here] = pc
+        return pc, here
+
+    def guarded(self, instruction: Instruction, here: Array) -> Array:
+        if not instruction.guard:
+            return here
+        value = self.registers[instruction.guard.lstrip("!")][here]
+        return here[~value if instruction.guard.startswith("!") else value]
+
+    # ---- operands
+
+    def source(self, text: str, kind: str) -> Callable[[Some], Any]:
+        """What reads an operand as numbers of this type."""
+        if text.startswith("!"):
+            inner = self.source(text[1:], kind)
+            return lambda some: ~inner(some)
+        dtype = dtype_of(kind)
+        if text in self.registers:
+            register = self.registers[text]
+            if register.dtype == bool:
+                return lambda some: register[some]
+            if register.itemsize == dtype.itemsize:
+                view = register.view(dtype)
+                return lambda some: view[some]
+            return lambda some: register[some].astype(dtype_of(kind, "u")).view(dtype)
+        if text in self.special:
+            value = self.special[text]
+            return lambda some: value if value.ndim == 0 else value[some]
+        if found := re.fullmatch(r"%(n?)ctaid\.([xyz])", text):
+            axis = "xyz".index(found[2])
+            return lambda some: np.uint32((self.grid if found[1] else self.block)[axis])
+        if found := re.fullmatch(r"0([fd])([0-9A-Fa-f]+)", text):
+            number: Any = np.array(int(found[2], 16), np.uint32 if found[1] == "f" else np.uint64).view(dtype)[()]
+        elif text in self.addresses:
+            number = dtype.type(self.addresses[text])
+        else:
+            number = np.array(int(text.rstrip("U"), 0) & (2 ** (8 * dtype.itemsize) - 1), dtype_of(kind, "u")).view(
+                dtype
+            )[()]
+        return lambda some: number
+
+    def target(self, text: str) -> Callable[[Some, Any], None]:
+        """What writes a register: bits as they are, of narrower numbers extended."""
+        if text == "_":
+            return lambda some, value: None
+        register = self.registers[text]
+
+        def write(some: Some, value: Any) -> None:
+            value = np.asarray(value)
+            if register.dtype == bool:
+                register[some] = value
+            elif value.dtype.itemsize == register.itemsize:
+                register[some] = value.view(register.dtype)
+            else:
+                wide = np.dtype(f"{value.dtype.kind}{register.itemsize}")
+                register[some] = value.astype(wide).view(register.dtype)
+
+        return write
+
+    def vector(self, text: str) -> list[str]:
+        return re.findall(r"[^{},\s]+", text)
+
+    def address(self, text: str) -> Callable[[Some], Array]:
+        name, _, rest = text.strip("[] ").partition("+")
+        base, offset = self.source(name.strip(), "u64"), np.uint64(int(rest or "0", 0) & (2**64 - 1))
+        if name.strip() in self.registers and self.registers[name.strip()].itemsize == 4:
+            narrow = self.source(name.strip(), "u32")
+            base = lambda some: narrow(some).astype(np.uint64)  # noqa: E731
+
+        def find(some: Some) -> Array:
+            count = self.threads if isinstance(some, slice) else len(some)
+            return np.broadcast_to(np.asarray(base(some) + offset), (count,))
+
+        return find
+
+    # ---- memory
+
+    def bytes_at(self, space: str, addresses: Array, size: int) -> list[tuple[Some, Array, Array]]:
+        """(which of the addresses, the memory they lie in, the indices [count, size] of their bytes)."""
+        if (addresses % np.uint64(size)).any():
+            raise PtxError(f"an address is no multiple of {size}")
+        if space != "global":
+            memory = self.shared if space == "shared" else self.parameters
+            if len(addresses) and int(addresses.max()) + size > len(memory):
+                raise PtxError(f"an address is beyond the {len(memory)} bytes of {space} memory")
+            return [(ALL, memory, addresses.astype(np.int64)[:, None] + np.arange(size))]
+        found, left = [], np.ones(len(addresses), bool)
+        for base, memory in self.buffers:
+            inside = left & (addresses >= base) & (addresses + np.uint64(size) <= base + len(memory))
+            if inside.any():
+                which = np.nonzero(inside)[0]
+                found.append(
+                    (which, memory, (addresses[which] - np.uint64(base)).astype(np.int64)[:, None] + np.arange(size))
+                )
+                left &= ~inside
+        if left.any():
+            raise PtxError(f"address {int(addresses[left][0]):#x} is in no buffer")
+        return found
+
+    def fetch(self, space: str, addresses: Array, size: int) -> Array:
+        values = np.empty((len(addresses), size), np.uint8)
+        for which, memory, indices in self.bytes_at(space, addresses, size):
+            values[which] = memory[indices]
+        return values
+
+    def put(self, space: str, addresses: Array, values: Array) -> None:
+        for which, memory, indices in self.bytes_at(space, addresses, values.shape[1]):
+            memory[indices] = values[which]
+
+    def load(self, i: Instruction) -> Callable[[Some], None]:
+        space = next((part for part in i.op if part in ("global", "shared", "param")), "global")
+        targets = [self.target(name) for name in self.vector(i.operands[0])]
+        dtype, address = dtype_of(i.op[-1]), self.address(i.operands[1])
+        size = dtype.itemsize * len(targets)
+
+        def run(some: Some) -> None:
+            values = self.fetch(space, address(some), size).view(dtype)
+            for n, write in enumerate(targets):
+                write(some, np.ascontiguousarray(values[:, n]))
+
+        return run
+
+    def store(self, i: Instruction) -> Callable[[Some], None]:
+        space = "shared" if "shared" in i.op else "global"
+        dtype, address = dtype_of(i.op[-1]), self.address(i.operands[0])
+        sources = [self.source(name, i.op[-1]) for name in self.vector(i.operands[1])]
+
+        def run(some: Some) -> None:
+            addresses = address(some)
+            values = np.empty((len(addresses), len(sources)), dtype)
+            for n, read in enumerate(sources):
+                values[:, n] = read(some)
+            self.put(space, addresses, values.view(np.uint8))
+
+        return run
+
+    def copy_async(self, i: Instruction) -> Callable[[Some], None]:
+        if i.op[2] == "commit_group":
+            return lambda some: self.pending.append([])
+        if i.op[2] in ("wait_group", "wait_all"):
+            left = 0 if i.op[2] == "wait_all" else int(i.operands[0])
+
+            def wait(some: Some) -> None:
+                if left == 0 and i.op[2] == "wait_all":
+                    self.pending.append([])
+                while len(self.pending) - 1 > left:
+                    for addresses, values in self.pending.pop(0):
+                        self.put("shared", addresses, values)
+
+            return wait
+        to, source, size = self.address(i.operands[0]), self.address(i.operands[1]), int(i.operands[2])
+        filled = self.source(i.operands[3], "u32") if len(i.operands) > 3 else lambda some: np.uint32(size)
+
+        def run(some: Some) -> None:
+            addresses, sources = to(some), source(some)
+            counts = np.broadcast_to(filled(some), addresses.shape)
+            values = np.zeros((len(addresses), size), np.uint8)
+            whole = counts == size
+            if not (whole | (counts == 0)).all():
+                raise PtxError("a part of 16 bytes is copied")
+            values[whole] = self.fetch("global", sources[whole], size)
+            self.pending[-1].append((addresses.copy(), values))
+
+        return run
+
+    # ---- instructions
+
+    def step(self, i: Instruction) -> Callable[[Some], None] | None:
+        name, kind = i.op[0], i.op[-1]
+        if name in ("bra", "ret", "exit", "pragma", "membar", "fence") or i.op[:2] == ["bar", "sync"]:
+            return None
+        if name == "ld":
+            return self.load(i)
+        if name == "st":
+            return self.store(i)
+        if i.op[:2] == ["cp", "async"]:
+            return self.copy_async(i)
+        if name in ("mma", "ldmatrix", "shfl"):
+            return getattr(matrices, name)(self, i)  # type: ignore[no-any-return]
+        if i.op[:2] == ["bar", "red"]:
+            every, value, result = (
+                np.all if i.op[2] == "and" else np.any,
+                self.source(i.operands[2], "pred"),
+                self.target(i.operands[0]),
+            )
+            return lambda some: result(some, every(value(some)))
+        if name == "mov" and i.operands[1].startswith("{"):
+            parts = [
+                self.source(part, f"b{int(kind[1:]) // len(self.vector(i.operands[1]))}")
+                for part in self.vector(i.operands[1])
+            ]
+            write = self.target(i.operands[0])
+            return lambda some: write(
+                some, np.stack(np.broadcast_arrays(*(read(some) for read in parts)), -1).view(dtype_of(kind))[..., 0]
+            )
+        write = self.target(i.operands[0].split("|")[0])
+        if name == "cvt":
+            return convert(i.op, write, lambda at, kind: self.source(i.operands[1 + at], kind))
+        if name in ("mov", "cvta"):
+            read = self.source(i.operands[1], kind)
+            return lambda some: write(some, read(some))
+        if name == "setp":
+            compare, kinds = COMPARE[i.op[1]], [self.source(text, kind) for text in i.operands[1:3]]
+            unsigned = kind[0] in "sub" and i.op[1] in ("lo", "ls", "hi", "hs")
+            a, b = [self.source(text, f"u{kind[1:]}") for text in i.operands[1:3]] if unsigned else kinds
+            if len(i.operands) == 3:
+                return lambda some: write(some, compare(a(some), b(some)))
+            both, c = BINARY[i.op[2]], self.source(i.operands[3], "pred")
+            return lambda some: write(some, both(compare(a(some), b(some)), c(some)))
+        if name == "selp":
+            a, b, c = (*(self.source(text, kind) for text in i.operands[1:3]), self.source(i.operands[3], "pred"))
+            return lambda some: write(some, np.where(c(some), a(some), b(some)))
+        if name in ("mul", "mad") and i.op[1] in ("wide", "hi"):
+            return self.product(i, write)
+        if name in ("mad", "fma"):
+            a, b, c = (self.source(text, kind) for text in i.operands[1:])
+            wide = np.float64 if kind == "f32" else dtype_of(kind)  # a product rounded once
+            return lambda some: write(some, (np.asarray(a(some), wide) * b(some) + c(some)).astype(dtype_of(kind)))
+        if name == "bfi":
+            a, b, c, d = (self.source(text, "u32") for text in i.operands[1:])
+
+            def insert(some: Some) -> None:
+                mask = ((np.uint64(1) << d(some).astype(np.uint64)) - np.uint64(1)) << c(some).astype(np.uint64)
+                value = (a(some).astype(np.uint64) << c(some).astype(np.uint64)) & mask
+                write(some, (value | (b(some).astype(np.uint64) & ~mask)).astype(np.uint32))
+
+            return insert
+        if len(i.operands) == 2 and name in UNARY:
+            one, a = UNARY[name], self.source(i.operands[1], kind)
+            return lambda some: write(some, one(a(some)))
+        if len(i.operands) == 3 and name in BINARY:
+            two, a = BINARY[name], self.source(i.operands[1], kind)
+            b = self.source(i.operands[2], "u32" if name in ("shl", "shr") else kind)
+            return lambda some: write(some, two(a(some), b(some)))
+        raise PtxError(f"not known: {i.text}")
+
+    def product(self, i: Instruction, write: Callable[[Some, Any], None]) -> Callable[[Some], None]:
+        kind = i.op[-1]
+        a, b = (self.source(text, kind) for text in i.operands[1:3])
+        bits = int(kind[1:])
+        wide = dtype_of(f"{kind[0]}{2 * bits}")
+        if i.op[1] == "hi":
+            shift = wide.type(bits)
+            return lambda some: write(some, NARROW(np.asarray(a(some)).astype(wide) * b(some) >> shift, dtype_of(kind)))
+        c = self.source(i.operands[3], f"{kind[0]}{2 * bits}") if len(i.operands) > 3 else lambda some: wide.type(0)
+        return lambda some: write(some, np.asarray(a(some)).astype(wide) * b(some) + c(some))

@@ -1,0 +1,108 @@
+"""Instructions that a warp does together: products of tensor cores, loads of their fragments, shuffles.
+
+A fragment is where each lane's values stand in a matrix (PTX ISA, 9.7.14.5.8 and 9.7.14.5.15).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .arithmetic import from_bf16
+
+if TYPE_CHECKING:
+    from .machine import Instruction, Machine
+
+Array = np.ndarray[Any, Any]
+Step = Callable[[Any], None]
+LANE = np.arange(32)
+GROUP, MEMBER = LANE // 4, LANE % 4
+
+
+def whole_warps(machine: Machine, some: Any) -> Array:
+    """The threads, [warps, 32]: a warp does it with all of its lanes."""
+    from .machine import PtxError
+
+    threads = np.arange(machine.threads)[some]
+    if len(threads) % 32 or (threads.reshape(-1, 32) != threads[::32, None] + LANE).any() or (threads[::32] % 32).any():
+        raise PtxError("not all lanes of a warp are here")
+    return threads.reshape(-1, 32)
+
+
+def mma(machine: Machine, i: Instruction) -> Step:
+    """D = A B + C: m16n8k16 of bf16 or fp16, m16n8k8 of TF32, whose lower 13 bits do not count; sums in fp32."""
+    kind, depth = i.op[-2], int(i.op[3].split("k")[1])
+    names = [machine.vector(text) for text in i.operands]
+    targets = [machine.target(name) for name in names[0]]
+    a, b = ([machine.source(name, "u32") for name in group] for group in names[1:3])
+    c = [machine.source(name, "f32") for name in names[3]]
+
+    def values(registers: list[Any], some: Any) -> Array:
+        """[registers, halves, warps, 32] as numbers."""
+        words = np.stack([np.broadcast_to(read(some), (count(machine, some),)) for read in registers])
+        words = words.reshape(len(registers), -1, 32)
+        if kind == "tf32":
+            return (words & np.uint32(0xFFFFE000)).view(np.float32)[:, None].astype(np.float64)
+        halves = np.stack([words & np.uint32(0xFFFF), words >> np.uint32(16)], 1).astype(np.uint16)
+        return (from_bf16(halves) if kind == "bf16" else halves.view(np.float16)).astype(np.float64)
+
+    def run(some: Any) -> None:
+        warps = len(whole_warps(machine, some))
+        left, right = np.empty((warps, 16, depth)), np.empty((warps, depth, 8))
+        wide = 1 if kind == "tf32" else 2  # values in a register
+        for r, halves in enumerate(values(a, some)):
+            for h, numbers in enumerate(halves):
+                left[:, GROUP + 8 * (r % 2), wide * MEMBER + h + depth // 2 * (r // 2)] = numbers
+        for r, halves in enumerate(values(b, some)):
+            for h, numbers in enumerate(halves):
+                right[:, wide * MEMBER + h + depth // 2 * r, GROUP] = numbers
+        product = left @ right
+        for n, (read, write) in enumerate(zip(c, targets, strict=True)):
+            sums = product[:, GROUP + 8 * (n // 2), 2 * MEMBER + n % 2].reshape(-1)
+            write(some, (sums + read(some)).astype(np.float32))
+
+    return run
+
+
+def ldmatrix(machine: Machine, i: Instruction) -> Step:
+    """Matrices of 8 x 8 values of 16 bits, a row at the address of a lane each, handed out as fragments."""
+    count_, transposed = int(i.op[3][1:]) if i.op[3].startswith("x") else 0, "trans" in i.op
+    if not count_:
+        count_ = next(int(part[1:]) for part in i.op if part in ("x1", "x2", "x4"))
+    targets, address = [machine.target(name) for name in machine.vector(i.operands[0])], machine.address(i.operands[1])
+
+    def run(some: Any) -> None:
+        warps = len(whole_warps(machine, some))
+        addresses = address(some).reshape(warps, 32)[:, : 8 * count_]
+        rows = machine.fetch("shared", addresses.reshape(-1), 16).view(np.uint16).reshape(warps, count_, 8, 8)
+        if transposed:
+            rows = rows.swapaxes(2, 3)
+        for n, write in enumerate(targets):
+            low, high = (rows[:, n, GROUP, 2 * MEMBER + h].astype(np.uint32) for h in (0, 1))
+            write(some, (low | high << np.uint32(16)).reshape(-1))
+
+    return run
+
+
+def shfl(machine: Machine, i: Instruction) -> Step:
+    """``shfl.sync.idx`` over whole warps."""
+    from .machine import PtxError
+
+    if i.op[2] != "idx":
+        raise PtxError(f"not known: {i.text}")
+    write = machine.target(i.operands[0].split("|")[0])
+    value, lane = machine.source(i.operands[1], "u32"), machine.source(i.operands[2], "u32")
+
+    def run(some: Any) -> None:
+        warps = len(whole_warps(machine, some))
+        values = np.broadcast_to(value(some), (32 * warps,)).reshape(warps, 32)
+        lanes = np.broadcast_to(lane(some), (32 * warps,)).reshape(warps, 32).astype(np.int64) % 32
+        write(some, np.take_along_axis(values, lanes, 1).reshape(-1))
+
+    return run
+
+
+def count(machine: Machine, some: Any) -> int:
+    return machine.threads if isinstance(some, slice) else len(some)

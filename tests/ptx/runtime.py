@@ -1,0 +1,64 @@
+"""Compiles a .cu file for the machine, and calls its launchers: whatever they launch runs there."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .machine import Kernel, Machine, parse
+
+HERE = Path(__file__).parent
+FLAGS = ("-std=c++20", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "--extended-lambda", "-Xcompiler=-fPIC")
+# Else a CUDA runtime that PyTorch has loaded would be asked before the stand-in.
+LINKED = ("-shared", "--cudart=none", "-Xlinker=-Bsymbolic")
+LAUNCHED = ctypes.CFUNCTYPE(
+    None,
+    ctypes.c_char_p,
+    ctypes.POINTER(ctypes.c_uint),
+    ctypes.c_uint,
+    ctypes.c_size_t,
+    ctypes.POINTER(ctypes.c_void_p),
+)
+
+
+class Program:
+    """A .cu file as PTX and as a library of launchers."""
+
+    def __init__(self, source: Path, include: Path, folder: Path, architecture: str = "80") -> None:
+        kept = folder / source.stem
+        kept.mkdir()
+        code = f"arch=compute_{architecture},code=compute_{architecture}"
+        command = ["nvcc", *LINKED, *FLAGS, "-gencode", code, f"-I{include}", source, HERE / "cudart.cpp"]
+        subprocess.run([*command, "-o", kept / "library.so", "--keep", "--keep-dir", kept], check=True)
+        self.library = ctypes.CDLL(str(kept / "library.so"))
+        self.kernels: dict[str, Kernel] = parse((kept / f"{source.stem}.ptx").read_text(encoding="utf-8"))
+        names = subprocess.run(["nm", "-D", "--defined-only", kept / "library.so"], capture_output=True, text=True)
+        self.symbols = [line.split()[-1] for line in names.stdout.splitlines()]
+
+    def launch(self, launcher: str, arguments: Sequence[Any], buffers: Sequence[np.ndarray[Any, Any]]) -> int:
+        """Call the one launcher with this word in its name; its kernels may touch these buffers. Its cudaError_t."""
+        (symbol,) = [name for name in self.symbols if launcher in name]
+        failed: list[BaseException] = []
+
+        def run(name: bytes, grid: Any, threads: int, shared: int, given: Any) -> None:
+            if failed:
+                return
+            try:
+                kernel = self.kernels[name.decode()]
+                values = [ctypes.string_at(given[i], size) for i, (_, size) in enumerate(kernel.parameters)]
+                Machine(kernel, buffers, values, threads, shared).run((grid[0], grid[1], grid[2]))
+            except BaseException as error:  # ctypes would print it and go on
+                failed.append(error)
+
+        callback = LAUNCHED(run)
+        self.library.ptx_on_launch(callback)
+        status: int = getattr(self.library, symbol)(*arguments)
+        self.library.ptx_on_launch(None)
+        if failed:
+            raise failed[0]
+        return status
