@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .arithmetic import from_bf16
+from .program import Instruction, PtxError
 
 if TYPE_CHECKING:
-    from .machine import Instruction, Machine
+    from .machine import Machine
 
 Array = np.ndarray[Any, Any]
 Step = Callable[[Any], None]
@@ -23,8 +24,6 @@ GROUP, MEMBER = LANE // 4, LANE % 4
 
 def whole_warps(machine: Machine, some: Any) -> Array:
     """The threads, [warps, 32]: a warp does it with all of its lanes."""
-    from .machine import PtxError
-
     threads = np.arange(machine.threads)[some]
     if len(threads) % 32 or (threads.reshape(-1, 32) != threads[::32, None] + LANE).any() or (threads[::32] % 32).any():
         raise PtxError("not all lanes of a warp are here")
@@ -88,8 +87,6 @@ def ldmatrix(machine: Machine, i: Instruction) -> Step:
 
 def shfl(machine: Machine, i: Instruction) -> Step:
     """``shfl.sync.idx`` over whole warps."""
-    from .machine import PtxError
-
     if i.op[2] != "idx":
         raise PtxError(f"not known: {i.text}")
     write = machine.target(i.operands[0].split("|")[0])
