@@ -29,16 +29,17 @@ LAUNCHED = ctypes.CFUNCTYPE(
 
 
 class Program:
-    """A .cu file as PTX and as a library of launchers."""
+    """A .cu file as PTX and as a library of launchers, compiled if the folder has them not."""
 
     def __init__(self, source: Path, include: Path, folder: Path, architecture: str = "80") -> None:
         kept = folder / source.stem
-        kept.mkdir()
+        kept.mkdir(exist_ok=True)
         code = f"arch=compute_{architecture},code=compute_{architecture}"
         includes = (f"-I{include}", f"-I{include}/../tools/util/include")
         self.hopper = architecture == "90a"
         command = ["nvcc", *LINKED, *FLAGS, "-gencode", code, *includes, source, *HERE.glob("*.cpp")]
-        subprocess.run([*command, "-o", kept / "library.so", "--keep", "--keep-dir", kept], check=True)
+        if not (kept / "library.so").exists():
+            subprocess.run([*command, "-o", kept / "library.so", "--keep", "--keep-dir", kept], check=True)
         self.library = ctypes.CDLL(str(kept / "library.so"))
         self.kernels: dict[str, Kernel] = parse((kept / f"{source.stem}.ptx").read_text(encoding="utf-8"))
         names = subprocess.run(["nm", "-D", "--defined-only", kept / "library.so"], capture_output=True, text=True)
