@@ -22,7 +22,7 @@ from .ptx.runtime import Program
 from .test_ptx import CSRC, PROBLEMS, Problem, assert_near, forward, gradients, launch, made, unwritten
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
-# Blocks of 128 pixels x 128 filters or 96 channels, two of them a cluster; steps of 64 channels, of which 6 fit a block.
+# Blocks of 128 pixels x 128 filters or 96 channels, two of them a cluster; steps of 64 channels, 6 or 3 in flight.
 SMALL = Problem((2, 96, 9, 7), 96, (3, 3), padding=(1, 1), groups=2)
 SM90_PROBLEMS = (
     SMALL,

@@ -45,7 +45,8 @@ int cudaMemsetAsync(void* to, int value, size_t bytes, void*) {
   return 0;
 }
 // In clusters of so many blocks along x.
-int ptx_launch(const void* kernel, Dimensions grid, Dimensions block, void** arguments, size_t shared, unsigned cluster) {
+int ptx_launch(const void* kernel, Dimensions grid, Dimensions block, void** arguments, size_t shared,
+               unsigned cluster) {
   const unsigned sizes[] = {grid.x, grid.y, grid.z, cluster};
   launched(names()[kernel].c_str(), sizes, block.x * block.y * block.z, shared, arguments);
   return 0;

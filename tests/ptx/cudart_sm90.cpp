@@ -1,5 +1,5 @@
-// The part of the stand-in that compute capability 9.0 needs: launches in clusters, and descriptors of tensors, which hold
-// what the machine reads (tests/ptx/tensor_maps.py) in place of what the driver makes of it.
+// The part of the stand-in that compute capability 9.0 needs: launches in clusters, and descriptors of tensors, which
+// hold what the machine reads (tests/ptx/tensor_maps.py) in place of what the driver makes of it.
 #include <cuda.h>
 #include <cuda_runtime.h>
 
@@ -92,7 +92,7 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ke
     cluster = {dimensions.x, dimensions.y, dimensions.z};
   }
   if (cluster.y != 1 || cluster.z != 1 || config->gridDim.x % cluster.x != 0) return cudaErrorInvalidConfiguration;
-  return static_cast<cudaError_t>(ptx_launch(kernel, config->gridDim, config->blockDim, arguments,
-                                             config->dynamicSmemBytes, cluster.x));
+  return static_cast<cudaError_t>(
+      ptx_launch(kernel, config->gridDim, config->blockDim, arguments, config->dynamicSmemBytes, cluster.x));
 }
 }

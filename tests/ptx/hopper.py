@@ -38,6 +38,8 @@ class Mbarrier:
 
 
 class HopperMachine(Machine):
+    """Runs a kernel's clusters, each as one block of all their threads."""
+
     def __init__(
         self,
         kernel: Kernel,
@@ -95,9 +97,8 @@ class HopperMachine(Machine):
                 pc = int(self.at[those][ready[those]].min())
                 beyond = self.at[those][self.at[those] > pc]
                 self.progress = False
-                self.go(
-                    pc, int(beyond.min()) if len(beyond) else self.end, those[ready[those] & (self.at[those] == pc)]
-                )
+                here = those[ready[those] & (self.at[those] == pc)]
+                self.go(pc, int(beyond.min()) if len(beyond) else self.end, here)
             elif self.copies:
                 self.copies.pop(self.next_copy)()
             elif self.yields.any() and spins < SPINS:
@@ -286,7 +287,12 @@ class HopperMachine(Machine):
 
     def bulk(self, i: Instruction) -> Callable[[Some], None]:
         if i.op[3] == "commit_group":
-            return lambda some: [self.stores.setdefault(t, [[]]).append([]) for t, *_ in self.each(some)] and None
+
+            def commit(some: Some) -> None:
+                for thread, *_ in self.each(some):
+                    self.stores.setdefault(thread, [[]]).append([])
+
+            return commit
         if i.op[3] == "wait_group":
             left = int(i.operands[0])
 
@@ -316,7 +322,9 @@ class HopperMachine(Machine):
         to, at, signal = self.address(i.operands[0]), self.place(i.operands[1]), self.address(i.operands[2])
         im2col, rest = "im2col" in i.op, i.operands[3:]
         taps = [self.source(text, "u16") for text in self.vector(rest.pop(0))] if im2col else []
-        blocks = self.source(rest[0], "u16") if "multicast::cluster" in i.op else None
+        one = np.uint64(1)
+        aimed = lambda some: one << (to(some) >> np.uint64(RANK))  # noqa: E731
+        blocks = self.source(rest[0], "u16") if "multicast::cluster" in i.op else aimed
 
         def issue(box: Box, address: int, barrier: int) -> None:
             addresses = box.shared(address)
@@ -329,10 +337,8 @@ class HopperMachine(Machine):
             self.copies.append(arrive)
 
         def run(some: Some) -> None:
-            for thread, address, barrier, *values in self.each(some, to, signal, *at, *taps):
+            for _, address, barrier, mask, *values in self.each(some, to, signal, blocks, *at, *taps):
                 box = self.box(values[0], values[1:5], values[5:], im2col)
-                own = 1 << int(self.rank[thread])
-                mask = own if blocks is None else int(np.broadcast_to(blocks(some), (self.count(some),))[0])
                 if mask >> self.cluster:
                     raise PtxError("a copy goes to a block that the cluster has not")
                 for rank in (rank for rank in range(self.cluster) if mask >> rank & 1):

@@ -76,7 +76,12 @@ def wgmma(machine: HopperMachine, i: Instruction) -> Step:
     if i.op[1] == "fence":
         return lambda some: None
     if i.op[1] == "commit_group":
-        return lambda some: [machine.groups[t].groups.append([]) for t in whole_groups(machine, some)] and None
+
+        def commit(some: Any) -> None:
+            for thread in whole_groups(machine, some):
+                machine.groups[thread].groups.append([])
+
+        return commit
     if i.op[1] == "wait_group":
         left = int(i.operands[0])
 
