@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from . import matrices
+from . import approximate, fields, matrices
 from .arithmetic import BINARY, COMPARE, NARROW, UNARY, convert, dtype_of
 
 Array = np.ndarray[Any, Any]
@@ -54,13 +54,14 @@ OPERANDS = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+")
 
 def parse(text: str) -> dict[str, Kernel]:
     """The kernels of a PTX file."""
-    text = re.sub(r"//[^\n]*", "", text)
+    text = re.sub(r"//[^\n]*|^\s*\.loc\b[^\n]*", "", text, flags=re.M)
     shared = re.findall(r"\.shared\s+\.align\s+\d+\s+\.b8\s+(\w+)\[(\d*)\]", text)
     kernels = {}
     for head in re.finditer(r"\.entry\s+(\w+)\s*\((.*?)\)\s*(?:\.\w+\s+[\d, ]+\s*)*\{", text, re.S):
         parameters = []
         for _, bits, name, count in re.findall(
-            r"\.param\s+(\.align\s+\d+\s+)?\.[busf](\d+)\s+(\w+)(?:\[(\d+)\])?", head[2]
+            r"\.param\s+(\.align\s+\d+\s+)?\.[busf](\d+)\s+(?:\.ptr[.\s\w]*?\s)?(\w+)(?:\[(\d+)\])?(?=\s*(?:,|$))",
+            head[2],
         ):
             parameters.append((name, SIZES[bits] * int(count or 1)))
         kernel = Kernel(head[1], parameters, shared={name: int(size or 0) for name, size in shared})
@@ -202,7 +203,7 @@ class Machine:
                 if pc > limit:
                     return pc, here
                 continue
-            if kind == "bar" and not alive:
+            if kind == "bar" and instruction.op[1] != "warp" and not alive:
                 at[here] = pc  # the barrier's own instruction is done when all are here
                 if len(instruction.op) > 2 and instruction.op[1] == "red":
                     raise PtxError(f"threads part before {instruction.text}")
@@ -302,7 +303,7 @@ class Machine:
         if (addresses % np.uint64(size)).any():
             raise PtxError(f"an address is no multiple of {size}")
         if space != "global":
-            memory = self.shared if space == "shared" else self.parameters
+            memory = self.parameters if space == "param" else self.shared
             if len(addresses) and int(addresses.max()) + size > len(memory):
                 raise PtxError(f"an address is beyond the {len(memory)} bytes of {space} memory")
             return [(ALL, memory, addresses.astype(np.int64)[:, None] + np.arange(size))]
@@ -330,7 +331,7 @@ class Machine:
             memory[indices] = values[which]
 
     def load(self, i: Instruction) -> Callable[[Some], None]:
-        space = next((part for part in i.op if part in ("global", "shared", "param")), "global")
+        space = next((part for part in i.op if part in ("global", "shared", "shared::cta", "param")), "global")
         targets = [self.target(name) for name in self.vector(i.operands[0])]
         dtype, address = dtype_of(i.op[-1]), self.address(i.operands[1])
         size = dtype.itemsize * len(targets)
@@ -343,7 +344,7 @@ class Machine:
         return run
 
     def store(self, i: Instruction) -> Callable[[Some], None]:
-        space = "shared" if "shared" in i.op else "global"
+        space = "shared" if "shared" in i.op or "shared::cta" in i.op else "global"
         dtype, address = dtype_of(i.op[-1]), self.address(i.operands[0])
         sources = [self.source(name, i.op[-1]) for name in self.vector(i.operands[1])]
 
@@ -370,7 +371,7 @@ class Machine:
                         self.put("shared", addresses, values)
 
             return wait
-        to, source, size = self.address(i.operands[0]), self.address(i.operands[1]), int(i.operands[2])
+        to, source, size = self.address(i.operands[0]), self.address(i.operands[1]), int(i.operands[2], 0)
         filled = self.source(i.operands[3], "u32") if len(i.operands) > 3 else lambda some: np.uint32(size)
 
         def run(some: Some) -> None:
@@ -415,6 +416,14 @@ class Machine:
             return lambda some: write(
                 some, np.stack(np.broadcast_arrays(*(read(some) for read in parts)), -1).view(dtype_of(kind))[..., 0]
             )
+        if name == "mov" and i.operands[0].startswith("{"):
+            return fields.unpack(self, i)
+        if i.op[:3] == ["bar", "warp", "sync"]:
+            return matrices.barrier(self, i)
+        if name in ("bfe", "prmt"):
+            return getattr(fields, name)(self, i)  # type: ignore[no-any-return]
+        if approximate.is_approximate(i):
+            return approximate.step(self, i)
         write = self.target(i.operands[0].split("|")[0])
         if name == "cvt":
             return convert(i.op, write, lambda at, kind: self.source(i.operands[1 + at], kind))
@@ -447,6 +456,8 @@ class Machine:
                 write(some, (value | (b(some).astype(np.uint64) & ~mask)).astype(np.uint32))
 
             return insert
+        if name in ("min", "max") and "NaN" in i.op:
+            raise PtxError(f"not known: {i.text}")
         if len(i.operands) == 2 and name in UNARY:
             one, a = UNARY[name], self.source(i.operands[1], kind)
             return lambda some: write(some, one(a(some)))
