@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .program import Instruction
+
 if TYPE_CHECKING:
-    from .machine import Instruction, Machine
+    from .machine import Machine
 
 Array = np.ndarray[Any, Any]
 HALF_ULP = 2.0**-24

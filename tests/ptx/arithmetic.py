@@ -19,15 +19,11 @@ def dtype_of(kind: str, sign: str = "") -> np.dtype[Any]:
     return np.dtype(f"{sign or {'b': 'u', 's': 'i'}.get(letter, letter)}{bits // 8}")
 
 
-def NARROW(value: Any, dtype: np.dtype[Any]) -> Array:
-    return np.asarray(value).astype(dtype)
-
-
 def _left(a: Any, by: Any) -> Any:
-    width = 8 * np.asarray(a).itemsize
-    return np.where(by < width, a << np.minimum(by, width - 1).astype(np.asarray(a).dtype), 0).astype(
-        np.asarray(a).dtype
-    )
+    """Shifts by the width and more leave nothing."""
+    dtype = np.asarray(a).dtype
+    width = 8 * dtype.itemsize
+    return np.where(by < width, a << np.minimum(by, width - 1).astype(dtype), 0).astype(dtype)
 
 
 def _right(a: Any, by: Any) -> Any:
@@ -38,18 +34,11 @@ def _right(a: Any, by: Any) -> Any:
 
 
 def _divided(a: Any, b: Any) -> Any:
-    if np.asarray(a).dtype.kind == "f":
+    dtype = np.asarray(a).dtype
+    if dtype.kind == "f":
         return a / b
     quotient = np.abs(a) // np.abs(b)
-    return np.where((a < 0) != (b < 0), -quotient, quotient).astype(np.asarray(a).dtype)
-
-
-def _least(a: Any, b: Any) -> Any:
-    return np.fmin(a, b)
-
-
-def _most(a: Any, b: Any) -> Any:
-    return np.fmax(a, b)
+    return np.where((a < 0) != (b < 0), -quotient, quotient).astype(dtype)
 
 
 BINARY: dict[str, Callable[[Any, Any], Any]] = {
@@ -63,8 +52,8 @@ BINARY: dict[str, Callable[[Any, Any], Any]] = {
     "xor": operator.xor,
     "shl": _left,
     "shr": _right,
-    "min": _least,
-    "max": _most,
+    "min": np.fmin,
+    "max": np.fmax,
 }
 
 UNARY: dict[str, Callable[[Any], Any]] = {
@@ -76,26 +65,26 @@ UNARY: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def _unless_nan(compare: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    return lambda a, b: compare(a, b) & (a == a) & (b == b)
+# Of numbers that are not NaN; those that end with u hold of NaN too.
+_ORDERED: dict[str, Callable[[Any, Any], Any]] = {
+    "eq": operator.eq,
+    "ne": lambda a, b: (a < b) | (a > b),
+    "lt": operator.lt,
+    "le": operator.le,
+    "gt": operator.gt,
+    "ge": operator.ge,
+}
+_UNSIGNED = {"lo": operator.lt, "ls": operator.le, "hi": operator.gt, "hs": operator.ge}
 
 
-_ORDERED = {"eq": operator.eq, "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge}
-_OPPOSITE = {"eq": "ne", "lt": "ge", "le": "gt", "gt": "le", "ge": "lt"}
+def _or_nan(compare: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    return lambda a, b: compare(a, b) | (a != a) | (b != b)
+
+
 COMPARE: dict[str, Callable[[Any, Any], Any]] = {
     **_ORDERED,
-    "ne": _unless_nan(operator.ne),
-    # Unordered ones hold of NaN too: they are what the opposite is not.
-    **{
-        f"{name}u": (lambda a, b, opposite=_ORDERED.get(_OPPOSITE[name]): ~opposite(a, b))
-        for name in ("lt", "le", "gt", "ge")
-    },
-    "equ": lambda a, b: ~((a < b) | (a > b)),
-    "neu": operator.ne,
-    "lo": operator.lt,
-    "ls": operator.le,
-    "hi": operator.gt,
-    "hs": operator.ge,
+    **{f"{name}u": _or_nan(compare) for name, compare in _ORDERED.items()},
+    **_UNSIGNED,
     "num": lambda a, b: (a == a) & (b == b),
     "nan": lambda a, b: (a != a) | (b != b),
 }

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .program import Instruction, PtxError
+
 if TYPE_CHECKING:
-    from .machine import Instruction, Machine
+    from .machine import Machine
 
 Step = Callable[[Any], None]
 
 
 def bfe(machine: Machine, i: Instruction) -> Step:
     """A field of bits, extended by its own highest bit where the type is signed."""
-    from .machine import PtxError
-
     kind = i.op[-1]
     width, write = int(kind[1:]), machine.target(i.operands[0])
     value, begin, length = machine.source(i.operands[1], kind), *(machine.source(t, "u32") for t in i.operands[2:])
@@ -50,19 +50,5 @@ def prmt(machine: Machine, i: Instruction) -> Step:
             byte = np.where(nibble >> np.uint64(3), (byte >> np.uint64(7)) * np.uint64(255), byte)
             result = result | byte << np.uint64(8 * n)
         write(some, np.asarray(result).astype(np.uint32))
-
-    return run
-
-
-def unpack(machine: Machine, i: Instruction) -> Step:
-    """``mov`` of a register into several narrower ones, the lowest bits first."""
-    targets, kind = [machine.target(name) for name in machine.vector(i.operands[0])], i.op[-1]
-    value = machine.source(i.operands[1], kind)
-    part = np.dtype(f"u{int(kind[1:]) // 8 // len(targets)}")
-
-    def run(some: Any) -> None:
-        parts = np.ascontiguousarray(np.asarray(value(some))[..., None]).view(part)
-        for n, write in enumerate(targets):
-            write(some, np.ascontiguousarray(parts[..., n]))
 
     return run

@@ -1,6 +1,6 @@
 """A machine for PTX: one block of threads at a time, each register an array over its threads.
 
-Threads that stand at one instruction do it together; of threads that stand at several, those furthest behind go on.
+Threads that stand at one instruction do it together; of those that stand at several the furthest behind go on.
 Shared memory and registers begin as NaN. Every address must lie within a buffer that was named, and be a multiple of
 the access. What cp.async copies arrives when it is waited for, not before. An instruction that is not known here is an
 error. (PTX ISA 8.x, sections 9.7.1 to 9.7.14; fragments of matrices as in 9.7.14.5.)
@@ -9,120 +9,20 @@ error. (PTX ISA 8.x, sections 9.7.1 to 9.7.14; fragments of matrices as in 9.7.1
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from . import approximate, fields, matrices
-from .arithmetic import BINARY, COMPARE, NARROW, UNARY, convert, dtype_of
+from .arithmetic import BINARY, COMPARE, UNARY, convert, dtype_of
+from .program import Instruction, Kernel, PtxError
 
 Array = np.ndarray[Any, Any]
 # Which threads: all of a block, or their indices.
 Some = Any
 ALL = slice(None)
 WARP = 32
-
-
-class PtxError(Exception):
-    """Something that is wrong in the program, or not known to this machine."""
-
-
-@dataclass
-class Instruction:
-    guard: str
-    op: list[str]
-    operands: list[str]
-    text: str
-
-
-@dataclass
-class Kernel:
-    name: str
-    parameters: list[tuple[str, int]]  # and their bytes
-    registers: dict[str, tuple[str, int]] = field(default_factory=dict)  # by prefix: type and count
-    code: list[Instruction] = field(default_factory=list)
-    labels: dict[str, int] = field(default_factory=dict)
-    shared: dict[str, int] = field(default_factory=dict)  # static, by name: bytes
-
-
-SIZES = {"8": 1, "16": 2, "32": 4, "64": 8}
-STATEMENT = re.compile(r"(?:@(!?[%\w]+)\s+)?([\w.:]+)\s*(.*)", re.S)
-OPERANDS = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+")
-
-
-def parse(text: str) -> dict[str, Kernel]:
-    """The kernels of a PTX file."""
-    text = re.sub(r"//[^\n]*|^\s*\.loc\b[^\n]*", "", text, flags=re.M)
-    shared = re.findall(r"\.shared\s+\.align\s+\d+\s+\.b8\s+(\w+)\[(\d*)\]", text)
-    kernels = {}
-    for head in re.finditer(r"\.entry\s+(\w+)\s*\((.*?)\)\s*(?:\.\w+\s+[\d, ]+\s*)*\{", text, re.S):
-        parameters = []
-        for _, bits, name, count in re.findall(
-            r"\.param\s+(\.align\s+\d+\s+)?\.[busf](\d+)\s+(?:\.ptr[.\s\w]*?\s)?(\w+)(?:\[(\d+)\])?(?=\s*(?:,|$))",
-            head[2],
-        ):
-            parameters.append((name, SIZES[bits] * int(count or 1)))
-        kernel = Kernel(head[1], parameters, shared={name: int(size or 0) for name, size in shared})
-        read_body(kernel, text[head.end() : closing(text, head.end())])
-        kernels[head[1]] = kernel
-    return kernels
-
-
-def closing(text: str, at: int) -> int:
-    """Where the brace opened before ``at`` is closed."""
-    depth = 1
-    for brace in re.finditer(r"[{}]", text[at:]):
-        depth += 1 if brace[0] == "{" else -1
-        if depth == 0:
-            return at + brace.start()
-    raise PtxError("a brace is not closed")
-
-
-def statements(body: str) -> Iterator[str]:
-    """One by one: instructions and declarations, labels with their colon, and the braces of scopes."""
-    text = ""
-    for character in body:
-        begins = not text.strip()
-        if character in "{}" and begins:
-            yield character
-        elif character == ";":
-            yield text.strip()
-            text = ""
-        elif character == ":" and re.fullmatch(r"\s*\$?\w+", text):
-            yield text.strip() + ":"
-            text = ""
-        else:
-            text += character
-
-
-def read_body(kernel: Kernel, body: str) -> None:
-    scopes: list[dict[str, str]] = [{}]  # of inline assembly: its own registers, renamed
-    for statement in statements(body):
-        if statement == "{":
-            scopes.append({})
-        elif statement == "}":
-            scopes.pop()
-        elif statement.endswith(":"):
-            kernel.labels[statement[:-1]] = len(kernel.code)
-        elif statement.startswith(".reg"):
-            _, kind, names = statement.replace(".", " ").split(None, 2)
-            for name in names.split(","):
-                if found := re.fullmatch(r"(%\w+?)<(\d+)>", name.strip()):
-                    kernel.registers[found[1]] = (kind, int(found[2]))
-                else:
-                    prefix = f"%scoped{len(kernel.registers)}_"
-                    scopes[-1][name.strip()] = f"{prefix}0"
-                    kernel.registers[prefix] = (kind, 1)
-        elif statement and not statement.startswith("."):
-            for name, register in (item for scope in scopes for item in scope.items()):
-                statement = re.sub(rf"(?<![\w%.]){re.escape(name)}\b", register, statement)
-            found = STATEMENT.fullmatch(statement)
-            if found is None:
-                raise PtxError(f"not a statement: {statement}")
-            words = " ".join(statement.split())
-            kernel.code.append(Instruction(found[1] or "", found[2].split("."), OPERANDS.findall(found[3]), words))
 
 
 class Machine:
@@ -154,75 +54,58 @@ class Machine:
         self.special |= {f"%ntid.{axis}": np.uint32(threads if axis == "x" else 1) for axis in "xyz"}
         self.pending: list[list[tuple[Array, Array]]] = [[]]
         self.steps = [self.step(instruction) for instruction in kernel.code]
+        self.end = len(self.steps)
 
     def run(self, grid: tuple[int, int, int]) -> None:
         self.grid = grid
         with np.errstate(all="ignore"):
-            for z in range(grid[2]):
-                for y in range(grid[1]):
-                    for x in range(grid[0]):
-                        self.block = (x, y, z)
-                        self.run_block()
+            for z, y, x in np.ndindex(grid[::-1]):
+                self.block = (x, y, z)
+                self.run_block()
 
     def run_block(self) -> None:
         self.shared.fill(0xFF)
         self.pending = [[]]
-        everyone = np.arange(self.threads)
-        # Where each thread stands; the end is where all go, and waiting ones stand behind their barrier.
-        at, waits, end = np.zeros(self.threads, int), np.zeros(self.threads, bool), len(self.steps)
-        while True:
-            runs = ~waits & (at < end)
+        # Where each thread stands: at the end if it is through, behind its barrier if it waits there.
+        self.at, self.waits = np.zeros(self.threads, int), np.zeros(self.threads, bool)
+        while (self.at < self.end).any():
+            runs = ~self.waits & (self.at < self.end)
             if not runs.any():
-                if not waits.any():
-                    return
-                if len(set(at[waits])) > 1:
+                if len(set(self.at[self.waits])) > 1:
                     raise PtxError("threads wait for each other at different barriers")
-                waits[:] = False
+                self.waits[:] = False
                 continue
-            pc = int(at[runs].min())
-            here = everyone[runs & (at == pc)]
-            others = at[runs & (at != pc)]
-            limit = int(others.min()) if len(others) else end
-            pc, here = self.go(pc, limit, here, at, waits)
+            pc = int(self.at[runs].min())
+            others = self.at[runs & (self.at > pc)]
+            self.go(pc, int(others.min()) if len(others) else self.end, np.nonzero(runs & (self.at == pc))[0])
 
-    def go(self, pc: int, limit: int, here: Array, at: Array, waits: Array) -> tuple[int, Array]:
-        """Run these threads until they part, wait, end, or stand where others do."""
-        some: Some = ALL if len(here) == self.threads else here
-        alive = len(here) == int((at < len(self.steps)).sum())
+    def go(self, pc: int, limit: int, here: Array) -> None:
+        """Run these threads until they part, wait, are through, or come where others stand."""
+        everyone: Some = ALL if len(here) == self.threads else here
+        alone = len(here) == int((self.at < self.end).sum())
         while pc < limit:
             instruction, step = self.kernel.code[pc], self.steps[pc]
             kind = instruction.op[0]
+            chosen = self.guarded(instruction, here)
             if kind in ("bra", "ret", "exit"):
-                taken = self.guarded(instruction, here)
-                target = self.kernel.labels[instruction.operands[0]] if kind == "bra" else len(self.steps)
-                at[here] = pc + 1
-                at[taken] = target
-                if 0 < len(taken) < len(here) or kind != "bra" or target > limit:
-                    return pc, here
-                pc = target if len(taken) else pc + 1
-                if pc > limit:
-                    return pc, here
+                target = self.kernel.labels[instruction.operands[0]] if kind == "bra" else self.end
+                if 0 < len(chosen) < len(here):
+                    self.at[here], self.at[chosen] = pc + 1, target
+                    return
+                pc = target if len(chosen) else pc + 1
                 continue
-            if kind == "bar" and instruction.op[1] != "warp" and not alive:
-                at[here] = pc  # the barrier's own instruction is done when all are here
-                if len(instruction.op) > 2 and instruction.op[1] == "red":
+            if kind == "bar" and instruction.op[1] != "warp" and not alone:
+                if step is not None:
                     raise PtxError(f"threads part before {instruction.text}")
-                at[here] = pc + 1
-                waits[here] = True
-                return pc, here
-            if step is not None:
-                chosen: Some = some
-                if instruction.guard:
-                    found = self.guarded(instruction, here)
-                    chosen = some if len(found) == len(here) else found
-                if isinstance(chosen, slice) or len(chosen):
-                    try:
-                        step(chosen)
-                    except PtxError as error:
-                        raise PtxError(f"{error}: {instruction.text}") from None
+                self.at[here], self.waits[here] = pc + 1, True
+                return
+            if step is not None and len(chosen):
+                try:
+                    step(everyone if len(chosen) == len(here) else chosen)
+                except PtxError as error:
+                    raise PtxError(f"{error}: {instruction.text}") from None
             pc += 1
-        at[here] = pc
-        return pc, here
+        self.at[here] = pc
 
     def guarded(self, instruction: Instruction, here: Array) -> Array:
         if not instruction.guard:
@@ -253,13 +136,10 @@ class Machine:
             axis = "xyz".index(found[2])
             return lambda some: np.uint32((self.grid if found[1] else self.block)[axis])
         if found := re.fullmatch(r"0([fd])([0-9A-Fa-f]+)", text):
-            number: Any = np.array(int(found[2], 16), np.uint32 if found[1] == "f" else np.uint64).view(dtype)[()]
-        elif text in self.addresses:
-            number = dtype.type(self.addresses[text])
+            bits = int(found[2], 16)
         else:
-            number = np.array(int(text.rstrip("U"), 0) & (2 ** (8 * dtype.itemsize) - 1), dtype_of(kind, "u")).view(
-                dtype
-            )[()]
+            bits = self.addresses[text] if text in self.addresses else int(text.rstrip("U"), 0)
+        number = np.array(bits & (2 ** (8 * dtype.itemsize) - 1), dtype_of(kind, "u")).view(dtype)[()]
         return lambda some: number
 
     def target(self, text: str) -> Callable[[Some, Any], None]:
@@ -407,23 +287,14 @@ class Machine:
                 self.target(i.operands[0]),
             )
             return lambda some: result(some, every(value(some)))
-        if name == "mov" and i.operands[1].startswith("{"):
-            parts = [
-                self.source(part, f"b{int(kind[1:]) // len(self.vector(i.operands[1]))}")
-                for part in self.vector(i.operands[1])
-            ]
-            write = self.target(i.operands[0])
-            return lambda some: write(
-                some, np.stack(np.broadcast_arrays(*(read(some) for read in parts)), -1).view(dtype_of(kind))[..., 0]
-            )
-        if name == "mov" and i.operands[0].startswith("{"):
-            return fields.unpack(self, i)
-        if i.op[:3] == ["bar", "warp", "sync"]:
+        if i.op[:2] == ["bar", "warp"]:
             return matrices.barrier(self, i)
         if name in ("bfe", "prmt"):
-            return getattr(fields, name)(self, i)  # type: ignore[no-any-return]
+            return getattr(fields, name)(self, i)
         if approximate.is_approximate(i):
             return approximate.step(self, i)
+        if name == "mov" and "{" in i.text:
+            return self.packing(i)
         write = self.target(i.operands[0].split("|")[0])
         if name == "cvt":
             return convert(i.op, write, lambda at, kind: self.source(i.operands[1 + at], kind))
@@ -431,15 +302,14 @@ class Machine:
             read = self.source(i.operands[1], kind)
             return lambda some: write(some, read(some))
         if name == "setp":
-            compare, kinds = COMPARE[i.op[1]], [self.source(text, kind) for text in i.operands[1:3]]
-            unsigned = kind[0] in "sub" and i.op[1] in ("lo", "ls", "hi", "hs")
-            a, b = [self.source(text, f"u{kind[1:]}") for text in i.operands[1:3]] if unsigned else kinds
+            compare, (a, b) = COMPARE[i.op[1]], (self.source(text, kind) for text in i.operands[1:3])
             if len(i.operands) == 3:
                 return lambda some: write(some, compare(a(some), b(some)))
             both, c = BINARY[i.op[2]], self.source(i.operands[3], "pred")
             return lambda some: write(some, both(compare(a(some), b(some)), c(some)))
         if name == "selp":
-            a, b, c = (*(self.source(text, kind) for text in i.operands[1:3]), self.source(i.operands[3], "pred"))
+            a, b = (self.source(text, kind) for text in i.operands[1:3])
+            c = self.source(i.operands[3], "pred")
             return lambda some: write(some, np.where(c(some), a(some), b(some)))
         if name in ("mul", "mad") and i.op[1] in ("wide", "hi"):
             return self.product(i, write)
@@ -456,16 +326,36 @@ class Machine:
                 write(some, (value | (b(some).astype(np.uint64) & ~mask)).astype(np.uint32))
 
             return insert
-        if name in ("min", "max") and "NaN" in i.op:
-            raise PtxError(f"not known: {i.text}")
         if len(i.operands) == 2 and name in UNARY:
             one, a = UNARY[name], self.source(i.operands[1], kind)
             return lambda some: write(some, one(a(some)))
-        if len(i.operands) == 3 and name in BINARY:
+        if len(i.operands) == 3 and name in BINARY and "NaN" not in i.op:
             two, a = BINARY[name], self.source(i.operands[1], kind)
             b = self.source(i.operands[2], "u32" if name in ("shl", "shr") else kind)
             return lambda some: write(some, two(a(some), b(some)))
         raise PtxError(f"not known: {i.text}")
+
+    def packing(self, i: Instruction) -> Callable[[Some], None]:
+        """``mov`` of a register from the parts of it, or into them."""
+        kind, (to, of) = i.op[-1], i.operands
+        parts = self.vector(to if to.startswith("{") else of)
+        part = f"b{int(kind[1:]) // len(parts)}"
+        if of.startswith("{"):
+            reads, write = [self.source(name, part) for name in parts], self.target(to)
+
+            def join(some: Some) -> None:
+                values = np.stack(np.broadcast_arrays(*(read(some) for read in reads)), -1)
+                write(some, values.view(dtype_of(kind))[..., 0])
+
+            return join
+        read, writes = self.source(of, kind), [self.target(name) for name in parts]
+
+        def split(some: Some) -> None:
+            values = np.atleast_1d(read(some)).view(dtype_of(part)).reshape(-1, len(parts))
+            for n, put in enumerate(writes):
+                put(some, np.ascontiguousarray(values[:, n]))
+
+        return split
 
     def product(self, i: Instruction, write: Callable[[Some, Any], None]) -> Callable[[Some], None]:
         kind = i.op[-1]
@@ -474,6 +364,8 @@ class Machine:
         wide = dtype_of(f"{kind[0]}{2 * bits}")
         if i.op[1] == "hi":
             shift = wide.type(bits)
-            return lambda some: write(some, NARROW(np.asarray(a(some)).astype(wide) * b(some) >> shift, dtype_of(kind)))
+            return lambda some: write(
+                some, ((np.asarray(a(some)).astype(wide) * b(some)) >> shift).astype(dtype_of(kind))
+            )
         c = self.source(i.operands[3], f"{kind[0]}{2 * bits}") if len(i.operands) > 3 else lambda some: wide.type(0)
         return lambda some: write(some, np.asarray(a(some)).astype(wide) * b(some) + c(some))

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .arithmetic import from_bf16
+from .program import Instruction, PtxError
 
 if TYPE_CHECKING:
-    from .machine import Instruction, Machine
+    from .machine import Machine
 
 Array = np.ndarray[Any, Any]
 Step = Callable[[Any], None]
@@ -23,8 +24,6 @@ GROUP, MEMBER = LANE // 4, LANE % 4
 
 def whole_warps(machine: Machine, some: Any) -> Array:
     """The threads, [warps, 32]: a warp does it with all of its lanes."""
-    from .machine import PtxError
-
     threads = np.arange(machine.threads)[some]
     if len(threads) % 32 or (threads.reshape(-1, 32) != threads[::32, None] + LANE).any() or (threads[::32] % 32).any():
         raise PtxError("not all lanes of a warp are here")
@@ -108,8 +107,6 @@ def ldmatrix(machine: Machine, i: Instruction) -> Step:
 
 def barrier(machine: Machine, i: Instruction) -> Step:
     """``bar.warp.sync`` of all lanes: they stand here together already, or it is an error."""
-    from .machine import PtxError
-
     if i.operands != ["-1"]:
         raise PtxError(f"not known: {i.text}")
 
@@ -121,15 +118,16 @@ def barrier(machine: Machine, i: Instruction) -> Step:
 
 def shfl(machine: Machine, i: Instruction) -> Step:
     """``shfl.sync`` over whole warps: from a lane by number, or from that whose number differs in these bits."""
-    from .machine import PtxError
-
-    if i.op[2] not in ("idx", "bfly") or [int(text, 0) for text in i.operands[3:]] != [31, -1]:
+    if i.op[2] not in ("idx", "bfly"):
         raise PtxError(f"not known: {i.text}")
+    clamp, members = (machine.source(text, "u32") for text in i.operands[3:])
     write = machine.target(i.operands[0].split("|")[0])
     value, lane = machine.source(i.operands[1], "u32"), machine.source(i.operands[2], "u32")
 
     def run(some: Any) -> None:
         warps = len(whole_warps(machine, some))
+        if (np.asarray(clamp(some)) != 31).any() or (~np.asarray(members(some))).any():
+            raise PtxError("not known of a part of a warp")
         values = np.broadcast_to(value(some), (32 * warps,)).reshape(warps, 32)
         lanes = np.broadcast_to(lane(some), (32 * warps,)).reshape(warps, 32).astype(np.int64) % 32
         lanes = lanes ^ LANE if i.op[2] == "bfly" else lanes

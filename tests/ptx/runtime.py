@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from .machine import Kernel, Machine, parse
+from .machine import Machine
+from .program import Kernel, parse
 
 HERE = Path(__file__).parent
 FLAGS = ("-std=c++20", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "--extended-lambda", "-Xcompiler=-fPIC")

@@ -21,7 +21,8 @@ from alexnet_ext.ops import _backend
 from alexnet_ext.ops.conv2d_bias_relu import configs
 
 from ..triton_ahead import compiled
-from .machine import Kernel, Machine, PtxError, parse
+from .machine import Machine
+from .program import Kernel, PtxError, parse
 
 CAPABILITY = 80
 

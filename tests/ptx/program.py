@@ -1,0 +1,108 @@
+"""PTX as text: kernels, their parameters, registers and instructions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+
+class PtxError(Exception):
+    """Something that is wrong in the program, or not known to this machine."""
+
+
+@dataclass
+class Instruction:
+    guard: str
+    op: list[str]
+    operands: list[str]
+    text: str
+
+
+@dataclass
+class Kernel:
+    name: str
+    parameters: list[tuple[str, int]]  # and their bytes
+    registers: dict[str, tuple[str, int]] = field(default_factory=dict)  # by prefix: type and count
+    code: list[Instruction] = field(default_factory=list)
+    labels: dict[str, int] = field(default_factory=dict)
+    shared: dict[str, int] = field(default_factory=dict)  # static, by name: bytes
+
+
+SIZES = {"8": 1, "16": 2, "32": 4, "64": 8}
+PARAMETER = re.compile(r"\.[busf](\d+)\s+(?:\.ptr\b[\s.\w]*\s)?(\w+)(?:\[(\d+)\])?\s*$")
+STATEMENT = re.compile(r"(?:@(!?[%\w]+)\s+)?([\w.:]+)\s*(.*)", re.S)
+OPERANDS = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+")
+
+
+def parse(text: str) -> dict[str, Kernel]:
+    """The kernels of a PTX file."""
+    text = re.sub(r"//[^\n]*|^\s*\.loc\b[^\n]*", "", text, flags=re.M)  # lines of source code end without a semicolon
+    shared = re.findall(r"\.shared\s+\.align\s+\d+\s+\.b8\s+(\w+)\[(\d*)\]", text)
+    kernels = {}
+    for head in re.finditer(r"\.entry\s+(\w+)\s*\((.*?)\)\s*(?:\.\w+\s+[\d, ]+\s*)*\{", text, re.S):
+        parameters = []
+        for declaration in head[2].split(",") if head[2].strip() else ():
+            found = PARAMETER.search(declaration)
+            if found is None:
+                raise PtxError(f"not a parameter: {declaration}")
+            parameters.append((found[2], SIZES[found[1]] * int(found[3] or 1)))
+        kernel = Kernel(head[1], parameters, shared={name: int(size or 0) for name, size in shared})
+        read_body(kernel, text[head.end() : closing(text, head.end())])
+        kernels[head[1]] = kernel
+    return kernels
+
+
+def closing(text: str, at: int) -> int:
+    """Where the brace opened before ``at`` is closed."""
+    depth = 1
+    for brace in re.finditer(r"[{}]", text[at:]):
+        depth += 1 if brace[0] == "{" else -1
+        if depth == 0:
+            return at + brace.start()
+    raise PtxError("a brace is not closed")
+
+
+def statements(body: str) -> Iterator[str]:
+    """One by one: instructions and declarations, labels with their colon, and the braces of scopes."""
+    text = ""
+    for character in body:
+        begins = not text.strip()
+        if character in "{}" and begins:
+            yield character
+        elif character == ";":
+            yield text.strip()
+            text = ""
+        elif character == ":" and re.fullmatch(r"\s*\$?\w+", text):
+            yield text.strip() + ":"
+            text = ""
+        else:
+            text += character
+
+
+def read_body(kernel: Kernel, body: str) -> None:
+    scopes: list[dict[str, str]] = [{}]  # of inline assembly: its own registers, renamed
+    for statement in statements(body):
+        if statement == "{":
+            scopes.append({})
+        elif statement == "}":
+            scopes.pop()
+        elif statement.endswith(":"):
+            kernel.labels[statement[:-1]] = len(kernel.code)
+        elif statement.startswith(".reg"):
+            _, kind, names = statement.replace(".", " ").split(None, 2)
+            for name in names.split(","):
+                if found := re.fullmatch(r"(%\w+?)<(\d+)>", name.strip()):
+                    kernel.registers[found[1]] = (kind, int(found[2]))
+                else:
+                    prefix = f"%scoped{len(kernel.registers)}_"
+                    scopes[-1][name.strip()] = f"{prefix}0"
+                    kernel.registers[prefix] = (kind, 1)
+        elif statement and not statement.startswith("."):
+            for name, register in (item for scope in scopes for item in scope.items()):
+                statement = re.sub(rf"(?<![\w%.]){re.escape(name)}\b", register, statement)
+            found = STATEMENT.fullmatch(statement)
+            if found is None:
+                raise PtxError(f"not a statement: {statement}")
+            words = " ".join(statement.split())
+            kernel.code.append(Instruction(found[1] or "", found[2].split("."), OPERANDS.findall(found[3]), words))

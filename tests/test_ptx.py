@@ -1,0 +1,170 @@
+"""What the CUTLASS convolutions compute: their launchers as they are, their kernels' PTX by the machine of tests/ptx.
+
+Values are held against float64 of the same inputs, of fp32 rounded to TF32 as the tensor cores' operands are.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import cuda_budget
+from .ptx.runtime import Program
+
+CSRC = Path(__file__).parents[1] / "csrc" / "conv2d_bias_relu"
+DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "tf32": torch.float32}
+BYTES = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A convolution: x (N, C, H, W), the filters and their sides, and its constants."""
+
+    x: tuple[int, int, int, int]
+    filters: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    @property
+    def weight(self) -> tuple[int, int, int, int]:
+        return (self.filters, self.x[1] // self.groups, *self.kernel)
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+PROBLEMS = (
+    Problem((1, 96, 9, 7), 128, (5, 5), padding=(2, 2), groups=2),  # AlexNet's second: 48 channels a group, K = 1,200
+    Problem((2, 32, 5, 9), 40, (3, 3), padding=(1, 0)),
+    Problem((2, 16, 9, 11), 48, (3, 2), stride=(2, 1), padding=(0, 1), groups=2),
+    Problem((1, 16, 12, 9), 32, (3, 3), padding=(2, 3), dilation=(2, 3), groups=2),
+    Problem((3, 8, 13, 11), 72, (1, 1)),  # two blocks a side
+    Problem((2, 8, 25, 23), 16, (3, 3), padding=(1, 1)),  # the weight gradient's pixels in two parts
+)
+
+
+def made(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    """Normal numbers, channels-last; fp32's are TF32 already, to which CUTLASS rounds."""
+    x = (torch.randn(shape) * scale).to(dtype)
+    return x.to(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+
+def in_tf32(x: Tensor) -> Tensor:
+    """The nearest TF32, of two the one further from zero."""
+    return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32) if x.dtype == torch.float32 else x
+
+
+def memory(x: Tensor | None) -> np.ndarray[Any, Any] | None:
+    """The bytes of a channels-last tensor where they lie."""
+    if x is None:
+        return None
+    flat = x.permute(0, 2, 3, 1) if x.dim() == 4 else x
+    assert flat.is_contiguous()
+    return flat.view(BYTES[x.dtype]).numpy() if x.dtype in BYTES else flat.numpy()
+
+
+def unwritten(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.full(shape, torch.nan, dtype=dtype).to(memory_format=torch.channels_last)
+
+
+def launch(program: Program, launcher: str, problem: Problem, *arguments: Tensor | bool | None) -> None:
+    """Call the launcher with the problem and these; tensors are all the memory that its kernels may touch."""
+    (n, c, h, w), y = (
+        problem.x,
+        problem.convolve(torch.empty(problem.x, device="meta"), torch.empty(problem.weight, device="meta")),
+    )
+    sizes = [n, c, h, w, problem.filters, *problem.kernel, *y.shape[2:], *problem.stride, *problem.padding]
+    described = (ctypes.c_int64 * 16)(*sizes, *problem.dilation, problem.groups)
+    buffers = [memory(value) for value in arguments if isinstance(value, Tensor)]
+    given = [
+        ctypes.c_bool(v) if isinstance(v, bool) else ctypes.c_void_p(None if v is None else v.data_ptr())
+        for v in arguments
+    ]
+    assert (
+        program.launch(launcher, [described, *given, None], [buffer for buffer in buffers if buffer is not None]) == 0
+    )
+
+
+def assert_near(ours: Tensor, exact: Tensor) -> None:
+    """Within fp32's sum and one rounding to the dtype; NaN where it must be, and nowhere else."""
+    eps = torch.finfo(ours.dtype).eps if ours.dtype != torch.float32 else 2**-18
+    assert torch.equal(ours.isnan(), exact.isnan())
+    largest = exact.nan_to_num(0, 0, 0).abs().max().item()
+    torch.testing.assert_close(ours.double(), exact, rtol=eps, atol=eps * largest / 8, equal_nan=True)
+
+
+def forward(
+    program: Program, problem: Problem, dtype: torch.dtype, bias: bool, relu: bool, spoilt: bool = False
+) -> None:
+    x, weight = made(*problem.x, dtype=dtype), made(*problem.weight, dtype=dtype, scale=0.1)
+    if spoilt:
+        x[0, 0, 1, 2], x[0, 1, 3, 3] = torch.nan, torch.inf
+    b = made(problem.filters, dtype=dtype) if bias else None
+    exact = problem.convolve(*(in_tf32(t).double() for t in (x, weight)), None if b is None else b.double())
+    y = unwritten(*exact.shape, dtype=dtype)
+    launch(program, "forward", problem, x, weight, b, relu, y)
+    assert_near(y, exact.relu() if relu else exact)
+
+
+def gradients(program: Program, problem: Problem, dtype: torch.dtype, wanted: str) -> None:
+    x, weight = made(*problem.x, dtype=dtype), made(*problem.weight, dtype=dtype)
+    leaves = [in_tf32(t).double().requires_grad_() for t in (x, weight)]
+    y = problem.convolve(*leaves)
+    dz = made(*y.shape, dtype=dtype)
+    exact = dict(zip(("x", "weight"), torch.autograd.grad(y, leaves, in_tf32(dz).double()), strict=True))
+    found = unwritten(*exact[wanted].shape, dtype=dtype)
+    if wanted == "x":
+        launch(program, "input_gradient", problem, dz, weight, found)
+    else:
+        launch(program, "weight_gradient", problem, dz, x, torch.full((workspace(problem, y),), torch.nan), found)
+    assert_near(found, exact[wanted])
+
+
+def workspace(problem: Problem, y: Tensor) -> int:
+    """weight_gradient_workspace of conv2d_cutlass.h: a result for each part of the pixels."""
+    taps, filters = problem.weight[1] * problem.kernel[0] * problem.kernel[1], problem.filters // problem.groups
+    blocks, pixels = -(-filters // 128) * -(-taps // 128), y[:, 0].numel()
+    return max(1, min(264 // blocks, -(-pixels // 1024))) * problem.filters * taps
+
+
+@pytest.fixture
+def build(tmp_path: Path) -> Any:
+    include = cuda_budget.cutlass_include()
+    if shutil.which("nvcc") is None or not include:
+        pytest.skip("nvcc or CUTLASS's headers (nvidia-cutlass) are missing")
+    return lambda name: Program(CSRC / f"{name}_cutlass.cu", Path(include), tmp_path)
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_forward(name: str, build: Any) -> None:
+    program, dtype = build(f"forward_{name}"), DTYPES[name]
+    for i, problem in enumerate(PROBLEMS):
+        forward(program, problem, dtype, bias=i % 2 == 0, relu=i % 3 == 0)
+    forward(program, PROBLEMS[1], dtype, bias=True, relu=True, spoilt=True)
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_input_gradient(name: str, build: Any) -> None:
+    program = build(f"input_gradient_{name}")
+    for problem in PROBLEMS:
+        if problem.stride == (1, 1):
+            gradients(program, problem, DTYPES[name], "x")
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_weight_gradient(name: str, build: Any) -> None:
+    program = build(f"weight_gradient_{name}")
+    for problem in PROBLEMS:
+        gradients(program, problem, DTYPES[name], "weight")
