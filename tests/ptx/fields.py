@@ -1,4 +1,4 @@
-"""Instructions of PTX that take bits and bytes out of registers."""
+"""Instructions of PTX that take bits and bytes out of registers and products."""
 
 from __future__ import annotations
 
@@ -52,3 +52,9 @@ def prmt(machine: Machine, i: Instruction) -> Step:
         write(some, np.asarray(result).astype(np.uint32))
 
     return run
+
+
+def high(a: Any, b: Any, dtype: np.dtype[Any]) -> Any:
+    """The upper 64 bits of a product of 128, by Python's integers."""
+    whole = np.asarray(a).astype(object) * np.asarray(b).astype(object)
+    return np.asarray(whole >> 64).astype(dtype)

@@ -361,6 +361,8 @@ class Machine:
         kind = i.op[-1]
         a, b = (self.source(text, kind) for text in i.operands[1:3])
         bits = int(kind[1:])
+        if bits == 64 and i.op[1] == "hi":
+            return lambda some: write(some, fields.high(a(some), b(some), dtype_of(kind)))
         wide = dtype_of(f"{kind[0]}{2 * bits}")
         if i.op[1] == "hi":
             shift = wide.type(bits)

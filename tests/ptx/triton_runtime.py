@@ -48,7 +48,7 @@ def argument(value: Any) -> bytes:
     raise PtxError(f"an argument of type {type(value)}")
 
 
-def run(kernel: JITFunction, grid: Any, given: dict[str, Any]) -> None:
+def run(kernel: JITFunction, grid: Any, given: dict[str, Any]) -> Kernel:
     binary = compiled((kernel, given), CAPABILITY)
     values = [given[name] for name in kernel.arg_names]
     passed = [
@@ -69,16 +69,17 @@ def run(kernel: JITFunction, grid: Any, given: dict[str, Any]) -> None:
     grid = grid(given) if callable(grid) else grid
     machine = Machine(program, buffers, arguments, 32 * binary.metadata.num_warps, binary.metadata.shared)
     machine.run((*grid, 1, 1)[:3])
+    return program
 
 
 @contextmanager
-def compiled_kernels() -> Iterator[list[str]]:
-    """Inside, ``backend="triton"`` runs CPU tensors in the machine; the list names the kernels that were launched."""
-    launched: list[str] = []
+def compiled_kernels() -> Iterator[list[tuple[str, Kernel]]]:
+    """Inside, ``backend="triton"`` runs CPU tensors in the machine; gives what was launched, by op and kernel."""
+    launched: list[tuple[str, Kernel]] = []
 
     def execute(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        launched.append(self.__name__)
-        run(self, grid, dict(zip(self.arg_names, args, strict=False)) | options)
+        program = run(self, grid, dict(zip(self.arg_names, args, strict=False)) | options)
+        launched.append((f"{self.fn.__module__.split('.')[-2]}{self.__name__}", program))
 
     on_cpu = {op: {**devices, "cpu": devices["cuda"]} for op, devices in _backend.TRITON.items()}
     with (
