@@ -1,7 +1,8 @@
 """What the Triton kernels compute as compiled for compute capability 8.0: their PTX, run by the machine of tests/ptx.
 
 Unlike the interpreter this has products of bf16, TF32 and fp64 as the tensor cores do them, accesses of 16 bytes, and
-approximate instructions that err as far as they may. A process of its own compiles (``tests/ptx_triton.py``).
+approximate instructions that err as far as they may. A process of its own compiles (``tests/ptx_triton.py``);
+``pytest -m ahead`` runs more of them.
 """
 
 from __future__ import annotations
@@ -40,29 +41,30 @@ KERNELS = {
 }
 
 
-def ran(op: str) -> list[dict[str, Any]]:
+def ran(op: str, grid: str) -> list[dict[str, Any]]:
     result = subprocess.run(
-        [sys.executable, "-m", "tests.ptx_triton", op],
+        [sys.executable, "-m", "tests.ptx_triton", op, grid],
         cwd=ROOT,
         env=os.environ | {"TRITON_INTERPRET": "0"},
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=3000,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
 @pytest.mark.parametrize("op", [*cases.ON_GPU, *cases.WITHOUT_GRADIENT])
-def test_compiled_kernels_match_float64(op: str) -> None:
+@pytest.mark.parametrize("grid", ["quick", pytest.param("full", marks=pytest.mark.ahead)])
+def test_compiled_kernels_match_float64(op: str, grid: str) -> None:
     if torch.version.cuda is None:
         pytest.skip("this torch is a CPU build: the kernels are not defined without the interpreter")
-    rows = ran(op)
+    rows = ran(op, grid)
     failed = [f"{row['run']}: {row['error']}" for row in rows if row["error"]]
     assert not failed, "\n".join(failed)
     each = KERNELS.get(op, {f"{op}_forward_kernel", f"{op}_backward_kernel"})
-    assert len(rows) >= 10
-    assert [row["run"] for row in rows if not each <= set(row["kernels"]) and row["channels"] != 8] == []
+    assert len(rows) >= 5
+    assert each <= {kernel for row in rows for kernel in row["kernels"]}
     if op == "conv2d_bias_relu":
         for row in rows:
             product = PRODUCTS.get("tf32" if row["tf32"] else row["dtype"])
@@ -72,5 +74,5 @@ def test_compiled_kernels_match_float64(op: str) -> None:
         wide = [
             r for r in rows if r["channels"] % 16 == 0 and r["dtype"] == "bfloat16" and r["layout"] == "channels_last"
         ]
-        assert len(wide) >= 3
+        assert len(wide) >= 2
         assert [r["run"] for r in wide if not {"ld.global.v4.b32", "st.global.v4.b32"} <= set(r["instructions"])] == []
