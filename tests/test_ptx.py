@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import cuda_budget
+from .ptx.program import PtxError
 from .ptx.runtime import Program
 
 CSRC = Path(__file__).parents[1] / "csrc" / "conv2d_bias_relu"
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "tf32": torch.float32}
-BYTES = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+INTEGERS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ PROBLEMS = (
     Problem((2, 16, 9, 11), 48, (3, 2), stride=(2, 1), padding=(0, 1), groups=2),
     Problem((1, 16, 12, 9), 32, (3, 3), padding=(2, 3), dilation=(2, 3), groups=2),
     Problem((3, 8, 13, 11), 72, (1, 1)),  # two blocks a side
-    Problem((2, 8, 25, 23), 16, (3, 3), padding=(1, 1)),  # the weight gradient's pixels in two parts
+    Problem((2, 16, 25, 23), 32, (3, 3), padding=(1, 1), groups=2),  # the weight gradient's pixels in two parts
 )
 
 
@@ -66,35 +67,30 @@ def in_tf32(x: Tensor) -> Tensor:
     return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32) if x.dtype == torch.float32 else x
 
 
-def memory(x: Tensor | None) -> np.ndarray[Any, Any] | None:
-    """The bytes of a channels-last tensor where they lie."""
-    if x is None:
-        return None
+def memory(x: Tensor) -> np.ndarray[Any, Any]:
+    """The numbers of a channels-last tensor, as integers, where they lie."""
     flat = x.permute(0, 2, 3, 1) if x.dim() == 4 else x
     assert flat.is_contiguous()
-    return flat.view(BYTES[x.dtype]).numpy() if x.dtype in BYTES else flat.numpy()
+    return flat.view(INTEGERS[x.dtype]).numpy()
 
 
 def unwritten(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.full(shape, torch.nan, dtype=dtype).to(memory_format=torch.channels_last)
 
 
-def launch(program: Program, launcher: str, problem: Problem, *arguments: Tensor | bool | None) -> None:
+def launch(
+    program: Program, launcher: str, problem: Problem, *arguments: Tensor | bool | None, order: str = "together"
+) -> None:
     """Call the launcher with the problem and these; tensors are all the memory that its kernels may touch."""
-    (n, c, h, w), y = (
-        problem.x,
-        problem.convolve(torch.empty(problem.x, device="meta"), torch.empty(problem.weight, device="meta")),
-    )
-    sizes = [n, c, h, w, problem.filters, *problem.kernel, *y.shape[2:], *problem.stride, *problem.padding]
+    y = problem.convolve(*(torch.empty(shape, device="meta") for shape in (problem.x, problem.weight)))
+    sizes = [*problem.x, problem.filters, *problem.kernel, *y.shape[2:], *problem.stride, *problem.padding]
     described = (ctypes.c_int64 * 16)(*sizes, *problem.dilation, problem.groups)
+    given: list[Any] = [described]
+    for value in arguments:
+        pointer = value.data_ptr() if isinstance(value, Tensor) else None
+        given.append(ctypes.c_bool(value) if isinstance(value, bool) else ctypes.c_void_p(pointer))
     buffers = [memory(value) for value in arguments if isinstance(value, Tensor)]
-    given = [
-        ctypes.c_bool(v) if isinstance(v, bool) else ctypes.c_void_p(None if v is None else v.data_ptr())
-        for v in arguments
-    ]
-    assert (
-        program.launch(launcher, [described, *given, None], [buffer for buffer in buffers if buffer is not None]) == 0
-    )
+    assert program.launch(launcher, [*given, None], buffers, order) == 0
 
 
 def assert_near(ours: Tensor, exact: Tensor) -> None:
@@ -153,6 +149,34 @@ def test_forward(name: str, build: Any) -> None:
     for i, problem in enumerate(PROBLEMS):
         forward(program, problem, dtype, bias=i % 2 == 0, relu=i % 3 == 0)
     forward(program, PROBLEMS[1], dtype, bias=True, relu=True, spoilt=True)
+
+
+def test_the_machine_notices(build: Any) -> None:
+    """The same bits whichever warp goes first; and none without a barrier, or without waiting for copies."""
+    program, problem = build("forward_f16"), PROBLEMS[4]
+    x, weight = (made(*shape, dtype=torch.float16) for shape in (problem.x, problem.weight))
+    expected = problem.convolve(x.double(), weight.double())
+
+    def run(order: str) -> Tensor:
+        y = unwritten(*expected.shape, dtype=torch.float16)
+        launch(program, "forward", problem, x, weight, None, False, y, order=order)
+        return y
+
+    y = run("together")
+    assert_near(y, expected)
+    assert all(torch.equal(run(order), y) for order in ("forward", "backward"))
+    (kernel,) = program.kernels.values()
+    code = list(kernel.code)
+    for op in (["bar", "sync"], ["cp", "async", "wait_group"]):
+        kernel.code[:] = [replace(i, op=["pragma"]) if i.op[: len(op)] == op else i for i in code]
+        assert not all(torch.equal(run(order), y) for order in ("forward", "backward")), op
+    kernel.code[:] = [replace(i, op=["unheard_of"]) if i.op[0] == "mma" else i for i in code]
+    with pytest.raises(PtxError, match=r"not known: mma\.sync"):
+        run("together")
+    kernel.code[:] = code
+    weight = weight[:-1]  # the launcher is told of one filter more
+    with pytest.raises(PtxError, match=r"is in no buffer: cp\.async"):
+        run("together")
 
 
 @pytest.mark.parametrize("name", DTYPES)

@@ -34,7 +34,8 @@ void** __cudaRegisterFatBinary(void*) {
 void __cudaRegisterFatBinaryEnd(void**) {}
 void __cudaUnregisterFatBinary(void**) {}
 void __cudaRegisterVar(void**, char*, char*, const char*, int, size_t, int, int) {}
-void __cudaRegisterFunction(void**, const char* host, char*, const char* device, int, void*, void*, void*, void*, int*) {
+void __cudaRegisterFunction(void**, const char* host, char*, const char* device, int, void*, void*, void*, void*,
+                            int*) {
   names()[host] = device;
 }
 int cudaFuncSetAttribute(const void*, int, int) { return 0; }
@@ -62,7 +63,8 @@ int __cudaGetKernel(const void** kernel, const void* host) {
   *kernel = host;
   return 0;
 }
-int __cudaLaunchKernel(const void* kernel, Dimensions grid, Dimensions block, void** arguments, size_t shared, void* s) {
+int __cudaLaunchKernel(const void* kernel, Dimensions grid, Dimensions block, void** arguments, size_t shared,
+                       void* s) {
   return cudaLaunchKernel(kernel, grid, block, arguments, shared, s);
 }
 }

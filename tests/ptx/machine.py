@@ -1,6 +1,7 @@
 """A machine for PTX: one block of threads at a time, each register an array over its threads.
 
-Threads that stand at one instruction do it together; of those that stand at several the furthest behind go on.
+Threads that stand at one instruction do it together; of those that stand at several the furthest behind go on. By the
+order "forward" or "backward" each warp runs alone until it waits: what a missing barrier leaves to chance then shows.
 Shared memory and registers begin as NaN. Every address must lie within a buffer that was named, and be a multiple of
 the access. What cp.async copies arrives when it is waited for, not before. An instruction that is not known here is an
 error. (PTX ISA 8.x, sections 9.7.1 to 9.7.14; fragments of matrices as in 9.7.14.5.)
@@ -29,9 +30,18 @@ class Machine:
     """Runs a kernel's blocks over global memory of the buffers that it is given."""
 
     def __init__(
-        self, kernel: Kernel, buffers: Sequence[Array], arguments: Sequence[bytes], threads: int, shared: int
+        self,
+        kernel: Kernel,
+        buffers: Sequence[Array],
+        arguments: Sequence[bytes],
+        threads: int,
+        shared: int,
+        order: str = "together",
     ) -> None:
         self.kernel, self.threads = kernel, threads
+        everyone = np.arange(threads)
+        warps = np.split(everyone, range(WARP, threads, WARP))
+        self.turns = {"together": [everyone], "forward": warps, "backward": warps[::-1]}[order]
         self.buffers = [(b.ctypes.data, b.view(np.uint8).reshape(-1)) for b in buffers]
         self.addresses, parameters = {}, b""
         for (name, size), value in zip(kernel.parameters, arguments, strict=True):
@@ -52,7 +62,8 @@ class Machine:
         self.special: dict[str, Any] = {"%tid.x": lane, "%tid.y": np.uint32(0), "%tid.z": np.uint32(0)}
         self.special |= {"%laneid": lane % WARP, "%warpid": lane // WARP}
         self.special |= {f"%ntid.{axis}": np.uint32(threads if axis == "x" else 1) for axis in "xyz"}
-        self.pending: list[list[tuple[Array, Array]]] = [[]]
+        # Copies on their way: for each turn groups of (where to, what).
+        self.turn, self.pending = 0, list[list[list[tuple[Array, Array]]]]()
         self.steps = [self.step(instruction) for instruction in kernel.code]
         self.end = len(self.steps)
 
@@ -65,7 +76,7 @@ class Machine:
 
     def run_block(self) -> None:
         self.shared.fill(0xFF)
-        self.pending = [[]]
+        self.pending = [[[]] for _ in self.turns]
         # Where each thread stands: at the end if it is through, behind its barrier if it waits there.
         self.at, self.waits = np.zeros(self.threads, int), np.zeros(self.threads, bool)
         while (self.at < self.end).any():
@@ -75,9 +86,11 @@ class Machine:
                     raise PtxError("threads wait for each other at different barriers")
                 self.waits[:] = False
                 continue
-            pc = int(self.at[runs].min())
-            others = self.at[runs & (self.at > pc)]
-            self.go(pc, int(others.min()) if len(others) else self.end, np.nonzero(runs & (self.at == pc))[0])
+            self.turn = next(n for n, turn in enumerate(self.turns) if runs[turn].any())
+            those = self.turns[self.turn][runs[self.turns[self.turn]]]
+            pc = int(self.at[those].min())
+            others = self.at[those][self.at[those] > pc]
+            self.go(pc, int(others.min()) if len(others) else self.end, those[self.at[those] == pc])
 
     def go(self, pc: int, limit: int, here: Array) -> None:
         """Run these threads until they part, wait, are through, or come where others stand."""
@@ -239,15 +252,16 @@ class Machine:
 
     def copy_async(self, i: Instruction) -> Callable[[Some], None]:
         if i.op[2] == "commit_group":
-            return lambda some: self.pending.append([])
+            return lambda some: self.pending[self.turn].append([])
         if i.op[2] in ("wait_group", "wait_all"):
             left = 0 if i.op[2] == "wait_all" else int(i.operands[0])
 
             def wait(some: Some) -> None:
-                if left == 0 and i.op[2] == "wait_all":
-                    self.pending.append([])
-                while len(self.pending) - 1 > left:
-                    for addresses, values in self.pending.pop(0):
+                groups = self.pending[self.turn]
+                if i.op[2] == "wait_all":
+                    groups.append([])
+                while len(groups) - 1 > left:
+                    for addresses, values in groups.pop(0):
                         self.put("shared", addresses, values)
 
             return wait
@@ -262,7 +276,7 @@ class Machine:
             if not (whole | (counts == 0)).all():
                 raise PtxError("a part of 16 bytes is copied")
             values[whole] = self.fetch("global", sources[whole], size)
-            self.pending[-1].append((addresses.copy(), values))
+            self.pending[self.turn][-1].append((addresses.copy(), values))
 
         return run
 

@@ -41,7 +41,13 @@ class Program:
         names = subprocess.run(["nm", "-D", "--defined-only", kept / "library.so"], capture_output=True, text=True)
         self.symbols = [line.split()[-1] for line in names.stdout.splitlines()]
 
-    def launch(self, launcher: str, arguments: Sequence[Any], buffers: Sequence[np.ndarray[Any, Any]]) -> int:
+    def launch(
+        self,
+        launcher: str,
+        arguments: Sequence[Any],
+        buffers: Sequence[np.ndarray[Any, Any]],
+        order: str = "together",
+    ) -> int:
         """Call the one launcher with this word in its name; its kernels may touch these buffers. Its cudaError_t."""
         (symbol,) = [name for name in self.symbols if launcher in name]
         failed: list[BaseException] = []
@@ -52,7 +58,7 @@ class Program:
             try:
                 kernel = self.kernels[name.decode()]
                 values = [ctypes.string_at(given[i], size) for i, (_, size) in enumerate(kernel.parameters)]
-                Machine(kernel, buffers, values, threads, shared).run((grid[0], grid[1], grid[2]))
+                Machine(kernel, buffers, values, threads, shared, order).run((grid[0], grid[1], grid[2]))
             except BaseException as error:  # ctypes would print it and go on
                 failed.append(error)
 
