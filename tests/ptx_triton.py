@@ -24,11 +24,11 @@ from .ptx.triton_runtime import compiled_kernels
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
-# 48 channels a group; two parts of the weight gradient; a stride, of which the gradient is spread; dilation; a first
-# layer, which is rewritten; no bias and no ReLU.
+# 48 channels a group; two parts of the weight gradient, the last a pixel shorter; a stride, of which the gradient is
+# spread; dilation; a first layer, which is rewritten; no bias and no ReLU.
 LAYERS = (
     conv((1, 96, 7, 9), 32, (5, 5), padding=2, groups=2),
-    conv((2, 16, 27, 23), 24, (3, 3), padding=1),
+    conv((1, 16, 37, 31), 24, (3, 3), padding=1),
     conv((1, 17, 11, 8), 19, (3, 3), stride=(3, 2), padding=1),
     conv((2, 3, 10, 9), 4, (2, 3), dilation=(3, 2), padding=(2, 1)),
     conv((2, 3, 35, 39), 24, (11, 11), stride=4),
@@ -41,7 +41,7 @@ MANY = ((1, 256, 5, 3), (1, 272, 3, 5))  # channels: all in one tile, and in til
 
 @dataclass(frozen=True)
 class Run:
-    """A case, and how it is run: ``wide`` with offsets of 64 bits, ``nan`` with some of x NaN."""
+    """A case, and how it is run: ``wide`` with offsets of 64 bits, ``askew`` with x at no 16 bytes' multiple."""
 
     case: Case
     dtype: torch.dtype
@@ -49,12 +49,13 @@ class Run:
     dy_layout: str = "contiguous"
     tf32: bool = False
     wide: bool = False
+    askew: bool = False
     nan: bool = False
 
     @property
     def id(self) -> str:
         what = [cases.dtype_id(self.dtype), self.layout, self.dy_layout]
-        what += [name for name in ("tf32", "wide", "nan") if getattr(self, name)]
+        what += [name for name in ("tf32", "wide", "askew", "nan") if getattr(self, name)]
         return " ".join((self.case.id, *map(str, what)))
 
 
@@ -64,7 +65,7 @@ def convolutions(full: bool) -> Iterator[Run]:
     yield from (Run(case, FP32, tf32=True) for case in (grouped, strided))
     yield from (Run(grouped, dtype) for dtype in (FP16, FP32))
     yield Run(strided, FP64)
-    yield Run(grouped, BF16, "offset", "channels_last")
+    yield Run(grouped, BF16, dy_layout="channels_last", askew=True)
     yield Run(strided, BF16, "sliced", "expanded_batch", wide=True)
     yield Run(replace(grouped, shapes=grouped.shapes | {"x": (1, 96, 5, 5)}), BF16, nan=True)
     if full:
@@ -80,8 +81,9 @@ def memory_bound(full: bool, *made: Callable[[tuple[int, ...]], Case]) -> Iterat
     yield Run(first(SHAPES[0]), BF16, "contiguous")
     yield Run(first(SHAPES[1]), FP32)
     yield Run(first(SHAPES[1]), FP32, "contiguous")
-    yield Run(first(MANY[1]), BF16)
-    yield Run(first(SHAPES[0]), BF16, "offset", "expanded_batch", wide=True)
+    yield from (Run(first(shape), BF16) for shape in MANY)
+    yield Run(first(SHAPES[0]), BF16, dy_layout="expanded_batch", wide=True)
+    yield Run(first(SHAPES[0]), BF16, askew=True)
     yield Run(first(SHAPES[1]), BF16, nan=True)
     yield from (Run(other(SHAPES[1]), FP32, ("contiguous", "channels_last")[i % 2]) for i, other in enumerate(others))
     if full:
@@ -139,6 +141,10 @@ def check(run: Run) -> list[Any]:
     tensors = cases.make(case, BF16 if run.tf32 else run.dtype, run.layout)
     if run.tf32:
         tensors = {n: None if t is None else t.detach().float().requires_grad_() for n, t in tensors.items()}
+    if run.askew:
+        x = tensors["x"].detach()
+        around = x.new_full((x.numel() + 1,), torch.nan)
+        tensors["x"] = around.as_strided(x.shape, x.stride(), 1).copy_(x).requires_grad_()
     if run.nan:
         with torch.no_grad():
             tensors["x"][0, ::5, 1, 2] = torch.nan
@@ -173,7 +179,7 @@ def main(op: str, grid: str) -> None:
         except Exception:
             error = traceback.format_exc()[-2000:]
         row: dict[str, Any] = {"run": run.id, "dtype": str(run.dtype).removeprefix("torch."), "tf32": run.tf32}
-        row |= {"layout": run.layout, "channels": run.case.shapes.get("x", (0, 0))[1]}
+        row |= {"layout": "askew" if run.askew else run.layout, "channels": run.case.shapes.get("x", (0, 0))[1]}
         row["kernels"] = [name for name, _ in launched]
         row["instructions"] = sorted({".".join(i.op) for _, program in launched for i in program.code})
         print(json.dumps(row | {"error": error}), flush=True)
