@@ -41,7 +41,11 @@ MANY = ((1, 256, 5, 3), (1, 272, 3, 5))  # channels: all in one tile, and in til
 
 @dataclass(frozen=True)
 class Run:
-    """A case, and how it is run: ``wide`` with offsets of 64 bits, ``askew`` with x at no 16 bytes' multiple."""
+    """A case, and how it is run.
+
+    ``wide``: with offsets of 64 bits; ``askew``: x at no multiple of 16 bytes; ``nan``: some of x is; ``order``: that of a
+    block's warps, by which a missing barrier shows.
+    """
 
     case: Case
     dtype: torch.dtype
@@ -51,10 +55,11 @@ class Run:
     wide: bool = False
     askew: bool = False
     nan: bool = False
+    order: str = "together"
 
     @property
     def id(self) -> str:
-        what = [cases.dtype_id(self.dtype), self.layout, self.dy_layout]
+        what = [cases.dtype_id(self.dtype), self.layout, self.dy_layout, self.order]
         what += [name for name in ("tf32", "wide", "askew", "nan") if getattr(self, name)]
         return " ".join((self.case.id, *map(str, what)))
 
@@ -66,12 +71,14 @@ def convolutions(full: bool) -> Iterator[Run]:
     yield from (Run(grouped, dtype) for dtype in (FP16, FP32))
     yield Run(strided, FP64)
     yield Run(grouped, BF16, dy_layout="channels_last", askew=True)
+    yield Run(strided, BF16, order="backward")
     yield Run(strided, BF16, "sliced", "expanded_batch", wide=True)
     yield Run(replace(grouped, shapes=grouped.shapes | {"x": (1, 96, 5, 5)}), BF16, nan=True)
     if full:
         yield from (Run(case, dtype) for case in LAYERS for dtype in (FP16, FP32, FP64))
         yield from (Run(case, FP32, tf32=True) for case in (parted, first))
         yield Run(grouped, BF16, "contiguous", "sliced")
+        yield from (Run(grouped, dtype, order=order) for dtype in (BF16, FP32) for order in ("forward", "backward"))
 
 
 def memory_bound(full: bool, *made: Callable[[tuple[int, ...]], Case]) -> Iterator[Run]:
@@ -79,7 +86,7 @@ def memory_bound(full: bool, *made: Callable[[tuple[int, ...]], Case]) -> Iterat
     first, *others = made
     yield Run(first(SHAPES[0]), BF16)
     yield Run(first(SHAPES[0]), BF16, "contiguous")
-    yield Run(first(SHAPES[1]), FP32)
+    yield Run(first(SHAPES[1]), FP32, order="backward")
     yield Run(first(SHAPES[1]), FP32, "contiguous")
     yield from (Run(first(shape), BF16) for shape in MANY)
     yield Run(first(SHAPES[0]), BF16, dy_layout="expanded_batch", wide=True)
@@ -91,6 +98,7 @@ def memory_bound(full: bool, *made: Callable[[tuple[int, ...]], Case]) -> Iterat
         yield from (Run(first(shape), BF16, layout) for shape in (SHAPES[1], *MANY) for layout in LAYOUTS)
         yield from (Run(first(shape), dtype) for shape in SHAPES for dtype in (FP16, FP64))
         yield Run(first(SHAPES[1]), FP16, "sliced", "channels_last")
+        yield from (Run(first(SHAPES[0]), BF16, order=order) for order in ("forward", "backward"))
 
 
 def augmentations(full: bool) -> Iterator[Run]:
@@ -161,7 +169,7 @@ def check(run: Run) -> list[Any]:
         if case.op == "local_response_norm" or case.op in cases.BLOCKS:
             # Stock's power errs by an ulp, approximate instructions by as much as they may: the cap is what holds.
             stack.enter_context(mock.patch.object(oracle, "assert_accurate", without_yardstick))
-        launched = stack.enter_context(compiled_kernels())
+        launched = stack.enter_context(compiled_kernels(run.order))
         then = Rounded.apply if run.tf32 else None
         oracle.assert_matches_float64(case, tensors, "triton", then, run.dy_layout)
     return launched

@@ -48,7 +48,7 @@ def argument(value: Any) -> bytes:
     raise PtxError(f"an argument of type {type(value)}")
 
 
-def run(kernel: JITFunction, grid: Any, given: dict[str, Any]) -> Kernel:
+def run(kernel: JITFunction, grid: Any, given: dict[str, Any], order: str) -> Kernel:
     binary = compiled((kernel, given), CAPABILITY)
     values = [given[name] for name in kernel.arg_names]
     passed = [
@@ -67,18 +67,18 @@ def run(kernel: JITFunction, grid: Any, given: dict[str, Any]) -> Kernel:
         raise PtxError(f"{program.name} has other parameters: {program.parameters}")
     buffers = [memory(value) for value in passed if isinstance(value, torch.Tensor) and value.numel()]
     grid = grid(given) if callable(grid) else grid
-    machine = Machine(program, buffers, arguments, 32 * binary.metadata.num_warps, binary.metadata.shared)
+    machine = Machine(program, buffers, arguments, 32 * binary.metadata.num_warps, binary.metadata.shared, order)
     machine.run((*grid, 1, 1)[:3])
     return program
 
 
 @contextmanager
-def compiled_kernels() -> Iterator[list[tuple[str, Kernel]]]:
+def compiled_kernels(order: str = "together") -> Iterator[list[tuple[str, Kernel]]]:
     """Inside, ``backend="triton"`` runs CPU tensors in the machine; gives what was launched, by op and kernel."""
     launched: list[tuple[str, Kernel]] = []
 
     def execute(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        program = run(self, grid, dict(zip(self.arg_names, args, strict=False)) | options)
+        program = run(self, grid, dict(zip(self.arg_names, args, strict=False)) | options, order)
         launched.append((f"{self.fn.__module__.split('.')[-2]}{self.__name__}", program))
 
     on_cpu = {op: {**devices, "cpu": devices["cuda"]} for op, devices in _backend.TRITON.items()}
