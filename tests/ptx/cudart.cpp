@@ -44,10 +44,14 @@ int cudaMemsetAsync(void* to, int value, size_t bytes, void*) {
   std::memset(to, value, bytes);
   return 0;
 }
-int cudaLaunchKernel(const void* kernel, Dimensions grid, Dimensions block, void** arguments, size_t shared, void*) {
-  const unsigned sizes[] = {grid.x, grid.y, grid.z};
+// In clusters of so many blocks along x.
+int ptx_launch(const void* kernel, Dimensions grid, Dimensions block, void** arguments, size_t shared, unsigned cluster) {
+  const unsigned sizes[] = {grid.x, grid.y, grid.z, cluster};
   launched(names()[kernel].c_str(), sizes, block.x * block.y * block.z, shared, arguments);
   return 0;
+}
+int cudaLaunchKernel(const void* kernel, Dimensions grid, Dimensions block, void** arguments, size_t shared, void*) {
+  return ptx_launch(kernel, grid, block, arguments, shared, 1);
 }
 
 // What `kernel<<<...>>>(...)` is made of.

@@ -58,14 +58,17 @@ class Machine:
             block = np.empty((count, threads), dtype_of(kind, "u"))
             block.view(np.uint8).fill(1 if kind == "pred" else 0xFF)
             self.registers |= {f"{prefix}{i}": block[i] for i in range(count)}
-        lane = np.arange(threads, dtype=np.uint32)
-        self.special: dict[str, Any] = {"%tid.x": lane, "%tid.y": np.uint32(0), "%tid.z": np.uint32(0)}
-        self.special |= {"%laneid": lane % WARP, "%warpid": lane // WARP}
-        self.special |= {f"%ntid.{axis}": np.uint32(threads if axis == "x" else 1) for axis in "xyz"}
+        self.special = self.special_registers(threads)
         # Copies on their way: for each turn groups of (where to, what).
         self.turn, self.pending = 0, list[list[list[tuple[Array, Array]]]]()
         self.steps = [self.step(instruction) for instruction in kernel.code]
         self.end = len(self.steps)
+
+    def special_registers(self, threads: int) -> dict[str, Any]:
+        lane = np.arange(threads, dtype=np.uint32)
+        special: dict[str, Any] = {"%tid.x": lane, "%tid.y": np.uint32(0), "%tid.z": np.uint32(0)}
+        special |= {"%laneid": lane % WARP, "%warpid": lane // WARP}
+        return special | {f"%ntid.{axis}": np.uint32(threads if axis == "x" else 1) for axis in "xyz"}
 
     def run(self, grid: tuple[int, int, int]) -> None:
         self.grid = grid

@@ -82,13 +82,22 @@ def statements(body: str) -> Iterator[str]:
 
 def read_body(kernel: Kernel, body: str) -> None:
     scopes: list[dict[str, str]] = [{}]  # of inline assembly: its own registers, renamed
+    inner: list[tuple[int, dict[str, str]]] = []  # where such a scope begins, and its own labels
     for statement in statements(body):
         if statement == "{":
             scopes.append({})
+            inner.append((len(kernel.code), {}))
         elif statement == "}":
             scopes.pop()
+            begin, renamed = inner.pop()
+            for jump in (i for i in kernel.code[begin:] if i.op[0] == "bra"):
+                jump.operands[0] = renamed.get(jump.operands[0], jump.operands[0])
         elif statement.endswith(":"):
-            kernel.labels[statement[:-1]] = len(kernel.code)
+            label, here = statement[:-1], len(kernel.code)
+            if inner:
+                inner[-1][1][label] = f"{label}@{here}"
+                label = f"{label}@{here}"
+            kernel.labels[label] = here
         elif statement.startswith(".reg"):
             _, kind, names = statement.replace(".", " ").split(None, 2)
             for name in names.split(","):

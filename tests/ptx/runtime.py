@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from .hopper import HopperMachine
 from .machine import Machine
 from .program import Kernel, parse
 
@@ -28,14 +29,17 @@ LAUNCHED = ctypes.CFUNCTYPE(
 
 
 class Program:
-    """A .cu file as PTX and as a library of launchers."""
+    """A .cu file as PTX and as a library of launchers, compiled if the folder has them not."""
 
     def __init__(self, source: Path, include: Path, folder: Path, architecture: str = "80") -> None:
         kept = folder / source.stem
-        kept.mkdir()
+        kept.mkdir(exist_ok=True)
         code = f"arch=compute_{architecture},code=compute_{architecture}"
-        command = ["nvcc", *LINKED, *FLAGS, "-gencode", code, f"-I{include}", source, HERE / "cudart.cpp"]
-        subprocess.run([*command, "-o", kept / "library.so", "--keep", "--keep-dir", kept], check=True)
+        includes = (f"-I{include}", f"-I{include}/../tools/util/include")
+        self.hopper = architecture == "90a"
+        command = ["nvcc", *LINKED, *FLAGS, "-gencode", code, *includes, source, *HERE.glob("*.cpp")]
+        if not (kept / "library.so").exists():
+            subprocess.run([*command, "-o", kept / "library.so", "--keep", "--keep-dir", kept], check=True)
         self.library = ctypes.CDLL(str(kept / "library.so"))
         self.kernels: dict[str, Kernel] = parse((kept / f"{source.stem}.ptx").read_text(encoding="utf-8"))
         names = subprocess.run(["nm", "-D", "--defined-only", kept / "library.so"], capture_output=True, text=True)
@@ -58,7 +62,9 @@ class Program:
             try:
                 kernel = self.kernels[name.decode()]
                 values = [ctypes.string_at(given[i], size) for i, (_, size) in enumerate(kernel.parameters)]
-                Machine(kernel, buffers, values, threads, shared, order).run((grid[0], grid[1], grid[2]))
+                given_to = (kernel, buffers, values, threads, shared, order)
+                machine = HopperMachine(*given_to, cluster=grid[3]) if self.hopper else Machine(*given_to)
+                machine.run((grid[0], grid[1], grid[2]))
             except BaseException as error:  # ctypes would print it and go on
                 failed.append(error)
 
