@@ -90,9 +90,10 @@ def compiled(launch: Launch, capability: int) -> Any:
             signature[name], constants[(i,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name] = POINTERS[value.dtype]
-            attributes[(i,)] = [["tt.divisibility", 16]]
+            if value.data_ptr() % 16 == 0:  # 0 of those without values
+                attributes[(i,)] = [["tt.divisibility", 16]]
         else:
-            signature[name] = "i32" if value < 2**31 else "i64"
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if value % 16 == 0:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from . import matrices
+from . import approximate, fields, matrices
 from .arithmetic import BINARY, COMPARE, UNARY, convert, dtype_of
 from .program import Instruction, Kernel, PtxError
 
@@ -110,7 +110,7 @@ class Machine:
                     return
                 pc = target if len(chosen) else pc + 1
                 continue
-            if kind == "bar" and not alone:
+            if kind == "bar" and instruction.op[1] != "warp" and not alone:
                 if step is not None:
                     raise PtxError(f"threads part before {instruction.text}")
                 self.at[here], self.waits[here] = pc + 1, True
@@ -199,7 +199,7 @@ class Machine:
         if (addresses % np.uint64(size)).any():
             raise PtxError(f"an address is no multiple of {size}")
         if space != "global":
-            memory = self.shared if space == "shared" else self.parameters
+            memory = self.parameters if space == "param" else self.shared
             if len(addresses) and int(addresses.max()) + size > len(memory):
                 raise PtxError(f"an address is beyond the {len(memory)} bytes of {space} memory")
             return [(ALL, memory, addresses.astype(np.int64)[:, None] + np.arange(size))]
@@ -227,7 +227,7 @@ class Machine:
             memory[indices] = values[which]
 
     def load(self, i: Instruction) -> Callable[[Some], None]:
-        space = next((part for part in i.op if part in ("global", "shared", "param")), "global")
+        space = next((part for part in i.op if part in ("global", "shared", "shared::cta", "param")), "global")
         targets = [self.target(name) for name in self.vector(i.operands[0])]
         dtype, address = dtype_of(i.op[-1]), self.address(i.operands[1])
         size = dtype.itemsize * len(targets)
@@ -240,7 +240,7 @@ class Machine:
         return run
 
     def store(self, i: Instruction) -> Callable[[Some], None]:
-        space = "shared" if "shared" in i.op else "global"
+        space = "shared" if "shared" in i.op or "shared::cta" in i.op else "global"
         dtype, address = dtype_of(i.op[-1]), self.address(i.operands[0])
         sources = [self.source(name, i.op[-1]) for name in self.vector(i.operands[1])]
 
@@ -268,7 +268,7 @@ class Machine:
                         self.put("shared", addresses, values)
 
             return wait
-        to, source, size = self.address(i.operands[0]), self.address(i.operands[1]), int(i.operands[2])
+        to, source, size = self.address(i.operands[0]), self.address(i.operands[1]), int(i.operands[2], 0)
         filled = self.source(i.operands[3], "u32") if len(i.operands) > 3 else lambda some: np.uint32(size)
 
         def run(some: Some) -> None:
@@ -304,6 +304,12 @@ class Machine:
                 self.target(i.operands[0]),
             )
             return lambda some: result(some, every(value(some)))
+        if i.op[:2] == ["bar", "warp"]:
+            return matrices.barrier(self, i)
+        if name in ("bfe", "prmt"):
+            return getattr(fields, name)(self, i)
+        if approximate.is_approximate(i):
+            return approximate.step(self, i)
         if name == "mov" and "{" in i.text:
             return self.packing(i)
         write = self.target(i.operands[0].split("|")[0])
@@ -340,7 +346,7 @@ class Machine:
         if len(i.operands) == 2 and name in UNARY:
             one, a = UNARY[name], self.source(i.operands[1], kind)
             return lambda some: write(some, one(a(some)))
-        if len(i.operands) == 3 and name in BINARY:
+        if len(i.operands) == 3 and name in BINARY and "NaN" not in i.op:
             two, a = BINARY[name], self.source(i.operands[1], kind)
             b = self.source(i.operands[2], "u32" if name in ("shl", "shr") else kind)
             return lambda some: write(some, two(a(some), b(some)))
@@ -372,6 +378,8 @@ class Machine:
         kind = i.op[-1]
         a, b = (self.source(text, kind) for text in i.operands[1:3])
         bits = int(kind[1:])
+        if bits == 64 and i.op[1] == "hi":
+            return lambda some: write(some, fields.high(a(some), b(some), dtype_of(kind)))
         wide = dtype_of(f"{kind[0]}{2 * bits}")
         if i.op[1] == "hi":
             shift = wide.type(bits)

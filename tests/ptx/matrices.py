@@ -33,6 +33,8 @@ def whole_warps(machine: Machine, some: Any) -> Array:
 def mma(machine: Machine, i: Instruction) -> Step:
     """D = A B + C: m16n8k16 of bf16 or fp16, m16n8k8 of TF32, whose lower 13 bits do not count; sums in fp32."""
     kind, depth = i.op[-2], int(i.op[3].split("k")[1])
+    if kind == "f64":
+        return mma_f64(machine, i)
     names = [machine.vector(text) for text in i.operands]
     targets = [machine.target(name) for name in names[0]]
     a, b = ([machine.source(name, "u32") for name in group] for group in names[1:3])
@@ -65,6 +67,24 @@ def mma(machine: Machine, i: Instruction) -> Step:
     return run
 
 
+def mma_f64(machine: Machine, i: Instruction) -> Step:
+    """m8n8k4 of fp64: a value of A and of B a lane, two of C."""
+    names = [machine.vector(text) for text in i.operands]
+    targets = [machine.target(name) for name in names[0]]
+    (a,), (b,), c = ([machine.source(name, "f64") for name in group] for group in names[1:])
+
+    def run(some: Any) -> None:
+        warps = len(whole_warps(machine, some))
+        left, right = np.empty((warps, 8, 4)), np.empty((warps, 4, 8))
+        left[:, GROUP, MEMBER] = np.broadcast_to(a(some), (32 * warps,)).reshape(warps, 32)
+        right[:, MEMBER, GROUP] = np.broadcast_to(b(some), (32 * warps,)).reshape(warps, 32)
+        product = left @ right
+        for n, (read, write) in enumerate(zip(c, targets, strict=True)):
+            write(some, product[:, GROUP, 2 * MEMBER + n].reshape(-1) + read(some))
+
+    return run
+
+
 def ldmatrix(machine: Machine, i: Instruction) -> Step:
     """Matrices of 8 x 8 values of 16 bits, a row at the address of a lane each, handed out as fragments."""
     count_, transposed = int(i.op[3][1:]) if i.op[3].startswith("x") else 0, "trans" in i.op
@@ -85,17 +105,32 @@ def ldmatrix(machine: Machine, i: Instruction) -> Step:
     return run
 
 
-def shfl(machine: Machine, i: Instruction) -> Step:
-    """``shfl.sync.idx`` over whole warps."""
-    if i.op[2] != "idx":
+def barrier(machine: Machine, i: Instruction) -> Step:
+    """``bar.warp.sync`` of all lanes: they stand here together already, or it is an error."""
+    if i.operands != ["-1"]:
         raise PtxError(f"not known: {i.text}")
+
+    def run(some: Any) -> None:
+        whole_warps(machine, some)
+
+    return run
+
+
+def shfl(machine: Machine, i: Instruction) -> Step:
+    """``shfl.sync`` over whole warps: from a lane by number, or from that whose number differs in these bits."""
+    if i.op[2] not in ("idx", "bfly"):
+        raise PtxError(f"not known: {i.text}")
+    clamp, members = (machine.source(text, "u32") for text in i.operands[3:])
     write = machine.target(i.operands[0].split("|")[0])
     value, lane = machine.source(i.operands[1], "u32"), machine.source(i.operands[2], "u32")
 
     def run(some: Any) -> None:
         warps = len(whole_warps(machine, some))
+        if (np.asarray(clamp(some)) != 31).any() or (~np.asarray(members(some))).any():
+            raise PtxError("not known of a part of a warp")
         values = np.broadcast_to(value(some), (32 * warps,)).reshape(warps, 32)
         lanes = np.broadcast_to(lane(some), (32 * warps,)).reshape(warps, 32).astype(np.int64) % 32
+        lanes = lanes ^ LANE if i.op[2] == "bfly" else lanes
         write(some, np.take_along_axis(values, lanes, 1).reshape(-1))
 
     return run

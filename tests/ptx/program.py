@@ -30,22 +30,23 @@ class Kernel:
 
 
 SIZES = {"8": 1, "16": 2, "32": 4, "64": 8}
-PARAMETER = re.compile(r"\.[busf](\d+)\s+(\w+)(?:\[(\d+)\])?")
+PARAMETER = re.compile(r"\.[busf](\d+)\s+(?:\.ptr\b[\s.\w]*\s)?(\w+)(?:\[(\d+)\])?\s*$")
 STATEMENT = re.compile(r"(?:@(!?[%\w]+)\s+)?([\w.:]+)\s*(.*)", re.S)
 OPERANDS = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+")
 
 
 def parse(text: str) -> dict[str, Kernel]:
     """The kernels of a PTX file."""
-    text = re.sub(r"//[^\n]*", "", text)
+    text = re.sub(r"//[^\n]*|^\s*\.loc\b[^\n]*", "", text, flags=re.M)  # lines of source code end without a semicolon
     shared = re.findall(r"\.shared\s+\.align\s+\d+\s+\.b8\s+(\w+)\[(\d*)\]", text)
     kernels = {}
     for head in re.finditer(r"\.entry\s+(\w+)\s*\((.*?)\)\s*(?:\.\w+\s+[\d, ]+\s*)*\{", text, re.S):
         parameters = []
-        for _, bits, name, count in re.findall(
-            r"\.param\s+(\.align\s+\d+\s+)?\.[busf](\d+)\s+(\w+)(?:\[(\d+)\])?", head[2]
-        ):
-            parameters.append((name, SIZES[bits] * int(count or 1)))
+        for declaration in head[2].split(",") if head[2].strip() else ():
+            found = PARAMETER.search(declaration)
+            if found is None:
+                raise PtxError(f"not a parameter: {declaration}")
+            parameters.append((found[2], SIZES[found[1]] * int(found[3] or 1)))
         kernel = Kernel(head[1], parameters, shared={name: int(size or 0) for name, size in shared})
         read_body(kernel, text[head.end() : closing(text, head.end())])
         kernels[head[1]] = kernel
