@@ -43,8 +43,8 @@ MANY = ((1, 256, 5, 3), (1, 272, 3, 5))  # channels: all in one tile, and in til
 class Run:
     """A case, and how it is run.
 
-    ``wide``: with offsets of 64 bits; ``askew``: x at no multiple of 16 bytes; ``nan``: some of x is; ``order``: that of
-    a block's warps, by which a missing barrier shows.
+    ``wide``: with offsets of 64 bits; ``askew``: x at no multiple of 16 bytes; ``nan``: some of x is; ``order``: that
+    of a block's warps, by which a missing barrier shows.
     """
 
     case: Case

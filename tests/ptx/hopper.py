@@ -384,10 +384,7 @@ class HopperMachine(Machine):
             return getattr(self, name)(i)  # type: ignore[no-any-return]
         if "NaN" in i.op:
             return self.most_or_nan(i)
-        try:
-            return super().step(i)
-        except (KeyError, ValueError, IndexError):
-            raise PtxError(f"not known: {i.text}") from None
+        return super().step(i)
 
     def elect(self, i: Instruction) -> Callable[[Some], None]:
         lane, leads = (self.target(text) for text in i.operands[0].split("|"))

@@ -61,7 +61,7 @@ class Machine:
         self.special = self.special_registers(threads)
         # Copies on their way: for each turn groups of (where to, what).
         self.turn, self.pending = 0, list[list[list[tuple[Array, Array]]]]()
-        self.steps = [self.step(instruction) for instruction in kernel.code]
+        self.steps = [self.known(instruction) for instruction in kernel.code]
         self.end = len(self.steps)
 
     def special_registers(self, threads: int) -> dict[str, Any]:
@@ -285,7 +285,14 @@ class Machine:
 
     # ---- instructions
 
+    def known(self, i: Instruction) -> Callable[[Some], None] | None:
+        try:
+            return self.step(i)
+        except (KeyError, ValueError, IndexError):
+            raise PtxError(f"not known: {i.text}") from None
+
     def step(self, i: Instruction) -> Callable[[Some], None] | None:
+        """What does an instruction; None for one that does nothing here, and for jumps and barriers."""
         name, kind = i.op[0], i.op[-1]
         if name in ("bra", "ret", "exit", "pragma", "membar", "fence") or i.op[:2] == ["bar", "sync"]:
             return None
