@@ -382,8 +382,6 @@ class HopperMachine(Machine):
             return None
         if name in ("elect", "stmatrix", "mapa"):
             return getattr(self, name)(i)  # type: ignore[no-any-return]
-        if "NaN" in i.op:
-            return self.most_or_nan(i)
         return super().step(i)
 
     def elect(self, i: Instruction) -> Callable[[Some], None]:
@@ -405,13 +403,6 @@ class HopperMachine(Machine):
             raise PtxError(f"not known: {i.text}")
         low = np.uint32((1 << RANK) - 1)
         return lambda some: write(some, at(some) & low | rank(some) << np.uint32(RANK))
-
-    def most_or_nan(self, i: Instruction) -> Callable[[Some], None]:
-        two = {"max": np.maximum, "min": np.minimum}.get(i.op[0])
-        if two is None or i.op[-1] != "f32":
-            raise PtxError(f"not known: {i.text}")
-        write, a, b = self.target(i.operands[0]), *(self.source(text, "f32") for text in i.operands[1:])
-        return lambda some: write(some, two(a(some), b(some)))
 
     def stmatrix(self, i: Instruction) -> Callable[[Some], None]:
         """Matrices of 8 x 8 values of 16 bits from fragments, a row to the address of a lane each."""

@@ -24,6 +24,8 @@ Array = np.ndarray[Any, Any]
 Some = Any
 ALL = slice(None)
 WARP = 32
+# What would change a result in a way that no instruction here has.
+CHANGES = {"sat", "satfinite", "relu", "xorsign", "cc"}
 
 
 class Machine:
@@ -294,6 +296,8 @@ class Machine:
     def step(self, i: Instruction) -> Callable[[Some], None] | None:
         """What does an instruction; None for one that does nothing here, and for jumps and barriers."""
         name, kind = i.op[0], i.op[-1]
+        if CHANGES & set(i.op[1:]):
+            raise PtxError(f"not known: {i.text}")
         if name in ("bra", "ret", "exit", "pragma", "membar", "fence") or i.op[:2] == ["bar", "sync"]:
             return None
         if name == "ld":
@@ -353,8 +357,9 @@ class Machine:
         if len(i.operands) == 2 and name in UNARY:
             one, a = UNARY[name], self.source(i.operands[1], kind)
             return lambda some: write(some, one(a(some)))
-        if len(i.operands) == 3 and name in BINARY and "NaN" not in i.op:
-            two, a = BINARY[name], self.source(i.operands[1], kind)
+        if len(i.operands) == 3 and name in BINARY:
+            two = {"max": np.maximum, "min": np.minimum}[name] if "NaN" in i.op else BINARY[name]
+            a = self.source(i.operands[1], kind)
             b = self.source(i.operands[2], "u32" if name in ("shl", "shr") else kind)
             return lambda some: write(some, two(a(some), b(some)))
         raise PtxError(f"not known: {i.text}")
