@@ -22,10 +22,12 @@ emulate() {
   rm -rf "$work/emulator"
 }
 
-# Registers, spills, stack, shared memory, 16-byte accesses and tensor cores of every kernel on every architecture.
+# Registers, spills, stack, shared memory, 16-byte accesses and tensor cores of every kernel on every architecture. And
+# what CUTLASS's kernels compute: the suite at the end has not its headers.
 budget() {
   enter cuda
   PYTHONPATH=$work/cutlass python tests/cuda_budget.py --cutlass
+  PYTHONPATH=$work/cutlass python -m pytest tests/test_ptx.py tests/test_ptx_hopper.py
 }
 
 plain_library() { # the kernels for C++: built, installed, and used by a program, with neither PyTorch nor Python
