@@ -144,8 +144,14 @@ def tune(
 
     Warns:
         UserWarning: a kernel that is wrong or does not run here, and is not used.
+
+    Raises:
+        RuntimeError: a device that is no GPU, or none that PyTorch sees.
     """
-    return list(rows(model, shape, torch.device(device), dtype, layout))
+    device = torch.device(device)
+    if device.type not in _backend.TUNED or (device.type == "cuda" and not torch.cuda.is_available()):
+        raise RuntimeError(f"device must be a GPU that PyTorch sees, got {str(device)!r}")
+    return list(rows(model, shape, device, dtype, layout))
 
 
 def rows(
@@ -172,7 +178,8 @@ def rows(
             return [result for call, arguments in given for result in call.run(way, arguments)]
 
         candidates = [_tuning.Candidate(way, partial(run, way)) for way in (*ways, "stock")]
-        _tuning.choices().remember(_tuning.key_of(op, device), _tuning.race(candidates, _tuning.gpu_clock))
+        left = [candidate for candidate, _ in _tuning.that_run(candidates, _tuning.gpu_clock)]
+        _tuning.choices().remember(_tuning.key_of(op, device), _tuning.race(left, _tuning.gpu_clock))
         yield TunedRow(op, "forward and backward", *_known(op, device))
 
 

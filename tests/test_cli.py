@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image, ImageOps
 
 from alexnet_ext import cli, diagnostics, models
@@ -84,6 +85,7 @@ def test_train_says_that_the_kernels_wait_for_tune(
 ) -> None:
     """The CPU in the place of a GPU that nothing has been proven on."""
     monkeypatch.setattr(_backend, "TUNED", ("cpu",))
+    monkeypatch.setattr(_backend, "UNPROVEN", {("native", "cpu")})
     monkeypatch.setattr(_backend, "tuned", lambda *_: "")
     options = ["train", "--data", "synthetic", *SMALL, "--steps", "1", "--out"]
     assert cli.run_command([*options, str(tmp_path / "run")]) == 0
@@ -91,6 +93,9 @@ def test_train_says_that_the_kernels_wait_for_tune(
     monkeypatch.setattr(_backend, "tuned", lambda op, _: "native" if op == "relu_max_pool2d" else "")
     assert cli.run_command([*options, str(tmp_path / "another")]) == 0
     assert "alexnet tune" not in capsys.readouterr().out
+    monkeypatch.setattr(_backend, "tuned", lambda *_: "")
+    monkeypatch.setattr(_backend, "UNPROVEN", set())
+    assert not _backend.is_untuned(torch.device("cpu")), "what is proven for everybody runs untuned"
 
 
 def test_train_on_a_folder_with_a_broken_image(

@@ -330,6 +330,32 @@ def test_what_is_wrong_here_is_no_candidate(monkeypatch: pytest.MonkeyPatch) -> 
     assert rows["relu_max_pool2d"].microseconds.keys() == {"native", "stock"}
 
 
+@pytest.mark.usefixtures("native", "quick_tune")
+def test_what_does_not_run_at_the_models_shapes_is_no_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where memory does not suffice for it."""
+    monkeypatch.setattr(_backend, "TRITON", {op: {"cpu": False} for op in _backend.OPS})
+    run = tuning.Call.run
+
+    def limited(call: tuning.Call, backend: str, arguments: Any) -> list[Tensor]:
+        if call.op == "relu_max_pool2d" and backend == "native":
+            raise torch.OutOfMemoryError("as large as that")
+        return run(call, backend, arguments)
+
+    monkeypatch.setattr(tuning.Call, "run", limited)
+    with pytest.warns(UserWarning, match="native is not measured, as it raises OutOfMemoryError"):
+        rows = {row.layer: row for row in ax.tune(small_network(), (2, 3, 9, 8), device="cpu")}
+    assert rows["relu_max_pool2d"].microseconds.keys() == {"stock"}
+    assert rows["local_response_norm"].microseconds.keys() == {"native", "stock"}
+
+
+def test_tune_refuses_what_is_no_gpu() -> None:
+    with pytest.raises(RuntimeError, match="device must be a GPU that PyTorch sees, got 'cpu'"):
+        ax.tune(small_network(), (2, 3, 9, 8), device="cpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="device must be a GPU that PyTorch sees, got 'cuda'"):
+            ax.tune(small_network(), (2, 3, 9, 8))
+
+
 @interpreted
 @pytest.mark.usefixtures("native", "quick_tune")
 def test_a_convolution_that_differs_from_stock_is_not_left_to_measurement(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,8 +107,8 @@ def preferred(op: str, device: torch.device, dtype: torch.dtype = torch.float32)
 
 
 def is_untuned(device: torch.device) -> bool:
-    """Whether ``"auto"`` would run more of our kernels on this device after `alexnet tune`."""
-    return device.type in TUNED and not any(tuned(op, device) for op in OPS)
+    """Whether ``"auto"`` leaves all to stock PyTorch on this device because `alexnet tune` has not looked yet."""
+    return device.type in TUNED and not any(tuned(op, device) or preferred(op, device) != "stock" for op in OPS)
 
 
 @contextmanager

@@ -56,25 +56,33 @@ def agree(ours: Results, theirs: Results) -> bool:
     return True
 
 
-def timings(candidates: Sequence[Candidate], clock: Clock) -> dict[str, float]:
-    """Seconds of each candidate, but for what raises, and what computes something else than the first that does not."""
-    reference: Results | None = None
-    left = []
+def that_run(candidates: Sequence[Candidate], clock: Clock) -> Iterator[tuple[Candidate, Results]]:
+    """Each candidate and what it computes, but for what raises. Raises RuntimeError when that is all."""
+    ran = False
     for candidate in candidates:
         try:
             results = candidate.run()
             clock()  # an asynchronous error shows here
         except Exception as error:  # a kernel that does not build, memory that does not suffice: whatever it is
-            warnings.warn(f"{candidate.name} is not measured, as it raises {error!r:.200}", stacklevel=2)
+            warnings.warn(f"{candidate.name} is not measured, as it raises {error!r:.200}", stacklevel=3)
             continue
+        ran = True
+        yield candidate, results
+    if not ran:
+        raise RuntimeError(f"none of {', '.join(candidate.name for candidate in candidates)} runs")
+
+
+def timings(candidates: Sequence[Candidate], clock: Clock) -> dict[str, float]:
+    """Seconds of each candidate, but for what raises, and what computes something else than the first that does not."""
+    reference: Results | None = None
+    left = []
+    for candidate, results in that_run(candidates, clock):
         if reference is None:
             reference = results
         elif not agree(results, reference):
             warnings.warn(f"{candidate.name} is not measured, as its result differs", stacklevel=2)
             continue
         left.append(candidate)
-    if not left:
-        raise RuntimeError(f"none of {', '.join(candidate.name for candidate in candidates)} runs")
     return race(left, clock)
 
 
