@@ -7,21 +7,14 @@ approximate instructions that err as far as they may. A process of its own compi
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 
 from . import cases
+from .uninterpreted import printed
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-ROOT = Path(__file__).parents[1]
 MMA = "mma.sync.aligned.m16n8k"
 PRODUCTS = {
     "bfloat16": f"{MMA}16.row.col.f32.bf16.bf16.f32",
@@ -41,25 +34,12 @@ KERNELS = {
 }
 
 
-def ran(op: str, grid: str) -> list[dict[str, Any]]:
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.ptx_triton", op, grid],
-        cwd=ROOT,
-        env=os.environ | {"TRITON_INTERPRET": "0"},
-        capture_output=True,
-        text=True,
-        timeout=3000,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return [json.loads(line) for line in result.stdout.splitlines()]
-
-
 @pytest.mark.parametrize("op", [*cases.ON_GPU, *cases.WITHOUT_GRADIENT])
 @pytest.mark.parametrize("grid", ["quick", pytest.param("full", marks=pytest.mark.ahead)])
 def test_compiled_kernels_match_float64(op: str, grid: str) -> None:
     if torch.version.cuda is None:
         pytest.skip("this torch is a CPU build: the kernels are not defined without the interpreter")
-    rows = ran(op, grid)
+    rows = printed("tests.ptx_triton", op, grid)
     failed = [f"{row['run']}: {row['error']}" for row in rows if row["error"]]
     assert not failed, "\n".join(failed)
     each = KERNELS.get(op, {f"{op}_forward_kernel", f"{op}_backward_kernel"})

@@ -6,22 +6,17 @@ and configuration for compute capability 8.0, 9.0 and 10.0 (10 minutes on one co
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from . import cases
+from .uninterpreted import printed
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-ROOT = Path(__file__).parents[1]
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 PRODUCT = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}
 CONVOLUTION = ("_product_kernel", "_weight_kernel")
@@ -31,16 +26,7 @@ grids = pytest.mark.parametrize("grid", ["quick", pytest.param("full", marks=pyt
 
 @cache
 def compiled(what: str) -> list[dict[str, Any]]:
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.triton_ahead", what],
-        cwd=ROOT,
-        env=os.environ | {"TRITON_INTERPRET": "0"},
-        capture_output=True,
-        text=True,
-        timeout=3000,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return [json.loads(line) for line in result.stdout.splitlines()]
+    return printed("tests.triton_ahead", what)
 
 
 def named(row: dict[str, Any]) -> str:

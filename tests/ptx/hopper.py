@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from . import matrices
 from .arithmetic import dtype_of
-from .machine import ALL, WARP, Array, Machine, Some
-from .program import Instruction, Kernel, PtxError
+from .machine import ALL, WARP, Array, Launch, Machine, Some
+from .program import Instruction, PtxError
 from .tensor_maps import MAP, Box
 from .warp_groups import GROUP, WarpGroup, wgmma
 
@@ -40,23 +40,14 @@ class Mbarrier:
 class HopperMachine(Machine):
     """Runs a kernel's clusters, each as one block of all their threads."""
 
-    def __init__(
-        self,
-        kernel: Kernel,
-        buffers: Sequence[Array],
-        arguments: Sequence[bytes],
-        threads: int,
-        shared: int,
-        order: str = "together",
-        cluster: int = 1,
-    ) -> None:
-        self.cluster, self.block_threads = cluster, threads
-        self.next_copy = 0 if order == "forward" else -1
-        super().__init__(kernel, buffers, arguments, threads * cluster, shared, order)
-        if threads % GROUP or len(self.shared) > MOST_SHARED:
-            raise PtxError(f"a block of {threads} threads with {len(self.shared)} bytes of shared memory")
+    def __init__(self, launch: Launch) -> None:
+        self.cluster, self.block_threads = launch.cluster, launch.threads
+        self.next_copy = 0 if launch.order == "forward" else -1
+        super().__init__(replace(launch, threads=launch.threads * launch.cluster))
+        if self.block_threads % GROUP or len(self.shared) > MOST_SHARED:
+            raise PtxError(f"a block of {self.block_threads} threads with {len(self.shared)} bytes of shared memory")
         self.block_shared = len(self.shared)
-        self.shared = np.empty(cluster * self.block_shared, np.uint8)
+        self.shared = np.empty(self.cluster * self.block_shared, np.uint8)
 
     def special_registers(self, threads: int) -> dict[str, Any]:
         special = super().special_registers(self.block_threads)

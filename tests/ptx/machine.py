@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,25 +29,34 @@ WARP = 32
 CHANGES = {"sat", "satfinite", "relu", "xorsign", "cc"}
 
 
-class Machine:
-    """Runs a kernel's blocks over global memory of the buffers that it is given."""
+@dataclass(frozen=True)
+class Launch:
+    """A kernel, the memory that it may touch, its arguments, threads of a block, and bytes of its shared memory.
 
-    def __init__(
-        self,
-        kernel: Kernel,
-        buffers: Sequence[Array],
-        arguments: Sequence[bytes],
-        threads: int,
-        shared: int,
-        order: str = "together",
-    ) -> None:
+    ``order`` is "together", "forward" or "backward"; ``cluster`` is how many blocks along x are one.
+    """
+
+    kernel: Kernel
+    buffers: Sequence[Array]
+    arguments: Sequence[bytes]
+    threads: int
+    shared: int
+    order: str = "together"
+    cluster: int = 1
+
+
+class Machine:
+    """Runs a kernel's blocks."""
+
+    def __init__(self, launch: Launch) -> None:
+        kernel, threads, shared = launch.kernel, launch.threads, launch.shared
         self.kernel, self.threads = kernel, threads
         everyone = np.arange(threads)
         warps = np.split(everyone, range(WARP, threads, WARP))
-        self.turns = {"together": [everyone], "forward": warps, "backward": warps[::-1]}[order]
-        self.buffers = [(b.ctypes.data, b.view(np.uint8).reshape(-1)) for b in buffers]
+        self.turns = {"together": [everyone], "forward": warps, "backward": warps[::-1]}[launch.order]
+        self.buffers = [(b.ctypes.data, b.view(np.uint8).reshape(-1)) for b in launch.buffers]
         self.addresses, parameters = {}, b""
-        for (name, size), value in zip(kernel.parameters, arguments, strict=True):
+        for (name, size), value in zip(kernel.parameters, launch.arguments, strict=True):
             parameters += bytes(-len(parameters) % min(size & -size, 8))
             self.addresses[name] = len(parameters)
             parameters += value

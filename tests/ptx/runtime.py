@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .hopper import HopperMachine
-from .machine import Machine
+from .machine import Launch, Machine
 from .program import Kernel, parse
 
 HERE = Path(__file__).parent
@@ -36,7 +36,7 @@ class Program:
         kept.mkdir(exist_ok=True)
         code = f"arch=compute_{architecture},code=compute_{architecture}"
         includes = (f"-I{include}", f"-I{include}/../tools/util/include")
-        self.hopper = architecture == "90a"
+        self.machine = HopperMachine if architecture == "90a" else Machine
         command = ["nvcc", *LINKED, *FLAGS, "-gencode", code, *includes, source, *HERE.glob("*.cpp")]
         if not (kept / "library.so").exists():
             subprocess.run([*command, "-o", kept / "library.so", "--keep", "--keep-dir", kept], check=True)
@@ -62,9 +62,8 @@ class Program:
             try:
                 kernel = self.kernels[name.decode()]
                 values = [ctypes.string_at(given[i], size) for i, (_, size) in enumerate(kernel.parameters)]
-                given_to = (kernel, buffers, values, threads, shared, order)
-                machine = HopperMachine(*given_to, cluster=grid[3]) if self.hopper else Machine(*given_to)
-                machine.run((grid[0], grid[1], grid[2]))
+                launch = Launch(kernel, buffers, values, threads, shared, order, cluster=grid[3])
+                self.machine(launch).run((grid[0], grid[1], grid[2]))
             except BaseException as error:  # ctypes would print it and go on
                 failed.append(error)
 

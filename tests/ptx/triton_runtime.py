@@ -21,7 +21,7 @@ from alexnet_ext.ops import _backend
 from alexnet_ext.ops.conv2d_bias_relu import configs
 
 from ..triton_ahead import compiled
-from .machine import Machine
+from .machine import Launch, Machine
 from .program import Kernel, PtxError, parse
 
 CAPABILITY = 80
@@ -67,8 +67,8 @@ def run(kernel: JITFunction, grid: Any, given: dict[str, Any], order: str) -> Ke
         raise PtxError(f"{program.name} has other parameters: {program.parameters}")
     buffers = [memory(value) for value in passed if isinstance(value, torch.Tensor) and value.numel()]
     grid = grid(given) if callable(grid) else grid
-    machine = Machine(program, buffers, arguments, 32 * binary.metadata.num_warps, binary.metadata.shared, order)
-    machine.run((*grid, 1, 1)[:3])
+    threads, shared = 32 * binary.metadata.num_warps, binary.metadata.shared
+    Machine(Launch(program, buffers, arguments, threads, shared, order)).run((*grid, 1, 1)[:3])
     return program
 
 
