@@ -46,6 +46,30 @@ inline int64_t weight_gradient_splits(const Conv2d& p) {
 // Workspace of the weight gradient, in floats: [groups][splits][group_filters][taps].
 inline int64_t weight_gradient_workspace(const Conv2d& p) { return weight_gradient_splits(p) * p.filters * p.taps(); }
 
+// The same for compute capability 9.0, where a block has a multiprocessor to itself and computes so many filters x
+// columns, each a tap's so many channels, in steps of so many pixels. A split of the pixels has 16 steps or more.
+constexpr int kSm90WeightFilters = 128, kSm90WeightColumns = 4, kSm90WeightChannels = 64, kSm90WeightPixels = 64;
+
+struct Sm90WeightPlan {
+  int64_t channel_blocks, column_blocks, filter_blocks, steps, splits, steps_of_split;
+
+  explicit Sm90WeightPlan(const Conv2d& p) {
+    channel_blocks = ceil_div(p.group_channels(), kSm90WeightChannels);
+    column_blocks = ceil_div(p.taps_h * p.taps_w * channel_blocks, kSm90WeightColumns);
+    filter_blocks = ceil_div(p.group_filters(), kSm90WeightFilters);
+    steps = ceil_div(p.pixels(), kSm90WeightPixels);
+    const int64_t by_blocks = kMostBlocks / 2 / (column_blocks * filter_blocks * p.groups), by_steps = steps / 16;
+    const int64_t wanted = by_blocks < by_steps ? by_blocks : by_steps;
+    steps_of_split = ceil_div(steps, wanted > 1 ? wanted : 1);
+    splits = ceil_div(steps, steps_of_split);
+  }
+};
+
+// [splits][filters][taps] floats.
+inline int64_t sm90_weight_gradient_workspace(const Conv2d& p) {
+  return Sm90WeightPlan(p).splits * p.filters * p.taps();
+}
+
 // Asynchronous on `stream` (a cudaStream_t); return a cudaError_t, cudaErrorInvalidValue for what CUTLASS cannot do.
 // T is bf16, f16 or float, whose products are of TF32; sums are fp32. Pointers are aligned to 16 bytes, and so are the
 // channels of a group. alexnet_ext/ops/conv2d_bias_relu/cutlass.py says where they apply.
@@ -64,11 +88,15 @@ template <class T>
 int conv2d_weight_gradient_cutlass(const Conv2d& p, const void* dz, const void* x, void* workspace, void* dweight,
                                    void* stream);
 
-// The same for compute capability 9.0 alone (conv2d_sm90.cuh): T is bf16 or f16, the stride is 1.
+// The same for compute capability 9.0 alone (conv2d_sm90.cuh, weight_gradient_sm90.cuh): T is bf16 or f16, the stride
+// is 1.
 template <class T>
 int conv2d_forward_sm90(const Conv2d& p, const void* x, const void* weight, const void* bias, bool relu, void* y,
                         void* stream);
 template <class T>
 int conv2d_input_gradient_sm90(const Conv2d& p, const void* dz, const void* weight, void* dx, void* stream);
+template <class T>
+int conv2d_weight_gradient_sm90(const Conv2d& p, const void* dz, const void* x, void* workspace, void* dweight,
+                                void* stream);
 
 }  // namespace alexnet_ext

@@ -17,16 +17,17 @@ struct Map {
   uint64_t stride[4];  // in bytes
   int16_t lower[2], upper[2];
   uint16_t box[4];  // im2col: channels, pixels
-  uint8_t im2col, swizzle, fill, unused;
+  uint8_t im2col, swizzle, fill, rank;
 };
 static_assert(sizeof(Map) <= sizeof(CUtensorMap));
 
 // What the driver would refuse, or the machine does not know, is refused.
 CUresult encode(CUtensorMap* to, CUtensorMapDataType type, unsigned rank, void* data, const cuuint64_t* sizes,
                 const cuuint64_t* strides, const cuuint32_t* steps, CUtensorMapInterleave interleave, Map map) {
-  bool known = rank == 4 && reinterpret_cast<uintptr_t>(data) % 16 == 0 && interleave == CU_TENSOR_MAP_INTERLEAVE_NONE;
+  bool known = (rank == 2 || rank == 4) && reinterpret_cast<uintptr_t>(data) % 16 == 0 && interleave == CU_TENSOR_MAP_INTERLEAVE_NONE;
   known = known && (type == CU_TENSOR_MAP_DATA_TYPE_UINT16 || type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 ||
                     type == CU_TENSOR_MAP_DATA_TYPE_FLOAT16);
+  map.rank = static_cast<uint8_t>(rank);
   for (unsigned i = 0; known && i < rank; ++i) {
     known = sizes[i] > 0 && sizes[i] <= UINT32_MAX && steps[i] == 1 && (i == 0 || strides[i - 1] % 16 == 0);
     map.size[i] = static_cast<uint32_t>(sizes[i]);

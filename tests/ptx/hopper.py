@@ -44,7 +44,7 @@ class HopperMachine(Machine):
         self.cluster, self.block_threads = launch.cluster, launch.threads
         self.next_copy = 0 if launch.order == "forward" else -1
         super().__init__(replace(launch, threads=launch.threads * launch.cluster))
-        if self.block_threads % GROUP or len(self.shared) > MOST_SHARED:
+        if self.block_threads % WARP or len(self.shared) > MOST_SHARED:
             raise PtxError(f"a block of {self.block_threads} threads with {len(self.shared)} bytes of shared memory")
         self.block_shared = len(self.shared)
         self.shared = np.empty(self.cluster * self.block_shared, np.uint8)
@@ -296,7 +296,7 @@ class HopperMachine(Machine):
 
             return wait
         known = {"im2col", "im2col_no_offs", "bulk_group", "mbarrier::complete_tx::bytes", "multicast::cluster"}
-        if i.op[3:5] != ["tensor", "4d"] or set(i.op[7:]) - known - {"L2::cache_hint"}:
+        if i.op[3:5] not in (["tensor", "2d"], ["tensor", "4d"]) or set(i.op[7:]) - known - {"L2::cache_hint"}:
             raise PtxError(f"not known: {i.text}")
         if i.op[5:7] == ["shared::cluster", "global"] and "mbarrier::complete_tx::bytes" in i.op:
             return self.load_box(i)
@@ -311,7 +311,7 @@ class HopperMachine(Machine):
 
     def load_box(self, i: Instruction) -> Callable[[Some], None]:
         to, at, signal = self.address(i.operands[0]), self.place(i.operands[1]), self.address(i.operands[2])
-        im2col, rest = "im2col" in i.op, i.operands[3:]
+        im2col, rest, rank = "im2col" in i.op, i.operands[3:], len(at)
         taps = [self.source(text, "u16") for text in self.vector(rest.pop(0))] if im2col else []
         one = np.uint64(1)
         aimed = lambda some: one << (to(some) >> np.uint64(RANK))  # noqa: E731
@@ -329,11 +329,11 @@ class HopperMachine(Machine):
 
         def run(some: Some) -> None:
             for _, address, barrier, mask, *values in self.each(some, to, signal, blocks, *at, *taps):
-                box = self.box(values[0], values[1:5], values[5:], im2col)
+                box = self.box(values[0], values[1:rank], values[rank:], im2col)
                 if mask >> self.cluster:
                     raise PtxError("a copy goes to a block that the cluster has not")
-                for rank in (rank for rank in range(self.cluster) if mask >> rank & 1):
-                    base, low = rank << RANK, (1 << RANK) - 1
+                for block in (block for block in range(self.cluster) if mask >> block & 1):
+                    base, low = block << RANK, (1 << RANK) - 1
                     issue(box, base | address & low, base | barrier & low)
             self.progress = True
 
@@ -347,7 +347,7 @@ class HopperMachine(Machine):
 
         def run(some: Some) -> None:
             for thread, address, *values in self.each(some, source, *at):
-                store = issue(self.box(values[0], values[1:5], (0, 0), im2col), address)
+                store = issue(self.box(values[0], values[1:], (0, 0), im2col), address)
                 self.stores.setdefault(thread, [[]])[-1].append(store)
 
         return run

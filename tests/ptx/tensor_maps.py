@@ -22,7 +22,7 @@ MARK = b"ptx map"
 MAP = np.dtype(
     [
         *(("mark", "S8"), ("data", "u8"), ("size", "u4", 4), ("stride", "u8", 4), ("lower", "i2", 2)),
-        *(("upper", "i2", 2), ("box", "u2", 4), ("im2col", "u1"), ("swizzle", "u1"), ("fill", "u1"), ("unused", "u1")),
+        *(("upper", "i2", 2), ("box", "u2", 4), ("im2col", "u1"), ("swizzle", "u1"), ("fill", "u1"), ("rank", "u1")),
     ],
     align=True,
 )
@@ -41,19 +41,19 @@ class Box:
         m = description.view(MAP)[0]
         if m["mark"] != MARK or m["fill"] != 0 or int(m["swizzle"]) not in SWIZZLE:
             raise PtxError("not a descriptor that is known")
-        if bool(m["im2col"]) != im2col:
-            raise PtxError("a descriptor of the other mode")
+        if bool(m["im2col"]) != im2col or int(m["rank"]) != len(where):
+            raise PtxError("a descriptor of the other mode or of another rank")
         self.mask = SWIZZLE[int(m["swizzle"])]
-        box, size = m["box"].astype(np.int64), m["size"].astype(np.int64)
+        box, size, stride = (m[name].astype(np.int64)[: len(where)] for name in ("box", "size", "stride"))
         first = where[0] + np.arange(box[0])
         if im2col:
             others = self.pixels(m, where, taps, int(box[1]))
         else:
             ends = [w + np.arange(n) for w, n in zip(where[1:], box[1:], strict=True)]
-            others = np.stack(np.meshgrid(*ends[::-1], indexing="ij")[::-1], -1).reshape(-1, 3)
+            others = np.stack(np.meshgrid(*ends[::-1], indexing="ij")[::-1], -1).reshape(-1, len(ends))
         inside = ((others >= 0) & (others < size[1:])).all(1)
         self.inside = inside[:, None] & ((first >= 0) & (first < size[0]))
-        offsets = others @ m["stride"][1:].astype(np.int64)
+        offsets = others @ stride[1:]
         self.addresses = (int(m["data"]) + offsets[:, None] + 2 * first).astype(np.uint64)
         row = 2 * int(box[0])
         if self.mask and row != 16 * (self.mask + 1):
