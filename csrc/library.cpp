@@ -42,13 +42,13 @@ STABLE_TORCH_LIBRARY(alexnet_ext, m) {
   m.def(
       "conv2d_bias_relu_cutlass_gradient(Tensor dz, Tensor x, Tensor weight, int[2] stride, int[2] padding,"
       " int[2] dilation, int groups, int wanted) -> Tensor");
-  // The same for devices of compute capability 9.0 alone; the gradient is that of x.
+  // The same for devices of compute capability 9.0 alone.
   m.def(
       "conv2d_bias_relu_sm90(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation,"
       " int groups, bool relu) -> Tensor");
   m.def(
-      "conv2d_bias_relu_sm90_input_gradient(Tensor dz, Tensor x, Tensor weight, int[2] stride, int[2] padding,"
-      " int[2] dilation, int groups) -> Tensor");
+      "conv2d_bias_relu_sm90_gradient(Tensor dz, Tensor x, Tensor weight, int[2] stride, int[2] padding,"
+      " int[2] dilation, int groups, int wanted) -> Tensor");
 
   m.def("linear_bias_relu(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def(

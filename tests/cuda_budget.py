@@ -37,9 +37,15 @@ VECTOR_KERNEL = re.compile(r"_(lanes|vectors)_|^augment_|^(relu_max_pool2d(_back
 LOAD, STORE = "LDG.E.128", "STG.E.128"
 # From global to shared memory, 16 bytes at a time, and products of tensor cores.
 COPY, PRODUCT = r"LDGSTS\S*\.128", {"tf32": r"HMMA\.\S*TF32", "bf16": r"HMMA\.\S*BF16", "f16": r"HMMA\.16816\.F32 "}
-# TMA, which gathers pixels for the product and stores the results, and products of a group of four warps.
-GATHER, SCATTER = r"UTMALDG\S*\.IM2COL", r"UTMASTG\S*\.IM2COL"
-WARP_GROUP_PRODUCT = {"bf16": r"HGMMA\.\S*\.F32\.BF16", "f16": r"HGMMA\.\S*\.F32 "}
+# TMA, which gathers pixels for the product and stores the results (sums of weights leave registers two at a time), and
+# products of a group of four warps.
+GATHER, SCATTER, STORE_SUMS = r"UTMALDG\S*\.IM2COL", r"UTMASTG\S*\.IM2COL", r"STG\.E\.64"
+WARP_GROUP_PRODUCT = {
+    "bf16": r"HGMMA\.\S*\.F32\.BF16",
+    "f16": r"HGMMA\.\S*\.F32 ",
+    "tf32": r"HGMMA\.\S*\.F32\.TF32",
+}
+PRODUCT_KERNEL = re.compile(r"_ZN7cutlass|\w+_sm90_kernel")
 CUTLASS_KERNEL = re.compile(r"(\w+)_(tf32|bf16|f16)_(cutlass|sm90)$")
 
 
@@ -49,9 +55,10 @@ def instructions(name: str) -> tuple[str, ...]:
     A crop's bytes begin anywhere, and flipped they run backwards.
     """
     if found := CUTLASS_KERNEL.match(name):
-        return (
-            (GATHER, WARP_GROUP_PRODUCT[found[2]], SCATTER) if found[3] == "sm90" else (COPY, PRODUCT[found[2]], STORE)
-        )
+        direction, dtype, kind = found.groups()
+        if kind == "cutlass":
+            return COPY, PRODUCT[dtype], STORE
+        return GATHER, WARP_GROUP_PRODUCT[dtype], STORE_SUMS if direction == "weight_gradient" else SCATTER
     if not VECTOR_KERNEL.search(name):
         return ()
     return (STORE,) if name.startswith("augment") else (LOAD, STORE)
@@ -91,11 +98,11 @@ def run(*command: str) -> str:
 
 
 def plain(mangled: list[str], source: Path) -> dict[str, str]:
-    """Names as a reader writes them: relu_max_pool2d_kernel<float, 4, 3>. CUTLASS's, of 2 KB, is its file's."""
+    """Names as a reader writes them: relu_max_pool2d_kernel<float, 4, 3>. A product's, of 2 KB, is its file's."""
     names = run("c++filt", *mangled).splitlines()
     short = (re.sub(r"alexnet_ext::|\(anonymous namespace\)::|^void ", "", name).split("(")[0] for name in names)
     found = dict(zip(mangled, short, strict=True))
-    return {name: source.stem if name.startswith("_ZN7cutlass") else text for name, text in found.items()}
+    return {name: source.stem if PRODUCT_KERNEL.match(name) else text for name, text in found.items()}
 
 
 def read_report(report: str) -> dict[str, Usage]:

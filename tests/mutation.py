@@ -32,9 +32,10 @@ CUDA_LRN = "csrc/local_response_norm/local_response_norm_window.cuh"
 CUDA_SUMS = "csrc/common/channel_sums.cuh"
 CUTLASS = "csrc/conv2d_bias_relu/conv2d_cutlass.cuh"
 CUTLASS_APPLIES = "alexnet_ext/ops/conv2d_bias_relu/cutlass.py"
-CUTLASS_READS = "tests/test_cutlass.py -k 'blocks_read and cutlass_reads'"  # needs nvcc and CUTLASS's headers
 SM90 = "csrc/conv2d_bias_relu/conv2d_sm90.cuh"
-SM90_READS = "tests/test_cutlass.py -k sm90_reads"  # as well
+SM90_WEIGHT = "csrc/conv2d_bias_relu/weight_gradient_sm90.cuh"
+# These need nvcc and CUTLASS's headers.
+PTX, SM90_PTX = "tests/test_ptx.py::test_", "tests/test_ptx_hopper.py::test_"
 WINOGRAD = "csrc/conv2d_bias_relu/winograd_cpu.cpp"
 EMULATOR = "tests/test_emulator.py"
 SECONDS = 240  # a fault may make a loop endless
@@ -197,32 +198,35 @@ FAULTS = (
     Fault("CUDA: reciprocal rounded down", "csrc/common/images.cuh", "static_cast<uint64_t>(divisor) + 1",
           "static_cast<uint64_t>(divisor)", f"{EMULATOR} -k 'to_the_bit and float32 and not augment'"),
     Fault("CUTLASS: a group's strides for the whole tensor's", CUTLASS, "p.height, p.width, p.channels)",
-          "p.height, p.width, p.group_channels())", CUTLASS_READS),
+          "p.height, p.width, p.group_channels())", f"{PTX}forward[bf16]"),
     Fault("CUTLASS: a ReLU that loses NaN", CUTLASS, "sums[i] < least ? least : sums[i]",
-          "sums[i] > least ? sums[i] : least", CUTLASS_READS),
-    Fault("CUTLASS: taps in reverse order", CUTLASS, "Mode::kCrossCorrelation", "Mode::kConvolution", CUTLASS_READS),
+          "sums[i] > least ? sums[i] : least", f"{PTX}forward[bf16]"),
+    Fault("CUTLASS: taps in reverse order", CUTLASS, "Mode::kCrossCorrelation", "Mode::kConvolution",
+          f"{PTX}forward[f16]"),
     Fault("CUTLASS: every pixel with a bias of its own", CUTLASS, "first.y, {0, 0, 0})", "first.y, layout_of_y(p))",
-          CUTLASS_READS),
+          f"{PTX}forward[tf32]"),
+    Fault("CUTLASS: each group with the first one's bias", CUTLASS, "slice<E>(bias, first.y,", "slice<E>(bias, 0,",
+          f"{PTX}forward[f16]"),
     Fault("CUTLASS: pixels summed up once a split", CUTLASS, "problem_of_group(p, weight_gradient_splits(p))",
-          "problem_of_group(p)", CUTLASS_READS),
+          "problem_of_group(p)", f"{PTX}weight_gradient[bf16]"),
+    Fault("CUTLASS: gradients of weights in the first group's place", CUTLASS, "(dweight) + first.weight", "(dweight)",
+          f"{PTX}weight_gradient[tf32]"),
     Fault("CUTLASS for 9.0: a group's strides for the whole tensor's", SM90,
           "strides(p.out_height, p.out_width, p.filters)", "strides(p.out_height, p.out_width, p.group_filters())",
-          SM90_READS),
+          f"{SM90_PTX}input_gradient[f16]"),
     Fault("CUTLASS for 9.0: padding of rows for columns", SM90, "padding{n(p.padding[0]), n(p.padding[1])}",
-          "padding{n(p.padding[1]), n(p.padding[0])}", SM90_READS),
-    Fault("CUTLASS for 9.0: a ReLU always", SM90, "{least_of(relu)}", "{least_of(true)}", SM90_READS),
+          "padding{n(p.padding[1]), n(p.padding[0])}", f"{SM90_PTX}input_gradient[f16]"),
+    Fault("CUTLASS for 9.0: a ReLU always", SM90, "{least_of(relu)}", "{least_of(true)}", f"{SM90_PTX}forward[f16]"),
+    Fault("9.0: boxes freed while they are multiplied", SM90_WEIGHT, "warpgroup_wait<1>", "warpgroup_wait<2>",
+          f"{SM90_PTX}weight_gradient[bf16]"),
+    Fault("9.0: the next group's channels stored", SM90_WEIGHT, "channel + n < work.channels", "true",
+          f"{SM90_PTX}weight_gradient[bf16]"),
     Fault("CUTLASS for 9.0: elsewhere", CUTLASS_APPLIES, "capability(x) == HOPPER", "capability(x) >= HOPPER",
           "tests/test_cutlass.py -k own_devices"),
     Fault("CUTLASS: TF32 where the flags forbid it", CUTLASS_APPLIES, 'precision(x.dtype) != "tf32"',
           "x.dtype != torch.float32", "tests/test_cutlass.py -k dtypes"),
     Fault("CUTLASS: the gradient of x with a stride", CUTLASS_APPLIES, "wanted != 0 or stride == [1, 1]", "True",
           "tests/test_cutlass.py -k where_it_applies"),
-    Fault("CUTLASS: a NaN becomes 0", CUTLASS, "sums[i] < least ? least : sums[i]", "sums[i] > least ? sums[i] : least",
-          "tests/test_ptx.py::test_forward[bf16]"),
-    Fault("CUTLASS: each group with the first one's bias", CUTLASS, "slice<E>(bias, first.y,", "slice<E>(bias, 0,",
-          "tests/test_ptx.py::test_forward[f16]"),
-    Fault("CUTLASS: gradients of weights in the first group's place", CUTLASS, "(dweight) + first.weight", "(dweight)",
-          "tests/test_ptx.py::test_weight_gradient[tf32]"),
     Fault("tune: unproven kernels measured", "alexnet_ext/tuning.py", " if _is_right(op, way, device)]", "]",
           "tests/test_tuning.py -k wrong_here"),
     Fault("auto: another device's choice", "alexnet_ext/ops/_tuning.py", " | {device_name(device)} | ", " | ",

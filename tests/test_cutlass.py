@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from alexnet_ext.ops import _backend
 from alexnet_ext.ops._tuning import Candidate
 from benchmarks.verify_gpu.stages import correctness, speed
 
-from . import cases, cuda_budget, oracle
+from . import cases, oracle
 from .cases import Case, conv
 from .test_triton_conv2d_bias_relu import LAYERS
 
@@ -109,10 +108,10 @@ def test_devices_and_builds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("case", cases.params(cases.ALEXNET["conv2d_bias_relu"]))
-def test_sm90_applies_to_alexnet_but_for_the_weight_gradient(case: Case) -> None:
-    for dtype, expected in ((torch.bfloat16, True), (torch.float16, True), (torch.float32, False)):
-        assert applies(case, FORWARD, dtype, sm90=True) == applies(case, OF_X, dtype, sm90=True) == expected
-        assert not applies(case, OF_WEIGHT, dtype, sm90=True)
+def test_sm90_applies_to_alexnet(case: Case) -> None:
+    for dtype, gradients in ((torch.bfloat16, True), (torch.float16, True), (torch.float32, False)):
+        assert applies(case, FORWARD, dtype, sm90=True)
+        assert {applies(case, wanted, dtype, sm90=True) for wanted in (OF_X, OF_WEIGHT)} == {gradients}
 
 
 @pytest.mark.usefixtures("hopper")
@@ -131,7 +130,7 @@ def test_sm90_applies_to_alexnet_but_for_the_weight_gradient(case: Case) -> None
     ids=lambda value: value.id if isinstance(value, Case) else "",
 )
 def test_where_sm90_applies(case: Case, expected: bool) -> None:
-    assert applies(case, FORWARD, sm90=True) == applies(case, OF_X, sm90=True) == expected
+    assert {applies(case, wanted, sm90=True) for wanted in (FORWARD, OF_X, OF_WEIGHT)} == {expected}
 
 
 def test_sm90_is_for_its_own_devices_and_builds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,14 +164,14 @@ def stock_gradient(dz: Tensor, x: Tensor, weight: Tensor, *constants: Any) -> Te
 
 
 def stock_sm90_forward(x: Tensor, weight: Tensor, *given: Any) -> Tensor:
-    assert x.element_size() == 2
     assert given[1] == [1, 1]
     return stock_forward(x, weight, *given)
 
 
-def stock_sm90_input_gradient(dz: Tensor, x: Tensor, weight: Tensor, *constants: Any) -> Tensor:
+def stock_sm90_gradient(dz: Tensor, x: Tensor, weight: Tensor, *given: Any) -> Tensor:
     assert x.element_size() == 2
-    return stock_gradient(dz, x, weight, *constants, OF_X)
+    assert given[0] == [1, 1]
+    return stock_gradient(dz, x, weight, *given)
 
 
 def check_operands(x: Tensor, weight: Tensor, constants: Any) -> None:
@@ -188,7 +187,7 @@ def kernels() -> Iterator[None]:
         library.impl("conv2d_bias_relu_cutlass", stock_forward, "CPU")
         library.impl("conv2d_bias_relu_cutlass_gradient", stock_gradient, "CPU")
         library.impl("conv2d_bias_relu_sm90", stock_sm90_forward, "CPU")
-        library.impl("conv2d_bias_relu_sm90_input_gradient", stock_sm90_input_gradient, "CPU")
+        library.impl("conv2d_bias_relu_sm90_gradient", stock_sm90_gradient, "CPU")
         yield
 
 
@@ -221,10 +220,10 @@ def test_it_is_offered_last_in_every_direction_and_right(case: Case, layout: str
 
 @pytest.mark.usefixtures("interpreter", "kernels", "hopper")
 @pytest.mark.parametrize("case", cases.params(LAYERS))
-def test_sm90_is_offered_behind_it_where_it_has_kernels(case: Case, offered: list[list[str]]) -> None:
+def test_sm90_is_offered_behind_it(case: Case, offered: list[list[str]]) -> None:
     oracle.assert_matches_float64(case, cases.make(case, torch.float16))
-    assert [names[-2:] == ["cutlass", "cutlass sm90"] for names in offered[:3]] == [True, True, False]
-    assert offered[2][-1] == "cutlass"
+    assert len(offered) >= 3
+    assert all(names[-2:] == ["cutlass", "cutlass sm90"] for names in offered)
 
 
 @pytest.mark.usefixtures("interpreter", "kernels")
@@ -246,8 +245,8 @@ def test_where_it_does_not_apply_another_one_runs(
 @pytest.mark.usefixtures("kernels", "hopper")
 @pytest.mark.parametrize(
     ("dtype", "sm90"),
-    [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)],
-    ids=["float32", "bfloat16", "bfloat16-sm90"],
+    [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True), (torch.bfloat16, True)],
+    ids=["float32", "bfloat16", "float32-sm90", "bfloat16-sm90"],
 )
 @pytest.mark.parametrize("case", cases.params(LAYERS))
 def test_what_a_gpu_will_be_asked(case: Case, dtype: torch.dtype, sm90: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,24 +272,7 @@ def test_every_candidate_will_be_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     findings = list(speed.convolution_findings("cpu"))
     assert len(findings) == 6
     assert all({"cudnn channels_last ms", "triton ms", "cutlass ms"} <= set(finding.numbers) for finding in findings)
-    assert sum("cutlass sm90 ms" in finding.numbers for finding in findings) == 4  # not for the weight gradients
-
-
-# ---- what the kernels would read, asked of CUTLASS on the host
-
-
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
-@pytest.mark.skipif(not cuda_budget.cutlass_include(), reason="CUTLASS's headers (nvidia-cutlass) are not installed")
-@pytest.mark.parametrize(("name", "architecture"), [("cutlass_reads", "sm_80"), ("sm90_reads", "sm_90a")])
-def test_blocks_read_what_the_convolution_and_its_gradients_are_made_of(
-    name: str, architecture: str, tmp_path: Path
-) -> None:
-    root, program = cuda_budget.ROOT, tmp_path / name
-    sources = (root / f"tests/cpp/{name}.cu", root / "csrc/common/isa.cpp")
-    folders = (f"-I{root / 'csrc'}", f"-I{root / 'tests' / 'cpp'}", *cuda_budget.cutlass_folders())
-    flags = (*cuda_budget.FLAGS, f"-arch={architecture}")
-    cuda_budget.run("nvcc", *flags, *folders, "-o", str(program), *map(str, sources))
-    assert "0 failures" in cuda_budget.run(str(program))
+    assert all("cutlass sm90 ms" in finding.numbers for finding in findings)
 
 
 # ---- what is known of the build

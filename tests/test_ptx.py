@@ -12,10 +12,11 @@ import functools
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from .ptx.runtime import Program
 
 CSRC = Path(__file__).parents[1] / "csrc" / "conv2d_bias_relu"
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "tf32": torch.float32}
+INVALID_VALUE = 1  # cudaErrorInvalidValue
 INTEGERS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 
 
@@ -69,6 +71,17 @@ PROBLEMS = (
     Problem((2, 16, 25, 23), 32, (3, 3), padding=(1, 1), groups=2),  # the weight gradient's pixels in two parts
 )
 
+# At batch 128, the first one with its space brought to depth.
+ALEXNET = (
+    Problem((128, 48, 57, 57), 96, (3, 3)),
+    Problem((128, 96, 27, 27), 256, (5, 5), padding=(2, 2), groups=2),
+    Problem((128, 256, 13, 13), 384, (3, 3), padding=(1, 1)),
+    Problem((128, 384, 13, 13), 384, (3, 3), padding=(1, 1), groups=2),
+    Problem((128, 384, 13, 13), 256, (3, 3), padding=(1, 1), groups=2),
+)
+PLAIN = Problem((1, 32, 9, 9), 32, (3, 3))
+DIRECTIONS = ("forward", "input_gradient", "weight_gradient")
+
 
 def made(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
     """Normal numbers, channels-last; fp32's are TF32 already, to which CUTLASS rounds."""
@@ -92,18 +105,39 @@ def unwritten(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.full(shape, torch.nan, dtype=dtype).to(memory_format=torch.channels_last)
 
 
+def described(problem: Problem) -> ctypes.Array[ctypes.c_int64]:
+    """Conv2d of conv2d_cutlass.h."""
+    sizes = [*problem.x, problem.filters, *problem.kernel, *problem.y[2:], *problem.stride, *problem.padding]
+    return (ctypes.c_int64 * 16)(*sizes, *problem.dilation, problem.groups)
+
+
 def launch(
     program: Program, launcher: str, problem: Problem, *arguments: Tensor | bool | None, order: str = "together"
 ) -> None:
     """Call the launcher with the problem and these; tensors are all the memory that its kernels may touch."""
-    sizes = [*problem.x, problem.filters, *problem.kernel, *problem.y[2:], *problem.stride, *problem.padding]
-    described = (ctypes.c_int64 * 16)(*sizes, *problem.dilation, problem.groups)
-    given: list[Any] = [described]
+    given: list[Any] = [described(problem)]
     for value in arguments:
         pointer = value.data_ptr() if isinstance(value, Tensor) else None
         given.append(ctypes.c_bool(value) if isinstance(value, bool) else ctypes.c_void_p(pointer))
     buffers = [memory(value) for value in arguments if isinstance(value, Tensor)]
     assert program.launch(launcher, [*given, None], buffers, order) == 0
+
+
+def taken(program: Program, direction: str, problem: Problem, misplaced: int = 0) -> bool:
+    """Whether the launcher takes a problem whose tensors lie so many bytes behind a multiple of 16; nothing runs."""
+    program = copy.copy(program)
+    program.machine = mock.Mock()
+    somewhere = torch.empty(64)
+    at, to = (ctypes.c_void_p(somewhere.data_ptr() + offset) for offset in (misplaced, 0))
+    tensors = {
+        "forward": (at, at, None, ctypes.c_bool(True), to),
+        "input_gradient": (at, at, to),
+        "weight_gradient": (at, at, to, to),
+    }
+    status = program.launch(direction, [described(problem), *tensors[direction], None], [])
+    assert status in (0, INVALID_VALUE)
+    assert program.machine.called == (status == 0)
+    return status == 0
 
 
 def assert_near(ours: Tensor, exact: Tensor) -> None:
@@ -164,7 +198,7 @@ TYPES = {"bf16": "NS_4bf16E", "f16": "NS_3f16E", "tf32": "f"}
 Programs = Callable[[str, str], Program]
 
 
-def compiled_by(kind: str, dtypes: Sequence[str], architecture: str, base: Path) -> Programs:
+def compiled_by(kind: str, architecture: str, base: Path) -> Programs:
     """By direction and dtype. A direction is compiled once, whichever worker comes first, for all dtypes."""
     include = cuda_budget.cutlass_include()
     if shutil.which("nvcc") is None or not include:
@@ -177,7 +211,8 @@ def compiled_by(kind: str, dtypes: Sequence[str], architecture: str, base: Path)
         source = folder / f"{direction}.cu"
         with (folder / f"{direction}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            source.write_text("".join(f'#include "{CSRC}/{direction}_{dtype}_{kind}.cu"\n' for dtype in dtypes))
+            files = sorted(CSRC.glob(f"{direction}_*_{kind}.cu"))
+            source.write_text("".join(f'#include "{file}"\n' for file in files))
             return Program(source, Path(include), folder, architecture)
 
     def of_dtype(direction: str, name: str) -> Program:
@@ -191,7 +226,7 @@ def compiled_by(kind: str, dtypes: Sequence[str], architecture: str, base: Path)
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Programs:
-    return compiled_by("cutlass", tuple(DTYPES), "80", tmp_path_factory.getbasetemp())
+    return compiled_by("cutlass", "80", tmp_path_factory.getbasetemp())
 
 
 @pytest.mark.parametrize("name", DTYPES)
@@ -247,3 +282,18 @@ def test_weight_gradient(name: str, programs: Programs) -> None:
 
 def test_nan_of_the_weight_gradient(programs: Programs) -> None:
     gradients(programs("weight_gradient", "bf16"), PROBLEMS[0], torch.bfloat16, "weight", spoilt=True)
+
+
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_what_is_taken(direction: str, name: str, programs: Programs) -> None:
+    """As ``alexnet_ext/ops/conv2d_bias_relu/cutlass.py`` says."""
+    program, odd = programs(direction, name), 8 // DTYPES[name].itemsize
+    assert all(taken(program, direction, problem) for problem in (*ALEXNET, PLAIN))
+    assert not taken(program, direction, PLAIN, misplaced=8)
+    for problem in (Problem((1, odd, 9, 9), 32, (3, 3)), Problem((1, 32, 9, 9), odd, (3, 3))):
+        assert not taken(program, direction, problem)
+    assert taken(program, direction, replace(PLAIN, stride=(2, 2))) == (direction != "input_gradient")
+    assert taken(program, direction, Problem((1, 32, 70, 70), 32, (32, 32)))
+    if direction != "weight_gradient":  # whose kernel has no mask of taps
+        assert not taken(program, direction, Problem((1, 32, 70, 70), 32, (33, 33)))

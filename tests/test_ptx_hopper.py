@@ -10,6 +10,9 @@ from torch import Tensor
 
 from .ptx.program import Instruction, PtxError
 from .test_ptx import (
+    ALEXNET,
+    DIRECTIONS,
+    PLAIN,
     PROBLEMS,
     Problem,
     Programs,
@@ -18,6 +21,7 @@ from .test_ptx import (
     gradients,
     launch,
     made,
+    taken,
     unwritten,
 )
 
@@ -38,7 +42,7 @@ SPLIT = Problem((2, 8, 35, 33), 16, (3, 3), padding=(0, 1))
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Programs:
-    return compiled_by("sm90", tuple(DTYPES), "90a", tmp_path_factory.getbasetemp())
+    return compiled_by("sm90", "90a", tmp_path_factory.getbasetemp())
 
 
 def workspace(problem: Problem) -> int:
@@ -79,6 +83,26 @@ def test_weight_gradient(name: str, programs: Programs) -> None:
 def test_nan_of_a_gradient(wanted: str, programs: Programs) -> None:
     program = programs("input_gradient" if wanted == "x" else "weight_gradient", "bf16")
     gradients(program, SMALL, torch.bfloat16, wanted, workspace, spoilt=True)
+
+
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_what_is_taken(direction: str, name: str, programs: Programs) -> None:
+    """As ``alexnet_ext/ops/conv2d_bias_relu/cutlass.py`` says; the last that it lets through, and beyond."""
+    program = programs(direction, name)
+    far, padded = Problem((1, 32, 256, 256), 32, (128, 128)), replace(PLAIN, padding=(127, 127))
+    assert all(taken(program, direction, problem) for problem in (*ALEXNET, PLAIN, far, padded))
+    assert not taken(program, direction, PLAIN, misplaced=8)
+    for problem in (
+        Problem((1, 4, 9, 9), 32, (3, 3)),  # channels of 8 bytes
+        Problem((1, 32, 9, 9), 4, (3, 3)),
+        replace(PLAIN, stride=(2, 2)),
+        replace(far, kernel=(130, 3)),
+        replace(far, kernel=(3, 130)),
+        replace(PLAIN, padding=(129, 1)),
+        replace(PLAIN, padding=(1, 129)),
+    ):
+        assert not taken(program, direction, problem)
 
 
 # What keeps threads, copies and products in order.

@@ -10,6 +10,7 @@
 
 #include "../common/channel_sums.cuh"
 #include "conv2d_cutlass.h"
+#include "cutlass_element.h"
 
 namespace alexnet_ext {
 
@@ -17,24 +18,21 @@ using cutlass::conv::StrideSupport;
 using cutlass::gemm::GemmShape;
 using Nhwc = cutlass::layout::TensorNHWC;
 
-// CUTLASS's element, its mma.sync instruction, and how deep a block's step is: 64 bytes of channels or pixels.
+// CUTLASS's mma.sync instruction, and how deep a block's step is: 64 bytes of channels or pixels.
 template <class T>
 struct TensorCore;
 template <>
 struct TensorCore<bf16> {
-  using Element = cutlass::bfloat16_t;
   using Instruction = GemmShape<16, 8, 16>;
   static constexpr int kDepth = 32;
 };
 template <>
 struct TensorCore<f16> {
-  using Element = cutlass::half_t;
   using Instruction = GemmShape<16, 8, 16>;
   static constexpr int kDepth = 32;
 };
 template <>
 struct TensorCore<float> {  // fragments are rounded to the nearest TF32 on their way from shared memory
-  using Element = float;
   using Instruction = GemmShape<16, 8, 8>;
   static constexpr int kDepth = 16;
 };
@@ -82,7 +80,7 @@ struct Stored {
 template <template <class, class, class, class, class, class, class, class, class, class, class, class, class, class,
                     int, class, cutlass::conv::IteratorAlgorithm, StrideSupport, int, int> class Direction,
           class T, int kRows, int kColumns, class Output, StrideSupport kStride,
-          class E = typename TensorCore<T>::Element, int kDepth = TensorCore<T>::kDepth>
+          class E = Element<T>, int kDepth = TensorCore<T>::kDepth>
 using ProductKernel =
     typename Direction<E, Nhwc, E, Nhwc, typename Output::ElementOutput, Nhwc, float, cutlass::arch::OpClassTensorOp,
                        cutlass::arch::Sm80, GemmShape<kRows, kColumns, kDepth>, GemmShape<64, 64, kDepth>,
@@ -145,10 +143,10 @@ inline int for_groups(const Conv2d& p, F&& f) {
 // 64 columns a block: AlexNet's groups have 48, 96, 128, 192 and 384 channels, and 128 columns leave a quarter unused.
 template <class T>
 using ForwardKernel = ProductKernel<cutlass::conv::kernel::DefaultConv2dFprop, T, 256, 64,
-                                    Stored<typename TensorCore<T>::Element, true>, StrideSupport::kStrided>;
+                                    Stored<Element<T>, true>, StrideSupport::kStrided>;
 template <class T>
 using InputGradientKernel = ProductKernel<cutlass::conv::kernel::DefaultConv2dDgrad, T, 256, 64,
-                                          Stored<typename TensorCore<T>::Element, false>, StrideSupport::kUnity>;
+                                          Stored<Element<T>, false>, StrideSupport::kUnity>;
 template <class T>
 using WeightGradientKernel = ProductKernel<cutlass::conv::kernel::DefaultConv2dWgrad, T, kWeightBlock, kWeightBlock,
                                            Stored<float, false>, StrideSupport::kStrided>;
@@ -156,7 +154,7 @@ using WeightGradientKernel = ProductKernel<cutlass::conv::kernel::DefaultConv2dW
 template <class T>
 typename ForwardKernel<T>::Arguments forward_arguments(const Conv2d& p, const Conv2dSlice& first, const void* x,
                                                        const void* weight, const void* bias, bool relu, void* y) {
-  using E = typename TensorCore<T>::Element;
+  using E = Element<T>;
   // Strides of 0: every pixel of the source is the bias.
   const auto source = bias == nullptr ? cutlass::TensorRef<E, Nhwc>() : slice<E>(bias, first.y, {0, 0, 0});
   return {problem_of_group(p),
@@ -170,7 +168,7 @@ typename ForwardKernel<T>::Arguments forward_arguments(const Conv2d& p, const Co
 template <class T>
 typename InputGradientKernel<T>::Arguments input_gradient_arguments(const Conv2d& p, const Conv2dSlice& first,
                                                                     const void* dz, const void* weight, void* dx) {
-  using E = typename TensorCore<T>::Element;
+  using E = Element<T>;
   const auto result = slice<E>(dx, first.x, layout_of_x(p));
   return {problem_of_group(p),
           slice<E>(dz, first.y, layout_of_y(p)),
@@ -184,7 +182,7 @@ typename InputGradientKernel<T>::Arguments input_gradient_arguments(const Conv2d
 template <class T>
 typename WeightGradientKernel<T>::Arguments weight_gradient_arguments(const Conv2d& p, const Conv2dSlice& first,
                                                                       const void* dz, const void* x, float* partial) {
-  using E = typename TensorCore<T>::Element;
+  using E = Element<T>;
   const auto result = slice<float>(partial, 0, layout_of_weight(p));
   return {problem_of_group(p, weight_gradient_splits(p)),
           slice<E>(dz, first.y, layout_of_y(p)),

@@ -88,8 +88,8 @@ template <class T>
 int conv2d_weight_gradient_cutlass(const Conv2d& p, const void* dz, const void* x, void* workspace, void* dweight,
                                    void* stream);
 
-// The same for compute capability 9.0 alone (conv2d_sm90.cuh, weight_gradient_sm90.cuh): T is bf16 or f16, the stride
-// is 1.
+// The same for compute capability 9.0 alone (conv2d_sm90.cuh, weight_gradient_sm90.cuh), at stride 1. wgmma reads TF32
+// along the summed dimension only, which channels are in the forward alone: the gradients are of bf16 and f16.
 template <class T>
 int conv2d_forward_sm90(const Conv2d& p, const void* x, const void* weight, const void* bias, bool relu, void* y,
                         void* stream);

@@ -8,6 +8,21 @@ namespace alexnet_ext {
 
 using IntList = std::vector<int64_t>;
 
+// f(Type<T>{}) for the C++ type that has a kernel.
+template <class F>
+inline int with_tensor_core_type(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::f32:
+      return f(Type<float>{});
+    case DType::bf16:
+      return f(Type<bf16>{});
+    case DType::f16:
+      return f(Type<f16>{});
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
 // t or a copy of it, channels-last and on a boundary of 16 bytes.
 inline Tensor on_boundary(const Tensor& t, const char* name) {
   Images images = images_of(t, name);
@@ -66,18 +81,24 @@ Tensor forward_by(const char* name, Launch&& launch, const Tensor& x, const Tens
   return y;
 }
 
-// launch(dtype, problem, dz, other, result, stream) into a new gradient of `like`, which is x or weight; `other` is
-// the other one of them.
-template <class Launch>
-Tensor gradient_by(const char* name, Launch&& launch, const Conv2d& p, const Tensor& dz, const Tensor& like,
-                   const Tensor& other) {
-  CudaStream stream(like);
-  check_like(dz, "dz", like);
+// launch(dtype, wanted, problem, dz, other, workspace, result, stream) into a new gradient of x (wanted 0) or of weight
+// (wanted 1), where `other` is the other one of them; workspace_of(problem): the latter's workspace, in floats.
+template <class Launch, class Workspace>
+Tensor gradient_by(const char* name, Launch&& launch, Workspace&& workspace_of, const Tensor& dz, const Tensor& x,
+                   const Tensor& weight, const IntList& stride, const IntList& padding, const IntList& dilation,
+                   int64_t groups, int64_t wanted) {
+  check(wanted == 0 || wanted == 1, "wanted must be 0 (x) or 1 (weight), got ", wanted);
+  const Tensor &like = wanted == 0 ? x : weight, &other = wanted == 0 ? weight : x;
+  CudaStream stream(x);
+  const Conv2d p = problem_of(x, weight, stride, padding, dilation, groups);
+  check_like(dz, "dz", x);
   check_shape(dz, "dz", {p.batch, p.filters, p.out_height, p.out_width});
   const Tensor out = on_boundary(dz, "dz"), operand = on_boundary(other, "x or weight");
+  const int64_t sizes[] = {wanted == 0 ? 0 : workspace_of(p)};
+  const Tensor workspace = torch::stable::empty({sizes, 1}, ScalarType::Float, std::nullopt, x.device());
   Tensor result = empty_channels_last(like, like.size(0), like.size(1), like.size(2), like.size(3));
-  stream.check(name,
-               launch(dtype_of(dz, "dz"), p, out.data_ptr(), operand.data_ptr(), result.data_ptr(), stream.get()));
+  stream.check(name, launch(dtype_of(dz, "dz"), wanted, p, out.data_ptr(), operand.data_ptr(), workspace.data_ptr(),
+                            result.data_ptr(), stream.get()));
   return result;
 }
 

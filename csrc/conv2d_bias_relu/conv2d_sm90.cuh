@@ -15,22 +15,11 @@
 
 #include "../common/images.cuh"
 #include "conv2d_cutlass.h"
+#include "cutlass_element.h"
 
 namespace alexnet_ext {
 
 using cutlass::conv::Operator;
-
-// CUTLASS's element.
-template <class T>
-struct WarpGroup;
-template <>
-struct WarpGroup<bf16> {
-  using Element = cutlass::bfloat16_t;
-};
-template <>
-struct WarpGroup<f16> {
-  using Element = cutlass::half_t;
-};
 
 // What is stored for sums: themselves, or max(least, sum + bias), where a null bias is 0 and NaN stays.
 namespace stored {
@@ -46,15 +35,15 @@ using Sums =
     fusion::Sm90EVT<fusion::Sm90Compute<cutlass::epilogue::thread::Identity, E, float, kRound>, fusion::Sm90AccFetch>;
 }  // namespace stored
 
-// The kernel of a direction for blocks of 128 pixels x kColumns channels, in steps of 64 channels of one tap: a warp
-// that loads, four that multiply, and as many steps in flight as kBlocks blocks leave room for in shared memory. Two
-// blocks of a cluster need the same weights, and each reads one half of them for both: by arithmetic a block of
-// 128 x 128 reads 48 bytes a clock at full speed instead of 64.
+// The kernel of a direction for blocks of 128 pixels x kColumns channels, in steps of 128 bytes of channels of one tap:
+// a warp that loads, four that multiply, and as many steps in flight as kBlocks blocks leave room for in shared memory.
+// Two blocks of a cluster need the same weights, and each reads one half of them for both: by arithmetic a block of 128
+// x 128 reads 48 bytes a clock at full speed instead of 64.
 template <Operator kDirection, class T, int kColumns, int kBlocks>
 struct Sm90Product {
-  using E = typename WarpGroup<T>::Element;
+  using E = Element<T>;
   using Nhwc = cutlass::layout::TensorNHWC;
-  using Tile = cute::Shape<cute::_128, cute::Int<kColumns>, cute::Shape<cute::_64>>;
+  using Tile = cute::Shape<cute::_128, cute::Int<kColumns>, cute::Shape<cute::Int<128 / sizeof(E)>>>;
   using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
   static constexpr int kAccess = 16 / sizeof(E);
   using Stored = cute::conditional_t<kDirection == Operator::kFprop, stored::Forward<E, Tile>, stored::Sums<E>>;
@@ -176,7 +165,7 @@ E* sm90_slice(const void* tensor, int64_t first) {
 template <class T>
 typename Sm90Forward<T>::Arguments sm90_forward_arguments(const Conv2d& p, const Conv2dSlice& first, const void* x,
                                                           const void* weight, const void* bias, bool relu, void* y) {
-  using E = typename WarpGroup<T>::Element;
+  using E = Element<T>;
   const auto problem = sm90_problem_of_group<Operator::kFprop>(p);
   const auto strides = sm90_strides_of_result<Sm90Forward<T>>(problem);
   return {problem,
@@ -191,7 +180,7 @@ typename Sm90Forward<T>::Arguments sm90_forward_arguments(const Conv2d& p, const
 template <class T>
 typename Sm90InputGradient<T>::Arguments sm90_input_gradient_arguments(const Conv2d& p, const Conv2dSlice& first,
                                                                        const void* dz, const void* weight, void* dx) {
-  using E = typename WarpGroup<T>::Element;
+  using E = Element<T>;
   const auto problem = sm90_problem_of_group<Operator::kDgrad>(p);
   const auto strides = sm90_strides_of_result<Sm90InputGradient<T>>(problem);
   return {problem,

@@ -7,31 +7,31 @@
 namespace alexnet_ext {
 namespace {
 
-// f(Type<T>{}) for the C++ type that has a kernel.
-template <class F>
-int with_half_type(DType dtype, F&& f) {
-  if (dtype == DType::bf16) return f(Type<bf16>{});
-  if (dtype == DType::f16) return f(Type<f16>{});
-  return cudaErrorInvalidValue;
-}
-
 Tensor forward(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, IntList stride, IntList padding,
                IntList dilation, int64_t groups, bool relu) {
   auto launch = [](DType dtype, auto&&... given) {
-    return with_half_type(dtype,
-                          [&](auto type) { return conv2d_forward_sm90<typename decltype(type)::type>(given...); });
+    return with_tensor_core_type(
+        dtype, [&](auto type) { return conv2d_forward_sm90<typename decltype(type)::type>(given...); });
   };
   return forward_by("conv2d_forward_sm90", launch, x, weight, bias, stride, padding, dilation, groups, relu);
 }
 
-Tensor input_gradient(const Tensor& dz, const Tensor& x, const Tensor& weight, IntList stride, IntList padding,
-                      IntList dilation, int64_t groups) {
-  auto launch = [](DType dtype, auto&&... given) {
-    return with_half_type(
-        dtype, [&](auto type) { return conv2d_input_gradient_sm90<typename decltype(type)::type>(given...); });
+Tensor gradient(const Tensor& dz, const Tensor& x, const Tensor& weight, IntList stride, IntList padding,
+                IntList dilation, int64_t groups, int64_t wanted) {
+  auto launch = [](DType dtype, int64_t of, const Conv2d& p, const void* dz, const void* other, void* workspace,
+                   void* result, void* stream) {
+    return with_tensor_core_type(dtype, [&](auto type) {
+      using T = typename decltype(type)::type;
+      if constexpr (sizeof(T) != 2)
+        return cudaErrorInvalidValue;
+      else if (of == 0)
+        return conv2d_input_gradient_sm90<T>(p, dz, other, result, stream);
+      else
+        return conv2d_weight_gradient_sm90<T>(p, dz, other, workspace, result, stream);
+    });
   };
-  const Conv2d p = problem_of(x, weight, stride, padding, dilation, groups);
-  return gradient_by("conv2d_input_gradient_sm90", launch, p, dz, x, weight);
+  return gradient_by("conv2d_gradient_sm90", launch, sm90_weight_gradient_workspace, dz, x, weight, stride, padding,
+                     dilation, groups, wanted);
 }
 
 }  // namespace
@@ -39,5 +39,5 @@ Tensor input_gradient(const Tensor& dz, const Tensor& x, const Tensor& weight, I
 
 STABLE_TORCH_LIBRARY_IMPL(alexnet_ext, CUDA, m) {
   m.impl("conv2d_bias_relu_sm90", TORCH_BOX(&alexnet_ext::forward));
-  m.impl("conv2d_bias_relu_sm90_input_gradient", TORCH_BOX(&alexnet_ext::input_gradient));
+  m.impl("conv2d_bias_relu_sm90_gradient", TORCH_BOX(&alexnet_ext::gradient));
 }

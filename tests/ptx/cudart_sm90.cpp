@@ -17,7 +17,7 @@ struct Map {
   uint64_t stride[4];  // in bytes
   int16_t lower[2], upper[2];
   uint16_t box[4];  // im2col: channels, pixels
-  uint8_t im2col, swizzle, fill, rank;
+  uint8_t im2col, swizzle, fill, rank, tf32, bytes;
 };
 static_assert(sizeof(Map) <= sizeof(CUtensorMap));
 
@@ -25,13 +25,16 @@ static_assert(sizeof(Map) <= sizeof(CUtensorMap));
 CUresult encode(CUtensorMap* to, CUtensorMapDataType type, unsigned rank, void* data, const cuuint64_t* sizes,
                 const cuuint64_t* strides, const cuuint32_t* steps, CUtensorMapInterleave interleave, Map map) {
   bool known = (rank == 2 || rank == 4) && reinterpret_cast<uintptr_t>(data) % 16 == 0 && interleave == CU_TENSOR_MAP_INTERLEAVE_NONE;
-  known = known && (type == CU_TENSOR_MAP_DATA_TYPE_UINT16 || type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 ||
+  map.tf32 = type == CU_TENSOR_MAP_DATA_TYPE_TFLOAT32;
+  const bool words = map.tf32 || type == CU_TENSOR_MAP_DATA_TYPE_UINT32 || type == CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
+  known = known && (words || type == CU_TENSOR_MAP_DATA_TYPE_UINT16 || type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 ||
                     type == CU_TENSOR_MAP_DATA_TYPE_FLOAT16);
+  map.bytes = words ? 4 : 2;
   map.rank = static_cast<uint8_t>(rank);
   for (unsigned i = 0; known && i < rank; ++i) {
     known = sizes[i] > 0 && sizes[i] <= UINT32_MAX && steps[i] == 1 && (i == 0 || strides[i - 1] % 16 == 0);
     map.size[i] = static_cast<uint32_t>(sizes[i]);
-    map.stride[i] = i == 0 ? 2 : strides[i - 1];
+    map.stride[i] = i == 0 ? map.bytes : strides[i - 1];
   }
   if (!known) return CUDA_ERROR_INVALID_VALUE;
   memcpy(map.mark, "ptx map", 8);

@@ -319,11 +319,11 @@ class HopperMachine(Machine):
 
         def issue(box: Box, address: int, barrier: int) -> None:
             addresses = box.shared(address)
-            self.put("shared", addresses, np.full((len(addresses), 2), 0xFF, np.uint8), fenced=True)
+            self.put("shared", addresses, np.full((len(addresses), box.size), 0xFF, np.uint8), fenced=True)
 
             def arrive() -> None:
                 self.put("shared", addresses, box.read(self), fenced=True)
-                self.change(barrier, 0, -2 * len(addresses))
+                self.change(barrier, 0, -box.size * len(addresses))
 
             self.copies.append(arrive)
 
@@ -343,7 +343,7 @@ class HopperMachine(Machine):
         at, source, im2col = self.place(i.operands[0]), self.address(i.operands[1]), "im2col_no_offs" in i.op
 
         def issue(box: Box, address: int) -> Callable[[], None]:
-            return lambda: box.write(self, self.fetch_fenced(box.shared(address), 2))
+            return lambda: box.write(self, self.fetch_fenced(box.shared(address), box.size))
 
         def run(some: Some) -> None:
             for thread, address, *values in self.each(some, source, *at):

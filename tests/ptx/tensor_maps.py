@@ -23,6 +23,7 @@ MAP = np.dtype(
     [
         *(("mark", "S8"), ("data", "u8"), ("size", "u4", 4), ("stride", "u8", 4), ("lower", "i2", 2)),
         *(("upper", "i2", 2), ("box", "u2", 4), ("im2col", "u1"), ("swizzle", "u1"), ("fill", "u1"), ("rank", "u1")),
+        *(("tf32", "u1"), ("bytes", "u1")),
     ],
     align=True,
 )
@@ -43,7 +44,7 @@ class Box:
             raise PtxError("not a descriptor that is known")
         if bool(m["im2col"]) != im2col or int(m["rank"]) != len(where):
             raise PtxError("a descriptor of the other mode or of another rank")
-        self.mask = SWIZZLE[int(m["swizzle"])]
+        self.mask, self.size, self.tf32 = SWIZZLE[int(m["swizzle"])], int(m["bytes"]), bool(m["tf32"])
         box, size, stride = (m[name].astype(np.int64)[: len(where)] for name in ("box", "size", "stride"))
         first = where[0] + np.arange(box[0])
         if im2col:
@@ -54,8 +55,8 @@ class Box:
         inside = ((others >= 0) & (others < size[1:])).all(1)
         self.inside = inside[:, None] & ((first >= 0) & (first < size[0]))
         offsets = others @ stride[1:]
-        self.addresses = (int(m["data"]) + offsets[:, None] + 2 * first).astype(np.uint64)
-        row = 2 * int(box[0])
+        self.addresses = (int(m["data"]) + offsets[:, None] + self.size * first).astype(np.uint64)
+        row = self.size * int(box[0])
         if self.mask and row != 16 * (self.mask + 1):
             raise PtxError("a row of a box is not as wide as its swizzle")
         if row % 16:
@@ -79,13 +80,17 @@ class Box:
         """Addresses of the elements of a box that begins there."""
         if begin % 128:
             raise PtxError("a box in shared memory does not begin on 128 bytes")
-        return swizzled(np.uint64(begin) + np.uint64(2) * np.arange(self.addresses.size, dtype=np.uint64), self.mask)
+        return swizzled(
+            np.uint64(begin) + np.arange(0, self.size * self.addresses.size, self.size, dtype=np.uint64), self.mask
+        )
 
     def read(self, machine: HopperMachine) -> Array:
-        """The elements' bytes, [elements, 2]; 0 outside the tensor."""
-        values = np.zeros((self.addresses.size, 2), np.uint8)
+        """The elements' bytes, [elements, bytes]; 0 outside the tensor."""
+        values = np.zeros((self.addresses.size, self.size), np.uint8)
         inside = self.inside.reshape(-1)
-        values[inside] = machine.fetch("global", self.addresses.reshape(-1)[inside], 2)
+        values[inside] = machine.fetch("global", self.addresses.reshape(-1)[inside], self.size)
+        if self.tf32 and (values.view(np.uint32) & np.uint32(0x1FFF)).any():
+            raise PtxError("how a copy rounds to TF32 is not known")
         return values
 
     def write(self, machine: HopperMachine, values: Array) -> None:

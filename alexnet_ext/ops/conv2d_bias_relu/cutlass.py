@@ -40,12 +40,12 @@ def applies(
     """Whether the kernels can compute the forward (wanted None), or the gradient of x (0) or weight (1).
 
     The last needs nothing more than the forward does; the gradient of x needs stride 1, which a first layer gets by
-    its rewrite. Those of ``sm90`` need it in both directions that they have.
+    its rewrite. Those of ``sm90`` need it in every direction, and have no gradients of TF32.
     """
     if sm90:
         pixels = max(*(dilation[i] * (weight.shape[2 + i] - 1) for i in (0, 1)), *padding)
-        here = SM90.loaded and capability(x) == HOPPER and x.element_size() == 2 and pixels <= MOST_PIXELS
-        return here and wanted != 1 and applies(x, weight, stride, padding, dilation, groups, 0)
+        there = SM90.loaded and capability(x) == HOPPER and (wanted is None or x.element_size() == 2)
+        return there and pixels <= MOST_PIXELS and applies(x, weight, stride, padding, dilation, groups, 0)
     if not CUTLASS.loaded or capability(x) < LEAST_CAPABILITY or weight.dtype != x.dtype:
         return False
     if x.dtype not in (torch.bfloat16, torch.float16) and precision(x.dtype) != "tf32":
@@ -103,8 +103,6 @@ def gradients(
     """[dx] (wanted 0) or [dweight] (wanted 1) for the masked gradient."""
     rewrite, x, weight, stride, padding = rewritten(x, weight, stride, padding, dilation, groups)
     ops, given = torch.ops.alexnet_ext, (dz, x, weight, stride, padding, dilation, groups)
-    if sm90:
-        found = ops.conv2d_bias_relu_sm90_input_gradient(*given)
-    else:
-        found = ops.conv2d_bias_relu_cutlass_gradient(*given, wanted)
+    run = ops.conv2d_bias_relu_sm90_gradient if sm90 else ops.conv2d_bias_relu_cutlass_gradient
+    found = run(*given, wanted)
     return [found if rewrite is None else rewrite.back(found, wanted)]
