@@ -1,6 +1,8 @@
 """Runs an op's Triton kernels as compiled, on the CPU, and prints what came of each case as a line of JSON.
 
-python -m tests.ptx_triton OP        # a process of its own, with TRITON_INTERPRET=0: the interpreter has no compiler
+    python -m tests.ptx_triton OP sample | quick | full 80 | 90
+
+In a process of its own, with TRITON_INTERPRET=0: the interpreter has no compiler.
 """
 
 from __future__ import annotations
@@ -39,12 +41,20 @@ LAYOUTS = ("channels_last", "contiguous")
 MANY = ((1, 256, 5, 3), (1, 272, 3, 5))  # channels: all in one tile, and in tiles that overlap
 
 
+ORDERS = ("forward", "backward")
+ORDERED_BY = (
+    *("bar.sync", "cp.async.wait_group", "fence.proxy.async"),
+    *("wgmma.fence", "wgmma.commit_group", "wgmma.wait_group"),
+)
+
+
 @dataclass(frozen=True)
 class Run:
     """A case, and how it is run.
 
     ``wide``: with offsets of 64 bits; ``askew``: x at no multiple of 16 bytes; ``nan``: some of x is; ``order``: of a
-    block's warps, by which a missing barrier shows.
+    block's warps, by which a missing barrier shows; ``persistent``: the forward, by few programs;
+    ``missing``: instructions that are left out.
     """
 
     case: Case
@@ -55,12 +65,14 @@ class Run:
     wide: bool = False
     askew: bool = False
     nan: bool = False
+    persistent: bool = False
     order: str = "together"
+    missing: str = ""
 
     @property
     def id(self) -> str:
-        what = [cases.dtype_id(self.dtype), self.layout, self.dy_layout, self.order]
-        what += [name for name in ("tf32", "wide", "askew", "nan") if getattr(self, name)]
+        what = [cases.dtype_id(self.dtype), self.layout, self.dy_layout, self.order, self.missing]
+        what += [name for name in ("tf32", "wide", "askew", "nan", "persistent") if getattr(self, name)]
         return " ".join((self.case.id, *map(str, what)))
 
 
@@ -77,7 +89,18 @@ def convolutions(full: bool) -> Iterator[Run]:
         yield from (Run(case, dtype) for case in LAYERS for dtype in (FP16, FP32, FP64))
         yield from (Run(case, FP32, tf32=True) for case in (parted, first))
         yield Run(grouped, BF16, "contiguous", "sliced")
-        yield from (Run(grouped, dtype, order=order) for dtype in (BF16, FP32) for order in ("forward", "backward"))
+        yield from (Run(grouped, dtype, order=order) for dtype in (BF16, FP32) for order in ORDERS)
+
+
+def persistent_convolutions() -> Iterator[Run]:
+    """Of the second layer the programs have two or three blocks each."""
+    yield Run(LAYERS[1], BF16, persistent=True)
+    yield Run(LAYERS[0], FP32, tf32=True, persistent=True)
+
+
+def unordered_convolutions() -> Iterator[Run]:
+    """Forward alone, without what keeps warps, copies and products in order: each fails."""
+    yield from (Run(LAYERS[1], BF16, persistent=True, order="forward", missing=name) for name in ORDERED_BY)
 
 
 def memory_bound(full: bool, *made: Callable[[tuple[int, ...]], Case]) -> Iterator[Run]:
@@ -97,7 +120,7 @@ def memory_bound(full: bool, *made: Callable[[tuple[int, ...]], Case]) -> Iterat
         yield from (Run(first(shape), BF16, layout) for shape in (SHAPES[1], *MANY) for layout in LAYOUTS)
         yield from (Run(first(shape), dtype) for shape in SHAPES for dtype in (FP16, FP64))
         yield Run(first(SHAPES[1]), FP16, "sliced", "channels_last")
-        yield from (Run(first(SHAPES[0]), BF16, order=order) for order in ("forward", "backward"))
+        yield from (Run(first(SHAPES[0]), BF16, order=order) for order in ORDERS)
 
 
 def augmentations(full: bool) -> Iterator[Run]:
@@ -130,6 +153,16 @@ RUNS: dict[str, Callable[[bool], Iterator[Run]]] = {
 }
 
 
+def runs(op: str, grid: str, capability: int) -> Iterator[Run]:
+    """ "sample" is what the plain suite runs for 9.0."""
+    if op == "conv2d_bias_relu" and capability >= 90:
+        yield from persistent_convolutions()
+    if grid == "sample":
+        yield from unordered_convolutions()
+    else:
+        yield from RUNS[op](grid == "full")
+
+
 class Rounded(torch.autograd.Function):
     """What its gradient is multiplied by stays exact in TF32: of bf16's values, it rounds the gradient to them."""
 
@@ -142,10 +175,10 @@ class Rounded(torch.autograd.Function):
         return dy.to(BF16).to(dy.dtype)
 
 
-def check(run: Run) -> list[Any]:
+def check(run: Run, capability: int) -> list[Any]:
     """Hold a run against float64; what was launched for it."""
     case = cases.in_dtype(run.case, run.dtype)
-    tensors = cases.make(case, BF16 if run.tf32 else run.dtype, run.layout)
+    tensors = cases.make(case, BF16 if run.tf32 else run.dtype, run.layout, requires_grad=not run.missing)
     if run.tf32:
         tensors = {n: None if t is None else t.detach().float().requires_grad_() for n, t in tensors.items()}
     if run.askew:
@@ -163,30 +196,37 @@ def check(run: Run) -> list[Any]:
     module = importlib.import_module(f"alexnet_ext.ops.{case.op}.triton_kernels")
     torch.backends.cudnn.conv.fp32_precision = "tf32" if run.tf32 else "ieee"
     with ExitStack() as stack:
+        if run.persistent:
+            stack.enter_context(mock.patch.object(module.forward, "__defaults__", (True, True)))
         if run.wide:
             stack.enter_context(mock.patch.object(module, "is_wide", return_value=True))
         if case.op == "local_response_norm" or case.op in cases.BLOCKS or run.dtype == FP32:
             # Stock's power errs by an ulp, approximate instructions by as much as they may, and fp32's products are
             # summed here one after another, by stock in many parts: the cap is what holds.
             stack.enter_context(mock.patch.object(oracle, "assert_accurate", without_yardstick))
-        launched = stack.enter_context(compiled_kernels(run.order))
+        launched = stack.enter_context(compiled_kernels(capability, run.order, run.missing))
         then = Rounded.apply if run.tf32 else None
         oracle.assert_matches_float64(case, tensors, "triton", then, run.dy_layout)
     return launched
 
 
-def main(op: str, grid: str) -> None:
+def main(op: str, grid: str, capability: str) -> None:
     # Fresh memory is NaN: what a kernel leaves out shows.
     torch.use_deterministic_algorithms(True)
-    for run in RUNS[op](grid == "full"):
+    for run in runs(op, grid, int(capability)):
         launched, error = [], ""
         try:
-            launched = check(run)
+            launched = check(run, int(capability))
         except AssertionError as found:
             error = str(found)
         except Exception:
             error = traceback.format_exc()[-2000:]
-        row: dict[str, Any] = {"run": run.id, "dtype": str(run.dtype).removeprefix("torch."), "tf32": run.tf32}
+        row: dict[str, Any] = {
+            "run": run.id,
+            "dtype": str(run.dtype).removeprefix("torch."),
+            "tf32": run.tf32,
+            "missing": run.missing,
+        }
         row |= {"layout": "askew" if run.askew else run.layout, "channels": run.case.shapes.get("x", (0, 0))[1]}
         row["kernels"] = [name for name, _ in launched]
         row["instructions"] = sorted({".".join(i.op) for _, program in launched for i in program.code})

@@ -84,7 +84,7 @@ DIRECTIONS = ("forward", "input_gradient", "weight_gradient")
 
 
 def made(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-    """Normal numbers, channels-last; fp32's are TF32 already, to which CUTLASS rounds."""
+    """Normal numbers, channels-last."""
     x = (torch.randn(shape) * scale).to(dtype)
     return x.to(memory_format=torch.channels_last) if x.dim() == 4 else x
 
@@ -149,9 +149,17 @@ def assert_near(ours: Tensor, exact: Tensor) -> None:
 
 
 def forward(
-    program: Program, problem: Problem, dtype: torch.dtype, bias: bool, relu: bool, spoilt: bool = False
+    program: Program,
+    problem: Problem,
+    dtype: torch.dtype,
+    bias: bool,
+    relu: bool,
+    spoilt: bool = False,
+    rounded: bool = False,
 ) -> None:
     x, weight = made(*problem.x, dtype=dtype), made(*problem.weight, dtype=dtype, scale=0.1)
+    if rounded:
+        x, weight = in_tf32(x), in_tf32(weight)
     if spoilt:
         x[0, 0, 1, 2], x[0, 1, 3, 3] = torch.nan, torch.inf
     b = made(problem.filters, dtype=dtype) if bias else None

@@ -26,6 +26,7 @@ from .test_ptx import (
 )
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
+TF32 = {"tf32": torch.float32}  # forward alone
 # Blocks of 128 pixels x 128 filters or 96 channels, two of them a cluster; steps of 64 channels, 6 or 3 in flight.
 SMALL = Problem((2, 96, 9, 7), 96, (3, 3), padding=(1, 1), groups=2)
 SM90_PROBLEMS = (
@@ -57,14 +58,15 @@ def workspace(problem: Problem) -> int:
     return -(-steps // steps_of_split) * problem.filters * taps * channels
 
 
-@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("name", DTYPES | TF32)
 def test_forward(name: str, programs: Programs) -> None:
-    program, dtype = programs("forward", name), DTYPES[name]
+    program, dtype = programs("forward", name), (DTYPES | TF32)[name]
+    given = {"dtype": dtype, "rounded": True}  # how TMA rounds to TF32 is not known
     for i, problem in enumerate(SM90_PROBLEMS):
-        forward(program, problem, dtype, bias=i % 2 == 0, relu=i % 3 == 0)
+        forward(program, problem, bias=i % 2 == 0, relu=i % 3 == 0, **given)
     for bias, relu in ((True, False), (False, True), (False, False)):
-        forward(program, SMALL, dtype, bias, relu)
-    forward(program, SMALL, dtype, bias=True, relu=True, spoilt=True)
+        forward(program, SMALL, bias=bias, relu=relu, **given)
+    forward(program, SMALL, bias=True, relu=True, spoilt=True, **given)
 
 
 @pytest.mark.parametrize("name", DTYPES)
@@ -85,17 +87,18 @@ def test_nan_of_a_gradient(wanted: str, programs: Programs) -> None:
     gradients(program, SMALL, torch.bfloat16, wanted, workspace, spoilt=True)
 
 
-@pytest.mark.parametrize("name", DTYPES)
-@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize(
+    ("direction", "name"), [("forward", "tf32"), *((direction, name) for direction in DIRECTIONS for name in DTYPES)]
+)
 def test_what_is_taken(direction: str, name: str, programs: Programs) -> None:
     """As ``alexnet_ext/ops/conv2d_bias_relu/cutlass.py`` says; the last that it lets through, and beyond."""
-    program = programs(direction, name)
+    program, odd = programs(direction, name), 8 // (DTYPES | TF32)[name].itemsize
     far, padded = Problem((1, 32, 256, 256), 32, (128, 128)), replace(PLAIN, padding=(127, 127))
     assert all(taken(program, direction, problem) for problem in (*ALEXNET, PLAIN, far, padded))
     assert not taken(program, direction, PLAIN, misplaced=8)
     for problem in (
-        Problem((1, 4, 9, 9), 32, (3, 3)),  # channels of 8 bytes
-        Problem((1, 32, 9, 9), 4, (3, 3)),
+        Problem((1, odd, 9, 9), 32, (3, 3)),
+        Problem((1, 32, 9, 9), odd, (3, 3)),
         replace(PLAIN, stride=(2, 2)),
         replace(far, kernel=(130, 3)),
         replace(far, kernel=(3, 130)),

@@ -20,7 +20,7 @@ from .arithmetic import dtype_of
 from .machine import ALL, WARP, Array, Launch, Machine, Some
 from .program import Instruction, PtxError
 from .tensor_maps import MAP, Box
-from .warp_groups import GROUP, WarpGroup, wgmma
+from .warp_groups import GROUP, WarpGroup, named, touching, wgmma
 
 RANK = 24  # from which bit on an address in shared memory says whose
 MOST_SHARED = 227 * 1024  # bytes that a block may ask for
@@ -43,8 +43,11 @@ class HopperMachine(Machine):
     def __init__(self, launch: Launch) -> None:
         self.cluster, self.block_threads = launch.cluster, launch.threads
         self.next_copy = 0 if launch.order == "forward" else -1
+        self.in_products = named(launch.kernel)
         super().__init__(replace(launch, threads=launch.threads * launch.cluster))
-        if self.block_threads % WARP or len(self.shared) > MOST_SHARED:
+        self.widths = [WARP if i.op[:2] == ["bar", "warp"] else WIDTHS.get(i.op[0], 0) for i in self.kernel.code]
+        unit = GROUP if self.cluster > 1 else WARP  # else groups would not begin with a block
+        if self.block_threads % unit or len(self.shared) > MOST_SHARED:
             raise PtxError(f"a block of {self.block_threads} threads with {len(self.shared)} bytes of shared memory")
         self.block_shared = len(self.shared)
         self.shared = np.empty(self.cluster * self.block_shared, np.uint8)
@@ -70,11 +73,12 @@ class HopperMachine(Machine):
         self.shared.fill(0xFF)
         # Bytes that were written by instructions, which asynchronous ones may not read before a fence.
         self.written = np.zeros(len(self.shared), bool)
-        self.pending = [[[]] for _ in self.turns]
+        self.pending.clear()
         self.mbarriers: dict[int, Mbarrier] = {}
         self.copies: list[Callable[[], None]] = []
         self.stores: dict[int, list[list[Callable[[], None]]]] = {}
         self.groups = {first: WarpGroup() for first in range(0, self.threads, GROUP)}
+        self.touched = np.ones((len(self.in_products), self.threads), bool)
         self.barriers: dict[tuple[int, int], list[int]] = {}
         self.arrivals = np.zeros(self.threads, int)  # at the cluster's barrier
         self.at, self.end, spins = np.zeros(self.threads, int), len(self.steps), 0
@@ -113,9 +117,9 @@ class HopperMachine(Machine):
                 self.at[taken] = self.kernel.labels[instruction.operands[0]] if kind == "bra" else self.end
                 if len(taken):
                     return
-            elif kind in WIDTHS:
+            elif width := self.widths[pc]:
                 self.at[here], self.parked[here] = pc, True
-                here, width = np.nonzero(self.parked & (self.at == pc))[0], WIDTHS[kind]
+                here = np.nonzero(self.parked & (self.at == pc))[0]
                 here = here[np.bincount(here // width, minlength=self.threads // width)[here // width] == width]
                 self.parked[here] = False
                 if not len(here):
@@ -127,7 +131,7 @@ class HopperMachine(Machine):
                 except PtxError as error:
                     raise PtxError(f"{error}: {instruction.text[:200]}") from None
             pc += 1
-            if kind in ("bar", "barrier") or self.yields[here].any():
+            if (kind in ("bar", "barrier") and not self.widths[pc - 1]) or self.yields[here].any():
                 break
         self.at[here] = pc
 
@@ -358,8 +362,12 @@ class HopperMachine(Machine):
         return matrices.count(self, some)
 
     def step(self, i: Instruction) -> Callable[[Some], None] | None:
+        step = self.hopper_step(i)
+        return step if step is None or i.op[0] == "wgmma" else touching(self, i, step)
+
+    def hopper_step(self, i: Instruction) -> Callable[[Some], None] | None:
         name = i.op[0]
-        if name in ("bar", "barrier"):
+        if name in ("bar", "barrier") and i.op[1] != "warp":
             return self.barrier(i)
         if name == "mbarrier":
             return self.mbarrier(i)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from . import approximate, fields, matrices
+from . import approximate, fields, matrices, packed
 from .arithmetic import BINARY, COMPARE, UNARY, convert, dtype_of
 from .program import Instruction, Kernel, PtxError
 
@@ -71,8 +71,9 @@ class Machine:
             block.view(np.uint8).fill(1 if kind == "pred" else 0xFF)
             self.registers |= {f"{prefix}{i}": block[i] for i in range(count)}
         self.special = self.special_registers(threads)
-        # Copies on their way: for each turn groups of (where to, what).
-        self.turn, self.pending = 0, list[list[list[tuple[Array, Array]]]]()
+        # Copies on their way, by the threads that began them: (threads, the number of each's group, where to, what).
+        self.turn, self.pending = 0, list[tuple[Array, Array, Array, Array]]()
+        self.groups_begun = np.zeros(threads, int)
         self.steps = [self.known(instruction) for instruction in kernel.code]
         self.end = len(self.steps)
 
@@ -91,7 +92,7 @@ class Machine:
 
     def run_block(self) -> None:
         self.shared.fill(0xFF)
-        self.pending = [[[]] for _ in self.turns]
+        self.pending.clear()
         # Where each thread stands: at the end if it is through, behind its barrier if it waits there.
         self.at, self.waits = np.zeros(self.threads, int), np.zeros(self.threads, bool)
         while (self.at < self.end).any():
@@ -267,17 +268,25 @@ class Machine:
 
     def copy_async(self, i: Instruction) -> Callable[[Some], None]:
         if i.op[2] == "commit_group":
-            return lambda some: self.pending[self.turn].append([])
+
+            def commit(some: Some) -> None:
+                self.groups_begun[some] += 1
+
+            return commit
         if i.op[2] in ("wait_group", "wait_all"):
-            left = 0 if i.op[2] == "wait_all" else int(i.operands[0])
+            left = -1 if i.op[2] == "wait_all" else int(i.operands[0])
 
             def wait(some: Some) -> None:
-                groups = self.pending[self.turn]
-                if i.op[2] == "wait_all":
-                    groups.append([])
-                while len(groups) - 1 > left:
-                    for addresses, values in groups.pop(0):
-                        self.put("shared", addresses, values)
+                until = np.zeros(self.threads, int)
+                until[some] = self.groups_begun[some] - left
+                waiting = self.pending.copy()
+                self.pending.clear()
+                for copy in waiting:
+                    threads, groups, addresses, values = copy
+                    arrived = groups < until[threads]
+                    self.put("shared", addresses[arrived], values[arrived])
+                    if not arrived.all():
+                        self.pending.append(tuple(part[~arrived] for part in copy))  # type: ignore[arg-type]
 
             return wait
         to, source, size = self.address(i.operands[0]), self.address(i.operands[1]), int(i.operands[2], 0)
@@ -291,7 +300,8 @@ class Machine:
             if not (whole | (counts == 0)).all():
                 raise PtxError("a part of 16 bytes is copied")
             values[whole] = self.fetch("global", sources[whole], size)
-            self.pending[self.turn][-1].append((addresses.copy(), values))
+            threads = np.arange(self.threads)[some]
+            self.pending.append((threads, self.groups_begun[threads], addresses.copy(), values))
 
         return run
 
@@ -339,7 +349,9 @@ class Machine:
         if name in ("mov", "cvta"):
             read = self.source(i.operands[1], kind)
             return lambda some: write(some, read(some))
-        if name == "setp":
+        if kind in packed.KINDS and name in ("setp", "add"):
+            return getattr(packed, name)(self, i)  # type: ignore[no-any-return]
+        if name == "setp" and "|" not in i.operands[0]:
             compare, (a, b) = COMPARE[i.op[1]], (self.source(text, kind) for text in i.operands[1:3])
             if len(i.operands) == 3:
                 return lambda some: write(some, compare(a(some), b(some)))

@@ -1,4 +1,4 @@
-"""Runs Triton kernels, compiled for compute capability 8.0, in the machine: on CPU tensors, with no GPU.
+"""Runs Triton kernels, compiled for compute capability 8.0 or 9.0, in its machine: on CPU tensors, with no GPU.
 
 The host code runs as it is; each kernel that it launches is compiled for the arguments given and run at once.
 """
@@ -9,6 +9,7 @@ import functools
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -21,10 +22,11 @@ from alexnet_ext.ops import _backend
 from alexnet_ext.ops.conv2d_bias_relu import configs
 
 from ..triton_ahead import compiled
+from .hopper import HopperMachine
 from .machine import Launch, Machine
 from .program import Kernel, PtxError, parse
 
-CAPABILITY = 80
+MACHINES = {80: Machine, 90: HopperMachine}
 
 
 @functools.lru_cache(maxsize=64)
@@ -48,8 +50,15 @@ def argument(value: Any) -> bytes:
     raise PtxError(f"an argument of type {type(value)}")
 
 
-def run(kernel: JITFunction, grid: Any, given: dict[str, Any], order: str) -> Kernel:
-    binary = compiled((kernel, given), CAPABILITY)
+def without(program: Kernel, instruction: str) -> Kernel:
+    """The kernel with every such instruction left out."""
+    words = instruction.split(".")
+    code = [replace(i, op=["pragma"]) if i.op[: len(words)] == words else i for i in program.code]
+    return replace(program, code=code)
+
+
+def run(kernel: JITFunction, grid: Any, given: dict[str, Any], capability: int, order: str, missing: str) -> Kernel:
+    binary = compiled((kernel, given), capability)
     values = [given[name] for name in kernel.arg_names]
     passed = [
         value
@@ -57,6 +66,7 @@ def run(kernel: JITFunction, grid: Any, given: dict[str, Any], order: str) -> Ke
         if not (parameter.is_constexpr or (isinstance(value, int) and value == 1))
     ]
     program = parsed(binary.asm["ptx"])
+    program = without(program, missing) if missing else program
     arguments = [argument(value) for value in passed]
     # Scratch memory, of which none is asked for.
     hidden = len(program.parameters) - len(arguments)
@@ -68,17 +78,20 @@ def run(kernel: JITFunction, grid: Any, given: dict[str, Any], order: str) -> Ke
     buffers = [memory(value) for value in passed if isinstance(value, torch.Tensor) and value.numel()]
     grid = grid(given) if callable(grid) else grid
     threads, shared = 32 * binary.metadata.num_warps, binary.metadata.shared
-    Machine(Launch(program, buffers, arguments, threads, shared, order)).run((*grid, 1, 1)[:3])
+    MACHINES[capability](Launch(program, buffers, arguments, threads, shared, order)).run((*grid, 1, 1)[:3])
     return program
 
 
 @contextmanager
-def compiled_kernels(order: str = "together") -> Iterator[list[tuple[str, Kernel]]]:
-    """Inside, ``backend="triton"`` runs CPU tensors in the machine; gives what was launched, by op and kernel."""
+def compiled_kernels(capability: int, order: str = "together", missing: str = "") -> Iterator[list[tuple[str, Kernel]]]:
+    """Inside, ``backend="triton"`` runs CPU tensors in the machine; gives what was launched, by op and kernel.
+
+    ``missing``: the instructions that are left out of the kernels.
+    """
     launched: list[tuple[str, Kernel]] = []
 
     def execute(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        program = run(self, grid, dict(zip(self.arg_names, args, strict=False)) | options, order)
+        program = run(self, grid, dict(zip(self.arg_names, args, strict=False)) | options, capability, order, missing)
         launched.append((f"{self.fn.__module__.split('.')[-2]}{self.__name__}", program))
 
     on_cpu = {op: {**devices, "cpu": devices["cuda"]} for op, devices in _backend.TRITON.items()}
@@ -86,6 +99,6 @@ def compiled_kernels(order: str = "together") -> Iterator[list[tuple[str, Kernel
         mock.patch.object(JITFunction, "run", execute),
         mock.patch.object(_library, "INTERPRETED", True),  # wrap_triton would look for a GPU
         mock.patch.object(_backend, "TRITON", on_cpu),
-        mock.patch.object(configs, "architecture", return_value=CAPABILITY // 10),
+        mock.patch.object(configs, "architecture", return_value=capability // 10),
     ):
         yield launched

@@ -1,7 +1,8 @@
-"""Products of warp groups, four warps each, of matrices in shared memory: wgmma.
+"""Products of warp groups, four warps each, of matrices in shared memory, the first of them or in registers: wgmma.
 
-They are done when they are waited for: until then the sums read as NaN, and what is overwritten in shared memory is
-multiplied as it stands. (PTX ISA, 9.7.15; layouts as CUTLASS writes them in cute/atom/mma_traits_sm90_gmma.hpp.)
+They are done when they are waited for: until then the sums read as NaN, and what is overwritten in shared memory or
+registers is multiplied as it stands. A register that a thread touches goes into no product before a wgmma.fence.
+(PTX ISA, 9.7.15; layouts as CUTLASS writes them in cute/atom/mma_traits_sm90_gmma.hpp.)
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .arithmetic import from_bf16
-from .program import Instruction, PtxError
+from .program import Instruction, Kernel, PtxError
 from .tensor_maps import swizzled
 
 if TYPE_CHECKING:
@@ -22,30 +23,79 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 Step = Callable[[Any], None]
-GROUP, DEPTH = 128, 16
+GROUP, WIDTH = 128, 32  # threads, and bytes of a row along a product's depth
+SIZES = {"bf16": 2, "f16": 2, "tf32": 4}
 # By a descriptor's number for it; 128 bytes come first.
 SWIZZLE = {0: 0, 1: 7, 2: 3, 3: 1}
+# Its fields: begin, leading, stride, base offset, swizzle.
+FIELDS = 0x3FFF | 0x3FFF << 16 | 0x3FFF << 32 | 7 << 49 | 3 << 62
 
 
-def layout(descriptor: int, count: int, across: bool) -> Array:
-    """The addresses of a matrix's elements, [count, 16], within a block's shared memory.
+def layout(descriptor: int, count: int, size: int, across: bool) -> Array:
+    """The addresses of a matrix's elements, of so many bytes, [count, depth], within a block's shared memory.
 
     Its lines lie along the products' depth, or across it.
     """
     begin, leading, stride = ((descriptor >> at & 0x3FFF) << 4 for at in (0, 16, 32))
-    if descriptor >> 49 & 7:
-        raise PtxError("a matrix's base offset is not known")
+    if descriptor >> 49 & 7 or descriptor & ~FIELDS:
+        raise PtxError("a matrix's base offset, or a descriptor's field, is not known")
     mask = SWIZZLE[descriptor >> 62]
     line = 16 * (mask + 1) if mask else 16  # bytes of a row of the pattern, of which there are 8
-    n, k = np.arange(count)[:, None], np.arange(DEPTH)[None, :]
+    n, k = np.arange(count)[:, None], np.arange(WIDTH // size)[None, :]
     if across:
-        wide, low, high = line // 2, leading, stride
+        wide, low, high = line // size, leading, stride
         if not mask:
             low, high = stride, leading
-        offsets = 2 * (n % wide) + n // wide * low + k % 8 * line + k // 8 * high
+        offsets = size * (n % wide) + n // wide * low + k % 8 * line + k // 8 * high
     else:
-        offsets = n % 8 * line + n // 8 * stride + 2 * (k % 8) + k // 8 * (16 if mask else leading)
+        inner = 16 // size
+        offsets = n % 8 * line + n // 8 * stride + size * (k % inner) + k // inner * (16 if mask else leading)
     return swizzled((begin + offsets).astype(np.uint64), mask)
+
+
+def numbers(bits: Array, kind: str) -> Array:
+    """Elements, bytes last, as fp64; of TF32 the lower 13 bits do not count."""
+    if kind == "tf32":
+        return (bits.view(np.uint32)[..., 0] & np.uint32(0xFFFFE000)).view(np.float32).astype(np.float64)
+    halves = bits.view(np.uint16)[..., 0]
+    return np.asarray(from_bf16(halves) if kind == "bf16" else halves.view(np.float16)).astype(np.float64)
+
+
+def named(kernel: Kernel) -> dict[str, int]:
+    """The registers that are in a product, and the number of each."""
+    products = (i for i in kernel.code if i.op[:2] == ["wgmma", "mma_async"])
+    vectors = (text for i in products for text in i.operands[:2] if text.startswith("{"))
+    return {name: n for n, name in enumerate(dict.fromkeys(re.findall(r"[^{},\s]+", " ".join(vectors))))}
+
+
+def touching(machine: HopperMachine, i: Instruction, step: Step) -> Step:
+    """The step, after which a product may have the registers that are its operands only behind a fence.
+
+    A copy of one such register to another is as its source is: where compilers set it behind the fence, ptxas adds one
+    (its note C7519).
+    """
+    names = set(re.findall(r"%\w+", " ".join(i.operands))) & machine.in_products.keys()
+    rows = [machine.in_products[name] for name in sorted(names)]
+    if not rows:
+        return step
+    if i.op == ["mov", "b32"] and i.operands[1] in names:
+        of, to = machine.in_products[i.operands[1]], machine.in_products.get(i.operands[0])
+
+        def copy(some: Any) -> None:
+            step(some)
+            if to is None:
+                machine.touched[of, some] = True
+            else:
+                machine.touched[to, some] = machine.touched[of, some]
+
+        return copy
+
+    def run(some: Any) -> None:
+        step(some)
+        for row in rows:
+            machine.touched[row, some] = True
+
+    return run
 
 
 @dataclass
@@ -60,6 +110,9 @@ class Sums:
 class WarpGroup:
     groups: list[list[Callable[[], None]]] = field(default_factory=lambda: [[]])  # committed ones, and the open one
     sums: dict[tuple[str, ...], Sums] = field(default_factory=dict)
+    uses: dict[str, str] = field(
+        default_factory=dict
+    )  # by register since a fence: the product's shape, "" for operands
 
 
 def whole_groups(machine: HopperMachine, some: Any) -> list[int]:
@@ -74,7 +127,13 @@ def whole_groups(machine: HopperMachine, some: Any) -> list[int]:
 
 def wgmma(machine: HopperMachine, i: Instruction) -> Step:
     if i.op[1] == "fence":
-        return lambda some: None
+
+        def fence(some: Any) -> None:
+            for thread in whole_groups(machine, some):
+                machine.touched[:, thread : thread + GROUP] = False
+                machine.groups[thread].uses.clear()
+
+        return fence
     if i.op[1] == "commit_group":
 
         def commit(some: Any) -> None:
@@ -97,29 +156,48 @@ def wgmma(machine: HopperMachine, i: Instruction) -> Step:
 
 
 def mma_async(machine: HopperMachine, i: Instruction) -> Step:
-    """D = A B + D, or A B: fp32 sums of bf16 or fp16."""
-    shape, kind = re.fullmatch(r"m64n(\d+)k16", i.op[4]), i.op[-1]
-    if shape is None or i.op[5] != "f32" or i.op[6] != kind or kind not in ("bf16", "f16"):
+    """D = A B + D, or A B: fp32 sums of bf16, fp16 or TF32."""
+    shape, kind = re.fullmatch(r"m64n(\d+)k(\d+)", i.op[4]), i.op[-1]
+    if shape is None or i.op[5] != "f32" or i.op[6:] != [kind, kind] or int(shape[2]) * SIZES[kind] != WIDTH:
         raise PtxError(f"not known: {i.text}")
-    columns, names = int(shape[1]), tuple(machine.vector(i.operands[0]))
-    scale_a, scale_b, across_a, across_b = (int(text) for text in i.operands[4:])
-    if len(names) != columns // 2 or (scale_a, scale_b) != (1, 1):
+    columns, depth, names = int(shape[1]), int(shape[2]), tuple(machine.vector(i.operands[0]))
+    fragments = machine.vector(i.operands[1]) if i.operands[1].startswith("{") else []
+    signs, across = [int(text) for text in i.operands[4:6]], [bool(int(text)) for text in i.operands[6:]]
+    # Only of 16 bits a matrix in shared memory may lie across.
+    if len(names) != columns // 2 or signs != [1, 1] or len(across) != (kind != "tf32") * (1 if fragments else 2):
         raise PtxError(f"not known: {i.text}")
-    a, b = (machine.source(text, "u64") for text in i.operands[1:3])
-    adds = machine.source(i.operands[3], "pred")
-    registers = [machine.registers[name] for name in names]
+    across_a, across_b = [False, False, *across][-2:]
+    b, adds = machine.source(i.operands[2], "u64"), machine.source(i.operands[3], "pred")
+    a = machine.source("0" if fragments else i.operands[1], "u64")
+    registers, words = ([machine.registers[name] for name in each] for each in (names, fragments))
+    uses = {**dict.fromkeys(fragments, ""), **dict.fromkeys(names, i.op[4])}
+    if columns % 8 or not 8 <= columns <= 256 or len(uses) != len(names) + len(fragments) or len(words) not in (0, 4):
+        raise PtxError(f"not known: {i.text}")
+    rows = [machine.in_products[name] for name in uses]
     lane, n = np.arange(GROUP), np.arange(len(names))[:, None]
     row = 16 * (lane // 32) + lane % 32 // 4 + 8 * (n // 2 % 2)  # where a register's values stand in the sums
     column = 8 * (n // 4) + 2 * (lane % 4) + n % 2
     none = np.uint32(0xFFFFFFFF).view(np.float32)
 
     def matrix(first: int, descriptor: int, count: int, across: bool) -> Array:
-        addresses = layout(descriptor, count, across).reshape(-1) + machine.own(first)
-        bits = machine.fetch_fenced(addresses, 2).view(np.uint16).reshape(count, DEPTH)
-        return np.asarray(from_bf16(bits) if kind == "bf16" else bits.view(np.float16)).astype(np.float64)
+        addresses = layout(descriptor, count, SIZES[kind], across).reshape(-1) + machine.own(first)
+        return numbers(machine.fetch_fenced(addresses, SIZES[kind]), kind).reshape(count, depth)
+
+    def fragment(threads: slice) -> Array:
+        """A, of whose rows a warp has 16."""
+        found, wide = np.empty((64, depth)), 4 // SIZES[kind]  # values in a register
+        for r, word in enumerate(words):
+            values = numbers(word[threads].view(np.uint8).reshape(GROUP * wide, -1), kind).reshape(GROUP, wide)
+            for h in range(wide):
+                at = 16 * (lane // 32) + lane % 32 // 4 + 8 * (r % 2), wide * (lane % 4) + h + depth // 2 * (r // 2)
+                found[at] = values[:, h]
+        return found
 
     def issue(first: int, at_a: int, at_b: int, add: bool) -> None:
         group, threads = machine.groups[first], slice(first, first + GROUP)
+        if machine.touched[rows, threads].any() or any(group.uses.get(name, use) != use for name, use in uses.items()):
+            raise PtxError("no wgmma.fence stands between a register's use and its product")
+        group.uses |= uses
         if names not in group.sums:
             if any(set(names) & set(others) for others in group.sums):
                 raise PtxError("sums overlap with those of a product in flight")
@@ -131,7 +209,8 @@ def mma_async(machine: HopperMachine, i: Instruction) -> Step:
         sums.products += 1
 
         def product() -> None:
-            exact = matrix(first, at_a, 64, bool(across_a)) @ matrix(first, at_b, columns, bool(across_b)).T
+            left = fragment(threads) if words else matrix(first, at_a, 64, across_a)
+            exact = left @ matrix(first, at_b, columns, across_b).T
             sums.values = (exact + sums.values if add else exact).astype(np.float32)
             sums.products -= 1
             if sums.products == 0:
