@@ -1,9 +1,9 @@
-"""``python tests/mutation.py``: do the tests notice a fault? Plants faults in the kernels, one at a time.
+"""``python tests/mutation.py``: do the tests notice a fault? Plants faults in the kernels.
 
-Each fault is an exact replacement of text in a temporary copy of the tree. What depends on it is rebuilt (for the
-portable instruction set alone, which holds the same code), and the op's plain C++ test must fail, or, where the fault
-lies in front of the kernels or in CUDA's, the named tests of pytest. Exit code 1 when a fault survives, or can no
-longer be planted.
+Each fault is an exact replacement of text in a temporary copy of the tree, alone there. What depends on it is rebuilt
+(for the portable instruction set alone, which holds the same code), and the op's plain C++ test must fail, or, where
+the fault lies in front of the kernels or in CUDA's, the named tests of pytest. Exit code 1 when a fault survives, or
+can no longer be planted.
 
     python tests/mutation.py [NAME ...]     # only the faults whose name holds one of the words
 """
@@ -11,12 +11,16 @@ longer be planted.
 from __future__ import annotations
 
 import os
+import queue
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +43,7 @@ PTX, SM90_PTX = "tests/test_ptx.py::test_", "tests/test_ptx_hopper.py::test_"
 WINOGRAD = "csrc/conv2d_bias_relu/winograd_cpu.cpp"
 EMULATOR = "tests/test_emulator.py"
 SECONDS = 240  # a fault may make a loop endless
+MOST_TREES = 4  # copies of the tree, in each of which one fault stands at a time
 
 
 @dataclass(frozen=True)
@@ -202,21 +207,20 @@ FAULTS = (
     Fault("CUTLASS: a ReLU that loses NaN", CUTLASS, "sums[i] < least ? least : sums[i]",
           "sums[i] > least ? sums[i] : least", f"{PTX}forward[bf16]"),
     Fault("CUTLASS: taps in reverse order", CUTLASS, "Mode::kCrossCorrelation", "Mode::kConvolution",
-          f"{PTX}forward[f16]"),
+          f"{PTX}forward[bf16]"),
     Fault("CUTLASS: every pixel with a bias of its own", CUTLASS, "first.y, {0, 0, 0})", "first.y, layout_of_y(p))",
-          f"{PTX}forward[tf32]"),
+          f"{PTX}forward[bf16]"),
     Fault("CUTLASS: each group with the first one's bias", CUTLASS, "slice<E>(bias, first.y,", "slice<E>(bias, 0,",
-          f"{PTX}forward[f16]"),
+          f"{PTX}forward[bf16]"),
     Fault("CUTLASS: pixels summed up once a split", CUTLASS, "problem_of_group(p, weight_gradient_splits(p))",
           "problem_of_group(p)", f"{PTX}weight_gradient[bf16]"),
     Fault("CUTLASS: gradients of weights in the first group's place", CUTLASS, "(dweight) + first.weight", "(dweight)",
-          f"{PTX}weight_gradient[tf32]"),
+          f"{PTX}weight_gradient[bf16]"),
     Fault("CUTLASS for 9.0: a group's strides for the whole tensor's", SM90,
           "strides(p.out_height, p.out_width, p.filters)", "strides(p.out_height, p.out_width, p.group_filters())",
           f"{SM90_PTX}input_gradient[f16]"),
     Fault("CUTLASS for 9.0: padding of rows for columns", SM90, "padding{n(p.padding[0]), n(p.padding[1])}",
           "padding{n(p.padding[1]), n(p.padding[0])}", f"{SM90_PTX}input_gradient[f16]"),
-    Fault("CUTLASS for 9.0: a ReLU always", SM90, "{least_of(relu)}", "{least_of(true)}", f"{SM90_PTX}forward[f16]"),
     Fault("9.0: boxes freed while they are multiplied", SM90_WEIGHT, "warpgroup_wait<1>", "warpgroup_wait<2>",
           f"{SM90_PTX}weight_gradient[bf16]"),
     Fault("9.0: the next group's channels stored", SM90_WEIGHT, "channel + n < work.channels", "true",
@@ -299,8 +303,8 @@ class Tree:
             raise SystemExit(f"{' '.join(command)} did not run:\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
         return lines[0].removeprefix("FAILED ")
 
-    def plant(self, fault: Fault) -> str:
-        """Puts the fault in place; the text that was there."""
+    @contextmanager
+    def planted(self, fault: Fault) -> Iterator[None]:
         path = self.folder / fault.file
         before = path.read_text()
         found = before.count(fault.old)
@@ -310,7 +314,20 @@ class Tree:
                 "the code has changed, so tests/mutation.py must follow"
             )
         path.write_text(before.replace(fault.old, fault.new))
-        return before
+        try:
+            yield
+        finally:
+            path.write_text(before)
+
+
+@contextmanager
+def taken(trees: queue.SimpleQueue[Tree]) -> Iterator[Tree]:
+    """One that nobody else has."""
+    tree = trees.get()
+    try:
+        yield tree
+    finally:
+        trees.put(tree)
 
 
 def main(words: list[str]) -> int:
@@ -318,20 +335,31 @@ def main(words: list[str]) -> int:
     if not faults:
         raise SystemExit(f"no fault's name holds {' or '.join(words)}")
     started = time.monotonic()
-    survivors = 0
-    with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
-        tree = Tree(Path(folder))
-        for test in dict.fromkeys(fault.test for fault in faults):
-            if noticed := tree.notices(test):
-                raise SystemExit(f"{test} fails with no fault planted: {noticed}")
-        print(f"no fault planted: all tests pass ({time.monotonic() - started:.0f} s)", flush=True)
-        for number, fault in enumerate(faults, 1):
-            before = tree.plant(fault)
-            noticed = tree.notices(fault.test)
-            (tree.folder / fault.file).write_text(before)
-            survivors += not noticed
-            verdict = "killed  " if noticed else "SURVIVED"
-            print(f"{number:2d}  {verdict}  {fault.name:56s}  {noticed[:120]}", flush=True)
+    survivors, jobs = 0, min(len(faults), os.cpu_count() or 1, MOST_TREES)
+    with tempfile.TemporaryDirectory(prefix="mutation-") as folder, ThreadPoolExecutor(jobs) as pool:
+        trees: queue.SimpleQueue[Tree] = queue.SimpleQueue()
+        for number in range(jobs):
+            trees.put(Tree(Path(folder) / str(number)))
+
+        def passes(test: str) -> None:
+            with taken(trees) as tree:
+                if noticed := tree.notices(test):
+                    raise SystemExit(f"{test} fails with no fault planted: {noticed}")
+
+        def notices(fault: Fault) -> str:
+            with taken(trees) as tree, tree.planted(fault):
+                return tree.notices(fault.test)
+
+        try:
+            for _ in pool.map(passes, dict.fromkeys(fault.test for fault in faults)):
+                pass
+            print(f"no fault planted: all tests pass ({time.monotonic() - started:.0f} s)", flush=True)
+            for number, (fault, noticed) in enumerate(zip(faults, pool.map(notices, faults), strict=True), 1):
+                survivors += not noticed
+                verdict = "killed  " if noticed else "SURVIVED"
+                print(f"{number:2d}  {verdict}  {fault.name:56s}  {noticed[:120]}", flush=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
     seconds = time.monotonic() - started
     print(f"{len(faults) - survivors} of {len(faults)} planted faults noticed in {seconds:.0f} s")
     return 1 if survivors else 0

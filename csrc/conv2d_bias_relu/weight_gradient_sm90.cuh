@@ -227,7 +227,7 @@ int conv2d_weight_gradient_sm90(const Conv2d& p, const void* dz, const void* x, 
   work.taps_w = n(p.taps_w), work.out_height = n(p.out_height), work.out_width = n(p.out_width);
   for (int i = 0; i < 2; ++i) work.dilation[i] = n(p.dilation[i]), work.padding[i] = n(p.padding[i]);
   work.steps = n(plan.steps), work.steps_of_split = n(plan.steps_of_split);
-  if (p.stride[0] != 1 || p.stride[1] != 1 || p.group_channels() % 2 != 0 ||
+  if (p.stride[0] != 1 || p.stride[1] != 1 || p.group_channels() % 2 != 0 || !aligned(workspace) ||
       !describe_sm90_weight_pixels<T>(p, dz, x, work))
     return cudaErrorInvalidValue;
 
