@@ -42,11 +42,11 @@ def linear_bias_relu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, b
         raise RuntimeError(
             f"x has shape {list(x.shape)}, expected (*, {weight.shape[1]}) for weight of shape {list(weight.shape)}"
         )
-    outputs, rows, unsupported = weight.shape[0], x.shape[:-1].numel(), ""
+    outputs, rows, unsupported = weight.shape[0], x.shape[:-1], ""
     if isinstance(bias, Tensor):
         if bias.shape in ((), (1,)):
             bias = bias.expand(outputs)
-        elif bias.dim() > 1 and any(expands(bias, shape) for shape in ((*x.shape[:-1], outputs), (rows, outputs))):
+        elif bias.dim() > 1 and (expands(bias, (*rows, outputs)) or expands(bias, (rows.numel(), outputs))):
             unsupported = f"a bias of shape {list(bias.shape)}"
     if not unsupported:
         check_bias(bias, outputs, x)
@@ -59,7 +59,8 @@ def linear_bias_relu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, b
         return reference.linear_bias_relu(x, weight, bias)
     if x.dim() == 2:
         return op(x, weight, bias)
-    return op(x.reshape(rows, x.shape[-1]), weight, bias).view(*x.shape[:-1], outputs)
+    flat = x.flatten(0, -2) if x.dim() > 2 else x[None]  # to torch.jit.trace rows.numel() is a constant
+    return op(flat, weight, bias).view(*rows, outputs)
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
