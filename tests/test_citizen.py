@@ -233,6 +233,20 @@ def test_jacobians(transform: Callable[..., Any]) -> None:
     torch.testing.assert_close(transform(loss(cases.fused))(x), transform(loss(cases.stock))(x))
 
 
+@pytest.mark.parametrize("case", cases.params([next(c for c in cases.EXAMPLES if c.op == op) for op in cases.OPS]))
+def test_gradient_transforms_inside_torch_compile(case: Case) -> None:
+    torch._dynamo.reset()
+    tensors = cases.make(case, torch.float64, requires_grad=False)
+
+    def loss(x: Tensor) -> Tensor:
+        return cases.fused(case, tensors | {"x": x}).square().sum()
+
+    each = torch.vmap(torch.func.grad(loss))
+    x = torch.stack([tensors["x"], 2 * tensors["x"]])
+    compiled = torch.compile(lambda x: each(x), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), each(x))
+
+
 @each_example
 def test_forward_mode_runs_stock_and_native_says_that_it_cannot(case: Case) -> None:
     """The tangent of a compiled op would be zero in silence."""

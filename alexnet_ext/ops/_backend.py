@@ -82,11 +82,15 @@ def _transform() -> str:
     """What is at work around this call that compiled ops cannot go through ("" for nothing; vmap they can)."""
     if forward_ad._current_level >= 0:  # without this the tangent of a compiled op would silently be zero
         return "forward-mode AD"
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        stack = torch._C._functorch.get_interpreter_stack() or ()
-        if any(level.key() == torch._C._functorch.TransformType.Grad for level in stack):
-            return "the gradient transforms of torch.func"
-    return ""
+    return "the gradient transforms of torch.func" if _is_in_gradient_transform() else ""
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot trace it, and guards on the transforms around itself
+def _is_in_gradient_transform() -> bool:
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() == torch._C._functorch.TransformType.Grad for level in stack)
 
 
 def has_kernel(backend: str, op: str, device: str) -> bool:
