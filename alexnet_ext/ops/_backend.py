@@ -93,6 +93,14 @@ def _is_in_gradient_transform() -> bool:
     return any(level.key() == torch._C._functorch.TransformType.Grad for level in stack)
 
 
+def wrapper(*tensors: torch.Tensor | None) -> str:
+    """What kind of tensor is among these that wraps others and knows PyTorch's own operators alone (DTensor), or ""."""
+    for tensor in tensors:
+        if hasattr(type(tensor), "__tensor_flatten__"):
+            return f"tensors of type {type(tensor).__name__}"
+    return ""
+
+
 def has_kernel(backend: str, op: str, device: str) -> bool:
     kernels = {"native": NATIVE, "triton": TRITON, "measured": MEASURED}.get(backend, {}).get(op, {})
     return any(kernels.values()) if device == "meta" else kernels.get(device, False)
@@ -154,7 +162,7 @@ def choose(op: str, backend: str, x: torch.Tensor, unsupported: str = "", dtype:
         unsupported = f"dtype {dtype or x.dtype}"
     if not unsupported and x.layout != torch.strided:
         unsupported = f"layout {x.layout}"
-    unsupported = unsupported or _transform()
+    unsupported = unsupported or wrapper(x) or _transform()
     if backend == "auto":
         return "stock" if unsupported else preferred(op, x.device, dtype or x.dtype)
     if not has_kernel(backend, op, device):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._backend import operator
+from .._backend import operator, wrapper
 from .._checks import autocast_enabled, check_bias, check_same, check_tensor, expands
 from .._register import Gradient, register
 from . import reference
@@ -54,7 +54,7 @@ def linear_bias_relu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, b
         check_same("weight", weight, x)
         if bias is not None:
             check_same("bias", bias, x)
-    op = operator("linear_bias_relu", backend, x, unsupported)
+    op = operator("linear_bias_relu", backend, x, unsupported or wrapper(weight, bias))
     if op is None:
         return reference.linear_bias_relu(x, weight, bias)
     if x.dim() == 2:
