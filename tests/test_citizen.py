@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from . import cases, oracle
-from .cases import Case, block, conv, each_dtype, each_example, lrn, pool
+from .cases import Case, block, conv, each_dtype, each_example, linear, lrn, pool
 
 EMPTY_AND_ONE = (
     *(lrn((0, 3, 4, 5)), lrn((1, 1, 1, 1))),
@@ -301,6 +302,20 @@ def test_autocast_does_not_mix_fp64_with_fp32() -> None:
     for run in (cases.fused, cases.stock):
         with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError):
             run(case, tensors)
+
+
+@pytest.mark.parametrize("case", cases.params([conv((2, 4, 7, 9), 6, (3, 2)), linear((10, 7), 6)]))
+@pytest.mark.parametrize("wanted", [("x", "weight", "bias"), ("x",), ("weight",), ()], ids=str)
+def test_flops_are_counted_as_stock(case: Case, wanted: tuple[str, ...]) -> None:
+    def count(op: Callable[..., Tensor]) -> int:
+        tensors = {name: t.requires_grad_(name in wanted) for name, t in cases.make(case, requires_grad=False).items()}
+        with FlopCounterMode(display=False) as counter:
+            y = op(case, tensors)
+            if wanted:
+                y.sum().backward()
+        return counter.get_total_flops()
+
+    assert count(cases.fused) == count(cases.stock) > 0
 
 
 @each_example

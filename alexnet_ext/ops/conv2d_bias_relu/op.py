@@ -199,4 +199,5 @@ register(
     ),
     autocast=_autocast,
     measured=True,
+    product=True,
 )

@@ -102,4 +102,5 @@ register(
     ),
     autocast=_autocast,
     batched=(0,),
+    product=True,
 )
