@@ -23,14 +23,25 @@ def sharing(kind: type[Layer], stock: nn.Module, **attributes: Any) -> Layer:
     return layer
 
 
-class LocalResponseNorm(nn.LocalResponseNorm):
+class _Fused:
+    """What all layers here share."""
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Asked for by ``torch.jit.script``, whose own words would be about some line of ours that it cannot read."""
+        raise RuntimeError(
+            f"torch.jit.script cannot compile {type(self).__name__}: use torch.jit.trace, torch.compile or "
+            "torch.export, or stock layers (alexnet_ext.restore brings them back)"
+        )
+
+
+class LocalResponseNorm(_Fused, nn.LocalResponseNorm):
     """``nn.LocalResponseNorm`` by ``ops.local_response_norm``: (N, C, *) to the same shape."""
 
     def forward(self, input: Tensor) -> Tensor:
         return ops.local_response_norm(input, self.size, self.alpha, self.beta, self.k)
 
 
-class ReLUMaxPool2d(nn.MaxPool2d):
+class ReLUMaxPool2d(_Fused, nn.MaxPool2d):
     """``nn.Sequential(nn.ReLU(), nn.MaxPool2d(...))`` by ``ops.relu_max_pool2d``.
 
     Takes ``nn.MaxPool2d``'s arguments; ``return_indices=True`` raises ValueError, as the winners are kept as
@@ -46,7 +57,7 @@ class ReLUMaxPool2d(nn.MaxPool2d):
         return ops.relu_max_pool2d(input, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
 
 
-class _FusedConv2d(nn.Conv2d):
+class _FusedConv2d(_Fused, nn.Conv2d):
     """What the layers with a convolution share: ``ops.conv2d_bias_relu``, every padding_mode included."""
 
     relu = True
@@ -69,7 +80,7 @@ class Conv2dReLU(_FusedConv2d):
         return self.convolution(input)
 
 
-class LinearReLU(nn.Linear):
+class LinearReLU(_Fused, nn.Linear):
     """``nn.Sequential(nn.Linear(...), nn.ReLU())`` by ``ops.linear_bias_relu``."""
 
     def forward(self, input: Tensor) -> Tensor:

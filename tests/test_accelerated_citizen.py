@@ -6,7 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
 from torch.utils.checkpoint import checkpoint_sequential
 
 import alexnet_ext as ax
@@ -131,3 +134,26 @@ def test_autocast_and_channels_last() -> None:
         y, expected = ours(x), stock(x)
     assert y.dtype == expected.dtype
     torch.testing.assert_close(y, expected, rtol=3e-2, atol=3e-2)
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    """Of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_dtensors_run_stock(mesh: DeviceMesh) -> None:
+    """They have rules for PyTorch's operators alone."""
+    convolution = nn.Conv2d(4, 6, 3, padding=1)  # PyTorch 2.11 has no rule for one without padding, nor for pooling
+    ours = nn.Sequential(convolution, nn.ReLU(), nn.Flatten(), ax.nn.LinearReLU(858, 3))
+    assert ax.accelerate(ours)[0].action == "fused"
+    x = torch.randn(3, 4, 13, 11)
+    expected = ours(x)
+    derivatives = torch.autograd.grad(expected.sum(), list(ours.parameters()))
+    y = distribute_module(ours, mesh)(distribute_tensor(x, mesh, [Shard(0)]))
+    found = torch.autograd.grad(y.sum(), list(ours.parameters()))
+    torch.testing.assert_close([t.full_tensor() for t in (y, *found)], [expected, *derivatives])
+    with pytest.raises(RuntimeError, match="backend='native' does not cover tensors of type DTensor"):
+        ax.ops.relu_max_pool2d(y[None], 1, backend="native")

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from . import cases, oracle
-from .cases import Case, block, conv, each_dtype, each_example, lrn, pool
+from .cases import Case, block, conv, each_dtype, each_example, linear, lrn, pool
 
 EMPTY_AND_ONE = (
     *(lrn((0, 3, 4, 5)), lrn((1, 1, 1, 1))),
@@ -233,6 +234,20 @@ def test_jacobians(transform: Callable[..., Any]) -> None:
     torch.testing.assert_close(transform(loss(cases.fused))(x), transform(loss(cases.stock))(x))
 
 
+@pytest.mark.parametrize("case", cases.params([next(c for c in cases.EXAMPLES if c.op == op) for op in cases.OPS]))
+def test_gradient_transforms_inside_torch_compile(case: Case) -> None:
+    torch._dynamo.reset()
+    tensors = cases.make(case, torch.float64, requires_grad=False)
+
+    def loss(x: Tensor) -> Tensor:
+        return cases.fused(case, tensors | {"x": x}).square().sum()
+
+    each = torch.vmap(torch.func.grad(loss))
+    x = torch.stack([tensors["x"], 2 * tensors["x"]])
+    compiled = torch.compile(lambda x: each(x), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), each(x))
+
+
 @each_example
 def test_forward_mode_runs_stock_and_native_says_that_it_cannot(case: Case) -> None:
     """The tangent of a compiled op would be zero in silence."""
@@ -287,6 +302,20 @@ def test_autocast_does_not_mix_fp64_with_fp32() -> None:
     for run in (cases.fused, cases.stock):
         with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError):
             run(case, tensors)
+
+
+@pytest.mark.parametrize("case", cases.params([conv((2, 4, 7, 9), 6, (3, 2)), linear((10, 7), 6)]))
+@pytest.mark.parametrize("wanted", [("x", "weight", "bias"), ("x",), ("weight",), ()], ids=str)
+def test_flops_are_counted_as_stock(case: Case, wanted: tuple[str, ...]) -> None:
+    def count(op: Callable[..., Tensor]) -> int:
+        tensors = {name: t.requires_grad_(name in wanted) for name, t in cases.make(case, requires_grad=False).items()}
+        with FlopCounterMode(display=False) as counter:
+            y = op(case, tensors)
+            if wanted:
+                y.sum().backward()
+        return counter.get_total_flops()
+
+    assert count(cases.fused) == count(cases.stock) > 0
 
 
 @each_example

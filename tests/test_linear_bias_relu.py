@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -92,6 +93,46 @@ def test_gradcheck_and_gradgradcheck(bias: bool) -> None:
     assert torch.autograd.gradgradcheck(apply, inputs)
 
 
+BROADCAST = [((3, 4), ()), ((3, 4), (1,)), ((2, 3, 4), (1,)), ((4,), ()), ((0, 4), (1,)), ((3, 4), (5,))]
+BY_ROW = [((3, 4), (3, 5)), ((3, 4), (3, 1)), ((2, 3, 4), (2, 3, 1)), ((2, 3, 4), (6, 1)), ((4,), (1, 5))]
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(("shape", "bias"), BROADCAST + BY_ROW, ids=str)
+def test_a_bias_broadcasts_as_in_stock(shape: tuple[int, ...], bias: tuple[int, ...], compiled: bool) -> None:
+    """A single value runs ours, a value a row stock; the gradient has the bias's own shape, to second order too."""
+    inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in (shape, (5, 4), bias)]
+
+    def results(op: Callable[..., Tensor]) -> list[Tensor]:
+        y = op(*inputs)
+        first = torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
+        return [y, *first, *torch.autograd.grad(sum(g.square().sum() for g in first), inputs)]
+
+    torch._dynamo.reset()
+    op = torch.compile(linear_bias_relu, fullgraph=True, backend="eager") if compiled else linear_bias_relu
+    torch.testing.assert_close(results(op), results(lambda *given: F.relu(F.linear(*given))))
+    meta = linear_bias_relu(*(t.to("meta") for t in inputs))
+    assert meta.shape == (*shape[:-1], 5)
+
+
+@pytest.mark.usefixtures("native")
+def test_a_single_value_of_bias_runs_ours_and_one_a_row_does_not() -> None:
+    weight = torch.randn(5, 4, requires_grad=True)
+    for shape, bias in BROADCAST:
+        assert cases.runs_ours(linear_bias_relu(torch.randn(shape), weight, torch.randn(bias)))
+    for shape, bias in BY_ROW:
+        x, given = torch.randn(shape), torch.randn(bias)
+        assert not cases.runs_ours(linear_bias_relu(x, weight, given))
+        with pytest.raises(RuntimeError, match="backend='native' does not cover a bias of shape"):
+            linear_bias_relu(x, weight, given, backend="native")
+
+
+def test_vmap_over_single_values_of_bias() -> None:
+    x, weight, biases = torch.randn(3, 4), torch.randn(5, 4), torch.randn(7)
+    found = torch.func.vmap(linear_bias_relu, in_dims=(None, None, 0))(x, weight, biases)
+    torch.testing.assert_close(found, torch.stack([F.relu(F.linear(x, weight, bias)) for bias in biases]))
+
+
 def test_empty_batch_has_zero_parameter_gradients() -> None:
     tensors = cases.make(linear((0, 7), 6))
     linear_bias_relu(**tensors).sum().backward()
@@ -114,6 +155,9 @@ X, WEIGHT, BIAS = torch.randn(3, 4), torch.randn(5, 4), torch.randn(5)
         ({"weight": None}, TypeError, "weight must be a Tensor, got NoneType"),
         ({"bias": BIAS[:3]}, RuntimeError, r"bias has shape \[3\], expected \[5\]"),
         ({"bias": BIAS[:, None]}, RuntimeError, r"bias has shape \[5, 1\], expected \[5\]"),
+        ({"bias": BIAS[None, None]}, RuntimeError, r"bias has shape \[1, 1, 5\], expected \[5\]"),
+        ({"bias": BIAS[:0]}, RuntimeError, r"bias has shape \[0\], expected \[5\]"),
+        ({"bias": BIAS[0].half()}, RuntimeError, r"bias has dtype torch\.float16, expected torch\.float32"),
         ({"bias": BIAS.half()}, RuntimeError, r"bias has dtype torch\.float16, expected torch\.float32"),
         ({"bias": 1.0}, TypeError, "bias must be a Tensor, got float"),
         ({"weight": WEIGHT.to("meta")}, RuntimeError, "weight is on device meta, expected cpu"),

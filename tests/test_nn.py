@@ -201,6 +201,19 @@ def test_relu_in_place_may_follow_the_fused_layers() -> None:
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore::torch.jit.TracerWarning")
+@each_pair
+def test_torch_jit_traces_and_says_that_it_cannot_script(pair: Pair) -> None:
+    model = nn.Sequential(pair[0]())
+    with pytest.raises(RuntimeError, match=f"torch.jit.script cannot compile {type(model[0]).__name__}: use torch.jit"):
+        torch.jit.script(model)
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(model, torch.randn(2, 4, 9, 11)), file)
+    file.seek(0)
+    traced, x = torch.jit.load(file), torch.randn(3, 4, 12, 11)
+    torch.testing.assert_close(results(traced, x), results(model, x), rtol=0, atol=0)
+
+
 @pytest.mark.usefixtures("native")
 @each_pair
 def test_use_backend_holds_inside_modules(pair: Pair) -> None:

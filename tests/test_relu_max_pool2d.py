@@ -338,6 +338,38 @@ def test_bad_arguments(
         relu_max_pool2d(torch.randn(shape), *constants)
 
 
+@each_dtype
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    ("constants", "empty"),
+    [
+        ((2, 1, 1, (3, 1)), True),
+        ((2, 2, 1, (2, 4)), True),
+        (((2, 3), (9, 2), 1, (4, 1), True), True),
+        ((4, 9, 2, (3, 1), True), False),
+    ],
+    ids=str,
+)
+def test_a_window_that_steps_over_the_image(
+    constants: tuple[Any, ...], empty: bool, layout: str, dtype: torch.dtype
+) -> None:
+    """It gives -inf as in stock, whose backward writes elsewhere then: here nothing flows back."""
+    x = cases.lay_out(torch.randn(2, 3, 2, 3).to(dtype), layout).requires_grad_()
+    y, expected = relu_max_pool2d(x, *constants), F.max_pool2d(F.relu(x), *constants)
+    assert torch.equal(y, expected)
+    assert y.is_contiguous(memory_format=getattr(torch, "contiguous_format" if layout == "contiguous" else layout))
+    assert y.isneginf().all() == empty
+    (found,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(found, torch.zeros_like(x) if empty else torch.autograd.grad(expected.sum(), x)[0])
+
+
+def test_a_gradient_never_reaches_another_channel() -> None:
+    """Stock's gives [0, 0, 1, 1]."""
+    x = torch.ones(1, 4, 1, 1, requires_grad=True)
+    (found,) = torch.autograd.grad(relu_max_pool2d(x, 2, 1, 1, 2).sum(), x)
+    assert not found.any()
+
+
 def test_the_largest_dilation_with_a_window_of_one() -> None:
     x = torch.randn(1, 2, 5, 6)
     assert torch.equal(relu_max_pool2d(x, 1, 1, 0, 2**31 - 1), F.relu(x))

@@ -82,10 +82,22 @@ def _transform() -> str:
     """What is at work around this call that compiled ops cannot go through ("" for nothing; vmap they can)."""
     if forward_ad._current_level >= 0:  # without this the tangent of a compiled op would silently be zero
         return "forward-mode AD"
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        stack = torch._C._functorch.get_interpreter_stack() or ()
-        if any(level.key() == torch._C._functorch.TransformType.Grad for level in stack):
-            return "the gradient transforms of torch.func"
+    return "the gradient transforms of torch.func" if _is_in_gradient_transform() else ""
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot trace it, and guards on the transforms around itself
+def _is_in_gradient_transform() -> bool:
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() == torch._C._functorch.TransformType.Grad for level in stack)
+
+
+def wrapper(*tensors: torch.Tensor | None) -> str:
+    """What kind of tensor is among these that wraps others and knows PyTorch's own operators alone (DTensor), or ""."""
+    for tensor in tensors:
+        if hasattr(type(tensor), "__tensor_flatten__"):
+            return f"tensors of type {type(tensor).__name__}"
     return ""
 
 
@@ -150,7 +162,7 @@ def choose(op: str, backend: str, x: torch.Tensor, unsupported: str = "", dtype:
         unsupported = f"dtype {dtype or x.dtype}"
     if not unsupported and x.layout != torch.strided:
         unsupported = f"layout {x.layout}"
-    unsupported = unsupported or _transform()
+    unsupported = unsupported or wrapper(x) or _transform()
     if backend == "auto":
         return "stock" if unsupported else preferred(op, x.device, dtype or x.dtype)
     if not has_kernel(backend, op, device):

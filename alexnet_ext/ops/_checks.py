@@ -40,6 +40,12 @@ def check_bias(bias: torch.Tensor | None, channels: int, x: torch.Tensor) -> Non
         raise RuntimeError(f"bias is on device {bias.device}, expected {x.device}, the device of x")
 
 
+def expands(value: torch.Tensor, shape: Sequence[int]) -> bool:
+    """Whether ``value.expand(shape)`` is possible."""
+    behind = shape[len(shape) - value.dim() :]
+    return value.dim() <= len(shape) and all(n in (1, m) for n, m in zip(value.shape, behind, strict=True))
+
+
 def check_lrn(size: Any, alpha: Any, beta: Any, k: Any, name: str = "size") -> tuple[Any, ...]:
     """LRN's constants, checked, as Python's own numbers."""
     whole = integer(size)

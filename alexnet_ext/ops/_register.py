@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from .. import _library
 
@@ -48,6 +50,7 @@ def register(
     autocast: Callable[..., tuple[Any, ...]] | None = None,
     batched: Sequence[int] = (),
     measured: bool = False,
+    product: bool = False,
 ) -> None:
     """Register everything but the compiled kernels of ``alexnet_ext::name``, its backward and their Triton twins.
 
@@ -55,7 +58,8 @@ def register(
     ``name_backward``. ``autocast(dtype, *args)`` returns the arguments as they should be under autocast to ``dtype``;
     without it the op keeps its input's dtype there. ``batched``: the positions of the arguments with a batch dimension
     to fold a vmapped one into; with none, vmap loops. ``measured``: there is a third twin, ``name_measured`` of
-    ``ops/name/measured.py``, which chooses at run time; torch.compile sees no further than its name.
+    ``ops/name/measured.py``, which chooses at run time; torch.compile sees no further than its name. ``product``: each
+    result is a sum over the dimensions of ``weight`` but its first, which ``FlopCounterMode`` counts.
     """
     twins = [name] if _library.LIBRARIES[0].loaded else []
     if _library.has_triton(name):
@@ -68,6 +72,8 @@ def register(
         torch.library.register_vmap(op, _vmap_rule(op, batched))
         if gradient is not None:
             _register_gradient(op, gradient)
+        if product:
+            _register_flops(op)
         if autocast is not None:
             for device, key in _AUTOCAST_KEYS.items():
                 _fragment.impl(twin, _autocast_rule(op, device, autocast), key)
@@ -80,6 +86,23 @@ def _register_gradient(op: str, gradient: Gradient) -> None:
     torch.library.register_fake(op_backward, gradient.fake)
     torch.library.register_autograd(op_backward, _double_backward(gradient.reference), setup_context=_save_all)
     torch.library.register_vmap(op_backward, _vmap_rule(op_backward, gradient.batched))
+
+
+def _register_flops(op: str) -> None:
+    """Two operations for each product of two numbers; either gradient takes as many as the result."""
+
+    def count(result: Sequence[int], weight: Sequence[int]) -> int:
+        return 2 * math.prod(result) * math.prod(weight[1:])
+
+    def forward(x: Any, weight: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any) -> int:
+        return count(out_shape, weight)
+
+    def backward(*args: Any, **_: Any) -> int:
+        return count(args[0], args[2]) * sum(args[mask][:2])
+
+    mask = [argument.name for argument in _overload(f"{op}_backward")._schema.arguments].index("output_mask")
+    for counted, formula in ((op, forward), (f"{op}_backward", backward)):
+        register_flop_formula(_overload(counted).overloadpacket)(formula)
 
 
 def _define(name: str, kind: str, module: str, define: Any, schema: str, gradient: Gradient | None) -> str:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._backend import operator
+from .._backend import operator, wrapper
 from .._checks import IntPair, autocast_enabled, check_bias, check_same, check_tensor, integer, pair
 from .._layout import convolved_format, new_images
 from .._register import Gradient, register
@@ -66,7 +66,7 @@ def conv2d_bias_relu(
     if pad == "same":
         x, pad = _pad_same(x, weight, dilate)
     _check_reach(x, weight, pad, dilate)
-    op = operator("conv2d_bias_relu", backend, x)
+    op = operator("conv2d_bias_relu", backend, x, wrapper(weight, bias))
     if op is None:
         return reference.conv2d_bias_relu(x, weight, bias, step, pad, dilate, groups, relu)
     batch = x if x.dim() == 4 else x.unsqueeze(0)
@@ -199,4 +199,5 @@ register(
     ),
     autocast=_autocast,
     measured=True,
+    product=True,
 )

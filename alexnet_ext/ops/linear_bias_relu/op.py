@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._backend import operator
-from .._checks import autocast_enabled, check_bias, check_same, check_tensor
+from .._backend import operator, wrapper
+from .._checks import autocast_enabled, check_bias, check_same, check_tensor, expands
 from .._register import Gradient, register
 from . import reference
 
@@ -22,7 +22,8 @@ def linear_bias_relu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, b
     Args:
         x: (*, inputs), rank 1 or more, fp64, fp32, bf16 or fp16 (computed in fp32).
         weight: (outputs, inputs), in x's dtype.
-        bias: (outputs,) or None.
+        bias: (outputs,) or None. As in stock also a single value, or what else expands to the result or to its
+            rows, which runs stock PyTorch.
         backend: ``"auto"``, ``"native"``, ``"triton"`` or ``"stock"``.
 
     Returns:
@@ -41,18 +42,25 @@ def linear_bias_relu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, b
         raise RuntimeError(
             f"x has shape {list(x.shape)}, expected (*, {weight.shape[1]}) for weight of shape {list(weight.shape)}"
         )
-    check_bias(bias, weight.shape[0], x)
+    outputs, rows, unsupported = weight.shape[0], x.shape[:-1], ""
+    if isinstance(bias, Tensor):
+        if bias.shape in ((), (1,)):
+            bias = bias.expand(outputs)
+        elif bias.dim() > 1 and (expands(bias, (*rows, outputs)) or expands(bias, (rows.numel(), outputs))):
+            unsupported = f"a bias of shape {list(bias.shape)}"
+    if not unsupported:
+        check_bias(bias, outputs, x)
     if weight.device != x.device or not autocast_enabled(x):
         check_same("weight", weight, x)
         if bias is not None:
             check_same("bias", bias, x)
-    op = operator("linear_bias_relu", backend, x)
+    op = operator("linear_bias_relu", backend, x, unsupported or wrapper(weight, bias))
     if op is None:
         return reference.linear_bias_relu(x, weight, bias)
     if x.dim() == 2:
         return op(x, weight, bias)
-    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    return op(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
+    flat = x.flatten(0, -2) if x.dim() > 2 else x[None]  # to torch.jit.trace rows.numel() is a constant
+    return op(flat, weight, bias).view(*rows, outputs)
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -94,4 +102,5 @@ register(
     ),
     autocast=_autocast,
     batched=(0,),
+    product=True,
 )

@@ -55,7 +55,7 @@ def relu_max_pool2d(
         raise TypeError(f"ceil_mode must be a bool, got {ceil_mode!r}")
     check_pool(x, kernel, step, pad, dilate, ceil_mode)
     unsupported = f"a window of {kernel}" if kernel[0] * kernel[1] > MAX_TAPS else ""
-    if any(kernel[i] > 1 and dilate[i] > x.shape[-2 + i] for i in (0, 1)):
+    if reference.may_step_over(x, kernel, dilate):
         unsupported = f"dilation {dilate}, whose windows may step over an x of shape {list(x.shape)}"
     op = operator("relu_max_pool2d", backend, x, unsupported)
     if op is None:

@@ -1,5 +1,7 @@
 """ReLU and max pooling in plain PyTorch, and what a one-byte winner means."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,7 +13,27 @@ NO_GRADIENT = 255
 def relu_max_pool2d(
     x: Tensor, kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int], ceil_mode: bool
 ) -> Tensor:
-    return F.max_pool2d(F.relu(x), kernel_size, stride, padding, dilation, ceil_mode)
+    x = F.relu(x)
+    if may_step_over(x, kernel_size, dilation) and x.is_floating_point():
+        return _stepping_over(x, kernel_size, stride, padding, dilation, ceil_mode)
+    return F.max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode)
+
+
+def may_step_over(x: Tensor, kernel_size: list[int], dilation: list[int]) -> bool:
+    """Whether a window may have no value of x in it: it starts in the padding, and its next tap is behind x."""
+    return any(kernel_size[i] > 1 and dilation[i] > x.shape[-2 + i] for i in (0, 1))
+
+
+def _stepping_over(x: Tensor, *constants: Any) -> Tensor:
+    """Max pooling of activations; -inf, as in stock, of a window with no value of x in it.
+
+    Stock's index of such a window is that of a value outside the plane, where its backward writes all the same: into
+    another channel, or outside the gradient. So the gradient is that of a gather here.
+    """
+    y, index = F.max_pool2d(x.detach(), *constants, return_indices=True)
+    nothing = y.isneginf()
+    taken = x.flatten(-2).gather(-1, index.masked_fill(nothing, 0).flatten(-2)).view_as(y)
+    return torch.where(nothing, y, taken)
 
 
 def scatter_to_winners(
