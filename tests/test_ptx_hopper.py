@@ -89,7 +89,8 @@ def test_nan_of_a_gradient(programs: Callable[[str, str], Program]) -> None:
 # What keeps threads, copies and products in order.
 ORDERED_BY = (
     *("bar.sync", "barrier.cluster.wait", "mbarrier.init", "mbarrier.try_wait", "mbarrier.arrive.expect_tx"),
-    *("mbarrier.arrive.shared::cluster", "fence.proxy.async", "wgmma.wait_group", "cp.async.bulk.wait_group"),
+    *("mbarrier.arrive.shared::cluster", "fence.proxy.async", "wgmma.fence", "wgmma.wait_group"),
+    "cp.async.bulk.wait_group",
 )
 
 

@@ -300,6 +300,8 @@ class Machine:
             if not (whole | (counts == 0)).all():
                 raise PtxError("a part of 16 bytes is copied")
             values[whole] = self.fetch("global", sources[whole], size)
+            # Until it arrives, nothing is there to be read: neither it nor what was there before.
+            self.put("shared", addresses, np.full_like(values, 0xFF))
             threads = np.arange(self.threads)[some]
             self.pending.append((threads, self.groups_begun[threads], addresses.copy(), values))
 
