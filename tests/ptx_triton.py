@@ -36,6 +36,7 @@ LAYERS = (
     conv((2, 3, 35, 39), 24, (11, 11), stride=4),
     conv((2, 8, 7, 5), 16, (3, 3), padding=1, groups=2, bias=False, relu=False),
 )
+WIDE = conv((1, 24, 9, 11), 136, (3, 3), padding=1)
 SHAPES = ((2, 96, 9, 7), (1, 17, 5, 5))
 LAYOUTS = ("channels_last", "contiguous")
 MANY = ((1, 256, 5, 3), (1, 272, 3, 5))  # channels: all in one tile, and in tiles that overlap
@@ -43,7 +44,7 @@ MANY = ((1, 256, 5, 3), (1, 272, 3, 5))  # channels: all in one tile, and in til
 
 ORDERS = ("forward", "backward")
 ORDERED_BY = (
-    *("bar.sync", "cp.async.wait_group", "fence.proxy.async"),
+    *("cp.async.wait_group", "cp.async.wait_group bar.sync", "wgmma.wait_group bar.sync", "fence.proxy.async"),
     *("wgmma.fence", "wgmma.commit_group", "wgmma.wait_group"),
 )
 
@@ -92,10 +93,13 @@ def convolutions(full: bool) -> Iterator[Run]:
         yield from (Run(grouped, dtype, order=order) for dtype in (BF16, FP32) for order in ORDERS)
 
 
-def persistent_convolutions() -> Iterator[Run]:
-    """Of the second layer the programs have two or three blocks each."""
+def persistent_convolutions(full: bool) -> Iterator[Run]:
+    """Of the second layer the programs have two or three blocks each; the wide one fills all columns of a block."""
     yield Run(LAYERS[1], BF16, persistent=True)
     yield Run(LAYERS[0], FP32, tf32=True, persistent=True)
+    if full:
+        yield Run(WIDE, FP16, persistent=True)
+        yield Run(WIDE, FP32, tf32=True)
 
 
 def unordered_convolutions() -> Iterator[Run]:
@@ -154,9 +158,9 @@ RUNS: dict[str, Callable[[bool], Iterator[Run]]] = {
 
 
 def runs(op: str, grid: str, capability: int) -> Iterator[Run]:
-    """ "sample" is what the plain suite runs for 9.0."""
+    """A "sample" is what the plain suite runs for 9.0."""
     if op == "conv2d_bias_relu" and capability >= 90:
-        yield from persistent_convolutions()
+        yield from persistent_convolutions(grid != "sample")
     if grid == "sample":
         yield from unordered_convolutions()
     else:
@@ -221,12 +225,8 @@ def main(op: str, grid: str, capability: str) -> None:
             error = str(found)
         except Exception:
             error = traceback.format_exc()[-2000:]
-        row: dict[str, Any] = {
-            "run": run.id,
-            "dtype": str(run.dtype).removeprefix("torch."),
-            "tf32": run.tf32,
-            "missing": run.missing,
-        }
+        row: dict[str, Any] = {"run": run.id, "dtype": str(run.dtype).removeprefix("torch."), "tf32": run.tf32}
+        row["missing"] = run.missing
         row |= {"layout": "askew" if run.askew else run.layout, "channels": run.case.shapes.get("x", (0, 0))[1]}
         row["kernels"] = [name for name, _ in launched]
         row["instructions"] = sorted({".".join(i.op) for _, program in launched for i in program.code})

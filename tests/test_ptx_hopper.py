@@ -109,13 +109,16 @@ def test_what_is_taken(direction: str, name: str, programs: Programs) -> None:
 
 
 # What keeps threads, copies and products in order.
-WAITS = ("bar.sync", "mbarrier.init", "mbarrier.try_wait", "mbarrier.arrive.expect_tx", "wgmma.wait_group")
+WAITS = (
+    *("bar.sync", "mbarrier.init", "mbarrier.try_wait", "mbarrier.arrive.expect_tx", "mbarrier.arrive.shared::cluster"),
+    *("wgmma.fence", "wgmma.wait_group"),
+)
 ORDERED_BY = {
     "forward": (
         *WAITS,
-        *("barrier.cluster.wait", "mbarrier.arrive.shared::cluster", "fence.proxy.async", "cp.async.bulk.wait_group"),
+        *("barrier.cluster.wait", "fence.proxy.async", "cp.async.bulk.wait_group"),
     ),
-    "weight_gradient": (*WAITS, "mbarrier.arrive.shared::cluster"),
+    "weight_gradient": WAITS,
 }
 
 

@@ -209,11 +209,11 @@ class HopperMachine(Machine):
         if space == "shared":
             self.written[self.bytes_at(space, addresses, values.shape[1])[0][2]] = not fenced
 
-    def fetch_fenced(self, addresses: Array, size: int) -> Array:
-        """As what is asynchronous reads it."""
-        if self.written[self.bytes_at("shared", addresses, size)[0][2]].any():
+    def fetch_fenced(self, indices: Array) -> Array:
+        """These bytes of shared memory as what is asynchronous reads them."""
+        if self.written[indices].any():
             raise PtxError("no fence.proxy.async stands before an asynchronous read")
-        return self.fetch("shared", addresses, size)
+        return self.shared[indices]
 
     # ---- mbarriers
 
@@ -347,7 +347,15 @@ class HopperMachine(Machine):
         at, source, im2col = self.place(i.operands[0]), self.address(i.operands[1]), "im2col_no_offs" in i.op
 
         def issue(box: Box, address: int) -> Callable[[], None]:
-            return lambda: box.write(self, self.fetch_fenced(box.shared(address), box.size))
+            indices = self.bytes_at("shared", box.shared(address), box.size)[0][2]
+            given = self.fetch_fenced(indices)
+
+            def store() -> None:
+                if not np.array_equal(self.fetch_fenced(indices), given):
+                    raise PtxError("what is copied changes on its way")
+                box.write(self, given)
+
+            return store
 
         def run(some: Some) -> None:
             for thread, address, *values in self.each(some, source, *at):
@@ -404,9 +412,9 @@ class HopperMachine(Machine):
         return lambda some: write(some, at(some) & low | rank(some) << np.uint32(RANK))
 
     def stmatrix(self, i: Instruction) -> Callable[[Some], None]:
-        """Matrices of 8 x 8 values of 16 bits from fragments, a row to the address of a lane each."""
+        """Matrices of 8 x 8 values of 16 bits from fragments, a row, or with trans a column, to each lane's address."""
         found = re.search(r"\.x([124])\.", i.text)
-        if found is None or "m8n8" not in i.op or "trans" in i.op or i.op[-1] != "b16":
+        if found is None or "m8n8" not in i.op or i.op[-1] != "b16":
             raise PtxError(f"not known: {i.text}")
         address, names = self.address(i.operands[0]), self.vector(i.operands[1])
         sources, number = [self.source(name, "u32") for name in names], int(found[1])
@@ -417,6 +425,8 @@ class HopperMachine(Machine):
             rows = np.empty((warps, number, 8, 4), np.uint32)
             for n, read in enumerate(sources):
                 rows[:, n] = np.broadcast_to(read(some), (warps * WARP,)).reshape(warps, 8, 4)
-            self.put("shared", addresses.reshape(-1), rows.view(np.uint8).reshape(-1, 16))
+            values = rows.view(np.uint16)  # [warps, number, 8, 8]
+            values = np.ascontiguousarray(values.swapaxes(2, 3)) if "trans" in i.op else values
+            self.put("shared", addresses.reshape(-1), values.view(np.uint8).reshape(-1, 16))
 
         return run

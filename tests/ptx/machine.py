@@ -3,8 +3,8 @@
 Threads that stand at one instruction do it together; of those that stand at several the furthest behind go on. By the
 order "forward" or "backward" each warp runs alone until it waits: what a missing barrier leaves to chance then shows.
 Shared memory and registers begin as NaN. Every address must lie within a buffer that was named, and be a multiple of
-the access. What cp.async copies arrives when it is waited for, not before. An instruction that is not known here is an
-error. (PTX ISA 8.x, sections 9.7.1 to 9.7.14; fragments of matrices as in 9.7.14.5.)
+the access. What cp.async copies arrives when it is waited for, and until then reads as NaN. An instruction that is not
+known here is an error. (PTX ISA 8.x, sections 9.7.1 to 9.7.14; fragments of matrices as in 9.7.14.5.)
 """
 
 from __future__ import annotations
@@ -300,6 +300,8 @@ class Machine:
             if not (whole | (counts == 0)).all():
                 raise PtxError("a part of 16 bytes is copied")
             values[whole] = self.fetch("global", sources[whole], size)
+            # Until it arrives, nothing is there to be read: neither it nor what was there before.
+            self.put("shared", addresses, np.full_like(values, 0xFF))
             threads = np.arange(self.threads)[some]
             self.pending.append((threads, self.groups_begun[threads], addresses.copy(), values))
 

@@ -51,9 +51,14 @@ def argument(value: Any) -> bytes:
 
 
 def without(program: Kernel, instruction: str) -> Kernel:
-    """The kernel with every such instruction left out."""
-    words = instruction.split(".")
-    code = [replace(i, op=["pragma"]) if i.op[: len(words)] == words else i for i in program.code]
+    """The kernel with every such instruction left out; of two, the second where it is the next after the first."""
+    *after, name = (words.split(".") for words in instruction.split())
+    code, leaves = [], not after
+    for i in program.code:
+        leaves |= i.op[: len(after[0])] == after[0] if after else False
+        found = leaves and i.op[: len(name)] == name
+        code.append(replace(i, op=["pragma"]) if found else i)
+        leaves &= not (found and after)
     return replace(program, code=code)
 
 

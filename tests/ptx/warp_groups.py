@@ -1,7 +1,7 @@
 """Products of warp groups, four warps each, of matrices in shared memory, the first of them or in registers: wgmma.
 
-They are done when they are waited for: until then the sums read as NaN, and what is overwritten in shared memory or
-registers is multiplied as it stands. A register that a thread touches goes into no product before a wgmma.fence.
+They are done when they are waited for: until then the sums read as NaN, and the matrices must be as they were at the
+beginning. A register that a thread touches goes into no product before a wgmma.fence.
 (PTX ISA, 9.7.15; layouts as CUTLASS writes them in cute/atom/mma_traits_sm90_gmma.hpp.)
 """
 
@@ -179,18 +179,21 @@ def mma_async(machine: HopperMachine, i: Instruction) -> Step:
     column = 8 * (n // 4) + 2 * (lane % 4) + n % 2
     none = np.uint32(0xFFFFFFFF).view(np.float32)
 
-    def matrix(first: int, descriptor: int, count: int, across: bool) -> Array:
+    def matrix(first: int, descriptor: int, count: int, across: bool) -> Callable[[], Array]:
         addresses = layout(descriptor, count, SIZES[kind], across).reshape(-1) + machine.own(first)
-        return numbers(machine.fetch_fenced(addresses, SIZES[kind]), kind).reshape(count, depth)
+        indices = machine.bytes_at("shared", addresses, SIZES[kind])[0][2]
+        return lambda: machine.fetch_fenced(indices)
 
-    def fragment(threads: slice) -> Array:
-        """A, of whose rows a warp has 16."""
+    def registers_of(threads: slice) -> Callable[[], Array]:
+        return lambda: np.stack([word[threads].view(np.uint8).reshape(GROUP, 4) for word in words])
+
+    def fragment(values: Array) -> Array:
+        """A out of four registers' bytes, [4, 128 threads, 4]; a warp has 16 of its rows."""
         found, wide = np.empty((64, depth)), 4 // SIZES[kind]  # values in a register
-        for r, word in enumerate(words):
-            values = numbers(word[threads].view(np.uint8).reshape(GROUP * wide, -1), kind).reshape(GROUP, wide)
+        for r, register in enumerate(numbers(values.reshape(4, GROUP, wide, -1), kind)):
             for h in range(wide):
                 at = 16 * (lane // 32) + lane % 32 // 4 + 8 * (r % 2), wide * (lane % 4) + h + depth // 2 * (r // 2)
-                found[at] = values[:, h]
+                found[at] = register[:, h]
         return found
 
     def issue(first: int, at_a: int, at_b: int, add: bool) -> None:
@@ -208,9 +211,15 @@ def mma_async(machine: HopperMachine, i: Instruction) -> Step:
         sums = group.sums[names]
         sums.products += 1
 
+        reads = [registers_of(threads) if words else matrix(first, at_a, 64, across_a)]
+        reads.append(matrix(first, at_b, columns, across_b))
+        given = [read() for read in reads]
+
         def product() -> None:
-            left = fragment(threads) if words else matrix(first, at_a, 64, across_a)
-            exact = left @ matrix(first, at_b, columns, across_b).T
+            if not all(np.array_equal(read(), before) for read, before in zip(reads, given, strict=True)):
+                raise PtxError("a matrix changes while it is multiplied")
+            left = fragment(given[0]) if words else numbers(given[0], kind).reshape(64, depth)
+            exact = left @ numbers(given[1], kind).reshape(columns, depth).T
             sums.values = (exact + sums.values if add else exact).astype(np.float32)
             sums.products -= 1
             if sums.products == 0:
