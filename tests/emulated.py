@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,31 @@ def library(folder: Path) -> ctypes.CDLL:
     return ctypes.CDLL(str(folder / NAME))
 
 
-def operators() -> Iterator[str]:
+def operators(namespace: str) -> Iterator[str]:
     """The ops and backwards that have a CUDA kernel."""
     for name in (*cases.OPS, *(f"{op}_backward" for op in cases.OPS), *cases.WITHOUT_GRADIENT):
-        if torch._C._dispatch_has_kernel_for_dispatch_key(f"alexnet_ext_emulator::{name}", "CUDA"):
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{name}", "CUDA"):
             yield name
+
+
+@contextmanager
+def in_place_of_the_cpu_kernels(namespace: str, run: Callable[..., Any]) -> Iterator[None]:
+    """Within, ``torch.ops.alexnet_ext`` on CPU tensors is run(the CUDA kernel of that namespace, *arguments)."""
+    cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+
+    def of_cuda(name: str) -> Any:
+        overload = getattr(getattr(torch.ops, namespace), name).default
+        return partial(run, partial(overload.redispatch, cuda))
+
+    place = torch.library.Library("alexnet_ext", "IMPL", "CPU")
+    try:
+        with warnings.catch_warnings():  # some versions of PyTorch warn of what is meant here
+            warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
+            for name in operators(namespace):
+                place.impl(name, of_cuda(name), allow_override=True)
+        yield
+    finally:
+        place._destroy()
 
 
 @contextmanager
@@ -40,19 +60,8 @@ def kernels_emulated(folder: Path, order: str = "forward") -> Iterator[ctypes.CD
     """Within, ``torch.ops.alexnet_ext`` runs the CUDA kernels on CPU tensors, lanes in the given order."""
     emulator = library(folder)
     emulator.alexnet_emulator_order(ORDERS.index(order))
-    cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-
-    def emulated(name: str) -> Any:
-        overload = getattr(torch.ops.alexnet_ext_emulator, name).default
-        return lambda *arguments: overload.redispatch(cuda, *arguments)
-
-    place = torch.library.Library("alexnet_ext", "IMPL", "CPU")
     try:
-        with warnings.catch_warnings():  # some versions of PyTorch warn of what is meant here
-            warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
-            for name in operators():
-                place.impl(name, emulated(name), allow_override=True)
-        yield emulator
+        with in_place_of_the_cpu_kernels("alexnet_ext_emulator", lambda kernel, *arguments: kernel(*arguments)):
+            yield emulator
     finally:
-        place._destroy()
         emulator.alexnet_emulator_order(0)

@@ -127,5 +127,21 @@ def convert(
     if of == "bf16":
         bits = source(0, "u16")
         return lambda some: write(some, from_bf16(bits(some)))
-    a, dtype = source(0, of), dtype_of(to)
+    a, dtype, modes = source(0, of), dtype_of(to), op[1:-2]
+    if of.startswith("f") and (whole := next((WHOLE[mode] for mode in modes if mode in WHOLE), None)):
+
+        def round_to_integer(some: Any) -> None:
+            value = whole(np.asarray(a(some)))
+            if dtype.kind in "iu":  # the nearest that there is
+                limits, wide = np.iinfo(dtype), np.nan_to_num(value.astype(np.float64), nan=0.0)
+                value = np.where(wide >= limits.max, limits.max, np.clip(wide, limits.min, 2.0**62).astype(np.int64))
+            write(some, value.astype(dtype))
+
+        return round_to_integer
+    if set(modes) - {"rn"}:
+        raise ValueError("another way to round")
     return lambda some: write(some, np.asarray(a(some)).astype(dtype))
+
+
+# To integers, even if of a floating-point type.
+WHOLE: dict[str, Any] = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from . import approximate, fields, matrices, packed
+from . import approximate, calls, fields, matrices, packed
 from .arithmetic import BINARY, COMPARE, UNARY, convert, dtype_of
 from .program import Instruction, Kernel, PtxError
 
@@ -322,6 +322,8 @@ class Machine:
             raise PtxError(f"not known: {i.text}")
         if name in ("bra", "ret", "exit", "pragma", "membar", "fence") or i.op[:2] == ["bar", "sync"]:
             return None
+        if calls.is_of_call(i):
+            return calls.step(self, i)
         if name == "ld":
             return self.load(i)
         if name == "st":

@@ -117,20 +117,31 @@ def barrier(machine: Machine, i: Instruction) -> Step:
 
 
 def shfl(machine: Machine, i: Instruction) -> Step:
-    """``shfl.sync`` over whole warps: from a lane by number, or from that whose number differs in these bits."""
-    if i.op[2] not in ("idx", "bfly"):
+    """``shfl.sync`` over whole warps: from a lane by number, whose number differs in these bits, or so far off.
+
+    A lane whose source would lie outside the warp keeps its own value.
+    """
+    ways = {
+        "idx": lambda n: n % 32,
+        "bfly": lambda n: n % 32 ^ LANE,
+        "up": lambda n: LANE - n,
+        "down": lambda n: LANE + n,
+    }
+    if i.op[2] not in ways:
         raise PtxError(f"not known: {i.text}")
+    source, last = ways[i.op[2]], 0 if i.op[2] == "up" else 31
     clamp, members = (machine.source(text, "u32") for text in i.operands[3:])
     write = machine.target(i.operands[0].split("|")[0])
     value, lane = machine.source(i.operands[1], "u32"), machine.source(i.operands[2], "u32")
 
     def run(some: Any) -> None:
         warps = len(whole_warps(machine, some))
-        if (np.asarray(clamp(some)) != 31).any() or (~np.asarray(members(some))).any():
+        if (np.asarray(clamp(some)) != last).any() or (~np.asarray(members(some))).any():
             raise PtxError("not known of a part of a warp")
         values = np.broadcast_to(value(some), (32 * warps,)).reshape(warps, 32)
-        lanes = np.broadcast_to(lane(some), (32 * warps,)).reshape(warps, 32).astype(np.int64) % 32
-        lanes = lanes ^ LANE if i.op[2] == "bfly" else lanes
+        lanes = np.broadcast_to(lane(some), (32 * warps,)).reshape(warps, 32).astype(np.int64)
+        lanes = source(lanes)
+        lanes = np.where((lanes < 0) | (lanes > 31), LANE, lanes)
         write(some, np.take_along_axis(values, lanes, 1).reshape(-1))
 
     return run

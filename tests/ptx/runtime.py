@@ -37,7 +37,7 @@ class Program:
         code = f"arch=compute_{architecture},code=compute_{architecture}"
         includes = (f"-I{include}", f"-I{include}/../tools/util/include")
         self.machine = HopperMachine if architecture == "90a" else Machine
-        command = ["nvcc", *LINKED, *FLAGS, "-gencode", code, *includes, source, *HERE.glob("*.cpp")]
+        command = ["nvcc", *LINKED, *FLAGS, "-gencode", code, *includes, source, *HERE.glob("cudart*.cpp")]
         if not (kept / "library.so").exists():
             subprocess.run([*command, "-o", kept / "library.so", "--keep", "--keep-dir", kept], check=True)
         self.library = ctypes.CDLL(str(kept / "library.so"))
