@@ -172,7 +172,7 @@ def test_the_kernels_of_9_0_are_compiled_for_it_alone_and_where_it_is_wanted(tmp
     _, record = configured(tmp_path, facts, f"-DCUTLASS_INCLUDE={headers}", with_nvcc=True)
     assert record["sm90_reason"] == ""
     ours = {name: command for name, command in cuda_commands(tmp_path).items() if name.endswith("_sm90.cu")}
-    assert len(ours) == 4
+    assert len(ours) == 7
     assert all(set(re.findall(r"sm_\w+", command)) >= {"sm_90a"} for command in ours.values())
     assert not any(re.search(r"sm_80|sm_90\b|compute_90\b", command) for command in ours.values())
     _, record = configured(

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
-import fcntl
 import functools
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -26,7 +24,7 @@ from torch import Tensor
 
 from . import cuda_budget
 from .ptx.program import PtxError
-from .ptx.runtime import Program
+from .ptx.runtime import Program, shared_folder
 
 CSRC = Path(__file__).parents[1] / "csrc" / "conv2d_bias_relu"
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "tf32": torch.float32}
@@ -211,14 +209,11 @@ def compiled_by(kind: str, architecture: str, base: Path) -> Programs:
     include = cuda_budget.cutlass_include()
     if shutil.which("nvcc") is None or not include:
         pytest.skip("nvcc or CUTLASS's headers (nvidia-cutlass) are missing")
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"ptx_{kind}"
-    folder.mkdir(exist_ok=True)
 
     @functools.cache
     def compiled(direction: str) -> Program:
-        source = folder / f"{direction}.cu"
-        with (folder / f"{direction}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with shared_folder(base, f"ptx_{kind}_{direction}") as folder:
+            source = folder / f"{direction}.cu"
             files = sorted(CSRC.glob(f"{direction}_*_{kind}.cu"))
             source.write_text("".join(f'#include "{file}"\n' for file in files))
             return Program(source, Path(include), folder, architecture)

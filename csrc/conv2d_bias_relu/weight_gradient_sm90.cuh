@@ -134,8 +134,7 @@ __global__ void __launch_bounds__(kSm90WeightThreads, 1)
     weight_gradient_sm90_kernel(const __grid_constant__ Sm90WeightWork work) {
   using P = Sm90WeightProduct<T>;
   using Pipeline = typename P::Pipeline;
-  extern __shared__ __align__(1024) char stages[];
-  auto& shared = *reinterpret_cast<typename P::Shared*>(stages);
+  auto& shared = *shared_memory<typename P::Shared>();  // which begins on 1 KiB, as the kernel has no other
   const Sm90WeightBlock block(work);
   const int thread = threadIdx.x;
   const bool loads = cutlass::canonical_warp_idx_sync() == kSm90WeightThreads / kWarp - 1;
