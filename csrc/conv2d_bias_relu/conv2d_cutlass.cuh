@@ -79,8 +79,8 @@ struct Stored {
 // 64 x 64, and four steps in flight, at most 80 KiB, so that two blocks share a multiprocessor of 164 KiB and more.
 template <template <class, class, class, class, class, class, class, class, class, class, class, class, class, class,
                     int, class, cutlass::conv::IteratorAlgorithm, StrideSupport, int, int> class Direction,
-          class T, int kRows, int kColumns, class Output, StrideSupport kStride,
-          class E = Element<T>, int kDepth = TensorCore<T>::kDepth>
+          class T, int kRows, int kColumns, class Output, StrideSupport kStride, class E = Element<T>,
+          int kDepth = TensorCore<T>::kDepth>
 using ProductKernel =
     typename Direction<E, Nhwc, E, Nhwc, typename Output::ElementOutput, Nhwc, float, cutlass::arch::OpClassTensorOp,
                        cutlass::arch::Sm80, GemmShape<kRows, kColumns, kDepth>, GemmShape<64, 64, kDepth>,
@@ -142,8 +142,8 @@ inline int for_groups(const Conv2d& p, F&& f) {
 
 // 64 columns a block: AlexNet's groups have 48, 96, 128, 192 and 384 channels, and 128 columns leave a quarter unused.
 template <class T>
-using ForwardKernel = ProductKernel<cutlass::conv::kernel::DefaultConv2dFprop, T, 256, 64,
-                                    Stored<Element<T>, true>, StrideSupport::kStrided>;
+using ForwardKernel = ProductKernel<cutlass::conv::kernel::DefaultConv2dFprop, T, 256, 64, Stored<Element<T>, true>,
+                                    StrideSupport::kStrided>;
 template <class T>
 using InputGradientKernel = ProductKernel<cutlass::conv::kernel::DefaultConv2dDgrad, T, 256, 64,
                                           Stored<Element<T>, false>, StrideSupport::kUnity>;

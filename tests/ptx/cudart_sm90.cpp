@@ -24,7 +24,8 @@ static_assert(sizeof(Map) <= sizeof(CUtensorMap));
 // What the driver would refuse, or the machine does not know, is refused.
 CUresult encode(CUtensorMap* to, CUtensorMapDataType type, unsigned rank, void* data, const cuuint64_t* sizes,
                 const cuuint64_t* strides, const cuuint32_t* steps, CUtensorMapInterleave interleave, Map map) {
-  bool known = (rank == 2 || rank == 4) && reinterpret_cast<uintptr_t>(data) % 16 == 0 && interleave == CU_TENSOR_MAP_INTERLEAVE_NONE;
+  bool known = (rank == 2 || rank == 4) && reinterpret_cast<uintptr_t>(data) % 16 == 0 &&
+               interleave == CU_TENSOR_MAP_INTERLEAVE_NONE;
   map.tf32 = type == CU_TENSOR_MAP_DATA_TYPE_TFLOAT32;
   const bool words = map.tf32 || type == CU_TENSOR_MAP_DATA_TYPE_UINT32 || type == CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
   known = known && (words || type == CU_TENSOR_MAP_DATA_TYPE_UINT16 || type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 ||
