@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..emulated import in_place_of_the_cpu_kernels
 from .machine import Launch, Machine
 from .program import Kernel, parse
-from .runtime import FLAGS, HERE, LAUNCHED, LINKED
+from .runtime import FLAGS, HERE, LINKED, launches_run_by
 from .triton_runtime import memory
 
 ROOT = HERE.parents[1]
@@ -46,36 +47,17 @@ class CompiledOps:
         launched: set[str] = set()
 
         def run(kernel: Any, *arguments: Any) -> Any:
-            failed: list[BaseException] = []
-            with Made() as made:
+            def launch(name: str, launch_of: Callable[[Kernel], Launch], grid: tuple[int, int, int]) -> None:
+                launched.add(name)
+                around = [value for value in (*arguments, *made.tensors) if isinstance(value, torch.Tensor)]
+                buffers = [memory(tensor) for tensor in around if tensor.numel()]
+                Machine(replace(launch_of(self.by_name[name]), buffers=buffers, order=order)).run(grid)
 
-                def launch(name: bytes, grid: Any, threads: int, shared: int, given: Any) -> None:
-                    if failed:
-                        return
-                    try:
-                        launched.add(name.decode())
-                        self.launch(name.decode(), grid, threads, shared, given, [*arguments, *made.tensors], order)
-                    except BaseException as error:  # ctypes would print it and go on
-                        failed.append(error)
-
-                callback = LAUNCHED(launch)
-                self.library.ptx_on_launch(callback)
-                result = kernel(*arguments)
-                self.library.ptx_on_launch(None)
-            if failed:
-                raise failed[0]
-            return result
+            with Made() as made, launches_run_by(self.library, launch):
+                return kernel(*arguments)
 
         with in_place_of_the_cpu_kernels(NAME, run):
             yield launched
-
-    def launch(
-        self, name: str, grid: Any, threads: int, shared: int, given: Any, around: list[Any], order: str
-    ) -> None:
-        kernel = self.by_name[name]
-        values = [ctypes.string_at(given[i], size) for i, (_, size) in enumerate(kernel.parameters)]
-        buffers = [memory(value) for value in around if isinstance(value, torch.Tensor) and value.numel()]
-        Machine(Launch(kernel, buffers, values, threads, shared, order)).run((grid[0], grid[1], grid[2]))
 
 
 class Made(TorchDispatchMode):

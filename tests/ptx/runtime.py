@@ -6,8 +6,9 @@ import ctypes
 import fcntl
 import os
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,35 @@ LAUNCHED = ctypes.CFUNCTYPE(
     ctypes.c_size_t,
     ctypes.POINTER(ctypes.c_void_p),
 )
+
+
+@contextmanager
+def launches_run_by(
+    library: ctypes.CDLL, run: Callable[[str, Callable[[Kernel], Launch], Any], None]
+) -> Iterator[None]:
+    """Within, what the library launches is handed to run(name, what describes the launch of a kernel, grid)."""
+    failed: list[BaseException] = []
+
+    def handed(name: bytes, grid: Any, threads: int, shared: int, given: Any) -> None:
+        def launched(kernel: Kernel) -> Launch:
+            values = [ctypes.string_at(given[i], size) for i, (_, size) in enumerate(kernel.parameters)]
+            return Launch(kernel, (), values, threads, shared, cluster=grid[3])
+
+        if failed:
+            return
+        try:
+            run(name.decode(), launched, (grid[0], grid[1], grid[2]))
+        except BaseException as error:  # ctypes would print it and go on
+            failed.append(error)
+
+    callback = LAUNCHED(handed)
+    library.ptx_on_launch(callback)
+    try:
+        yield
+    finally:
+        library.ptx_on_launch(None)
+    if failed:
+        raise failed[0]
 
 
 @contextmanager
@@ -67,23 +97,10 @@ class Program:
     ) -> int:
         """Call the one launcher with this word in its name; its kernels may touch these buffers. Its cudaError_t."""
         (symbol,) = [name for name in self.symbols if launcher in name]
-        failed: list[BaseException] = []
 
-        def run(name: bytes, grid: Any, threads: int, shared: int, given: Any) -> None:
-            if failed:
-                return
-            try:
-                kernel = self.kernels[name.decode()]
-                values = [ctypes.string_at(given[i], size) for i, (_, size) in enumerate(kernel.parameters)]
-                launch = Launch(kernel, buffers, values, threads, shared, order, cluster=grid[3])
-                self.machine(launch).run((grid[0], grid[1], grid[2]))
-            except BaseException as error:  # ctypes would print it and go on
-                failed.append(error)
+        def run(name: str, launched: Callable[[Kernel], Launch], grid: tuple[int, int, int]) -> None:
+            self.machine(replace(launched(self.kernels[name]), buffers=buffers, order=order)).run(grid)
 
-        callback = LAUNCHED(run)
-        self.library.ptx_on_launch(callback)
-        status: int = getattr(self.library, symbol)(*arguments)
-        self.library.ptx_on_launch(None)
-        if failed:
-            raise failed[0]
+        with launches_run_by(self.library, run):
+            status: int = getattr(self.library, symbol)(*arguments)
         return status
