@@ -8,21 +8,6 @@ namespace alexnet_ext {
 
 using IntList = std::vector<int64_t>;
 
-// f(Type<T>{}) for the C++ type that has a kernel.
-template <class F>
-inline int with_tensor_core_type(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::f32:
-      return f(Type<float>{});
-    case DType::bf16:
-      return f(Type<bf16>{});
-    case DType::f16:
-      return f(Type<f16>{});
-    default:
-      return cudaErrorInvalidValue;
-  }
-}
-
 // t or a copy of it, channels-last and on a boundary of 16 bytes.
 inline Tensor on_boundary(const Tensor& t, const char* name) {
   Images images = images_of(t, name);
@@ -65,10 +50,21 @@ inline Tensor empty_channels_last(const Tensor& like, int64_t batch, int64_t cha
   return empty_images(like, {batch, channels, height, width, true}, like.scalar_type());
 }
 
-// launch(dtype, problem, x, weight, bias or null, relu, y, stream) into a new y.
-template <class Launch>
-Tensor forward_by(const char* name, Launch&& launch, const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
-                  const IntList& stride, const IntList& padding, const IntList& dilation, int64_t groups, bool relu) {
+// f(Type<T>{}) for the T of dtype; fp64 has no kernel.
+template <class F>
+int with_tensor_core_type(DType dtype, F&& f) {
+  int status = cudaErrorInvalidValue;
+  with_type(dtype, [&](auto type) {
+    if constexpr (sizeof(typename decltype(type)::type) <= 4) status = f(type);
+  });
+  return status;
+}
+
+// Kernels has the launchers by T, forward, input_gradient and weight_gradient, the last one's workspace in floats, and
+// whether there are gradients of T (kGradients).
+template <class Kernels>
+Tensor forward_by(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, IntList stride, IntList padding,
+                  IntList dilation, int64_t groups, bool relu) {
   CudaStream stream(x);
   const Conv2d p = problem_of(x, weight, stride, padding, dilation, groups);
   const Tensor in = on_boundary(x, "x"), filters = on_boundary(weight, "weight");
@@ -76,17 +72,18 @@ Tensor forward_by(const char* name, Launch&& launch, const Tensor& x, const Tens
   if (bias) bias = torch::stable::contiguous(*bias);
   if (bias && reinterpret_cast<uintptr_t>(bias->data_ptr()) % 16 != 0) bias = torch::stable::clone(*bias);
   Tensor y = empty_channels_last(x, p.batch, p.filters, p.out_height, p.out_width);
-  stream.check(name, launch(dtype_of(x, "x"), p, in.data_ptr(), filters.data_ptr(), bias ? bias->data_ptr() : nullptr,
-                            relu, y.data_ptr(), stream.get()));
+  stream.check(Kernels::kForwardName, with_tensor_core_type(dtype_of(x, "x"), [&](auto type) {
+                 return Kernels::template forward<typename decltype(type)::type>(p, in.data_ptr(), filters.data_ptr(),
+                                                                                 bias ? bias->data_ptr() : nullptr,
+                                                                                 relu, y.data_ptr(), stream.get());
+               }));
   return y;
 }
 
-// launch(dtype, wanted, problem, dz, other, workspace, result, stream) into a new gradient of x (wanted 0) or of weight
-// (wanted 1), where `other` is the other one of them; workspace_of(problem): the latter's workspace, in floats.
-template <class Launch, class Workspace>
-Tensor gradient_by(const char* name, Launch&& launch, Workspace&& workspace_of, const Tensor& dz, const Tensor& x,
-                   const Tensor& weight, const IntList& stride, const IntList& padding, const IntList& dilation,
-                   int64_t groups, int64_t wanted) {
+// The gradient of x (wanted 0) or of weight (wanted 1).
+template <class Kernels>
+Tensor gradient_by(const Tensor& dz, const Tensor& x, const Tensor& weight, IntList stride, IntList padding,
+                   IntList dilation, int64_t groups, int64_t wanted) {
   check(wanted == 0 || wanted == 1, "wanted must be 0 (x) or 1 (weight), got ", wanted);
   const Tensor &like = wanted == 0 ? x : weight, &other = wanted == 0 ? weight : x;
   CudaStream stream(x);
@@ -94,11 +91,20 @@ Tensor gradient_by(const char* name, Launch&& launch, Workspace&& workspace_of, 
   check_like(dz, "dz", x);
   check_shape(dz, "dz", {p.batch, p.filters, p.out_height, p.out_width});
   const Tensor out = on_boundary(dz, "dz"), operand = on_boundary(other, "x or weight");
-  const int64_t sizes[] = {wanted == 0 ? 0 : workspace_of(p)};
+  const int64_t sizes[] = {wanted == 0 ? 0 : Kernels::workspace(p)};
   const Tensor workspace = torch::stable::empty({sizes, 1}, ScalarType::Float, std::nullopt, x.device());
   Tensor result = empty_channels_last(like, like.size(0), like.size(1), like.size(2), like.size(3));
-  stream.check(name, launch(dtype_of(dz, "dz"), wanted, p, out.data_ptr(), operand.data_ptr(), workspace.data_ptr(),
-                            result.data_ptr(), stream.get()));
+  stream.check(Kernels::kGradientName, with_tensor_core_type(dtype_of(dz, "dz"), [&](auto type) -> int {
+                 using T = typename decltype(type)::type;
+                 if constexpr (!Kernels::template kGradients<T>)
+                   return cudaErrorInvalidValue;
+                 else if (wanted == 0)
+                   return Kernels::template input_gradient<T>(p, out.data_ptr(), operand.data_ptr(), result.data_ptr(),
+                                                              stream.get());
+                 else
+                   return Kernels::template weight_gradient<T>(p, out.data_ptr(), operand.data_ptr(),
+                                                               workspace.data_ptr(), result.data_ptr(), stream.get());
+               }));
   return result;
 }
 
