@@ -70,8 +70,8 @@ class Made(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if isinstance(result, torch.Tensor):
-            if func.overloadpacket in (torch.ops.aten.empty, torch.ops.aten.empty_strided):
-                torch.from_numpy(memory(result)).fill_(0xFF) if result.numel() else None
+            if func.overloadpacket in (torch.ops.aten.empty, torch.ops.aten.empty_strided) and result.numel():
+                memory(result).fill(0xFF)
             self.tensors.append(result)
         return result
 
