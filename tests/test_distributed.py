@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -102,6 +103,9 @@ def worker(rank: int, folder: str) -> None:
                 weights(model)  # gathering needs both
     finally:
         dist.destroy_process_group()
+    # FSDP keeps the group alive, and a gloo thread that lets go of a tensor while the interpreter shuts down aborts the
+    # process (pytorch/pytorch#179291): leave without shutting down.
+    os._exit(0)
 
 
 @pytest.fixture(scope="module")
