@@ -128,7 +128,7 @@ def accelerate(
 
     ``LocalResponseNorm`` anywhere; ``ReLU -> MaxPool2d``, ``Conv2d -> ReLU`` and both orders of ``Conv2d -> ReLU ->
     LocalResponseNorm -> MaxPool2d`` where one layer's output is the next one's input and nobody else's. Results and
-    gradients stay what they were, but for the two differences that the README names. Twice is as once.
+    gradients stay what they were, but for the differences that the README names. Twice is as once.
 
     Args:
         model: any module, on any device, in training or not, wrapped (DDP, FSDP2) or not.

@@ -314,13 +314,14 @@ def tune(
     import torch
 
     from .ops import _tuning
+    from .training.evaluate import DTYPES
     from .training.run import device_of
     from .tuning import rows
 
     where = device_of(device)
     if where.type != "cuda":
         raise CommandError(f"--device {device}: choices are measured on a GPU, and torch sees none here")
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision.value]
+    dtype = DTYPES[precision.value]
     with torch.device("meta"):
         network = models.alexnet(str(model or "paper"), image_size=image_size, init="torch")
     side = network.config.image_size

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,18 +136,15 @@ def _network(
     return model, checkpoint.Description(model.config, classes, preprocessing, data="", step=0)
 
 
-class _evaluating:
-    """Context manager: evaluation inside, each module's own mode again afterwards."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.modes = {module: module.training for module in model.modules()}
-        self.model = model
-
-    def __enter__(self) -> None:
-        self.model.eval()
-
-    def __exit__(self, *_: object) -> None:
-        for module, mode in self.modes.items():
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation inside, each module's own mode again afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
             module.training = mode
 
 

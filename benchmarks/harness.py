@@ -65,8 +65,8 @@ def directions(op: str) -> tuple[str, ...]:
 
 
 def layouts(op: str) -> tuple[str, ...]:
-    """Of x; bytes are decoded as they are, one pixel after the other."""
-    return LAYOUTS[:1] if op in cases.WITHOUT_GRADIENT else LAYOUTS
+    """Of x where it is images; rows have one, and bytes are as they are decoded, one pixel after the other."""
+    return LAYOUTS if all(len(case.shapes.get("x") or ()) == 4 for case in cases.ALEXNET[op]) else LAYOUTS[:1]
 
 
 def op_run(case: Case, direction: str, backend: str, layout: str = "contiguous") -> Run:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -82,6 +82,24 @@ def assert_matches_float64(
         if name != "y":
             assert result.dtype == tensors[name].dtype, name
     return ours
+
+
+def assert_gradients_of(case: Case, wanted: Sequence[str]) -> None:
+    """Run the op with gradients wanted of these of its tensors: they have them, as float64 has, and no other."""
+    tensors = cases.make(case, requires_grad=False)
+    for name in wanted:
+        tensors[name].requires_grad_()
+    exact = widened(tensors)
+    y, expected = cases.fused(case, tensors), cases.stock(case, exact)
+    assert y.requires_grad == bool(wanted)
+    if wanted:
+        y.sum().backward()
+        expected.sum().backward()
+    for name, tensor in tensors.items():
+        if name in wanted:
+            torch.testing.assert_close(tensor.grad, exact[name].grad.float())
+        else:
+            assert tensor.grad is None
 
 
 def assert_augmented(case: Case, tensors: Tensors, backend: str = "auto") -> Tensor:

@@ -21,6 +21,7 @@ from benchmarks.verify_gpu.stages import correctness, speed
 from . import cases, oracle
 from .cases import Case, conv
 from .test_triton_conv2d_bias_relu import LAYERS
+from .test_tuning import convolve_by
 
 cutlass = importlib.import_module("alexnet_ext.ops.conv2d_bias_relu.cutlass")
 FORWARD, OF_X, OF_WEIGHT = None, 0, 1
@@ -196,14 +197,11 @@ def offered(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The names of the candidates of each call, of which the last one runs."""
     names: list[list[str]] = []
 
-    def last(what: str, device: torch.device, given: list[Candidate]) -> Candidate:
+    def last(what: str, given: list[Candidate]) -> Candidate:
         names.append([candidate.name for candidate in given])
         return given[-1]
 
-    folder = "alexnet_ext.ops.conv2d_bias_relu"
-    monkeypatch.setattr(importlib.import_module(f"{folder}.measured"), "fastest", last)
-    measured = torch.ops.alexnet_ext.conv2d_bias_relu_measured
-    monkeypatch.setattr(importlib.import_module(f"{folder}.op"), "operator", lambda *_: measured)
+    convolve_by(last, monkeypatch)
     return names
 
 

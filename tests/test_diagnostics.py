@@ -349,7 +349,7 @@ def test_tf32_is_off_meanwhile_and_back_afterwards(monkeypatch: pytest.MonkeyPat
     assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("medium", True)
 
 
-def test_check_leaves_the_random_state_alone(op_rows: list[_check.CheckRow]) -> None:
+def test_check_leaves_the_random_state_alone() -> None:
     before = torch.get_rng_state()
     next(check("cpu", op_names=["relu_max_pool2d"], variants=()))
     assert torch.equal(torch.get_rng_state(), before)

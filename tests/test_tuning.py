@@ -7,7 +7,7 @@ import json
 import multiprocessing
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -203,20 +203,26 @@ interpreted = pytest.mark.usefixtures("interpreter")
 LAYER = conv((2, 4, 6, 5), 6, (3, 3), padding=1, groups=2)
 
 
+def convolve_by(pick: Callable[[str, list[Candidate]], Candidate], monkeypatch: pytest.MonkeyPatch) -> None:
+    """``conv2d_bias_relu`` is the measured one, ``pick(the call in words, candidates)`` in place of a measurement."""
+    folder = "alexnet_ext.ops.conv2d_bias_relu"
+    measured = importlib.import_module(f"{folder}.measured")
+    monkeypatch.setattr(measured, "fastest", lambda what, device, given: pick(what, given))
+    op = torch.ops.alexnet_ext.conv2d_bias_relu_measured
+    monkeypatch.setattr(importlib.import_module(f"{folder}.op"), "operator", lambda *_: op)
+
+
 @interpreted
 @pytest.mark.parametrize("winner", ["triton", "cudnn contiguous", "cudnn channels_last", "cudnn per tower"])
 def test_every_candidate_computes_the_convolution(winner: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's convolution on the CPU stands for cuDNN's."""
     taken = []
 
-    def pick(what: str, device: torch.device, given: list[Candidate]) -> Candidate:
+    def pick(what: str, given: list[Candidate]) -> Candidate:
         taken.append(what)
         return next(candidate for candidate in given if candidate.name == winner)
 
-    folder = "alexnet_ext.ops.conv2d_bias_relu"
-    monkeypatch.setattr(importlib.import_module(f"{folder}.measured"), "fastest", pick)
-    measured = torch.ops.alexnet_ext.conv2d_bias_relu_measured
-    monkeypatch.setattr(importlib.import_module(f"{folder}.op"), "operator", lambda *_: measured)
+    convolve_by(pick, monkeypatch)
     for layout in ("contiguous", "channels_last"):
         oracle.assert_matches_float64(LAYER, cases.make(LAYER, layout=layout))
     assert [what.split(" x ")[0] for what in taken[:3]] == [
@@ -231,14 +237,11 @@ def test_the_persistent_forward_is_offered_last_and_on_tensor_cores_alone(
 ) -> None:
     offered = []
 
-    def last(what: str, device: torch.device, given: list[Candidate]) -> Candidate:
+    def last(what: str, given: list[Candidate]) -> Candidate:
         offered.append([candidate.name for candidate in given])
         return given[-1]
 
-    folder = "alexnet_ext.ops.conv2d_bias_relu"
-    monkeypatch.setattr(importlib.import_module(f"{folder}.measured"), "fastest", last)
-    measured = torch.ops.alexnet_ext.conv2d_bias_relu_measured
-    monkeypatch.setattr(importlib.import_module(f"{folder}.op"), "operator", lambda *_: measured)
+    convolve_by(last, monkeypatch)
     oracle.assert_matches_float64(LAYER, cases.make(LAYER, dtype))
     forward, *gradients = offered[:3]
     assert ("triton persistent" in forward[-1:]) == (dtype == torch.float16)

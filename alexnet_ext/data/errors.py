@@ -13,6 +13,12 @@ def path_text(path: str | os.PathLike[str]) -> str:
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
+def first_line(error: Exception) -> str:
+    """The first line of what an exception says, without a full stop, to stand inside of a sentence."""
+    text = str(error).strip() or type(error).__name__
+    return path_text(text.splitlines()[0][:200]).rstrip(".")
+
+
 class CommandError(Exception):
     """What the user can mend: one sentence for stderr, and the exit code (2: wrong usage, 1: anything else)."""
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from .batches import Drawn, Sample
 from .errors import BadImage, CommandError, path_text, require
 from .images import EXTENSIONS, crop, read_image
-from .preprocessing import Preprocessing
+from .preprocessing import IMAGENET, Preprocessing
 
 VALIDATION_NAMES = ("val", "validation", "valid", "test")
 HELD_OUT = 0.1  # of the images, where the folder has no validation folder
@@ -102,7 +102,7 @@ class ImageFolder:
 
 def imagenet_preprocessing(size: int) -> Preprocessing:
     """227 of 256 pixels, as in the paper, in the same proportion for other sizes; ImageNet's mean and deviation."""
-    return Preprocessing(size, round(size * 256 / 227), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    return Preprocessing(size, round(size * 256 / 227), **IMAGENET)
 
 
 def list_images(root: Path, classes: tuple[str, ...] | None = None) -> tuple[list[tuple[str, int]], tuple[str, ...]]:

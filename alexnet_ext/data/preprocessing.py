@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+"""Of ImageNet's colours, in 0 to 1: the numbers that torchvision's models are trained with."""
+
 
 @dataclass(frozen=True)
 class Preprocessing:

@@ -14,12 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..data.errors import path_text
-from ..data.preprocessing import Preprocessing
+from ..data.errors import first_line, path_text
+from ..data.preprocessing import IMAGENET, Preprocessing
 from .alexnet import LRN, VARIANTS, AlexNet, from_torchvision
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 class Entry(NamedTuple):
@@ -192,7 +191,7 @@ def _read_torch(file: Path, model: AlexNet) -> Contents:
     except Exception as error:  # zipfile, pickle and torch each have their own for a broken file
         if isinstance(error, OSError):
             raise
-        raise ValueError(f"{shown}: a damaged file ({_first_line(error)})") from error
+        raise ValueError(f"{shown}: a damaged file ({first_line(error)})") from error
     tensors = isinstance(loaded, Mapping) and all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in loaded.items()
     )
@@ -214,10 +213,6 @@ def _read_torch(file: Path, model: AlexNet) -> Contents:
             )
     entries = {name: Entry(tuple(t.shape), t.dtype, t.clone) for name, t in loaded.items()}
     return Contents(entries, variant=variant, preprocessing=preprocessing)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).partition("\n")[0][:200].rstrip(".")
 
 
 def missing(package: str, extra: str, what: str) -> ImportError:

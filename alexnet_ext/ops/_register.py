@@ -138,6 +138,11 @@ def _autocast_rule(op: str, device: str, cast: Callable[..., tuple[Any, ...]]) -
     return rule
 
 
+def all_but_fp64(dtype: torch.dtype, *args: Any) -> tuple[Any, ...]:
+    """For ``autocast=`` of a product: every tensor cast to the autocast dtype but fp64's, as stock does."""
+    return tuple(a.to(dtype) if isinstance(a, Tensor) and a.dtype != torch.float64 else a for a in args)
+
+
 def _save_all(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
     ctx.others = [None if isinstance(value, Tensor) else (value,) for value in inputs]

@@ -90,6 +90,11 @@ def tile(channels: int, channel_stride: int, reach: int | None, dtype: torch.dty
     return blocks, triton.cdiv(channels, block_c - 2 * halo)
 
 
+def sides(**values: list[int]) -> dict[str, int]:
+    """KERNEL=[h, w] as KERNEL_H=h, KERNEL_W=w, and so on."""
+    return {f"{name}_{side}": int(value[i]) for name, value in values.items() for i, side in enumerate("HW")}
+
+
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import models
-from ..data.errors import CommandError, os_error, path_text
+from ..data.errors import CommandError, first_line, os_error, path_text
 from ..data.preprocessing import Preprocessing
 from .files import new_folder
 
@@ -160,7 +160,7 @@ def read_weights(path: Path) -> tuple[Description, dict[str, Tensor]]:
                 description = Description.from_json(metadata[HEADER])
                 expected = _shapes(description.config)
             except (ValueError, TypeError, KeyError) as error:
-                raise CommandError(f"{shown}: its header does not describe a network ({_line(error)})") from error
+                raise CommandError(f"{shown}: its header does not describe a network ({first_line(error)})") from error
             found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             shapes = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in found.items()}
             problem = _difference(expected, shapes)
@@ -168,7 +168,7 @@ def read_weights(path: Path) -> tuple[Description, dict[str, Tensor]]:
                 raise CommandError(f"{shown}: not the weights of variant {description.config.variant!r}: {problem}")
             return description, {name: file.get_tensor(name).float() for name in expected}
     except SafetensorError as error:
-        raise CommandError(f"{shown}: a damaged safetensors file ({_line(error)})") from error
+        raise CommandError(f"{shown}: a damaged safetensors file ({first_line(error)})") from error
     except OSError as error:
         raise os_error(path, error) from error
 
@@ -201,7 +201,7 @@ def read_state(path: Path) -> dict[str, Any]:
     except CommandError:
         raise
     except Exception as error:  # zipfile, pickle and torch each have their own for a broken file
-        raise CommandError(f"{shown}: a damaged checkpoint ({_line(error)})") from error
+        raise CommandError(f"{shown}: a damaged checkpoint ({first_line(error)})") from error
     if not isinstance(state, dict):
         raise CommandError(f"{shown}: not a trainer's state")
     return state
@@ -243,12 +243,6 @@ def _difference(
         if found[name][1] not in DTYPES:
             return f"{name} is of type {found[name][1]}, expected {', '.join(DTYPES)}"
     return None
-
-
-def _line(error: Exception) -> str:
-    """The first line of what an exception says, without a full stop."""
-    text = str(error).strip() or type(error).__name__
-    return path_text(text.splitlines()[0][:200]).rstrip(".")
 
 
 def _sha256(path: Path) -> str:

@@ -20,7 +20,7 @@ class Reporter:
         self.live = self.console.is_terminal
         self.total = total
         self.last_line = time.monotonic()
-        self.last_step = self.first_step = start
+        self.first_step = start
         self.first_time = self.last_line
         self.bar = Progress(
             TextColumn("[bold]{task.description:8s}"),

@@ -239,8 +239,11 @@ class Trainer:
         return checkpoint.save(self.out, self.model, self.description, state)
 
     def load(self, path: Path, state: dict[str, Any], weights: dict[str, Tensor]) -> None:
-        """Go on from the checkpoint folder ``path``, read into ``state`` and ``weights``; everything is checked
-        first, so that an error leaves this trainer as it was."""
+        """Go on from the checkpoint folder ``path``, read into ``state`` and ``weights``.
+
+        Raises CommandError for a state of other data, of an optimizer of other shapes or without its step, before
+        anything has changed; for what else is no trainer's state, when some of it may have been taken over.
+        """
         shown = path_text(path)
         classes, images = list(self.split.train.classes), len(self.split.train)
         try:

@@ -21,7 +21,7 @@ struct Divisor {
   }
 };
 
-// Whether it is, for all n up to this one.
+// Whether the division is exact for all n up to this one.
 inline bool divides(int64_t n, int64_t divisor) { return divisor < 1 || n <= INT64_MAX / divisor; }
 
 struct Position {

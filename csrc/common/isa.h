@@ -1,5 +1,4 @@
-// One CPU kernel source is compiled once for each instruction set; the best one that this CPU has is picked at run
-// time.
+// One CPU kernel source is compiled once for each instruction set; the best that this CPU has is picked at run time.
 #pragma once
 
 #include <type_traits>

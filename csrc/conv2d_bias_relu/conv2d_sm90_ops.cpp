@@ -1,4 +1,5 @@
-// The same for compute capability 9.0; wgmma has no gradients of TF32.
+// The convolution for compute capability 9.0 as PyTorch operators; conv2d_cutlass_ops.cpp has that for 8.0 and newer.
+// wgmma has no gradients of TF32.
 #include <torch/csrc/stable/library.h>
 
 #include "conv2d_cutlass_plan.h"

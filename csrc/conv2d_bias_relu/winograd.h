@@ -6,8 +6,8 @@
 // Summed over the input channels this is one product of matrices for each of the 16 places of a tile, [tiles, C] times
 // [C, K]: 16 multiplications where the sum over taps takes 36. The gradients are the transposes of the same maps:
 //
-//   z = A dy A',  dd = B (U z) B'  (tiles overlap, and add),  dg = G' (sum over tiles of z * v) G,   v = B' d B, U = G
-//   g G'
+//   z = A dy A',   dd = B (U z) B'  (tiles overlap, and add),   dg = G' (sum over tiles of z * v) G
+//   where v = B' d B and U = G g G'
 //
 // Everything is fp32 and NHWC. Matrices stand as [16][groups][rows][channels of a group].
 #pragma once

@@ -3,8 +3,8 @@
 //   y_c  = x_c * s_c^-beta,   s_c = k + alpha/n * sum of x_j^2 for j in [c - n/2, c + (n-1)/2]
 //   dx_i = dy_i * s_i^-beta - (2 alpha beta / n) * x_i * sum of dy_j x_j s_j^-(beta+1) for j in [i - (n-1)/2, i + n/2]
 //
-// Window indices outside the channels count as zeros. The backward window is the forward's mirror: it differs for even
-// n.
+// Window indices outside the channels count as zeros. The backward window is the forward's mirror: for even n it is
+// another one.
 #pragma once
 
 #include "../common/isa.h"

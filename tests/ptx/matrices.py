@@ -87,15 +87,13 @@ def mma_f64(machine: Machine, i: Instruction) -> Step:
 
 def ldmatrix(machine: Machine, i: Instruction) -> Step:
     """Matrices of 8 x 8 values of 16 bits, a row at the address of a lane each, handed out as fragments."""
-    count_, transposed = int(i.op[3][1:]) if i.op[3].startswith("x") else 0, "trans" in i.op
-    if not count_:
-        count_ = next(int(part[1:]) for part in i.op if part in ("x1", "x2", "x4"))
+    number, transposed = next(int(part[1:]) for part in i.op if part in ("x1", "x2", "x4")), "trans" in i.op
     targets, address = [machine.target(name) for name in machine.vector(i.operands[0])], machine.address(i.operands[1])
 
     def run(some: Any) -> None:
         warps = len(whole_warps(machine, some))
-        addresses = address(some).reshape(warps, 32)[:, : 8 * count_]
-        rows = machine.fetch("shared", addresses.reshape(-1), 16).view(np.uint16).reshape(warps, count_, 8, 8)
+        addresses = address(some).reshape(warps, 32)[:, : 8 * number]
+        rows = machine.fetch("shared", addresses.reshape(-1), 16).view(np.uint16).reshape(warps, number, 8, 8)
         if transposed:
             rows = rows.swapaxes(2, 3)
         for n, write in enumerate(targets):

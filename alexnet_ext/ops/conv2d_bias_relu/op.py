@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .._backend import operator, wrapper
 from .._checks import IntPair, autocast_enabled, check_bias, check_same, check_tensor, integer, pair
 from .._layout import convolved_format, new_images
-from .._register import Gradient, register
+from .._register import Gradient, all_but_fp64, register
 from . import reference
-from .space_to_depth import convolved_size
 
 
 def conv2d_bias_relu(
@@ -30,9 +28,9 @@ def conv2d_bias_relu(
 ) -> Tensor:
     """``max(0, conv2d(x, weight) + bias)``. Equals ``F.relu(F.conv2d(x, weight, bias, ...))``, NaN kept.
 
-    On a CPU without AVX-512 an fp32 layer of 3 x 3 taps at stride 1, at least 96 channels a group in and out and 384
-    tiles of 2 x 2 results is computed by Winograd's F(2 x 2, 3 x 3) (Lavin and Gray, 2015), gradients too, and
-    everything else by PyTorch's convolution; so is such a layer again where one of its results is not finite.
+    On a CPU without AVX-512 an fp32 layer of 3 x 3 taps at stride 1, at least 96 channels a group in and out, multiples
+    of 16, and 384 tiles of 2 x 2 results is computed by Winograd's F(2 x 2, 3 x 3) (Lavin and Gray, 2015), gradients
+    too, and everything else by PyTorch's convolution; so is such a layer again where one of its results is not finite.
     Winograd's error is relative to the values of a tile and its neighbours, not to each result.
 
     Args:
@@ -136,8 +134,7 @@ def _fake(
     groups: int,
     relu: bool = True,
 ) -> Tensor:
-    height, width = convolved_size(x, weight, stride, padding, dilation)
-    return new_images(x, (x.shape[0], weight.shape[0], height, width), convolved_format(x, weight))
+    return reference.empty_result(x, weight, stride, padding, dilation)
 
 
 def _fake_backward(
@@ -175,15 +172,6 @@ def _backward(op: Any, ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     return *(g if w else None for g, w in zip(gradients, wanted, strict=True)), None, None, None, None, None
 
 
-def _autocast(dtype: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Any, ...]:
-    """Cast to the autocast dtype as stock convolution does: every floating tensor but fp64."""
-
-    def cast(tensor: Tensor | None) -> Tensor | None:
-        return tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
-
-    return cast(x), cast(weight), cast(bias), *rest
-
-
 register(
     "conv2d_bias_relu",
     schema="(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, int groups, "
@@ -197,7 +185,7 @@ register(
         backward=_backward,
         reference=reference.conv2d_bias_relu_backward,
     ),
-    autocast=_autocast,
+    autocast=all_but_fp64,
     measured=True,
     product=True,
 )

@@ -25,10 +25,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .._layout import convolved_format, new_images
-from .._triton import accumulator, accumulator_dtype, is_wide, offset, place, tile, tile_at, wrap_triton
+from .._triton import accumulator, accumulator_dtype, is_wide, offset, place, sides, tile, tile_at, wrap_triton
 from ..relu_max_pool2d.triton_kernels import PARTIAL_SUMS, store_sums, total
 from . import configs
-from .space_to_depth import convolved_size, rewritten
+from .reference import empty_result
+from .space_to_depth import rewritten
 
 
 @triton.jit
@@ -234,11 +235,6 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def sides(**values: list[int]) -> dict[str, int]:
-    """KERNEL=[h, w] as KERNEL_H=h, KERNEL_W=w, and so on."""
-    return {f"{name}_{side}": int(value[i]) for name, value in values.items() for i, side in enumerate("HW")}
-
-
 def product(
     x: Tensor,
     weight: Tensor,
@@ -373,11 +369,6 @@ def before_relu(dy: Tensor, y: Tensor, for_bias: bool, relu: bool) -> tuple[Tens
     return dz, total(partial, dy.dtype)
 
 
-def empty_result(x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> Tensor:
-    size = convolved_size(x, weight, stride, padding, dilation)
-    return new_images(x, (x.shape[0], weight.shape[0], *size), convolved_format(x, weight))
-
-
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -417,7 +408,7 @@ def backward(
             new_images(x, weight.shape, layout).zero_() if for_weight else x.new_empty(0),
             x.new_zeros(weight.shape[0]) if for_bias else x.new_empty(0),
         )
-    dz, dbias = before_relu(dy, y, output_mask[2], relu)
+    dz, dbias = before_relu(dy, y, for_bias, relu)
     constants = (stride, padding, dilation, groups)
     return (
         gradients(dz, x, weight, *constants, 0)[0] if for_x else x.new_empty(0),

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .._backend import operator, wrapper
 from .._checks import autocast_enabled, check_bias, check_same, check_tensor, expands
-from .._register import Gradient, register
+from .._register import Gradient, all_but_fp64, register
 from . import reference
 
 
@@ -86,11 +85,6 @@ def _backward(op: Any, ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     return tuple(g if w else None for g, w in zip(gradients, wanted, strict=True))
 
 
-def _autocast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Any, ...]:
-    """Cast to the autocast dtype as stock does: every floating tensor but fp64."""
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
-
-
 register(
     "linear_bias_relu",
     fake=_fake,
@@ -100,7 +94,7 @@ register(
         backward=_backward,
         reference=reference.linear_bias_relu_backward,
     ),
-    autocast=_autocast,
+    autocast=all_but_fp64,
     batched=(0,),
     product=True,
 )

@@ -19,6 +19,7 @@ from .._checks import (
     pair,
     pooled_size,
 )
+from .._layout import empty_images
 from .._register import Gradient, register
 from ..relu_max_pool2d.op import MAX_TAPS, empty_pooled
 from . import reference
@@ -112,7 +113,7 @@ def _fake(
 
 
 def _fake_backward(dy: Tensor, x: Tensor, bias: Tensor | None, winners: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return empty_pooled(x, x.shape[2], x.shape[3])[0], x.new_empty(x.shape[1])
+    return empty_images(x, x.shape[2], x.shape[3]), x.new_empty(x.shape[1])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

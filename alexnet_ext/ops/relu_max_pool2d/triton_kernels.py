@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .._checks import pooled_size
 from .._layout import empty_images
-from .._triton import accumulator, accumulator_dtype, is_wide, offset, place, tile, tile_at, wrap_triton
+from .._triton import accumulator, accumulator_dtype, is_wide, offset, place, sides, tile, tile_at, wrap_triton
 
 PARTIAL_SUMS = 1024
 """Programs that share a bias gradient. It hangs on nothing but the shape, so that the sum's order does not either."""
@@ -259,8 +259,7 @@ def store_sums(sums, sums_ptr, channels, HALO: tl.constexpr, BLOCK_C: tl.constex
 def window(
     kernel_size: list[int], stride: list[int], padding: list[int] | None = None, dilation: list[int] | None = None
 ) -> dict[str, int]:
-    values = {"KERNEL": kernel_size, "STRIDE": stride, "PADDING": padding or [0, 0], "DILATION": dilation or [1, 1]}
-    return {f"{name}_{side}": value[i] for name, value in values.items() for i, side in enumerate("HW")}
+    return sides(KERNEL=kernel_size, STRIDE=stride, PADDING=padding or [0, 0], DILATION=dilation or [1, 1])
 
 
 def forward(

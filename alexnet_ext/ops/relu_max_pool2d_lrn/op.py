@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .._checks import IntPair
+from .._layout import empty_images
 from .._register import Gradient, register
 from ..relu_lrn_max_pool2d.op import autocast_bias, check_block, pool_fake
-from ..relu_max_pool2d.op import empty_pooled
 from ..relu_max_pool2d.reference import scatter_to_winners
 from . import reference
 
@@ -59,7 +59,7 @@ def _fake(
 def _fake_backward(
     dy: Tensor, pooled: Tensor, winners: Tensor, height: int, width: int, *_: Any
 ) -> tuple[Tensor, Tensor]:
-    return empty_pooled(pooled, height, width)[0], pooled.new_empty(pooled.shape[1])
+    return empty_images(pooled, height, width), pooled.new_empty(pooled.shape[1])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

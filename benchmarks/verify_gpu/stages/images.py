@@ -17,8 +17,6 @@ from . import NETWORKS, Task
 
 TARGETS = {"training step 128": 67_000, "training step 1024": 95_000, "inference 1024": 300_000}
 """Of one H100."""
-TIMES = 3.0
-"""So many times the best of stock eager and compiled stock: the other target of a training step."""
 
 
 def run(task: Task) -> Iterator[Finding]:
@@ -75,6 +73,5 @@ def finding(name: str, batch: int, steps: dict[str, Run], device: str, against: 
     numbers["times stock"] = max(ours.values()) / max(stock.values()) if ours and stock else None
     title = f"AlexNet {name}, {cases.dtype_id(SIZES[device].dtypes[0])}"
     about = {"kind": "images", "network": name, "against": against}
-    return Finding(
-        title, None, ", ".join(sorted(steps.keys() - found.keys())) and "see what does not run", numbers, about
-    )
+    missing = ", ".join(sorted(steps.keys() - found.keys()))
+    return Finding(title, None, f"does not run: {missing}" if missing else "", numbers, about)

@@ -11,8 +11,6 @@
 
 #define __global__
 #define __device__
-#define __host__
-#define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __restrict__ __restrict
 
@@ -48,21 +46,11 @@ T __shfl_xor_sync(unsigned mask, T value, int bits, CallSite site = CallSite::cu
   return emulator::exchange_values(mask, value, site, [=](int lane) { return lane ^ bits; });
 }
 
-inline unsigned __ballot_sync(unsigned mask, bool predicate, CallSite site = CallSite::current()) {
-  return static_cast<unsigned>(emulator::exchange(mask, predicate, site, [](const uint64_t* values, int) {
-    uint64_t bits = 0;
-    for (int lane = 0; lane < emulator::kWarp; ++lane) bits |= (values[lane] & 1) << lane;
-    return bits;
-  }));
-}
-
 inline uint64_t __umul64hi(uint64_t a, uint64_t b) {
   return static_cast<uint64_t>(static_cast<unsigned __int128>(a) * b >> 64);
 }
 inline float rsqrtf(float v) { return 1 / std::sqrt(v); }
-inline double rsqrt(double v) { return 1 / std::sqrt(v); }
 inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
 inline unsigned __float_as_uint(float v) { return std::bit_cast<unsigned>(v); }
-using std::isnan;
 using std::pow;
 using std::sqrt;
