@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from . import diagnostics, models
 from .data.errors import CommandError, os_error, path_text
@@ -194,7 +195,7 @@ def evaluate(
         for column in table.columns[1:]:
             column.justify = "right"
         for name, (right, images) in zip(description.classes, result.by_class(len(description.classes)), strict=True):
-            table.add_row(path_text(name), f"{right:,}", f"{images:,}", f"{right / images:.1%}" if images else "")
+            table.add_row(Text(path_text(name)), f"{right:,}", f"{images:,}", f"{right / images:.1%}" if images else "")
         console.print(table)
     run.say(
         console,
@@ -244,7 +245,7 @@ def export(
     """Write a network for other programs, for any batch size."""
     from .export import write
 
-    with Console().status(f"writing {path_text(out)}"):
+    with Console().status(Text(f"writing {path_text(out)}")):
         write(str(kind), out, None if variant is None else str(variant), weights, _warn)
     print(f"{path_text(out)}: {out.stat().st_size / 1e6:,.1f} MB")
 

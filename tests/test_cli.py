@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 
 from alexnet_ext import cli, diagnostics, models
 from alexnet_ext.data import Digits
+from alexnet_ext.data.folder import imagenet_preprocessing
 from alexnet_ext.ops import _backend
 from alexnet_ext.training import checkpoint
 from alexnet_ext.training.log import read_metrics
@@ -137,6 +138,28 @@ def test_evaluate_a_folder(run: Path, images: Path, capsys: pytest.CaptureFixtur
     assert f"skipped {broken}: not an image" in captured.err
     (images / "zebra").mkdir()
     assert "zebra: not one of the 10 classes" in fails(capsys, 2, "evaluate", "--weights", run, images)
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of two classes that say of no data, as `alexnet export` writes them."""
+    path = tmp_path_factory.mktemp("bare") / "net.safetensors"
+    model = models.alexnet("paper", num_classes=2, image_size=67, init="kaiming")
+    checkpoint.write_weights(
+        path, model, checkpoint.Description(model.config, ("[red]y", "z"), imagenet_preprocessing(67), "", 0)
+    )
+    return path
+
+
+def test_names_are_printed_letter_by_letter(bare: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is markup to rich is a name here."""
+    (tmp_path / "images" / "[red]y").mkdir(parents=True)
+    Image.new("RGB", (9, 9)).save(tmp_path / "images" / "[red]y" / "a.png")
+    assert cli.run_command(["evaluate", "--weights", str(bare), str(tmp_path / "images")]) == 0
+    assert "│ [red]y │" in capsys.readouterr().out
+    out = tmp_path / "a[" / "b].safetensors"
+    assert cli.run_command(["export", "--format", "safetensors", "--weights", str(bare), "--out", str(out)]) == 0
+    assert f"{out}: " in capsys.readouterr().out
 
 
 def test_predict_shows_and_saves_five_guesses(

@@ -414,6 +414,18 @@ def test_pictures_are_written_and_show_what_they_are_given(tmp_path: Path) -> No
     assert len(pixels(tmp_path / "both.png")) == 2 * len(image), "what training added, below"
 
 
+@pytest.mark.filterwarnings("error")
+def test_names_are_drawn_letter_by_letter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither mathematics between dollars nor lines, and no warning of a script that the font lacks."""
+    written, right = [], pictures._write
+    monkeypatch.setattr(pictures, "_write", lambda figure, path: (right(figure, path), written.append(figure)))
+    names, shares = ["$x_{$", "a\nb", "猫"], torch.tensor([0.5, 0.3, 0.2])
+    pictures.prediction(tmp_path / "a.png", Image.new("RGB", (9, 9)), shares, names, "5$ and 6$.png")
+    picture, bars = written[0].axes
+    assert [label.get_text() for label in bars.get_yticklabels()] == ["$x_{$", "a\\nb", "猫"]
+    assert not any(text.get_parse_math() for text in (*bars.get_yticklabels(), picture._left_title))
+
+
 def test_guesses_show_the_right_class_in_green(tmp_path: Path) -> None:
     data = Valued([0, 1, 2], [0, 1, 2], 6)
     result = evaluate(Fixed(6), data, Synthetic.preprocessing(8), device=torch.device("cpu"))
