@@ -93,8 +93,9 @@ def write(
     Raises CommandError, one sentence on what the user can mend.
     """
     from .training import checkpoint
-    from .training.files import new_file
+    from .training.files import check_target, new_file
 
+    check_target(path, weights)
     if kind in ("torch-export", "aoti") and path.suffix != ".pt2":
         raise CommandError(f"{path_text(path)}: the name of such a file must end in .pt2", 2)
     try:

@@ -183,6 +183,24 @@ def test_predict_shows_and_saves_five_guesses(
     assert Path("deep/er/p.png").exists()
 
 
+def test_what_is_read_is_not_written_over(
+    bare: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    image, before = Path("predictions") / "a.png", bare.read_bytes()
+    image.parent.mkdir()
+    Image.new("RGB", (9, 9)).save(image)
+    export = ["export", "--format", "onnx", "--weights", bare, "--out"]
+    assert f"--out {image}: is what would be read" in fails(capsys, 2, "predict", image, "--weights", bare)
+    assert f"--out {bare}: is what would be read" in fails(capsys, 2, *export, bare)
+    assert ".: is a folder" in fails(capsys, 2, "predict", image, "--weights", bare, "--out", ".")
+    assert f"{tmp_path}: is a folder" in fails(capsys, 2, *export, tmp_path)
+    with Image.open(image) as unchanged:
+        assert unchanged.size == (9, 9)
+    assert bare.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.png", "predictions"]
+
+
 @pytest.mark.parametrize("kind", ["missing", "text", "half", "empty"])
 def test_predict_names_a_bad_image(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
     path = tmp_path / "image.jpg"

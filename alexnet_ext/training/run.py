@@ -22,7 +22,7 @@ from ..data.sources import Split, open_split
 from ..ops import _backend
 from . import checkpoint, pictures
 from .evaluate import Evaluation, evaluate, predict
-from .files import write_file
+from .files import check_target, write_file
 from .log import METRICS, read_metrics
 from .progress import Reporter
 from .recipe import Recipe
@@ -230,6 +230,7 @@ def predict_file(
     model: models.AlexNet, description: checkpoint.Description, path: Path, out: Path, device: torch.device
 ) -> list[tuple[str, float]]:
     """Classify an image file and save it with its best five classes as the picture ``out``; (class, probability)."""
+    check_target(out, path)
     image = read_image(path)
     if description.data == "digits":
         image = light_on_dark(image)
