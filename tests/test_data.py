@@ -224,8 +224,10 @@ def test_folder_with_train_and_val(folder: Path, tmp_path: Path) -> None:
 def test_folder_errors_name_the_folder(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
-    (tmp_path / "hollow" / "cat").mkdir(parents=True)
+    for name in ("hollow/cat", "hollow/dog", "one/train/cat"):
+        (tmp_path / name).mkdir(parents=True)
     cases = {"missing": "no such folder", "file": "not a folder", "empty": "no folders in it", "hollow": "no images"}
+    cases["one"] = "train is its only folder; expected two or more classes"
     for name, words in cases.items():
         with pytest.raises(CommandError, match=words) as caught:
             ImageFolder.split(tmp_path / name, 67, seed=0)
@@ -233,6 +235,19 @@ def test_folder_errors_name_the_folder(folder: Path, tmp_path: Path) -> None:
         assert caught.value.code == 2
     with pytest.raises(CommandError, match=r"images/cat: not one of the 1 classes"):
         list_images(folder, ("dog",))
+
+
+@pytest.mark.parametrize("target", [".", "../dog"], ids=["loop", "another"])
+def test_a_link_that_would_count_images_twice_is_refused(folder: Path, target: str) -> None:
+    (folder / "cat" / "more").symlink_to(target)
+    with pytest.raises(CommandError, match=r"(more|dog): is .*images/cat.* once more, by a link"):
+        list_images(folder)
+
+
+def test_a_folder_elsewhere_is_followed_by_a_link(folder: Path, tmp_path: Path) -> None:
+    (folder / "dog").rename(tmp_path / "dogs")
+    (folder / "dog").symlink_to(tmp_path / "dogs")
+    assert [target for _, target in list_images(folder)[0]] == [0] * 6 + [1] * 6
 
 
 def test_augmentation_hangs_on_seed_epoch_and_index_alone(folder: Path) -> None:
