@@ -227,7 +227,7 @@ def test_folder_errors_name_the_folder(folder: Path, tmp_path: Path) -> None:
     for name in ("hollow/cat", "hollow/dog", "one/train/cat"):
         (tmp_path / name).mkdir(parents=True)
     cases = {"missing": "no such folder", "file": "not a folder", "empty": "no folders in it", "hollow": "no images"}
-    cases["one"] = "train is its only folder; expected two or more classes"
+    cases["one"] = "train is its only folder; expected one a class"
     for name, words in cases.items():
         with pytest.raises(CommandError, match=words) as caught:
             ImageFolder.split(tmp_path / name, 67, seed=0)

@@ -122,7 +122,7 @@ def list_images(root: Path, classes: tuple[str, ...] | None = None) -> tuple[lis
             raise CommandError(f"{shown}: no folders in it; expected one a class, with the images inside", 2)
         if classes is None:
             if len(found) == 1:
-                raise CommandError(f"{shown}: {path_text(found[0])} is its only folder; expected two or more classes", 2)
+                raise CommandError(f"{shown}: {path_text(found[0])} is its only folder; expected one a class", 2)
             classes = tuple(found)
         unknown = sorted(set(found) - set(classes))
         if unknown:
