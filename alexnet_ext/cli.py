@@ -5,6 +5,8 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C or SIGTERM.
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import sys
 from enum import StrEnum
@@ -112,7 +114,7 @@ def train(
         Precision | None, typer.Option(help="Arithmetic of a step; weights stay fp32.", show_default="fp32")
     ] = None,
     stock: Stock = False,
-    seed: Annotated[int | None, typer.Option(min=0, show_default="0")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**64 - 1, show_default="0")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/DATE-TIME-DATA-MODEL")] = None,
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with an interrupted run.")] = None,
     device: Device = "auto",
@@ -349,6 +351,7 @@ def run_command(arguments: list[str]) -> int:
     """Run ``alexnet`` with these arguments; the exit code."""
     try:
         code = app(arguments or ["--help"], prog_name="alexnet", standalone_mode=False)
+        print(end="", flush=True)  # what it cannot take is told here, not by the interpreter at exit
     except CommandError as error:
         _warn(str(error))
         return error.code
@@ -363,13 +366,15 @@ def run_command(arguments: list[str]) -> int:
             raise
         _warn("out of memory; try a smaller --batch-size")
         return 1
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more to write at exit
-        return 1
     except OSError as error:
-        if error.filename is None:
+        if error.filename is not None:
+            _warn(str(os_error(error.filename, error)))
+        elif error.errno in (errno.EPIPE, errno.ENOSPC):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more to write at exit
+            if error.errno == errno.ENOSPC:
+                _warn(str(os_error("standard output", error)))
+        else:
             raise
-        _warn(str(os_error(error.filename, error)))
         return 1
     return code if isinstance(code, int) else 0
 
@@ -379,4 +384,6 @@ def main() -> None:
     # Huge pages for large tensors: a step allocates its gradients and activations afresh, and page by page that
     # costs a tenth of it. torch reads the variable at its first allocation.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # names and bars, where the terminal knows neither
     sys.exit(run_command(sys.argv[1:]))

@@ -266,6 +266,7 @@ def test_wrong_usage_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.
         (["train", "--precision", "int8"], "'int8'"),
         (["train", "--batch-size", "0"], "batch-size"),
         (["train", "--steps", "many"], "--steps"),
+        (["train", "--seed", str(2**64)], "--seed"),
         (["train", "--speed", "9"], "--speed"),
         (["trian"], "trian"),
         (["train", tmp_path / "missing"], f"{tmp_path}/missing: no such folder"),
@@ -381,6 +382,22 @@ def test_module_and_console_script_are_the_same_command() -> None:
     assert result.stderr.count("\n") == 1
     script = (ROOT / "pyproject.toml").read_text()
     assert 'alexnet = "alexnet_ext.cli:main"' in script
+
+
+def test_an_output_that_takes_no_more_or_not_every_letter(bare: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "alexnet_ext"]
+    for name in ("summary", "info"):
+        with open("/dev/full", "w") as full:
+            result = subprocess.run(
+                [*command, name], stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False
+            )
+        assert (result.returncode, result.stderr) == (1, "alexnet: standard output: No space left on device\n")
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    predict = ["predict", str(tmp_path / "a.png"), "--weights", str(bare), "--out", str(tmp_path / "b.png")]
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    result = subprocess.run([*command, *predict], capture_output=True, env=environment, cwd=ROOT, check=False)
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert b"%  ??" in result.stdout
 
 
 def test_no_arguments_print_the_help(capsys: pytest.CaptureFixture[str]) -> None:
