@@ -370,6 +370,7 @@ def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_from_it(tmp_path: Path,
     assert cli.run_command(["train", "--resume", str(out), "--steps", str(step + 2)]) == 0
     trained = [line["step"] for line in read_metrics(out / "metrics.jsonl") if line["kind"] == "train"]
     assert trained == list(range(1, step + 3))
+    assert json.loads((out / "recipe.json").read_text())["steps"] == step + 2
 
 
 def test_module_and_console_script_are_the_same_command() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import time
@@ -44,8 +43,6 @@ def start(recipe: Recipe, out: Path, device: torch.device, workers: int, console
             raise CommandError(f"{path_text(out)}: not empty; name another --out, or go on with --resume", 2)
     except OSError as error:
         raise os_error(out, error) from error
-    text = json.dumps(dataclasses.asdict(recipe), indent=1) + "\n"
-    write_file(out / "recipe.json", text.encode())
     return _train(trainer, console, began)
 
 
