@@ -7,6 +7,7 @@ import resource
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,6 +75,25 @@ def test_preprocessing_normalizes_and_scales(channels: int, side: int) -> None:
     expected = F.interpolate(x, (67, 67), mode="bilinear", align_corners=False)
     assert result.shape == (3, 3, 67, 67)
     torch.testing.assert_close(result, expected.float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"size": 0}, "expected ints 1 <= size <= resize, got 0 and 76"),
+        ({"resize": 66}, "got 67 and 66"),
+        ({"resize": "x"}, "got 67 and 'x'"),
+        ({"mean": (0.5, 0.5)}, "mean must be three finite numbers"),
+        ({"mean": ("a", "b", "c")}, "mean must be three finite numbers"),
+        ({"std": (0.1, 0.0, 0.1)}, "those of std above 0, got (0.1, 0.0, 0.1)"),
+        ({"std": (0.1, float("nan"), 0.1)}, "std must be three"),
+        ({"std": (0.1, float("inf"), 0.1)}, "std must be three"),
+    ],
+)
+def test_preprocessing_that_no_image_can_go_through(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        Preprocessing(**{"size": 67, "resize": 76, "mean": (0.5,) * 3, "std": (0.25,) * 3} | changed)
+    assert message in str(caught.value)
 
 
 MODES = ("L", "LA", "RGB", "RGBA", "P", "1", "I;16", "CMYK")
