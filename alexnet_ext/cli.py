@@ -259,14 +259,7 @@ def summary(
     classes: Annotated[int, typer.Option(min=1)] = 1000,
 ) -> None:
     """Print the layers of a network: shapes, parameters, multiply-adds."""
-    import torch
-
-    try:
-        with torch.device("meta"):
-            network = models.alexnet(str(model or "paper"), num_classes=classes, image_size=image_size, init="torch")
-    except ValueError as error:
-        raise CommandError(str(error), 2) from error
-    Console().print(models.summary.render(network))
+    Console().print(models.summary.render(_shapes(model, image_size, classes)))
 
 
 @app.command()
@@ -324,8 +317,7 @@ def tune(
     if where.type != "cuda":
         raise CommandError(f"--device {device}: choices are measured on a GPU, and torch sees none here")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision.value]
-    with torch.device("meta"):
-        network = models.alexnet(str(model or "paper"), image_size=image_size, init="torch")
+    network = _shapes(model, image_size)
     side = network.config.image_size
     console = Console()
     table = Table("layer or op", "direction", "choice", "microseconds")
@@ -334,6 +326,17 @@ def tune(
         table.add_row(row.layer, row.direction, row.choice, times)
     console.print(table)
     console.print(f"Kept in {path_text(_tuning.cache_file())}")
+
+
+def _shapes(model: Variant | None, image_size: int | None, classes: int = 1000) -> models.AlexNet:
+    """A network without values."""
+    import torch
+
+    try:
+        with torch.device("meta"):
+            return models.alexnet(str(model or "paper"), num_classes=classes, image_size=image_size, init="torch")
+    except ValueError as error:
+        raise CommandError(str(error), 2) from error
 
 
 def _workers(given: int | None, device: str) -> int:

@@ -20,6 +20,7 @@ from alexnet_ext.data import Digits
 from alexnet_ext.data.folder import imagenet_preprocessing
 from alexnet_ext.ops import _backend
 from alexnet_ext.training import checkpoint
+from alexnet_ext.training import run as run_of_training
 from alexnet_ext.training.log import read_metrics
 
 SMALL = ["--image-size", "67", "--batch-size", "2"]
@@ -157,6 +158,7 @@ def test_names_are_printed_letter_by_letter(bare: Path, tmp_path: Path, capsys: 
     Image.new("RGB", (9, 9)).save(tmp_path / "images" / "[red]y" / "a.png")
     assert cli.run_command(["evaluate", "--weights", str(bare), str(tmp_path / "images")]) == 0
     assert "│ [red]y │" in capsys.readouterr().out
+    assert "these weights name no data of their own" in fails(capsys, 2, "evaluate", "--weights", bare)
     out = tmp_path / "a[" / "b].safetensors"
     assert cli.run_command(["export", "--format", "safetensors", "--weights", str(bare), "--out", str(out)]) == 0
     assert f"{out}: " in capsys.readouterr().out
@@ -214,7 +216,10 @@ def test_predict_names_a_bad_image(run: Path, tmp_path: Path, capsys: pytest.Cap
     assert not out.exists()
 
 
-def test_summary_prints_the_published_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+def test_summary_prints_the_published_numbers(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_of_training, "device_of", lambda _: torch.device("cuda"))
     assert cli.run_command(["summary"]) == 0
     printed = capsys.readouterr().out
     assert "60,965,224" in printed
@@ -222,7 +227,8 @@ def test_summary_prints_the_published_numbers(capsys: pytest.CaptureFixture[str]
     assert cli.run_command(["summary", "--model", "torchvision", "--classes", "10"]) == 0
     parameters = sum(p.numel() for p in models.alexnet("torchvision", num_classes=10, init="torch").parameters())
     assert f"{parameters:,}" in capsys.readouterr().out
-    assert "image_size=20" in fails(capsys, 2, "summary", "--image-size", "20")
+    for command in ("summary", "tune"):
+        assert "image_size=20" in fails(capsys, 2, command, "--image-size", "20")
 
 
 def test_info_prints_what_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
@@ -259,7 +265,8 @@ def test_check_passes_for_an_op(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_wrong_usage_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
-    (tmp_path / "file").write_text("x")
+    for name in ("file", "net.pth"):
+        (tmp_path / name).write_text("x")
     cases: list[tuple[list[str | Path], str]] = [
         (["train", "--model", "vgg"], "'vgg'"),
         (["train", "--data", "cats"], "'cats'"),
@@ -282,6 +289,7 @@ def test_wrong_usage_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.
         (["train", "--resume", tmp_path, "--out", tmp_path], "--out and --resume"),
         (["evaluate"], "--weights"),
         (["evaluate", "--weights", tmp_path / "missing"], f"{tmp_path}/missing"),
+        (["evaluate", "--weights", tmp_path / "net.pth"], "net.pth: not a .safetensors file; `alexnet export"),
         (["predict", "x.png", "--weights", tmp_path / "empty"], f"{tmp_path}/empty"),
     ]
     for arguments, words in cases:

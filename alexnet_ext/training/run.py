@@ -205,6 +205,8 @@ def evaluate_weights(
     """Evaluate on the images of ``folder``, or on those that the run held out."""
     if folder is not None:
         dataset: Any = ImageFolder.held_out(folder, description.preprocessing, description.classes)
+    elif not description.data:
+        raise CommandError("DIR: these weights name no data of their own, expected a folder of images", 2)
     else:
         dataset = open_split(description.data, description.preprocessing.size, 0).held_out
         if tuple(dataset.classes) != description.classes:
