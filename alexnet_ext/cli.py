@@ -30,6 +30,7 @@ app = typer.Typer(
 
 # What torch says, on the CPU and on a GPU.
 OUT_OF_MEMORY = ("can't allocate memory", "CUDA out of memory")
+WORKER_DIED = "DataLoader worker"  # so torch begins what it says of one that was killed or ended itself
 # The name of its module differs by typer's version: it is the base of an exception that has always been exported.
 UsageError: type[Any] = typer.BadParameter.__mro__[1]
 
@@ -365,6 +366,11 @@ def run_command(arguments: list[str]) -> int:
         _warn("stopped")
         return 130
     except (MemoryError, RuntimeError) as error:
+        if str(error).startswith(WORKER_DIED):
+            _warn(
+                f"a process that reads images has died ({str(error).splitlines()[0].rstrip('. ')}); try fewer --workers"
+            )
+            return 1
         if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
         _warn("out of memory; try a smaller --batch-size")

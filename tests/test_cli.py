@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageOps
 
 from alexnet_ext import cli, diagnostics, models
-from alexnet_ext.data import Digits
+from alexnet_ext.data import Digits, Synthetic
 from alexnet_ext.data.folder import imagenet_preprocessing
 from alexnet_ext.ops import _backend
 from alexnet_ext.training import checkpoint
@@ -334,6 +334,17 @@ def test_weights_of_another_variant_and_damaged_ones(
 def test_a_loss_that_is_no_number_exits_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["train", "--data", "synthetic", *SMALL, "--lr", "1e30", "--warmup", "0", "--steps", "9"]
     assert "try a lower --lr" in fails(capsys, 1, *arguments, "--out", tmp_path / "run")
+
+
+def test_a_reading_process_that_dies_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the kernel ends one where memory runs out."""
+    monkeypatch.setattr(Synthetic, "__getitem__", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    arguments = ["train", "--data", "synthetic", *SMALL, "--workers", "1", "--out", tmp_path / "run"]
+    line = fails(capsys, 1, *arguments)
+    assert line.startswith("alexnet: a process that reads images has died (DataLoader worker (pid")
+    assert line.endswith("; try fewer --workers")
 
 
 @pytest.mark.parametrize("module", ["mlxtend", "matplotlib"])
