@@ -5,6 +5,8 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C or SIGTERM.
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import sys
 from enum import StrEnum
@@ -14,6 +16,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from . import diagnostics, models
 from .data.errors import CommandError, os_error, path_text
@@ -27,6 +30,7 @@ app = typer.Typer(
 
 # What torch says, on the CPU and on a GPU.
 OUT_OF_MEMORY = ("can't allocate memory", "CUDA out of memory")
+WORKER_DIED = "DataLoader worker"  # so torch begins what it says of one that was killed or ended itself
 # The name of its module differs by typer's version: it is the base of an exception that has always been exported.
 UsageError: type[Any] = typer.BadParameter.__mro__[1]
 
@@ -111,7 +115,7 @@ def train(
         Precision | None, typer.Option(help="Arithmetic of a step; weights stay fp32.", show_default="fp32")
     ] = None,
     stock: Stock = False,
-    seed: Annotated[int | None, typer.Option(min=0, show_default="0")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**64 - 1, show_default="0")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/DATE-TIME-DATA-MODEL")] = None,
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with an interrupted run.")] = None,
     device: Device = "auto",
@@ -194,7 +198,7 @@ def evaluate(
         for column in table.columns[1:]:
             column.justify = "right"
         for name, (right, images) in zip(description.classes, result.by_class(len(description.classes)), strict=True):
-            table.add_row(path_text(name), f"{right:,}", f"{images:,}", f"{right / images:.1%}" if images else "")
+            table.add_row(Text(path_text(name)), f"{right:,}", f"{images:,}", f"{right / images:.1%}" if images else "")
         console.print(table)
     run.say(
         console,
@@ -244,7 +248,7 @@ def export(
     """Write a network for other programs, for any batch size."""
     from .export import write
 
-    with Console().status(f"writing {path_text(out)}"):
+    with Console().status(Text(f"writing {path_text(out)}")):
         write(str(kind), out, None if variant is None else str(variant), weights, _warn)
     print(f"{path_text(out)}: {out.stat().st_size / 1e6:,.1f} MB")
 
@@ -256,14 +260,7 @@ def summary(
     classes: Annotated[int, typer.Option(min=1)] = 1000,
 ) -> None:
     """Print the layers of a network: shapes, parameters, multiply-adds."""
-    import torch
-
-    try:
-        with torch.device("meta"):
-            network = models.alexnet(str(model or "paper"), num_classes=classes, image_size=image_size, init="torch")
-    except ValueError as error:
-        raise CommandError(str(error), 2) from error
-    Console().print(models.summary.render(network))
+    Console().print(models.summary.render(_shapes(model, image_size, classes)))
 
 
 @app.command()
@@ -322,8 +319,7 @@ def tune(
     if where.type != "cuda":
         raise CommandError(f"--device {device}: choices are measured on a GPU, and torch sees none here")
     dtype = DTYPES[precision.value]
-    with torch.device("meta"):
-        network = models.alexnet(str(model or "paper"), image_size=image_size, init="torch")
+    network = _shapes(model, image_size)
     side = network.config.image_size
     console = Console()
     table = Table("layer or op", "direction", "choice", "microseconds")
@@ -332,6 +328,17 @@ def tune(
         table.add_row(row.layer, row.direction, row.choice, times)
     console.print(table)
     console.print(f"Kept in {path_text(_tuning.cache_file())}")
+
+
+def _shapes(model: Variant | None, image_size: int | None, classes: int = 1000) -> models.AlexNet:
+    """A network without values."""
+    import torch
+
+    try:
+        with torch.device("meta"):
+            return models.alexnet(str(model or "paper"), num_classes=classes, image_size=image_size, init="torch")
+    except ValueError as error:
+        raise CommandError(str(error), 2) from error
 
 
 def _workers(given: int | None, device: str) -> int:
@@ -349,6 +356,7 @@ def run_command(arguments: list[str]) -> int:
     """Run ``alexnet`` with these arguments; the exit code."""
     try:
         code = app(arguments or ["--help"], prog_name="alexnet", standalone_mode=False)
+        print(end="", flush=True)  # what it cannot take is told here, not by the interpreter at exit
     except CommandError as error:
         _warn(str(error))
         return error.code
@@ -359,17 +367,24 @@ def run_command(arguments: list[str]) -> int:
         _warn("stopped")
         return 130
     except (MemoryError, RuntimeError) as error:
+        if str(error).startswith(WORKER_DIED):
+            _warn(
+                f"a process that reads images has died ({str(error).splitlines()[0].rstrip('. ')}); try fewer --workers"
+            )
+            return 1
         if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
         _warn("out of memory; try a smaller --batch-size")
         return 1
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more to write at exit
-        return 1
     except OSError as error:
-        if error.filename is None:
+        if error.filename is not None:
+            _warn(str(os_error(error.filename, error)))
+        elif error.errno in (errno.EPIPE, errno.ENOSPC):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more to write at exit
+            if error.errno == errno.ENOSPC:
+                _warn(str(os_error("standard output", error)))
+        else:
             raise
-        _warn(str(os_error(error.filename, error)))
         return 1
     return code if isinstance(code, int) else 0
 
@@ -379,4 +394,6 @@ def main() -> None:
     # Huge pages for large tensors: a step allocates its gradients and activations afresh, and page by page that
     # costs a tenth of it. torch reads the variable at its first allocation.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # names and bars, where the terminal knows neither
     sys.exit(run_command(sys.argv[1:]))

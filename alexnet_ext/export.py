@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -56,8 +57,10 @@ def to_onnx(model: nn.Module, example: Tensor, path: str | os.PathLike[str]) -> 
 
 def to_torch_export(model: nn.Module, example: Tensor, path: str | os.PathLike[str]) -> None:
     """Write ``model`` with ``torch.export.save``, for any batch size; ``import alexnet_ext`` before it is loaded."""
-    with _evaluating(model):
-        torch.export.save(_exported(model, example), os.fspath(path))
+    # Here as below by way of memory: PyTorch's writer aborts the process where the disk is full.
+    with _evaluating(model), io.BytesIO() as whole:
+        torch.export.save(_exported(model, example), whole)
+        Path(path).write_bytes(whole.getbuffer())
 
 
 def to_aoti(model: nn.Module, example: Tensor, path: str | os.PathLike[str]) -> None:
@@ -66,8 +69,9 @@ def to_aoti(model: nn.Module, example: Tensor, path: str | os.PathLike[str]) -> 
     It runs where torch is and the compiled library of this package, which ``torch.ops.load_library`` loads; neither
     this package nor a compiler is needed: ``torch._inductor.aoti_load_package(path)``.
     """
-    with _evaluating(model):
-        torch._inductor.aoti_compile_and_package(_exported(model, example), package_path=os.fspath(path))
+    with _evaluating(model), io.BytesIO() as whole:
+        torch._inductor.aoti_compile_and_package(_exported(model, example), package_path=whole)
+        Path(path).write_bytes(whole.getbuffer())
 
 
 def _exported(model: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
@@ -94,8 +98,9 @@ def write(
     Raises CommandError, one sentence on what the user can mend.
     """
     from .training import checkpoint
-    from .training.files import new_file
+    from .training.files import check_target, new_file
 
+    check_target(path, weights)
     if kind in ("torch-export", "aoti") and path.suffix != ".pt2":
         raise CommandError(f"{path_text(path)}: the name of such a file must end in .pt2", 2)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import pickle
@@ -237,6 +238,7 @@ def test_weights_come_back_bit_for_bit_fused_and_stock(weights: Path) -> None:
         assert state.keys() == saved.keys()
         assert all(torch.equal(state[name], saved[name]) for name in saved)
         assert all(parameter.requires_grad for parameter in model.parameters())
+    assert weights.stat().st_mode == (weights.parent / RECORD).stat().st_mode, "whoever reads the one reads the other"
     assert checkpoint.find_weights(weights.parent, silent) == weights
     assert checkpoint.find_weights(weights.parent.parent.parent, silent) == weights
 
@@ -267,6 +269,8 @@ def test_a_file_that_does_not_fit_is_refused_before_a_tensor_is_read(
     other = json.loads(good)
     other["config"]["num_classes"] = 10**12
     other["classes"] = ["x"]
+    no_step, side, deep = json.loads(good) | {"step": math.inf}, json.loads(good), "[" * 100_000
+    side["preprocessing"] |= {"size": 60}
     unknown = json.loads(good) | {"config": {"variant": "vgg", "num_classes": 2, "image_size": 67, "dropout": 0.5}}
     cases: list[tuple[Callable[[dict[str, torch.Tensor]], Any], str | None, str]] = [
         (lambda t: t.pop("features.conv1.bias"), good, "lacks features.conv1.bias"),
@@ -276,6 +280,9 @@ def test_a_file_that_does_not_fit_is_refused_before_a_tensor_is_read(
         (lambda t: None, None, "not written by alexnet_ext"),
         (lambda t: None, "{", "does not describe a network"),
         (lambda t: None, "[]", "does not describe a network"),
+        (lambda t: None, deep, "does not describe a network"),
+        (lambda t: None, json.dumps(no_step), "does not describe a network"),
+        (lambda t: None, json.dumps(side), "does not describe a network .images of side 60 for a network of 67"),
         (lambda t: None, json.dumps(other), "does not describe a network"),
         (lambda t: None, json.dumps(unknown), "does not describe a network .*vgg"),
     ]

@@ -16,9 +16,11 @@ import torch
 from PIL import Image, ImageOps
 
 from alexnet_ext import cli, diagnostics, models
-from alexnet_ext.data import Digits
+from alexnet_ext.data import Digits, Synthetic
+from alexnet_ext.data.folder import imagenet_preprocessing
 from alexnet_ext.ops import _backend
 from alexnet_ext.training import checkpoint
+from alexnet_ext.training import run as run_of_training
 from alexnet_ext.training.log import read_metrics
 
 SMALL = ["--image-size", "67", "--batch-size", "2"]
@@ -139,6 +141,29 @@ def test_evaluate_a_folder(run: Path, images: Path, capsys: pytest.CaptureFixtur
     assert "zebra: not one of the 10 classes" in fails(capsys, 2, "evaluate", "--weights", run, images)
 
 
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of two classes that say of no data, as `alexnet export` writes them."""
+    path = tmp_path_factory.mktemp("bare") / "net.safetensors"
+    model = models.alexnet("paper", num_classes=2, image_size=67, init="kaiming")
+    checkpoint.write_weights(
+        path, model, checkpoint.Description(model.config, ("[red]y", "z"), imagenet_preprocessing(67), "", 0)
+    )
+    return path
+
+
+def test_names_are_printed_letter_by_letter(bare: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is markup to rich is a name here."""
+    (tmp_path / "images" / "[red]y").mkdir(parents=True)
+    Image.new("RGB", (9, 9)).save(tmp_path / "images" / "[red]y" / "a.png")
+    assert cli.run_command(["evaluate", "--weights", str(bare), str(tmp_path / "images")]) == 0
+    assert "│ [red]y │" in capsys.readouterr().out
+    assert "these weights name no data of their own" in fails(capsys, 2, "evaluate", "--weights", bare)
+    out = tmp_path / "a[" / "b].safetensors"
+    assert cli.run_command(["export", "--format", "safetensors", "--weights", str(bare), "--out", str(out)]) == 0
+    assert f"{out}: " in capsys.readouterr().out
+
+
 def test_predict_shows_and_saves_five_guesses(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,6 +185,24 @@ def test_predict_shows_and_saves_five_guesses(
     assert Path("deep/er/p.png").exists()
 
 
+def test_what_is_read_is_not_written_over(
+    bare: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    image, before = Path("predictions") / "a.png", bare.read_bytes()
+    image.parent.mkdir()
+    Image.new("RGB", (9, 9)).save(image)
+    export = ["export", "--format", "onnx", "--weights", bare, "--out"]
+    assert f"--out {image}: is what would be read" in fails(capsys, 2, "predict", image, "--weights", bare)
+    assert f"--out {bare}: is what would be read" in fails(capsys, 2, *export, bare)
+    assert ".: is a folder" in fails(capsys, 2, "predict", image, "--weights", bare, "--out", ".")
+    assert f"{tmp_path}: is a folder" in fails(capsys, 2, *export, tmp_path)
+    with Image.open(image) as unchanged:
+        assert unchanged.size == (9, 9)
+    assert bare.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.png", "predictions"]
+
+
 @pytest.mark.parametrize("kind", ["missing", "text", "half", "empty"])
 def test_predict_names_a_bad_image(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
     path = tmp_path / "image.jpg"
@@ -173,7 +216,10 @@ def test_predict_names_a_bad_image(run: Path, tmp_path: Path, capsys: pytest.Cap
     assert not out.exists()
 
 
-def test_summary_prints_the_published_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+def test_summary_prints_the_published_numbers(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_of_training, "device_of", lambda _: torch.device("cuda"))
     assert cli.run_command(["summary"]) == 0
     printed = capsys.readouterr().out
     assert "60,965,224" in printed
@@ -181,7 +227,8 @@ def test_summary_prints_the_published_numbers(capsys: pytest.CaptureFixture[str]
     assert cli.run_command(["summary", "--model", "torchvision", "--classes", "10"]) == 0
     parameters = sum(p.numel() for p in models.alexnet("torchvision", num_classes=10, init="torch").parameters())
     assert f"{parameters:,}" in capsys.readouterr().out
-    assert "image_size=20" in fails(capsys, 2, "summary", "--image-size", "20")
+    for command in ("summary", "tune"):
+        assert "image_size=20" in fails(capsys, 2, command, "--image-size", "20")
 
 
 def test_info_prints_what_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
@@ -218,13 +265,15 @@ def test_check_passes_for_an_op(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_wrong_usage_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
-    (tmp_path / "file").write_text("x")
+    for name in ("file", "net.pth"):
+        (tmp_path / name).write_text("x")
     cases: list[tuple[list[str | Path], str]] = [
         (["train", "--model", "vgg"], "'vgg'"),
         (["train", "--data", "cats"], "'cats'"),
         (["train", "--precision", "int8"], "'int8'"),
         (["train", "--batch-size", "0"], "batch-size"),
         (["train", "--steps", "many"], "--steps"),
+        (["train", "--seed", str(2**64)], "--seed"),
         (["train", "--speed", "9"], "--speed"),
         (["trian"], "trian"),
         (["train", tmp_path / "missing"], f"{tmp_path}/missing: no such folder"),
@@ -240,6 +289,7 @@ def test_wrong_usage_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.
         (["train", "--resume", tmp_path, "--out", tmp_path], "--out and --resume"),
         (["evaluate"], "--weights"),
         (["evaluate", "--weights", tmp_path / "missing"], f"{tmp_path}/missing"),
+        (["evaluate", "--weights", tmp_path / "net.pth"], "net.pth: not a .safetensors file; `alexnet export"),
         (["predict", "x.png", "--weights", tmp_path / "empty"], f"{tmp_path}/empty"),
     ]
     for arguments, words in cases:
@@ -286,6 +336,17 @@ def test_a_loss_that_is_no_number_exits_1(tmp_path: Path, capsys: pytest.Capture
     assert "try a lower --lr" in fails(capsys, 1, *arguments, "--out", tmp_path / "run")
 
 
+def test_a_reading_process_that_dies_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the kernel ends one where memory runs out."""
+    monkeypatch.setattr(Synthetic, "__getitem__", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    arguments = ["train", "--data", "synthetic", *SMALL, "--workers", "1", "--out", tmp_path / "run"]
+    line = fails(capsys, 1, *arguments)
+    assert line.startswith("alexnet: a process that reads images has died (DataLoader worker (pid")
+    assert line.endswith("; try fewer --workers")
+
+
 @pytest.mark.parametrize("module", ["mlxtend", "matplotlib"])
 def test_a_missing_package_is_named_with_its_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, module: str
@@ -328,6 +389,7 @@ def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_from_it(tmp_path: Path,
     assert cli.run_command(["train", "--resume", str(out), "--steps", str(step + 2)]) == 0
     trained = [line["step"] for line in read_metrics(out / "metrics.jsonl") if line["kind"] == "train"]
     assert trained == list(range(1, step + 3))
+    assert json.loads((out / "recipe.json").read_text())["steps"] == step + 2
 
 
 def test_module_and_console_script_are_the_same_command() -> None:
@@ -340,6 +402,22 @@ def test_module_and_console_script_are_the_same_command() -> None:
     assert result.stderr.count("\n") == 1
     script = (ROOT / "pyproject.toml").read_text()
     assert 'alexnet = "alexnet_ext.cli:main"' in script
+
+
+def test_an_output_that_takes_no_more_or_not_every_letter(bare: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "alexnet_ext"]
+    for name in ("summary", "info"):
+        with open("/dev/full", "w") as full:
+            result = subprocess.run(
+                [*command, name], stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False
+            )
+        assert (result.returncode, result.stderr) == (1, "alexnet: standard output: No space left on device\n")
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    predict = ["predict", str(tmp_path / "a.png"), "--weights", str(bare), "--out", str(tmp_path / "b.png")]
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    result = subprocess.run([*command, *predict], capture_output=True, env=environment, cwd=ROOT, check=False)
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert b"%  ??" in result.stdout
 
 
 def test_no_arguments_print_the_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ import resource
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,6 +75,25 @@ def test_preprocessing_normalizes_and_scales(channels: int, side: int) -> None:
     expected = F.interpolate(x, (67, 67), mode="bilinear", align_corners=False)
     assert result.shape == (3, 3, 67, 67)
     torch.testing.assert_close(result, expected.float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"size": 0}, "expected ints 1 <= size <= resize, got 0 and 76"),
+        ({"resize": 66}, "got 67 and 66"),
+        ({"resize": "x"}, "got 67 and 'x'"),
+        ({"mean": (0.5, 0.5)}, "mean must be three finite numbers"),
+        ({"mean": ("a", "b", "c")}, "mean must be three finite numbers"),
+        ({"std": (0.1, 0.0, 0.1)}, "those of std above 0, got (0.1, 0.0, 0.1)"),
+        ({"std": (0.1, float("nan"), 0.1)}, "std must be three"),
+        ({"std": (0.1, float("inf"), 0.1)}, "std must be three"),
+    ],
+)
+def test_preprocessing_that_no_image_can_go_through(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        Preprocessing(**{"size": 67, "resize": 76, "mean": (0.5,) * 3, "std": (0.25,) * 3} | changed)
+    assert message in str(caught.value)
 
 
 MODES = ("L", "LA", "RGB", "RGBA", "P", "1", "I;16", "CMYK")
@@ -224,8 +244,10 @@ def test_folder_with_train_and_val(folder: Path, tmp_path: Path) -> None:
 def test_folder_errors_name_the_folder(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
-    (tmp_path / "hollow" / "cat").mkdir(parents=True)
+    for name in ("hollow/cat", "hollow/dog", "one/train/cat"):
+        (tmp_path / name).mkdir(parents=True)
     cases = {"missing": "no such folder", "file": "not a folder", "empty": "no folders in it", "hollow": "no images"}
+    cases["one"] = "train is its only folder; expected one a class"
     for name, words in cases.items():
         with pytest.raises(CommandError, match=words) as caught:
             ImageFolder.split(tmp_path / name, 67, seed=0)
@@ -233,6 +255,19 @@ def test_folder_errors_name_the_folder(folder: Path, tmp_path: Path) -> None:
         assert caught.value.code == 2
     with pytest.raises(CommandError, match=r"images/cat: not one of the 1 classes"):
         list_images(folder, ("dog",))
+
+
+@pytest.mark.parametrize("target", [".", "../dog"], ids=["loop", "another"])
+def test_a_link_that_would_count_images_twice_is_refused(folder: Path, target: str) -> None:
+    (folder / "cat" / "more").symlink_to(target)
+    with pytest.raises(CommandError, match=r"(more|dog): is .*images/cat.* once more, by a link"):
+        list_images(folder)
+
+
+def test_a_folder_elsewhere_is_followed_by_a_link(folder: Path, tmp_path: Path) -> None:
+    (folder / "dog").rename(tmp_path / "dogs")
+    (folder / "dog").symlink_to(tmp_path / "dogs")
+    assert [target for _, target in list_images(folder)[0]] == [0] * 6 + [1] * 6
 
 
 def test_augmentation_hangs_on_seed_epoch_and_index_alone(folder: Path) -> None:

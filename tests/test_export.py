@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -192,6 +193,21 @@ def test_the_command_says_what_is_wrong(
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "a.onnx").exists()
+
+
+@pytest.mark.parametrize("kind", ["torch-export", "safetensors"])
+def test_a_file_that_cannot_be_whole_leaves_the_old_one(tmp_path: Path, weights: Path, kind: str) -> None:
+    """In a process of its own: PyTorch's writer of archives aborts the process that it fails in."""
+    out = tmp_path / "net.pt2"
+    out.write_text("old")
+    result = subprocess.run(
+        [sys.executable, "-m", "alexnet_ext", "export", "--format", kind, "--weights", weights, "--out", out],
+        cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, resource.RLIM_INFINITY)),
+    )  # fmt: skip
+    assert (result.returncode, result.stderr) == (1, f"alexnet: {out}: File too large\n")
+    assert out.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [out]
 
 
 TORCH_ALONE = """

@@ -261,6 +261,8 @@ def test_dropout() -> None:
         ({"init": "xavier"}, "init must be one of paper, kaiming, torch, got 'xavier'"),
         ({"num_classes": 0}, "num_classes must be an int of at least 1, got 0"),
         ({"image_size": 2.5}, "image_size must be an int of at least 1, got 2.5"),
+        ({"image_size": 2**32}, "image_size must be at most 16,777,216, got 4,294,967,296"),
+        ({"num_classes": 10**20}, "num_classes must be at most 16,777,216, got 100,000,000,000,000,000,000"),
         ({"dropout": 1.5}, "dropout must be between 0 and 1, got 1.5"),
         ({"image_size": 66}, "image_size=66 is too small for variant 'paper'"),
         ({"image_size": 5}, "image_size=5 is too small for variant 'paper': conv1"),

@@ -229,9 +229,10 @@ def test_too_many_broken_images_end_the_run(tmp_path: Path) -> None:
         run.run(reporter())
 
 
-def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path) -> None:
-    run = trainer(tmp_path / "run", replace(TINY, lr=1e30, warmup=0, steps=4))
-    with pytest.raises(CommandError, match=r"the loss is (nan|inf) at step [234]; try a lower --lr"):
+@pytest.mark.parametrize("steps", [1, 4], ids=["the last", "any"])
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path, steps: int) -> None:
+    run = trainer(tmp_path / "run", replace(TINY, lr=1e30, warmup=0, steps=steps))
+    with pytest.raises(CommandError, match=r"the loss is (nan|inf) at step [1234]; try a lower --lr"):
         run.run(reporter())
 
 
@@ -411,6 +412,18 @@ def test_pictures_are_written_and_show_what_they_are_given(tmp_path: Path) -> No
     assert columns.min() / image.shape[1] == pytest.approx(5 / 16, abs=0.03), "the sixth of a row of sixteen"
     pictures.kernels(tmp_path / "both.png", weight + 0.01, torch.full_like(weight, 2.0))
     assert len(pixels(tmp_path / "both.png")) == 2 * len(image), "what training added, below"
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_are_drawn_letter_by_letter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither mathematics between dollars nor lines, and no warning of a script that the font lacks."""
+    written, right = [], pictures._write
+    monkeypatch.setattr(pictures, "_write", lambda figure, path: (right(figure, path), written.append(figure)))
+    names, shares = ["$x_{$", "a\nb", "猫"], torch.tensor([0.5, 0.3, 0.2])
+    pictures.prediction(tmp_path / "a.png", Image.new("RGB", (9, 9)), shares, names, "5$ and 6$.png")
+    picture, bars = written[0].axes
+    assert [label.get_text() for label in bars.get_yticklabels()] == ["$x_{$", "a\\nb", "猫"]
+    assert not any(text.get_parse_math() for text in (*bars.get_yticklabels(), picture._left_title))
 
 
 def test_guesses_show_the_right_class_in_green(tmp_path: Path) -> None:

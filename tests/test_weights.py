@@ -218,8 +218,9 @@ def test_own_safetensors_say_their_variant(tmp_path: Path) -> None:
     save_file(weights("caffe"), file, metadata={"alexnet_ext": header})
     assert load_weights(network("caffe"), file).mean == (0.1, 0.2, 0.3)
     refuses(network("paper"), file, "does not fit variant 'paper': it is of variant 'caffe'")
-    save_file({"a": torch.ones(1)}, file, metadata={"alexnet_ext": "[1]"})
-    refuses(network("caffe"), file, "its header does not describe a network")
+    for wrong in ("[1]", "[" * 100_000, header.replace("80", "0")):
+        save_file({"a": torch.ones(1)}, file, metadata={"alexnet_ext": wrong})
+        refuses(network("caffe"), file, "its header does not describe a network")
 
 
 def test_what_does_not_fit_is_listed_in_one_sentence(tmp_path: Path) -> None:

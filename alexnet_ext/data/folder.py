@@ -108,8 +108,8 @@ def imagenet_preprocessing(size: int) -> Preprocessing:
 def list_images(root: Path, classes: tuple[str, ...] | None = None) -> tuple[list[tuple[str, int]], tuple[str, ...]]:
     """Every image below ``root`` as (path, class), and the names of the classes, which are those of the folders.
 
-    With ``classes`` given the folders must be among them. Raises CommandError for a folder that is missing or
-    has none.
+    With ``classes`` given the folders must be among them. Raises CommandError for a folder that is missing, has none,
+    or leads to another by a link.
     """
     shown = path_text(root)
     if not root.exists():
@@ -121,6 +121,8 @@ def list_images(root: Path, classes: tuple[str, ...] | None = None) -> tuple[lis
         if not found:
             raise CommandError(f"{shown}: no folders in it; expected one a class, with the images inside", 2)
         if classes is None:
+            if len(found) == 1:
+                raise CommandError(f"{shown}: {path_text(found[0])} is its only folder; expected one a class", 2)
             classes = tuple(found)
         unknown = sorted(set(found) - set(classes))
         if unknown:
@@ -132,6 +134,11 @@ def list_images(root: Path, classes: tuple[str, ...] | None = None) -> tuple[lis
         raise CommandError(f"{path_text(error.filename or root)}: {error.strerror or error}", 2) from error
     if not samples:
         raise CommandError(f"{shown}: no images ({', '.join(EXTENSIONS)}) in its {len(found)} folders", 2)
+    folders: dict[str, str] = {}
+    for folder in dict.fromkeys(os.path.dirname(path) for path, _ in samples):
+        first = folders.setdefault(os.path.realpath(folder), folder)
+        if first != folder:  # a link: its images would count twice, among the held out too
+            raise CommandError(f"{path_text(folder)}: is {path_text(first)} once more, by a link", 2)
     return samples, classes
 
 

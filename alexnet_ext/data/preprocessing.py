@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -17,13 +18,21 @@ class Preprocessing:
     """How images are brought to the network; a checkpoint records it, so that prediction does the same.
 
     size: side of the network's input. resize: side that an image file's shorter side is scaled to before the
-    square is cut out. mean, std: of each colour, in 0 to 1.
+    square is cut out. mean, std: of each colour, in 0 to 1. Raises ValueError for what no image can be brought by.
     """
 
     size: int
     resize: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+
+    def __post_init__(self) -> None:
+        if not (type(self.size) is type(self.resize) is int and 1 <= self.size <= self.resize):
+            raise ValueError(f"expected ints 1 <= size <= resize, got {self.size!r} and {self.resize!r}")
+        for name, low in (("mean", -math.inf), ("std", 0.0)):
+            values = getattr(self, name)
+            if len(values) != 3 or not all(isinstance(v, (int, float)) and low < v < math.inf for v in values):
+                raise ValueError(f"{name} must be three finite numbers, those of std above 0, got {values!r}")
 
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 (N, 1 or 3, height, width) to normalized fp32 (N, 3, size, size), on the images' device.

@@ -92,6 +92,8 @@ BLOCKS: dict[tuple[str, ...], Block] = {
 # A bias of 1 feeds the ReLUs positive values from the start, "which accelerates the early stages of learning".
 BIAS_ONE = ("conv2", "conv4", "conv5", "fc6", "fc7")
 
+LARGEST = 2**24  # of image_size and num_classes: beyond, bytes are more than 63 bits can count
+
 Weighted = nn.Conv2d | nn.Linear
 
 
@@ -247,7 +249,8 @@ def alexnet(
             (N(0, 2 / inputs), biases 0) or ``"torch"`` (PyTorch's own).
 
     Raises:
-        ValueError: an unknown variant or init, num_classes below 1, dropout outside 0 to 1, an image too small.
+        ValueError: an unknown variant or init, num_classes below 1, dropout outside 0 to 1, an image too small; or
+            a number beyond ``LARGEST``.
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
@@ -257,6 +260,8 @@ def alexnet(
     for name, value in (("num_classes", num_classes), ("image_size", size)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
+        if value > LARGEST:
+            raise ValueError(f"{name} must be at most {LARGEST:,}, got {value:,}")
     if not 0 <= dropout <= 1:
         raise ValueError(f"dropout must be between 0 and 1, got {dropout!r}")
     model = AlexNet(AlexNetConfig(variant, num_classes, size, float(dropout)), fused)

@@ -103,7 +103,8 @@ def read(file: Path, model: AlexNet) -> Contents:
     norms = [layer.lrn_param for layer, kind in typed if kind == "norm"]
     behind = [kind for kind in kinds if kind in ("norm", "pool")]
     red, green, blue = (mean / 255 for mean in MEAN)
-    preprocessing = Preprocessing(model.config.image_size, 256, (red, green, blue), (1 / 255, 1 / 255, 1 / 255))
+    size = model.config.image_size
+    preprocessing = Preprocessing(size, max(256, size), (red, green, blue), (1 / 255, 1 / 255, 1 / 255))
     # A file of bare weights has no norm and no pool, and none of the five convolutions' settings.
     return Contents(
         entries,

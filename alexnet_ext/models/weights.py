@@ -160,7 +160,7 @@ def _read_safetensors(file: Path, model: AlexNet) -> Contents:
             preprocessing = Preprocessing(**given | {name: tuple(given[name]) for name in ("mean", "std")})
     except SafetensorError as error:
         raise ValueError(f"{path_text(file)}: a damaged safetensors file ({error})") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path_text(file)}: its header does not describe a network ({error})") from error
 
     def reader(name: str) -> Callable[[], Tensor]:

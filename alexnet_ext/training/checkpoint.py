@@ -27,6 +27,8 @@ WEIGHTS, STATE, RECORD = "model.safetensors", "state.pt", "checkpoint.json"
 KEEP = 2
 HEADER = "alexnet_ext"  # the entry of the safetensors header that holds a Description
 DTYPES = ("F64", "F32", "F16", "BF16")
+NO_DESCRIPTION = (ValueError, TypeError, KeyError, OverflowError, RecursionError)  # what such a header raises
+OTHERS = (".pth", ".pt", ".caffemodel", ".onnx")  # weights that load_weights reads, and that name no classes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,13 +46,15 @@ class Description:
 
     @classmethod
     def from_json(cls, text: str) -> Description:
-        """Raises ValueError, TypeError or KeyError for anything but ``to_json``'s text."""
+        """Raises one of ``NO_DESCRIPTION`` for anything but ``to_json``'s text."""
         values = json.loads(text)
         config = models.AlexNetConfig(**values["config"])
         preprocessing = values["preprocessing"] | {k: tuple(values["preprocessing"][k]) for k in ("mean", "std")}
         classes = tuple(str(name) for name in values["classes"])
         if len(classes) != config.num_classes:
             raise ValueError(f"{len(classes)} class names for {config.num_classes} outputs")
+        if preprocessing["size"] != config.image_size:
+            raise ValueError(f"images of side {preprocessing['size']!r} for a network of {config.image_size}")
         return cls(config, classes, Preprocessing(**preprocessing), str(values["data"]), int(values["step"]))
 
 
@@ -84,8 +88,11 @@ def write_weights(path: Path, model: torch.nn.Module, description: Description) 
     """Write a weights file: the tensors, and in the header what builds the network again."""
     from safetensors.torch import save_file
 
+    path.touch()
+    mode = path.stat().st_mode  # safetensors puts a file of its own in the place, which its owner alone may read
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     save_file(weights, path, metadata={"format": "pt", HEADER: description.to_json()})
+    path.chmod(mode)
 
 
 def generations(run: Path) -> list[Path]:
@@ -136,6 +143,10 @@ def newest(run: Path, warn: Callable[[str], None], names: tuple[str, ...] = (WEI
 def find_weights(path: Path, warn: Callable[[str], None]) -> Path:
     """The weights file that ``path`` means: itself, or the one of a checkpoint folder or of a run's newest."""
     if path.is_file():
+        if path.suffix in OTHERS:
+            raise CommandError(
+                f"{path_text(path)}: not a .safetensors file; `alexnet export --format safetensors` makes one of it", 2
+            )
         return path
     folder = path if (path / RECORD).exists() or (path / WEIGHTS).exists() else newest(path, warn, (WEIGHTS,))
     if (folder / RECORD).exists():
@@ -159,7 +170,7 @@ def read_weights(path: Path) -> tuple[Description, dict[str, Tensor]]:
             try:
                 description = Description.from_json(metadata[HEADER])
                 expected = _shapes(description.config)
-            except (ValueError, TypeError, KeyError) as error:
+            except NO_DESCRIPTION as error:
                 raise CommandError(f"{shown}: its header does not describe a network ({first_line(error)})") from error
             found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             shapes = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in found.items()}

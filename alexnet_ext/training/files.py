@@ -22,6 +22,14 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def check_target(path: Path, source: Path | None) -> None:
+    """CommandError, before time goes into it, where a file ``path`` cannot be or would replace its ``source``."""
+    if path.is_dir():
+        raise CommandError(f"--out {path_text(path)}: is a folder, expected the name of a file", 2)
+    if source is not None and path.exists() and source.exists() and path.samefile(source):
+        raise CommandError(f"--out {path_text(path)}: is what would be read; name another file", 2)
+
+
 def write_file(path: Path, content: bytes) -> None:
     """Write a file beside ``path`` and rename it there: a reader finds the old content or the new."""
     beside = path.with_name(f".{path.name}.tmp-{os.getpid()}")

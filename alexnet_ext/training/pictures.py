@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..data.batches import Dataset
-from ..data.errors import require
+from ..data.errors import path_text, require
 from .evaluate import Evaluation
 from .files import write_file
 
@@ -32,6 +33,7 @@ STYLE = {
     "axes.grid": True,
     "grid.color": "#e6e9ec",
     "axes.axisbelow": True,
+    "text.parse_math": False,  # names of files and classes may hold dollars
 }
 
 
@@ -128,7 +130,7 @@ def guesses(path: Path, dataset: Dataset, result: Evaluation, classes: Sequence[
             _show(picture, image)
             target = int(result.targets[i])
             right = int(result.guesses[i, 0]) == target
-            picture.set_title(classes[target], fontweight="bold", color=GREEN if right else RED)
+            picture.set_title(_short(classes[target]), fontweight="bold", color=GREEN if right else RED)
             _bars(bars, result.guesses[i], result.probabilities[i], classes, target)
         _write(figure, path)
 
@@ -169,6 +171,7 @@ def _show(axes: Axes, image: Tensor) -> None:
 
 
 def _short(name: str) -> str:
+    name = path_text(name)
     return name if len(name) <= 18 else name[:17] + "…"
 
 
@@ -188,5 +191,8 @@ def _figure(width: float, height: float) -> Figure:
 
 def _write(figure: Figure, path: Path) -> None:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", facecolor="white")
+    with warnings.catch_warnings():
+        # Of a name in a script that the font lacks, boxes stand in the picture.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(buffer, format="png", facecolor="white")
     write_file(path, buffer.getvalue())

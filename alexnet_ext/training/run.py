@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import time
@@ -22,7 +21,7 @@ from ..data.sources import Split, open_split
 from ..ops import _backend
 from . import checkpoint, pictures
 from .evaluate import Evaluation, evaluate, predict
-from .files import write_file
+from .files import check_target, write_file
 from .log import METRICS, read_metrics
 from .progress import Reporter
 from .recipe import Recipe
@@ -44,8 +43,6 @@ def start(recipe: Recipe, out: Path, device: torch.device, workers: int, console
             raise CommandError(f"{path_text(out)}: not empty; name another --out, or go on with --resume", 2)
     except OSError as error:
         raise os_error(out, error) from error
-    text = json.dumps(dataclasses.asdict(recipe), indent=1) + "\n"
-    write_file(out / "recipe.json", text.encode())
     return _train(trainer, console, began)
 
 
@@ -208,6 +205,8 @@ def evaluate_weights(
     """Evaluate on the images of ``folder``, or on those that the run held out."""
     if folder is not None:
         dataset: Any = ImageFolder.held_out(folder, description.preprocessing, description.classes)
+    elif not description.data:
+        raise CommandError("DIR: these weights name no data of their own, expected a folder of images", 2)
     else:
         dataset = open_split(description.data, description.preprocessing.size, 0).held_out
         if tuple(dataset.classes) != description.classes:
@@ -230,6 +229,7 @@ def predict_file(
     model: models.AlexNet, description: checkpoint.Description, path: Path, out: Path, device: torch.device
 ) -> list[tuple[str, float]]:
     """Classify an image file and save it with its best five classes as the picture ``out``; (class, probability)."""
+    check_target(out, path)
     image = read_image(path)
     if description.data == "digits":
         image = light_on_dark(image)

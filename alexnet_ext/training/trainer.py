@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import random
 import time
@@ -21,7 +22,7 @@ from ..data.errors import BadImage, CommandError, path_text
 from ..data.sources import Split
 from . import checkpoint
 from .evaluate import Evaluation, autocast, evaluate, to_device
-from .files import locked
+from .files import locked, write_file
 from .interrupt import Interrupt, Interrupted
 from .log import Log
 from .memory import keep_freed_memory
@@ -93,6 +94,8 @@ class Trainer:
         Raises Interrupted, with a checkpoint written, on SIGINT and SIGTERM, and before step ``stop_at``.
         """
         with locked(self.out), Interrupt() as interrupt, Log(self.out, self.step, self.evaluated) as log:
+            recipe = json.dumps(dataclasses.asdict(self.recipe), indent=1)  # a resumed run may be longer
+            write_file(self.out / "recipe.json", f"{recipe}\n".encode())
             loader: Iterator[Batch] | None = None
             saved = self.mark = time.perf_counter()
             while True:
@@ -177,12 +180,15 @@ class Trainer:
         for step, loss, accuracy, values in read:
             measured = {"loss": loss, "accuracy": accuracy, "images_per_second": rate, "seconds": self.seconds}
             log.write("train", step, values | measured)
-            if not math.isfinite(loss):
-                raise CommandError(
-                    f"{path_text(self.out)}: the loss is {loss} at step {step}; try a lower --lr "
-                    "(checkpoints of earlier steps stay as they were)"
-                )
+            self._check_finite(loss, step)
             reporter.step(step, loss, accuracy, rate)
+
+    def _check_finite(self, loss: float, step: int) -> None:
+        if not math.isfinite(loss):
+            raise CommandError(
+                f"{path_text(self.out)}: the loss is {loss} at step {step}; try a lower --lr "
+                "(checkpoints of earlier steps stay as they were)"
+            )
 
     def _evaluation_due(self) -> bool:
         if self.step == 0 or self.evaluated == self.step:
@@ -214,6 +220,7 @@ class Trainer:
         self.evaluated = self.step
         values = {"loss": result.loss, "top1": result.top1, "top5": result.top5, "images": result.images}
         log.write("evaluate", self.step, values)
+        self._check_finite(result.loss, self.step)  # a step's own loss is of the weights before it
         if self.step < self.total:
             reporter.note(f"step {self.step}: {result.top1:.1%} of {result.images} held-out images right")
         return result
