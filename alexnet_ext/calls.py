@@ -22,7 +22,8 @@ class Rewritten:
     """Takes the place of ``owner.forward``: the same code as ``torch.fx`` saw it, with fused calls.
 
     It looks everything up in ``owner`` as the original does, so a layer or a parameter replaced later is the one used.
-    Calls that give an argument which may be left out run the original: what that one does with it, no trace shows.
+    Calls that give an argument which may be left out, or one that is no tensor, run the original: what that one does
+    with it, no trace shows.
     """
 
     def __init__(self, owner: nn.Module, options: dict[str, bool]) -> None:
@@ -45,7 +46,8 @@ class Rewritten:
         training = self.owner.training
         if training not in self.functions:  # read from a pickle, which holds no code
             self.prepare(training)
-        if len(args) + len(kwargs) != self.arguments:
+        traced = len(args) + len(kwargs) == self.arguments
+        if not traced or not all(isinstance(value, torch.Tensor) for value in (*args, *kwargs.values())):
             return type(self.owner).forward(self.owner, *args, **kwargs)
         return self.functions[training](self.owner, *args, **kwargs)
 
