@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from . import ops
+from .nn import not_scriptable
 from .places import RETURN_NEW, optional, trace
 
 RELUS = (F.relu, F.relu_, torch.relu, torch.relu_)
@@ -59,6 +60,11 @@ class Rewritten:
     def __code__(self) -> CodeType:
         """Where the code stands, which ``torch.export`` asks a forward for."""
         return type(self.owner).forward.__code__
+
+    @property
+    def __globals__(self) -> Any:
+        """What names in the code stand for: ``torch.jit.script`` insists on it, others ask whether it is there."""
+        raise AttributeError(not_scriptable(f"the traced forward of {type(self.owner).__name__}"))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Rewritten:
         twin = Rewritten.__new__(Rewritten)

@@ -181,6 +181,17 @@ def test_compile_and_export(model: nn.Module) -> None:
     torch.testing.assert_close(exported.module()(x), y)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore::torch.jit.TracerWarning")
+def test_torch_jit_traces_and_says_that_it_cannot_script(model: nn.Module) -> None:
+    ax.accelerate(model, method="fx", conv_relu=False)
+    with pytest.raises(AttributeError, match=r"torch.jit.script cannot compile the traced forward of Functional: use"):
+        torch.jit.script(model)
+    x = torch.randn(2, 3, 32, 30, dtype=torch.float64)
+    torch.testing.assert_close(torch.jit.trace(model, x)(x), model(x))
+    ax.restore(model)
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x))
+
+
 def test_nested_blocks_and_options(model: nn.Module) -> None:
     with ax.accelerated(model, method="fx", relu_pool=False, conv_relu=False) as report:
         assert fused(report) == {NORM: 1}
