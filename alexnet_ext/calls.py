@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from . import ops
+from .nn import not_scriptable
 from .places import RETURN_NEW, optional, trace
 
 RELUS = (F.relu, F.relu_, torch.relu, torch.relu_)
@@ -22,7 +23,8 @@ class Rewritten:
     """Takes the place of ``owner.forward``: the same code as ``torch.fx`` saw it, with fused calls.
 
     It looks everything up in ``owner`` as the original does, so a layer or a parameter replaced later is the one used.
-    Calls that give an argument which may be left out run the original: what that one does with it, no trace shows.
+    Calls that give an argument which may be left out, or one that is no tensor, run the original: what that one does
+    with it, no trace shows.
     """
 
     def __init__(self, owner: nn.Module, options: dict[str, bool]) -> None:
@@ -45,7 +47,8 @@ class Rewritten:
         training = self.owner.training
         if training not in self.functions:  # read from a pickle, which holds no code
             self.prepare(training)
-        if len(args) + len(kwargs) != self.arguments:
+        traced = len(args) + len(kwargs) == self.arguments
+        if not traced or not all(isinstance(value, torch.Tensor) for value in (*args, *kwargs.values())):
             return type(self.owner).forward(self.owner, *args, **kwargs)
         return self.functions[training](self.owner, *args, **kwargs)
 
@@ -57,6 +60,11 @@ class Rewritten:
     def __code__(self) -> CodeType:
         """Where the code stands, which ``torch.export`` asks a forward for."""
         return type(self.owner).forward.__code__
+
+    @property
+    def __globals__(self) -> Any:
+        """What names in the code stand for: ``torch.jit.script`` insists on it, others ask whether it is there."""
+        raise AttributeError(not_scriptable(f"the traced forward of {type(self.owner).__name__}"))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Rewritten:
         twin = Rewritten.__new__(Rewritten)

@@ -23,15 +23,20 @@ def sharing(kind: type[Layer], stock: nn.Module, **attributes: Any) -> Layer:
     return layer
 
 
+def not_scriptable(what: str) -> str:
+    """What ``torch.jit.script`` is to say, whose own words would be about some line of ours that it cannot read."""
+    return (
+        f"torch.jit.script cannot compile {what}: use torch.jit.trace, torch.compile or torch.export, or stock layers "
+        "(alexnet_ext.restore brings them back)"
+    )
+
+
 class _Fused:
     """What all layers here share."""
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """Asked for by ``torch.jit.script``, whose own words would be about some line of ours that it cannot read."""
-        raise RuntimeError(
-            f"torch.jit.script cannot compile {type(self).__name__}: use torch.jit.trace, torch.compile or "
-            "torch.export, or stock layers (alexnet_ext.restore brings them back)"
-        )
+        """Asked for by ``torch.jit.script``."""
+        raise RuntimeError(not_scriptable(type(self).__name__))
 
 
 class LocalResponseNorm(_Fused, nn.LocalResponseNorm):

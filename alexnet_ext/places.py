@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -111,6 +113,32 @@ def _runs_in_order(module: nn.Module) -> bool:
     )
 
 
+SWITCHES: tuple[tuple[Callable[[], bool], Callable[[bool], Any]], ...] = (
+    (torch.is_grad_enabled, torch.set_grad_enabled),
+    *(
+        (partial(torch.is_autocast_enabled, device), partial(torch.set_autocast_enabled, device))
+        for device in ("cpu", "cuda")
+    ),
+)
+"""(is it on, switch it) of what code may switch around its calls, which no graph shows."""
+
+
+def _modes() -> list[bool]:
+    return [is_on() for is_on, _ in SWITCHES]
+
+
+@contextmanager
+def _switched(on: bool) -> Iterator[None]:
+    before = _modes()
+    try:
+        for _, switch in SWITCHES:
+            switch(on)
+        yield
+    finally:
+        for (_, switch), value in zip(SWITCHES, before, strict=True):
+            switch(value)
+
+
 class _Shallow(fx.Tracer):
     """Sees one module's own code: the modules it calls are leaves. ``left_out`` are arguments, by fx's name for them,
     that are not given: forward is run with these values."""
@@ -118,6 +146,12 @@ class _Shallow(fx.Tracer):
     def __init__(self, left_out: dict[str, Any]) -> None:
         super().__init__()
         self.left_out = left_out
+        self.modes = _modes()
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _modes() != self.modes:
+            raise RuntimeError("it switches gradients or autocast")
+        return super().create_node(*args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -147,9 +181,22 @@ def optional(owner: nn.Module) -> dict[str, Any]:
 def trace(owner: nn.Module, training: bool, left_out: dict[str, Any]) -> fx.Graph:
     """``owner.forward`` of its class, in training or in evaluation; the owner is left as it was.
 
-    Raises whatever that code raises when it is given proxies, and RuntimeError where it changes the owner: a graph
-    would not.
+    Raises whatever that code raises when it is given proxies, and RuntimeError for what a graph would not do: change
+    the owner, switch gradients or autocast, ask for the type of an argument, which is no Tensor here.
     """
+    code = getattr(inspect.unwrap(type(owner).forward), "__code__", None)
+    if code is not None and "isinstance" in code.co_names:
+        raise RuntimeError("it asks for types by isinstance")
+    graphs = []
+    for on in (False, True):  # whatever it switches them to, one of these is the other way
+        with _switched(on):
+            graphs.append(_trace(owner, training, left_out))
+    if str(graphs[0]) != str(graphs[1]):
+        raise RuntimeError("it asks whether gradients or autocast are on")
+    return graphs[0]
+
+
+def _trace(owner: nn.Module, training: bool, left_out: dict[str, Any]) -> fx.Graph:
     modes, attributes = {module: module.training for module in owner.modules()}, dict(vars(owner))
     copies = {name: buffer if buffer is None else buffer.clone() for name, buffer in owner._buffers.items()}
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -180,6 +181,17 @@ def test_compile_and_export(model: nn.Module) -> None:
     torch.testing.assert_close(exported.module()(x), y)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore::torch.jit.TracerWarning")
+def test_torch_jit_traces_and_says_that_it_cannot_script(model: nn.Module) -> None:
+    ax.accelerate(model, method="fx", conv_relu=False)
+    with pytest.raises(AttributeError, match=r"torch.jit.script cannot compile the traced forward of Functional: use"):
+        torch.jit.script(model)
+    x = torch.randn(2, 3, 32, 30, dtype=torch.float64)
+    torch.testing.assert_close(torch.jit.trace(model, x)(x), model(x))
+    ax.restore(model)
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x))
+
+
 def test_nested_blocks_and_options(model: nn.Module) -> None:
     with ax.accelerated(model, method="fx", relu_pool=False, conv_relu=False) as report:
         assert fused(report) == {NORM: 1}
@@ -312,3 +324,58 @@ def test_a_forward_that_changes_its_owner_is_left_alone_and_the_owner_as_it_was(
         ax.restore(twin)
         for _ in range(2):
             torch.testing.assert_close(model(x), twin(x))
+
+
+class Switches(nn.Module):
+    """Has gradients or autocast on or off, or asks for them, in a part of its code."""
+
+    def __init__(self, context: Callable[[], Any] | None) -> None:
+        super().__init__()
+        self.context, self.a, self.b, self.relu = context, nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.context is None:
+            return F.max_pool2d(F.relu(self.relu(self.a(x)) if torch.is_grad_enabled() else self.a(x) - 1), 2)
+        x = self.a(x)
+        with self.context():
+            x = self.b(self.relu(x.float()))
+        return F.max_pool2d(F.relu(x), 2)
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        *(torch.no_grad, torch.enable_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)),
+        *(lambda: torch.autocast("cpu", enabled=False), None),
+    ],
+    ids=["no_grad", "enable_grad", "inference_mode", "autocast", "no_autocast", "asks"],
+)
+def test_a_forward_that_switches_gradients_or_autocast_is_left_alone(context: Callable[[], Any] | None) -> None:
+    model, x = Switches(context), torch.randn(1, 4, 6, 6)
+    twin = copy.deepcopy(model)
+    report = ax.accelerate(model, method="fx")
+    assert fused(report) == {}
+    assert report[0].reason.endswith("gradients or autocast are on" if context is None else "gradients or autocast")
+    for around in (torch.enable_grad(), torch.no_grad(), torch.autocast("cpu", torch.bfloat16)):
+        with around:
+            y, expected = model(x), twin(x)
+        assert (y.requires_grad, y.dtype) == (expected.requires_grad, expected.dtype)
+        torch.testing.assert_close(y, expected)
+
+
+def test_arguments_that_are_no_tensors_run_the_original() -> None:
+    class Masks(nn.Module):
+        def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+            return F.max_pool2d(F.relu(x if mask is None else x * mask), 2)
+
+    class Joins(nn.Module):
+        def forward(self, x: Tensor | list[Tensor]) -> Tensor:
+            return F.max_pool2d(F.relu(x if isinstance(x, Tensor) else torch.cat(x, 1)), 2)
+
+    masks, joins, x, mask = Masks(), Joins(), torch.randn(1, 4, 6, 6), torch.randn(1, 1, 6, 6)
+    calls = [(masks, (x, mask)), (masks, (x, None)), (joins, (x,)), (joins, ([x, x],))]
+    expected = [model(*given) for model, given in calls]
+    assert fused(ax.accelerate(masks, method="fx")) == {RELU_POOL: 1}
+    assert fused(ax.accelerate(joins, method="fx")) == {}
+    for (model, given), y in zip(calls, expected, strict=True):
+        torch.testing.assert_close(model(*given), y)
