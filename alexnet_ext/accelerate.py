@@ -357,6 +357,12 @@ def _obstacle(chain: Chain, places: tuple[Place, ...], shared: dict[int, str], r
     for place in places:
         if reason := _untouchable(place.module, shared):
             return f"{place.name}: {reason}"
+    # A convolution or an LRN that begins a pattern gives the fused layer all that it holds; of the others only settings
+    # are taken over, and what else they hold would be missing from state_dict.
+    begins = isinstance(places[0].module, (nn.Conv2d, nn.LocalResponseNorm))
+    for place in places[1:] if begins else places:
+        if place.module._parameters or place.module._buffers or place.module._modules:
+            return f"{place.name}: it has parameters, buffers or modules of its own"
     for place in places[:-1]:
         if place.name in read:
             return f"{place.name}: its output is read (feature_info)"

@@ -141,6 +141,14 @@ LEFT_ALONE: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: sequential(nn.Tanh(), nn.ReLU(), nn.MaxPool2d(2, return_indices=True)),
         "2: return_indices=True",
     ),
+    "buffer_in_the_relu": (
+        changed(lambda m: m[0].register_buffer("seen", torch.zeros(1)), nn.ReLU(), nn.MaxPool2d(2)),
+        "0: it has parameters, buffers or modules of its own",
+    ),
+    "parameter_in_the_pool": (
+        changed(lambda m: setattr(m[3], "scale", nn.Parameter(torch.ones(1))), *BLOCK),
+        "3: it has parameters, buffers or modules of its own",
+    ),
     "prepared_for_quantisation": (
         changed(lambda m: setattr(m[0], "qconfig", torch.ao.quantization.default_qconfig)),
         "0: it is quantised or prepared for it",
