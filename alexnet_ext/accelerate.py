@@ -390,6 +390,8 @@ def _untouchable(module: nn.Module, shared: dict[int, str]) -> str:
         return "its forward was replaced or compiled"
     if getattr(module, "return_indices", False):
         return "return_indices=True"
+    if any(isinstance(getattr(module, name, None), torch.Tensor) for name in ("alpha", "beta", "k")):
+        return "its alpha, beta or k is a tensor"
     return shared.get(id(module), "") if isinstance(module, nn.Conv2d) else ""
 
 

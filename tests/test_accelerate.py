@@ -149,6 +149,10 @@ LEFT_ALONE: dict[str, tuple[Callable[[], nn.Module], str]] = {
         changed(lambda m: setattr(m[3], "scale", nn.Parameter(torch.ones(1))), *BLOCK),
         "3: it has parameters, buffers or modules of its own",
     ),
+    "constants_that_are_learned": (
+        changed(lambda m: setattr(m[2], "alpha", torch.tensor(1e-4)), *BLOCK),
+        "2: its alpha, beta or k is a tensor",
+    ),
     "prepared_for_quantisation": (
         changed(lambda m: setattr(m[0], "qconfig", torch.ao.quantization.default_qconfig)),
         "0: it is quantised or prepared for it",
