@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, TypeVar
 
 import torch.nn.functional as F
@@ -16,11 +17,16 @@ def sharing(kind: type[Layer], stock: nn.Module, **attributes: Any) -> Layer:
     """A layer of ``kind`` that is ``stock`` in another form: its settings, and its very dictionaries of parameters,
     buffers and hooks, so that whatever replaces a parameter or registers a hook in one has done so in both.
 
-    ``kind`` is a fused layer here whose base class ``stock`` is; ``attributes`` are what ``kind`` has besides.
+    ``attributes`` are what ``kind`` has besides.
     """
     layer = kind.__new__(kind)
     layer.__dict__.update(vars(stock) | attributes)
     return layer
+
+
+def stock_kind(layer: nn.Module) -> type[nn.Module]:
+    """The class of ``torch.nn`` whose arguments and parameters a layer has: its own, if it is none of ours."""
+    return getattr(type(layer), "stock", type(layer))
 
 
 def not_scriptable(what: str) -> str:
@@ -31,12 +37,23 @@ def not_scriptable(what: str) -> str:
     )
 
 
-class _Fused:
+class _Fused(nn.Module):
     """What all layers here share."""
 
     def __prepare_scriptable__(self) -> nn.Module:
         """Asked for by ``torch.jit.script``."""
         raise RuntimeError(not_scriptable(type(self).__name__))
+
+    @classmethod
+    def takes(cls, *layers: nn.Module) -> dict[str, Any]:
+        """The attributes of a fused layer that the second and further layers of its pattern decide.
+
+        Raises ValueError for a layer that it cannot stand for.
+        """
+        return {}
+
+    def gives(self, *layers: nn.Module) -> None:
+        """Write into those layers what ``takes`` took of them, as it is now."""
 
 
 class LocalResponseNorm(_Fused, nn.LocalResponseNorm):
@@ -46,12 +63,43 @@ class LocalResponseNorm(_Fused, nn.LocalResponseNorm):
         return ops.local_response_norm(input, self.size, self.alpha, self.beta, self.k)
 
 
-class ReLUMaxPool2d(_Fused, nn.MaxPool2d):
+class _Compound(_Fused):
+    """A layer that computes more than ``stock``, and has its arguments, attributes, state_dict and repr.
+
+    It is no instance of ``stock``: code that looks for such layers, to convert them or to fold others into them, would
+    lose the rest of what this one computes.
+    """
+
+    stock: type[Any]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if hasattr(cls, "stock"):
+            cls.__signature__ = inspect.signature(cls.stock)  # type: ignore[attr-defined]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+        self.__dict__.update(vars(self.stock(*args, **kwargs)))
+
+    def extra_repr(self) -> str:
+        return self.stock.extra_repr(self)
+
+
+class ReLUMaxPool2d(_Compound):
     """``nn.Sequential(nn.ReLU(), nn.MaxPool2d(...))`` by ``ops.relu_max_pool2d``.
 
     Takes ``nn.MaxPool2d``'s arguments; ``return_indices=True`` raises ValueError, as the winners are kept as
     one byte each, not as indices.
     """
+
+    stock = nn.MaxPool2d
+    kernel_size: Any
+    stride: Any
+    padding: Any
+    dilation: Any
+    ceil_mode: bool
+    return_indices: bool
+    settings = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -61,10 +109,37 @@ class ReLUMaxPool2d(_Fused, nn.MaxPool2d):
     def forward(self, input: Tensor) -> Tensor:
         return ops.relu_max_pool2d(input, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
 
+    @classmethod
+    def takes(cls, *layers: nn.Module) -> dict[str, Any]:
+        (pool,) = layers
+        return {name: getattr(pool, name) for name in cls.settings}
 
-class _FusedConv2d(_Fused, nn.Conv2d):
+    def gives(self, *layers: nn.Module) -> None:
+        (pool,) = layers
+        vars(pool).update({name: getattr(self, name) for name in self.settings})
+
+
+class _WithParameters(_Compound):
+    """What the layers with a weight share."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def reset_parameters(self) -> None:
+        """Draw weight and bias afresh, as the layer of ``torch.nn`` does."""
+        self.stock.reset_parameters(self)
+
+
+class _FusedConv2d(_WithParameters):
     """What the layers with a convolution share: ``ops.conv2d_bias_relu``, every padding_mode included."""
 
+    stock = nn.Conv2d
+    stride: Any
+    padding: Any
+    dilation: Any
+    groups: int
+    padding_mode: str
+    _reversed_padding_repeated_twice: list[int]
     relu = True
     """Whether bias and ReLU are the convolution's; else they are those of the op behind it."""
 
@@ -85,8 +160,10 @@ class Conv2dReLU(_FusedConv2d):
         return self.convolution(input)
 
 
-class LinearReLU(_Fused, nn.Linear):
+class LinearReLU(_WithParameters):
     """``nn.Sequential(nn.Linear(...), nn.ReLU())`` by ``ops.linear_bias_relu``."""
+
+    stock = nn.Linear
 
     def forward(self, input: Tensor) -> Tensor:
         return ops.linear_bias_relu(input, self.weight, self.bias)
@@ -99,6 +176,14 @@ class _Conv2dBlock(_FusedConv2d):
     norm: tuple[int, float, float, float]
     window: tuple[Any, Any]
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        signature = inspect.signature(cls.stock)
+        layers = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in ("norm", "pool")]
+        cls.__signature__ = signature.replace(  # type: ignore[attr-defined]
+            parameters=[*signature.parameters.values(), *layers]
+        )
+
     def __init__(self, *args: Any, norm: nn.LocalResponseNorm, pool: nn.MaxPool2d, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.__dict__.update(self.block_settings(norm, pool))
@@ -110,6 +195,22 @@ class _Conv2dBlock(_FusedConv2d):
         if plain not in ((0, 1, False, False), ((0, 0), (1, 1), False, False)):
             raise ValueError(f"pool must have no padding, dilation, ceil_mode or return_indices, got {pool}")
         return {"norm": (norm.size, norm.alpha, norm.beta, norm.k), "window": (pool.kernel_size, pool.stride)}
+
+    @classmethod
+    def takes(cls, *layers: nn.Module) -> dict[str, Any]:
+        return cls.block_settings(*cls._ordered(layers))
+
+    def gives(self, *layers: nn.Module) -> None:
+        norm, pool = self._ordered(layers)
+        norm.size, norm.alpha, norm.beta, norm.k = self.norm
+        pool.kernel_size, pool.stride = self.window
+
+    @staticmethod
+    def _ordered(layers: tuple[nn.Module, ...]) -> tuple[nn.LocalResponseNorm, nn.MaxPool2d]:
+        """(norm, pool) of the layers behind the convolution."""
+        (norm,) = (layer for layer in layers if isinstance(layer, nn.LocalResponseNorm))
+        (pool,) = (layer for layer in layers if isinstance(layer, nn.MaxPool2d))
+        return norm, pool
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, lrn={self.norm}, pool={self.window}"

@@ -267,7 +267,7 @@ def alexnet(
     model = AlexNet(AlexNetConfig(variant, num_classes, size, float(dropout)), fused)
     with torch.no_grad():
         for name, layer in model.named_modules():
-            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            if issubclass(fused_nn.stock_kind(layer), (nn.Conv2d, nn.Linear)):
                 INITS[init](name.split(".")[-1], layer)
     return model
 

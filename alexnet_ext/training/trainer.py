@@ -20,6 +20,7 @@ from .. import models
 from ..data.batches import Batch, batches
 from ..data.errors import BadImage, CommandError, path_text
 from ..data.sources import Split
+from ..nn import stock_kind
 from . import checkpoint
 from .evaluate import Evaluation, autocast, evaluate, to_device
 from .files import locked, write_file
@@ -277,7 +278,8 @@ class Trainer:
 
 def first_kernels(model: torch.nn.Module) -> Tensor:
     """The weights of the first convolution."""
-    return next(module.weight for module in model.modules() if isinstance(module, torch.nn.Conv2d))
+    kinds = ((module, stock_kind(module)) for module in model.modules())
+    return next(module.get_parameter("weight") for module, kind in kinds if issubclass(kind, torch.nn.Conv2d))
 
 
 def seed_everything(seed: int) -> None:

@@ -1,0 +1,220 @@
+"""A module's own forward as ``torch.fx`` sees it, where it does nothing that a trace cannot show."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx, nn
+
+from .places import Flow, every_place, is_sealed
+from .watch import Identity, Read, Untraceable, Watch
+
+SWITCHES: tuple[tuple[Callable[[], bool], Callable[[bool], Any]], ...] = (
+    (torch.is_grad_enabled, torch.set_grad_enabled),
+    *(
+        (partial(torch.is_autocast_enabled, device), partial(torch.set_autocast_enabled, device))
+        for device in ("cpu", "cuda")
+    ),
+)
+"""(is it on, switch it) of what code may switch around its calls, which no graph shows."""
+
+WATCHES_TENSORS = {"backward", "register_hook", "register_post_accumulate_grad_hook", "requires_grad_", "retain_grad"}
+"""Methods of a tensor that let others see it, or its gradient, later."""
+
+
+class Trace(NamedTuple):
+    """A forward's graph, and what else decided it."""
+
+    graph: fx.Graph
+    reads: tuple[Read, ...]
+    """Constants of the owner and of globals: the graph holds while they do."""
+    methods: frozenset[Identity]
+    """The functions that ran."""
+
+
+def _modes() -> list[bool]:
+    return [is_on() for is_on, _ in SWITCHES]
+
+
+@contextmanager
+def _switched(on: bool) -> Iterator[None]:
+    before = _modes()
+    try:
+        for _, switch in SWITCHES:
+            switch(on)
+        yield
+    finally:
+        for (_, switch), value in zip(SWITCHES, before, strict=True):
+            switch(value)
+
+
+@contextmanager
+def _stand_ins(owner: nn.Module) -> Iterator[dict[int, str]]:
+    """Another object in each place below the owner, of the same class and state; yields their names by ``id``.
+
+    So a trace tells a module that is reached by the name of its place, as a replacement will be, from one that is
+    reached by a list, an attribute or a variable, which no replacement would change.
+    """
+    names, back = {}, []
+    for place in list(every_place(owner)):
+        module = place.module
+        if not is_sealed(module):
+            back.append((place, module))
+            twin = object.__new__(type(module))
+            object.__setattr__(twin, "__dict__", vars(module))
+            place.parent._modules[place.key] = module = twin
+        names[id(module)] = place.name
+    try:
+        yield names
+    finally:
+        for place, module in back:
+            place.parent._modules[place.key] = module
+
+
+class _Shallow(fx.Tracer):
+    """Sees one module's own code: the modules it calls are leaves. ``left_out`` are arguments, by fx's name for them,
+    that are not given: forward is run with these values."""
+
+    def __init__(self, left_out: dict[str, Any], names: dict[int, str]) -> None:
+        super().__init__()
+        self.left_out, self.names = left_out, names
+        self.modes = _modes()
+        self.proxies: list[weakref.ref[fx.Proxy]] = []
+
+    def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        if _modes() != self.modes:
+            raise Untraceable("it switches gradients or autocast")
+        if kind == "call_method" and target in WATCHES_TENSORS:
+            raise Untraceable(f"it calls {target} of a tensor")
+        return super().create_node(kind, target, *args, **kwargs)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        made = super().proxy(node)
+        self.proxies.append(weakref.ref(made))
+        return made
+
+    def path_of_module(self, mod: nn.Module) -> str:
+        if id(mod) not in self.names:
+            raise Untraceable(f"it reaches a {type(mod).__name__} by another way than its name")
+        return self.names[id(mod)]
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+    def create_args_for_root(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
+        function, given = super().create_args_for_root(*args, **kwargs)
+        for i, value in enumerate(given):
+            if isinstance(value, fx.Proxy) and value.node.target in self.left_out:
+                self.graph.erase_node(value.node)
+                given[i] = self.left_out[value.node.target]
+        return function, given
+
+    def outlived(self) -> bool:
+        """Whether somebody holds a proxy still."""
+        if any(made() is not None for made in self.proxies):
+            gc.collect()
+        return any(made() is not None for made in self.proxies)
+
+
+def optional(owner: nn.Module) -> dict[str, Any]:
+    """The arguments that a call of ``owner`` may leave out, by fx's name for them, and what they are then."""
+    found: dict[str, Any] = {}
+    for name, parameter in inspect.signature(type(owner).forward).parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+            found[f"*{name}"] = ()
+        elif parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            found[f"**{name}"] = {}
+        elif parameter.default is not inspect.Parameter.empty:
+            found[name] = parameter.default
+    return found
+
+
+def trace(owner: nn.Module, training: bool, left_out: dict[str, Any]) -> Trace:
+    """``owner.forward`` of its class, in training or in evaluation; the owner is left as it was.
+
+    Raises Untraceable for what a graph would not do, and whatever that code raises when it is given proxies.
+    """
+    traces = []
+    for on in (False, True):  # whatever it switches them to, one of these is the other way
+        with _switched(on):
+            traces.append(_trace(owner, training, left_out))
+    if str(traces[0].graph) != str(traces[1].graph):
+        raise Untraceable("it asks whether gradients or autocast are on")
+    return traces[0]
+
+
+def _trace(owner: nn.Module, training: bool, left_out: dict[str, Any]) -> Trace:
+    modes, attributes = {module: module.training for module in owner.modules()}, dict(vars(owner))
+    copies = {name: buffer if buffer is None else buffer.clone() for name, buffer in owner._buffers.items()}
+    watch = Watch(owner)
+    try:
+        owner.train(training)
+        owner.__dict__["_buffers"] = dict(copies)
+        before = dict(vars(owner))
+        with ExitStack() as stack:
+            tracer = _Shallow(left_out, stack.enter_context(_stand_ins(owner)))
+            stack.enter_context(watch.over(type(owner).forward))
+            graph = tracer.trace(owner)
+        now = vars(owner)
+        if now.keys() - before.keys():  # the tracer keeps the tensors that forward makes in the owner
+            raise Untraceable("it makes or keeps tensors of its own")
+        kept = all(now[name] is value for name, value in before.items()) and all(
+            owner._buffers[name] is copy and (copy is None or copy._version == 0) for name, copy in copies.items()
+        )
+        if not kept:
+            raise Untraceable("it changes its own attributes")
+        if tracer.outlived():
+            raise Untraceable("it keeps what it computes")
+        return Trace(graph, tuple(watch.reads.values()), frozenset(watch.methods))
+    finally:
+        vars(owner).clear()
+        vars(owner).update(attributes)
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def every_trace(owner: nn.Module) -> list[Trace]:
+    """The owner's forward in training and in evaluation, with each argument that a call may leave out there, not there,
+    and there alone, and with each of its attributes that is a bool as it is and the other way."""
+    able = optional(owner)
+    ways = [able, {}, *({other: able[other] for other in able if other != name} for name in able)]
+    found = [trace(owner, training, left_out) for left_out in ways for training in (True, False)]
+    flags = {read.name for one in found for read in one.reads if read.scope is None and isinstance(read.value, bool)}
+    for name in sorted(flags & vars(owner).keys()):
+        value = vars(owner)[name]
+        try:
+            vars(owner)[name] = not value
+            found += [trace(owner, training, able) for training in (True, False)]
+        except Untraceable:
+            raise
+        except Exception:  # what this flag would turn on is not there
+            continue
+        finally:
+            vars(owner)[name] = value
+    return found
+
+
+def flows(graph: fx.Graph, prefix: str) -> list[Flow]:
+    """The flows between the modules that a forward calls; ``prefix`` goes before their names."""
+
+    def called(node: object) -> str:
+        return prefix + str(node.target) if isinstance(node, fx.Node) and node.op == "call_module" else ""
+
+    found = []
+    for node in graph.nodes:
+        if not called(node):
+            continue
+        given = node.args[0] if len(node.args) == 1 and not node.kwargs else None
+        alone = isinstance(given, fx.Node) and len(given.users) == 1
+        found.append((called(given) if alone else "", called(node)))
+        for user in node.users:
+            direct = len(node.users) == 1 and user.args == (node,) and not user.kwargs
+            found.append((called(node), called(user) if direct else ""))
+    return found
