@@ -15,7 +15,7 @@ from torch import fx, nn
 from .. import ops
 from ..nn import not_scriptable
 from .survey import RETURN_NEW, has_hooks, is_replaced
-from .tracing import optional, trace
+from .tracing import first_line, optional, trace
 from .watch import Read
 
 RELUS = (F.relu, F.relu_, torch.relu, torch.relu_)
@@ -28,6 +28,8 @@ class Rewritten:
     The original runs instead where the trace does not hold: a call that gives an argument which may be left out, or one
     that is no tensor, and an attribute, a global or a forward that is another than it was.
     """
+
+    stands_in = True
 
     def __init__(self, owner: nn.Module, options: dict[str, bool]) -> None:
         self.owner, self.options = owner, options
@@ -168,9 +170,7 @@ def _is_relu(node: fx.Node, owner: nn.Module) -> bool:
 
 def rewrite(owner: nn.Module, options: dict[str, bool]) -> Rewritten | str:
     """A forward for ``owner`` with its calls fused, or why it cannot be traced."""
-    if "forward" in vars(owner):
-        return "it was replaced"
     try:
         return Rewritten(owner, options)
     except Exception as error:  # whatever its code raises when it is given proxies
-        return str(error).strip().partition("\n")[0] or type(error).__name__
+        return first_line(error)

@@ -14,8 +14,8 @@ Chain = list["Place"]
 """Places of one parent whose modules run in this order, each one's output read by the next one alone, as its input."""
 
 Flow = tuple[str, str]
-"""(source, reader): names of modules, the output of the first being the input of the second. "" at either end is anything
-else: several readers, other code, the model's own input."""
+"""(source, reader): names of places, the output of the first one's module being the input of the second one's. "" at
+either end is anything else: several readers, other code, the model's own input."""
 
 
 class Place(NamedTuple):

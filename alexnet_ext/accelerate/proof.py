@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
+from .tracing import first_line
+
 TOLERANCE = {torch.float64: (1e-9, 1e-6), torch.float32: (1e-4, 1e-2), torch.float16: (1e-2, 1e-1)}
 TOLERANCE[torch.bfloat16] = (5e-2, 2e-1)
-"""By dtype, the largest difference of (values, gradients): the norm of the difference over that of stock PyTorch's result.
-Gradients have more: a rounding may turn a ReLU or a pooling window, and then a gradient goes elsewhere."""
+"""By dtype, the largest difference of (values, gradients): the norm of the difference over that of what stock PyTorch
+gives. A rounding may turn a ReLU or a pooling window, and send a gradient elsewhere: those have more."""
 
 SMALL = 1e-2
 """A gradient's norm counts as at least this part of the largest one's, per element: a bias before a BatchNorm has a
@@ -73,7 +75,7 @@ def prove(model: nn.Module, changes: Sequence[Some], example_inputs: Any) -> dic
         try:
             return _difference(stock, result(among))
         except Exception as error:
-            return f"it raises {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            return f"it raises {type(error).__name__}: {first_line(error)}"
 
     right = list(changes)
     while (found := difference(right)) and right:

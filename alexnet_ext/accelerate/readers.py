@@ -44,6 +44,12 @@ class Use(NamedTuple):
 class Method(NamedTuple):
     name: str
     function: FunctionType
+    is_of_owner: bool = True
+    """Its first argument is the owner; else nobody knows what it was given."""
+
+    def uses(self) -> frozenset[Use] | None:
+        """What it does with modules below its owner; None where that cannot be read."""
+        return _uses(self.function) if self.is_of_owner else None
 
 
 def is_own_code(module: nn.Module) -> bool:
@@ -51,23 +57,43 @@ def is_own_code(module: nn.Module) -> bool:
     return not type(module).__module__.startswith(("torch.", "alexnet_ext."))
 
 
+STANDS_IN = "stands_in"
+"""Attribute of a forward of ours: it does what the forward of the owner's class does."""
+
+
+def replaced_forward(owner: nn.Module) -> object:
+    """What runs in the place of the forward of the owner's class, or None."""
+    forward = vars(owner).get("forward")
+    return None if hasattr(forward, STANDS_IN) else forward
+
+
 def methods(owner: nn.Module) -> Iterator[Method]:
     """The functions of the owner's classes that somebody may call with data: not those that nn.Module has too."""
+    derived: dict[str, FunctionType] = {}
     for kind in type(owner).__mro__:
         if kind.__module__.startswith("torch.") or kind is object:
             continue
         for name, value in vars(kind).items():
             function = value.fget if isinstance(value, property) else value
             ours = name in ("forward", "__call__") or not hasattr(nn.Module, name)
-            if ours and isinstance(function, FunctionType) and isinstance(inspect.unwrap(function), FunctionType):
-                yield Method(name, inspect.unwrap(function))
+            if not ours or not isinstance(function, FunctionType):
+                continue
+            function = inspect.unwrap(function)
+            # What a class further down replaces runs where that one asks for it.
+            if name not in derived or "super" in _names(derived[name].__code__):
+                derived[name] = function
+                yield Method(name, function)
+    for name, value in vars(owner).items():
+        function = getattr(value, "__func__", value)
+        if isinstance(function, FunctionType) and not str(function.__module__).startswith(("torch.", "alexnet_ext.")):
+            yield Method(name, function, getattr(value, "__self__", None) is owner)
 
 
 def mentioned(method: Method, keys: set[str]) -> set[str]:
     """Which of these children of its owner a method may use; all of them where its source cannot be read."""
     if not _names(method.function.__code__) & (keys | CHILDREN | MODULES | {"getattr"}):
         return set()
-    found = uses(method.function)
+    found = method.uses()
     if found is None:
         return keys
     firsts = {use.path[0] for use in found if use.path}
@@ -82,6 +108,8 @@ def taken_apart(model: nn.Module, traced: Mapping[nn.Module, set[Identity]]) -> 
     """
     found: dict[nn.Module, str] = {}
     for owner in model.modules():
+        if replaced_forward(owner) is not None and not type(owner).__module__.startswith("torch._dynamo."):
+            found |= dict.fromkeys(owner.modules(), f"the forward of {type(owner).__name__} was replaced")
         if not is_own_code(owner) or hasattr(owner, "feature_info") or not owner._modules:
             continue
         for method in methods(owner):
@@ -89,7 +117,7 @@ def taken_apart(model: nn.Module, traced: Mapping[nn.Module, set[Identity]]) -> 
             if identity(code) in traced.get(owner, ()) or not _may_reach(owner, code):
                 continue
             by = f"{type(owner).__name__}.{method.name}"
-            used = uses(method.function)
+            used = method.uses()
             if used is None:
                 found |= dict.fromkeys(owner.modules(), f"the source of {by} cannot be read")
                 continue
@@ -137,7 +165,7 @@ def _may_reach(owner: nn.Module, code: CodeType) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def uses(function: FunctionType) -> frozenset[Use] | None:
+def _uses(function: FunctionType) -> frozenset[Use] | None:
     """What a method does with modules below its ``self``; None where its source cannot be read."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))

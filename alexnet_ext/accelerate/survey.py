@@ -14,7 +14,7 @@ from .. import nn as fused_nn
 from . import readers
 from .places import Chain, Flow, Place, by_parent, chains, every_place, in_order, is_sealed, runs_in_order
 from .readers import is_own_code
-from .tracing import every_trace, flows
+from .tracing import every_trace, first_line, flows
 from .watch import Identity, identity
 
 STOCK = (nn.Conv2d, nn.ReLU, nn.LocalResponseNorm, nn.MaxPool2d)
@@ -49,6 +49,7 @@ class Survey(NamedTuple):
 def survey(model: nn.Module, trace: bool) -> Survey:
     """Look over ``model``; with ``trace``, also at what the forwards of its own code do."""
     places = list(every_place(model))
+    names = {(place.parent, place.key): place.name for place in places}
     found: list[Flow] = []
     untraceable, traced = {}, {}
     for owner, below in by_parent(places).items():
@@ -58,10 +59,15 @@ def survey(model: nn.Module, trace: bool) -> Survey:
             try:
                 traces = every_trace(owner)
             except Exception as error:  # whatever the module's own code raises when it is given proxies
-                untraceable[owner] = str(error).strip().partition("\n")[0] or type(error).__name__
+                untraceable[owner] = first_line(error)
                 continue
-            prefix = below[0].name.removesuffix(below[0].key)
-            found += [flow for one in traces for flow in flows(one.graph, prefix)]
+
+            def name_of(target: str, owner: nn.Module = owner) -> str:
+                # A module below two parents has its place, and its name, once.
+                parent, _, key = target.rpartition(".")
+                return names[owner.get_submodule(parent), key]
+
+            found += [flow for one in traces for flow in flows(one.graph, name_of)]
             traced[owner] = {function for one in traces for function in one.methods}
     opened = readers.taken_apart(model, traced)
     return Survey(chains(places, found), untraceable, opened, traced, _shared(places), _read_outputs(model))

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
+from . import readers
 from .places import Flow, every_place, is_sealed
 from .watch import Identity, Read, Untraceable, Watch
 
@@ -141,6 +142,8 @@ def trace(owner: nn.Module, training: bool, left_out: dict[str, Any]) -> Trace:
 
     Raises Untraceable for what a graph would not do, and whatever that code raises when it is given proxies.
     """
+    if readers.replaced_forward(owner) is not None:
+        raise Untraceable("it was replaced")
     traces = []
     for on in (False, True):  # whatever it switches them to, one of these is the other way
         with _switched(on):
@@ -180,6 +183,11 @@ def _trace(owner: nn.Module, training: bool, left_out: dict[str, Any]) -> Trace:
             module.training = mode
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def every_trace(owner: nn.Module) -> list[Trace]:
     """The owner's forward in training and in evaluation, with each argument that a call may leave out there, not there,
     and there alone, and with each of its attributes that is a bool as it is and the other way."""
@@ -201,11 +209,11 @@ def every_trace(owner: nn.Module) -> list[Trace]:
     return found
 
 
-def flows(graph: fx.Graph, prefix: str) -> list[Flow]:
-    """The flows between the modules that a forward calls; ``prefix`` goes before their names."""
+def flows(graph: fx.Graph, name_of: Callable[[str], str]) -> list[Flow]:
+    """The flows between the modules that a forward calls; ``name_of`` says the name of a place by fx's name for it."""
 
     def called(node: object) -> str:
-        return prefix + str(node.target) if isinstance(node, fx.Node) and node.op == "call_module" else ""
+        return name_of(str(node.target)) if isinstance(node, fx.Node) and node.op == "call_module" else ""
 
     found = []
     for node in graph.nodes:
