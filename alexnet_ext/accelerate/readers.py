@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from types import CodeType, FunctionType
 from typing import NamedTuple
@@ -107,9 +107,14 @@ def taken_apart(model: nn.Module, traced: Mapping[nn.Module, set[Identity]]) -> 
     names the outputs that it reads in ``feature_info``, as timm's do, is believed.
     """
     found: dict[nn.Module, str] = {}
+
+    def open_up(modules: Iterable[nn.Module], reason: str) -> None:
+        for module in modules:
+            found.setdefault(module, reason)
+
     for owner in model.modules():
         if replaced_forward(owner) is not None and not type(owner).__module__.startswith("torch._dynamo."):
-            found |= dict.fromkeys(owner.modules(), f"the forward of {type(owner).__name__} was replaced")
+            open_up(owner.modules(), f"the forward of {type(owner).__name__} was replaced")
         if not is_own_code(owner) or hasattr(owner, "feature_info") or not owner._modules:
             continue
         for method in methods(owner):
@@ -119,14 +124,14 @@ def taken_apart(model: nn.Module, traced: Mapping[nn.Module, set[Identity]]) -> 
             by = f"{type(owner).__name__}.{method.name}"
             used = method.uses()
             if used is None:
-                found |= dict.fromkeys(owner.modules(), f"the source of {by} cannot be read")
+                open_up(owner.modules(), f"the source of {by} cannot be read")
                 continue
             takes_data = code.co_argcount + code.co_kwonlyargcount > 1 or code.co_flags & (
                 inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
             )
             for use in used:
                 if use.runs or takes_data:
-                    found |= dict.fromkeys(_opened(owner, use), f"{by} may run its layers one by one")
+                    open_up(_opened(owner, use), f"{by} may run its layers one by one")
     return found
 
 

@@ -108,19 +108,20 @@ class Watch:
         self.reads: dict[tuple[int, str], Read] = {}
         self.methods: set[Identity] = set()
         """The functions that ran, by ``identity``."""
-        self._admitted = False
+        self._admitted: dict[int, types.CodeType] = {}
 
     def __call__(self, frame: types.FrameType, event: str, arg: Any) -> None:
-        if event == "c_call" and identity(frame.f_code) in self.methods:
-            self._check(_refused_built_in(arg))
+        if event == "c_call":
+            if id(frame.f_code) in self._admitted:
+                self._check(_refused_built_in(arg))
         elif event == "call" and (caller := frame.f_back) is not None:
-            if not self._admitted and identity(frame.f_code) == self.forward:
-                self._admitted = True
-                self._admit(frame.f_code, frame.f_globals)
-            elif identity(caller.f_code) in self.methods and not _is_open(frame):
-                module = str(frame.f_globals.get("__name__", ""))
-                if module.partition(".")[0] == "torch":
-                    self._check(f"it calls {module}.{frame.f_code.co_qualname}")
+            if id(caller.f_code) in self._admitted:
+                if not _is_open(frame):
+                    module = str(frame.f_globals.get("__name__", ""))
+                    if module.partition(".")[0] == "torch":
+                        self._check(f"it calls {module}.{frame.f_code.co_qualname}")
+                    self._admit(frame.f_code, frame.f_globals)
+            elif not self._admitted and identity(frame.f_code) == self.forward:
                 self._admit(frame.f_code, frame.f_globals)
 
     @contextmanager
@@ -145,8 +146,9 @@ class Watch:
             raise Untraceable(reason)
 
     def _admit(self, code: types.CodeType, scope: dict[str, Any]) -> None:
-        if identity(code) in self.methods:
+        if id(code) in self._admitted:
             return
+        self._admitted[id(code)] = code
         self.methods.add(identity(code))
         self._check(_refused_code(code))
         for name in code.co_names:
