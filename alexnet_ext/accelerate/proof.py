@@ -143,18 +143,19 @@ def _gradients(outputs: list[Tensor], leaves: list[tuple[str, Tensor]]) -> list[
 @contextmanager
 def _without_gradients(leaves: list[Tensor]) -> Iterator[None]:
     """No gradients and nobody who waits for them; afterwards those that were there."""
-    before = [(leaf, leaf.grad, leaf._post_accumulate_grad_hooks) for leaf in leaves]
+    before = [(leaf, leaf.grad) for leaf in leaves]
+    waiting = [(hooks, dict(hooks)) for leaf in leaves if (hooks := leaf._post_accumulate_grad_hooks)]
     try:
-        for leaf, _, hooks in before:
+        for leaf in leaves:
             leaf.grad = None
-            if hooks is not None:
-                leaf._post_accumulate_grad_hooks = None  # type: ignore[assignment]
+        for hooks, _ in waiting:
+            hooks.clear()
         yield
     finally:
-        for leaf, gradient, hooks in before:
+        for leaf, gradient in before:
             leaf.grad = gradient
-            if hooks is not None:
-                leaf._post_accumulate_grad_hooks = hooks
+        for hooks, all_of_them in waiting:
+            hooks.update(all_of_them)
 
 
 @contextmanager
