@@ -38,6 +38,10 @@ CUTLASS = "csrc/conv2d_bias_relu/conv2d_cutlass.cuh"
 CUTLASS_APPLIES = "alexnet_ext/ops/conv2d_bias_relu/cutlass.py"
 SM90 = "csrc/conv2d_bias_relu/conv2d_sm90.cuh"
 SM90_WEIGHT = "csrc/conv2d_bias_relu/weight_gradient_sm90.cuh"
+SURVEY, CALLS = "alexnet_ext/accelerate/survey.py", "alexnet_ext/accelerate/calls.py"
+WATCH, TRACING = "alexnet_ext/accelerate/watch.py", "alexnet_ext/accelerate/tracing.py"
+DRAWN = "tests/test_accelerate_generated.py -k 'before and {}'"
+BY_MODULES, BY_FX = DRAWN.format("modules"), DRAWN.format("fx")
 # These need nvcc and CUTLASS's headers.
 PTX, SM90_PTX = "tests/test_ptx.py::test_", "tests/test_ptx_hopper.py::test_"
 WINOGRAD = "csrc/conv2d_bias_relu/winograd_cpu.cpp"
@@ -231,6 +235,25 @@ FAULTS = (
           "x.dtype != torch.float32", "tests/test_cutlass.py -k dtypes"),
     Fault("CUTLASS: the gradient of x with a stride", CUTLASS_APPLIES, "wanted != 0 or stride == [1, 1]", "True",
           "tests/test_cutlass.py -k where_it_applies"),
+    Fault("accelerate: a ReLU in place behind whatever layer", SURVEY,
+          "if before is None or type(before) not in RETURN_NEW:", "if before is None:", BY_MODULES),
+    Fault("accelerate: a ReLU in place behind a layer with hooks", SURVEY,
+          "if has_hooks(before) or is_replaced(before):", "if is_replaced(before):", BY_MODULES),
+    Fault("accelerate: layers that are run one by one", SURVEY,
+          'if reason := known.opened.get(places[0].parent, ""):', "if reason := '':", BY_MODULES),
+    Fault("accelerate: the same where no trace shows it", SURVEY, "readers.taken_apart(model, traced)",
+          "readers.taken_apart(nn.Module(), traced)", BY_FX),
+    Fault("accelerate: a layer that another method runs alone", SURVEY,
+          "return _used_elsewhere(known, places) or _over", "return _over", BY_FX),
+    Fault("accelerate: a layer by its second name", TRACING,
+          "place.parent._modules[place.key] = module = twin", "pass", BY_FX),
+    Fault("accelerate: what a forward does besides, done once", WATCH, "sys.setprofile(self)", "pass", BY_FX),
+    Fault("accelerate: what a forward changes, changed once", WATCH, "in FORBIDDEN.items():", "in ():", BY_FX),
+    Fault("accelerate: LRN's learned constants taken for numbers", CALLS, "fixed = not any(", "fixed = True or any(",
+          BY_FX),
+    Fault("accelerate: ReLU moved behind what writes into its input", CALLS, "graph.inserting_before(relu)",
+          "graph.inserting_before(node)", BY_FX),
+    Fault("accelerate: a ReLU in place whose input is read", CALLS, "or len(given.users) != 1:", "or False:", BY_FX),
     Fault("tune: unproven kernels measured", "alexnet_ext/tuning.py", " if _is_right(op, way, device)]", "]",
           "tests/test_tuning.py -k wrong_here"),
     Fault("auto: another device's choice", "alexnet_ext/ops/_tuning.py", " | {device_name(device)} | ", " | ",

@@ -27,6 +27,11 @@ from torch.utils.checkpoint import checkpoint
 
 SEEN = []
 
+def note():
+    note.calls += 1
+
+note.calls = 0
+
 class Tap(nn.Module):
     def forward(self, x):
         SEEN.append(x)
@@ -99,7 +104,8 @@ CALLS: dict[str, tuple[str, str]] = {
     "pool counted": ("global SEEN\nSEEN = [*SEEN, torch.ones(1)]\nx = F.max_pool2d(F.relu(x), 2, 1)", ""),
     "norm": ("x = F.local_response_norm(x, 3, 0.5)", ""),
     "norm learned": ("x = F.local_response_norm(x, 3, self.{b}_alpha)", ""),
-    "norm checkpointed": ("x = checkpoint(torch.sin, F.local_response_norm(x, 3, 0.5), use_reentrant=False)", ""),
+    "norm checkpointed": ("x = checkpoint(self.{b}_tap, F.local_response_norm(x, 3, 0.5), use_reentrant=False)", ""),
+    "noted": ("note()\nx = F.local_response_norm(x, 3, 0.5)", ""),
 }
 HOOKS = ("none", "none", "before a relu", "on a layer", "on a sequential")
 kinds = st.sampled_from([*OF_A_SEQUENTIAL, *ONE_BY_ONE, *CALLS])
@@ -118,6 +124,7 @@ def source(program: Any) -> str:
         if kind in OF_A_SEQUENTIAL:
             layers.append(f"self.{b} = nn.Sequential({', '.join(LAYERS[name] for name in order)})")
         layers += [f"self.{b}_conv, self.{b}_pool = {LAYERS['conv']}, {LAYERS['pool']}"]
+        layers += [f"self.{b}_tap = Tap()"]
         layers += [f"self.{b}_list, self.{b}_dict = [self.{b}_conv], {{'pool': self.{b}_pool}}"]
         layers += [f"self.{b}_again, self.{b}_alpha = self.{b}_pool, nn.Parameter(torch.tensor(0.5))"]
         steps += step.format(b=b).splitlines()
@@ -174,7 +181,9 @@ class Run:
             leaves = [x, *self.model.parameters()]
             sums = (y * torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y)).sum()
             gradients = torch.autograd.grad(sums, leaves, allow_unused=True)
-            found += [torch.tensor(self.model.calls), *(t.detach().clone() for t in (y, *seen, *others))]
+            counts = [self.model.calls, len(self.scope["SEEN"]), self.scope["note"].calls]
+            self.scope["note"].calls = 0
+            found += [torch.tensor(counts), *(t.detach().clone() for t in (y, *seen, *others))]
             found += [torch.zeros(()) if g is None else g for g in gradients]
             self.model.load_state_dict(state)
         return found

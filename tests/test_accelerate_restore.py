@@ -1,4 +1,4 @@
-"""What is set on a model while it is accelerated is there after restore, or named; and other tools take no part away."""
+"""What is set on an accelerated model is there after restore, or named; other tools take no part of a layer away."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_what_cannot_be_taken_over_is_named() -> None:
 
 
 def test_pickles_of_before_load_and_restore() -> None:
-    """The layers that stood in for others shared no hooks with them, and ReLU -> MaxPool2d took the pool's dictionary."""
+    """Placeholders shared no hooks with the layers behind them, and ReLU -> MaxPool2d took the pool's dictionary."""
     model = sequential(nn.Tanh(), nn.ReLU(), nn.MaxPool2d(2))
     relu, pool = model[1], model[2]
     model[1] = ax.nn.sharing(ax.nn.ReLUMaxPool2d, pool, _replaces=(("1", relu), ("2", pool)))
@@ -222,7 +222,6 @@ def test_replicas_of_data_parallel_run_their_own_parameters(method: str) -> None
     assert fused(ax.accelerate(model, method=method))
     twins = [replica(model, scale) for scale in (1.0, 2.0)]
     torch.testing.assert_close([twin(x) for twin in twins], expected)
-    torch.testing.assert_close(replica(twins[1], 0.5)(x) if method == "modules" else twins[0](x), expected[0])
     torch.testing.assert_close(replica(copy.deepcopy(model), 2.0)(x), expected[1])
     ax.restore(model)
     assert set(vars(model)) == before
