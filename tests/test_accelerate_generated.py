@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -218,6 +218,7 @@ def counted(examples: int) -> Any:
         database=None,
         deadline=None,
         print_blob=not few,
+        phases=[Phase.explicit, Phase.generate] if few else list(Phase),  # a smaller example takes minutes to find
         suppress_health_check=list(HealthCheck),
     )
 

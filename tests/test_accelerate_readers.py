@@ -643,7 +643,7 @@ def test_reasons_name_the_code() -> None:
         assert reason in [row.reason for row in ax.accelerate(DEFAULT[name]())]
     by_fx = {
         "Listed": "it reads self.steps, a list, which may change",
-        "InATuple": "it reaches a Conv2d by another way than its name",
+        "InATuple": "it reads self.pair, a tuple, which may change",
         "InAFunction": "it reaches a Conv2d by another way than its name",
         "KeptByIt": "it changes its own attributes",
         "Appended": "it reads the global SEEN, a list, which may change",

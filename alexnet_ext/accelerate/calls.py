@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import CodeType, MethodType
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import fx, nn
 from .. import ops
 from ..nn import not_scriptable
 from .survey import RETURN_NEW, has_hooks, is_replaced
-from .tracing import first_line, optional, trace
+from .tracing import Trace, first_line, optional, trace
 from .watch import Read
 
 RELUS = (F.relu, F.relu_, torch.relu, torch.relu_)
@@ -31,21 +31,24 @@ class Rewritten:
 
     stands_in = True
 
-    def __init__(self, owner: nn.Module, options: dict[str, bool]) -> None:
+    def __init__(self, owner: nn.Module, options: dict[str, bool], traces: Sequence[Trace] = ()) -> None:
         self.owner, self.options = owner, options
         self.found: dict[bool, list[str]] = {}
         self.left: dict[bool, list[tuple[str, str]]] = {}
         self.functions: dict[bool, Callable[..., Any]] = {}
         self.reads: dict[bool, tuple[Read, ...]] = {}
         for training in (True, False):
-            self.prepare(training)
+            self.prepare(training, next((one for one in traces if one.training == training), None))
 
-    def prepare(self, training: bool) -> None:
-        """Make the function for this mode. Raises whatever the owner's code raises when it is traced."""
+    def prepare(self, training: bool, known: Trace | None = None) -> None:
+        """Make the function for this mode, of a trace if there is one with nothing given that may be left out.
+
+        Raises whatever the owner's code raises when it is traced.
+        """
         able = optional(self.owner)
         self.forward = type(self.owner).forward
         self.arguments = len(self.__signature__.parameters) - len(able)
-        graph, self.reads[training], _ = trace(self.owner, training, left_out=able)
+        _, graph, self.reads[training], _ = known or trace(self.owner, training, left_out=able)
         self.found[training], self.left[training] = fuse_calls(graph, self.owner, self.options)
         # A method of a class of its own, which takes any self: here the owner.
         self.functions[training] = type(fx.GraphModule(self.owner, graph)).forward
@@ -168,9 +171,9 @@ def _is_relu(node: fx.Node, owner: nn.Module) -> bool:
     return type(before) in RETURN_NEW and not has_hooks(before) and not is_replaced(before)
 
 
-def rewrite(owner: nn.Module, options: dict[str, bool]) -> Rewritten | str:
-    """A forward for ``owner`` with its calls fused, or why it cannot be traced."""
+def rewrite(owner: nn.Module, options: dict[str, bool], traces: Sequence[Trace] = ()) -> Rewritten | str:
+    """A forward for ``owner`` with its calls fused, or why it cannot be traced; ``traces`` are those of it, if any."""
     try:
-        return Rewritten(owner, options)
+        return Rewritten(owner, options, traces)
     except Exception as error:  # whatever its code raises when it is given proxies
         return first_line(error)

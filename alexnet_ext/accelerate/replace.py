@@ -107,7 +107,7 @@ def accelerate(
     rows = _rows(model, known, steps, refused)
     changes: list[Step | Forward] = [*steps]
     if method == "fx":
-        forwards, more = _forwards(model, options, filter_fn)
+        forwards, more = _forwards(model, known, options, filter_fn)
         changes += forwards
         rows += more
     for change in changes:
@@ -134,7 +134,7 @@ def accelerate(
 
 
 def _forwards(
-    model: nn.Module, options: dict[str, bool], filter_fn: FilterFn | None
+    model: nn.Module, known: Survey, options: dict[str, bool], filter_fn: FilterFn | None
 ) -> tuple[list[Forward], list[Row]]:
     """The forwards of the model's own code that call functions to fuse, and a row for each and each left alone."""
     found, rows = [], []
@@ -145,7 +145,7 @@ def _forwards(
         if isinstance(vars(owner).get("forward"), Rewritten):
             rows.append(Row(called, "calls", "already fused", ""))
             continue
-        rewritten = rewrite(owner, options)
+        rewritten = known.untraceable.get(owner) or rewrite(owner, options, known.traces.get(owner, ()))
         if isinstance(rewritten, str):
             rows.append(Row(called, "calls", "left alone", rewritten))
             continue

@@ -14,7 +14,7 @@ from .. import nn as fused_nn
 from . import readers
 from .places import Chain, Flow, Place, by_parent, chains, every_place, in_order, is_sealed, runs_in_order
 from .readers import is_own_code
-from .tracing import every_trace, first_line, flows
+from .tracing import Trace, every_trace, first_line, flows
 from .watch import Identity, identity
 
 STOCK = (nn.Conv2d, nn.ReLU, nn.LocalResponseNorm, nn.MaxPool2d)
@@ -38,8 +38,8 @@ class Survey(NamedTuple):
     """Modules whose forward ``torch.fx`` cannot show, and why."""
     opened: dict[nn.Module, str]
     """Modules some of whose layers may be run alone, and by which code."""
-    traced: dict[nn.Module, set[Identity]]
-    """For each module whose forward was traced, the functions that ran."""
+    traces: dict[nn.Module, list[Trace]]
+    """For each module whose forward was traced, ``every_trace`` of it."""
     shared: dict[int, str]
     """By id, the modules that stand in several places or hold a parameter that another module holds too: which."""
     read: set[str]
@@ -51,7 +51,7 @@ def survey(model: nn.Module, trace: bool) -> Survey:
     places = list(every_place(model))
     names = {(place.parent, place.key): place.name for place in places}
     found: list[Flow] = []
-    untraceable, traced = {}, {}
+    untraceable, all_traces = {}, {}
     for owner, below in by_parent(places).items():
         if runs_in_order(owner):
             found += in_order(below)
@@ -68,9 +68,14 @@ def survey(model: nn.Module, trace: bool) -> Survey:
                 return names[owner.get_submodule(parent), key]
 
             found += [flow for one in traces for flow in flows(one.graph, name_of)]
-            traced[owner] = {function for one in traces for function in one.methods}
-    opened = readers.taken_apart(model, traced)
-    return Survey(chains(places, found), untraceable, opened, traced, _shared(places), _read_outputs(model))
+            all_traces[owner] = traces
+    opened = readers.taken_apart(model, {owner: functions(traces) for owner, traces in all_traces.items()})
+    return Survey(chains(places, found), untraceable, opened, all_traces, _shared(places), _read_outputs(model))
+
+
+def functions(traces: list[Trace]) -> set[Identity]:
+    """Those that ran in any of these traces."""
+    return {function for one in traces for function in one.methods}
 
 
 def obstacle(known: Survey, chain: Chain, places: tuple[Place, ...]) -> str:
@@ -113,7 +118,7 @@ def _used_elsewhere(known: Survey, places: tuple[Place, ...]) -> str:
             for argument in arguments
         )
         # One that the forward calls, and that runs all of them whatever it is given, is in the trace as it is.
-        if some and not (some == keys and all_given and identity(code) in known.traced.get(parent, ())):
+        if some and not (some == keys and all_given and identity(code) in functions(known.traces.get(parent, []))):
             return f"{type(parent).__name__}.{method.name} may use {min(some)!r} alone"
     return ""
 

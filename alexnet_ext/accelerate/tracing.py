@@ -7,24 +7,13 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any, NamedTuple
 
-import torch
 from torch import fx, nn
 
 from . import readers
 from .places import Flow, every_place, is_sealed
 from .watch import Identity, Read, Untraceable, Watch
-
-SWITCHES: tuple[tuple[Callable[[], bool], Callable[[bool], Any]], ...] = (
-    (torch.is_grad_enabled, torch.set_grad_enabled),
-    *(
-        (partial(torch.is_autocast_enabled, device), partial(torch.set_autocast_enabled, device))
-        for device in ("cpu", "cuda")
-    ),
-)
-"""(is it on, switch it) of what code may switch around its calls, which no graph shows."""
 
 WATCHES_TENSORS = {"backward", "register_hook", "register_post_accumulate_grad_hook", "requires_grad_", "retain_grad"}
 """Methods of a tensor that let others see it, or its gradient, later."""
@@ -33,27 +22,12 @@ WATCHES_TENSORS = {"backward", "register_hook", "register_post_accumulate_grad_h
 class Trace(NamedTuple):
     """A forward's graph, and what else decided it."""
 
+    training: bool
     graph: fx.Graph
     reads: tuple[Read, ...]
     """Constants of the owner and of globals: the graph holds while they do."""
     methods: frozenset[Identity]
     """The functions that ran."""
-
-
-def _modes() -> list[bool]:
-    return [is_on() for is_on, _ in SWITCHES]
-
-
-@contextmanager
-def _switched(on: bool) -> Iterator[None]:
-    before = _modes()
-    try:
-        for _, switch in SWITCHES:
-            switch(on)
-        yield
-    finally:
-        for (_, switch), value in zip(SWITCHES, before, strict=True):
-            switch(value)
 
 
 @contextmanager
@@ -86,12 +60,9 @@ class _Shallow(fx.Tracer):
     def __init__(self, left_out: dict[str, Any], names: dict[int, str]) -> None:
         super().__init__()
         self.left_out, self.names = left_out, names
-        self.modes = _modes()
         self.proxies: list[weakref.ref[fx.Proxy]] = []
 
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        if _modes() != self.modes:
-            raise Untraceable("it switches gradients or autocast")
         if kind == "call_method" and target in WATCHES_TENSORS:
             raise Untraceable(f"it calls {target} of a tensor")
         return super().create_node(kind, target, *args, **kwargs)
@@ -119,8 +90,10 @@ class _Shallow(fx.Tracer):
 
     def outlived(self) -> bool:
         """Whether somebody holds a proxy still."""
-        if any(made() is not None for made in self.proxies):
-            gc.collect()
+        for generation in (1, 2):  # fx itself leaves cycles; a full collection takes a tenth of a second
+            if not any(made() is not None for made in self.proxies):
+                return False
+            gc.collect(generation)
         return any(made() is not None for made in self.proxies)
 
 
@@ -144,16 +117,6 @@ def trace(owner: nn.Module, training: bool, left_out: dict[str, Any]) -> Trace:
     """
     if readers.replaced_forward(owner) is not None:
         raise Untraceable("it was replaced")
-    traces = []
-    for on in (False, True):  # whatever it switches them to, one of these is the other way
-        with _switched(on):
-            traces.append(_trace(owner, training, left_out))
-    if str(traces[0].graph) != str(traces[1].graph):
-        raise Untraceable("it asks whether gradients or autocast are on")
-    return traces[0]
-
-
-def _trace(owner: nn.Module, training: bool, left_out: dict[str, Any]) -> Trace:
     modes, attributes = {module: module.training for module in owner.modules()}, dict(vars(owner))
     copies = {name: buffer if buffer is None else buffer.clone() for name, buffer in owner._buffers.items()}
     watch = Watch(owner)
@@ -175,7 +138,7 @@ def _trace(owner: nn.Module, training: bool, left_out: dict[str, Any]) -> Trace:
             raise Untraceable("it changes its own attributes")
         if tracer.outlived():
             raise Untraceable("it keeps what it computes")
-        return Trace(graph, tuple(watch.reads.values()), frozenset(watch.methods))
+        return Trace(training, graph, tuple(watch.reads.values()), frozenset(watch.methods))
     finally:
         vars(owner).clear()
         vars(owner).update(attributes)
@@ -192,8 +155,10 @@ def every_trace(owner: nn.Module) -> list[Trace]:
     """The owner's forward in training and in evaluation, with each argument that a call may leave out there, not there,
     and there alone, and with each of its attributes that is a bool as it is and the other way."""
     able = optional(owner)
+    # The first is what most calls do, and the one that a rewritten forward is made of.
     ways = [able, {}, *({other: able[other] for other in able if other != name} for name in able)]
-    found = [trace(owner, training, left_out) for left_out in ways for training in (True, False)]
+    different = {tuple(way): way for way in ways}.values()
+    found = [trace(owner, training, left_out) for left_out in different for training in (True, False)]
     flags = {read.name for one in found for read in one.reads if read.scope is None and isinstance(read.value, bool)}
     for name in sorted(flags & vars(owner).keys()):
         value = vars(owner)[name]

@@ -34,8 +34,8 @@ IMMUTABLE = (str, bytes, int, float, complex, tuple, range, frozenset)
 ARITHMETIC = {"math", "_operator", "torch._C._nn", "torch._C._special", "torch._C._linalg", "torch._C._fft"}
 """Modules of C functions that change nothing, or are in the graph."""
 
-QUESTIONS = {"is_grad_enabled", "is_autocast_enabled"}
-"""What two traces, with gradients and autocast on and off, answer differently: see ``tracing``."""
+QUESTIONS = {"is_grad_enabled", "is_autocast_enabled", "is_inference_mode_enabled"}
+"""Functions of ``torch._C`` whose answer a trace would keep."""
 
 OPEN = ("torch.fx", "torch.nn.functional", "torch.functional", "torch._jit_internal", "torch.nn.modules.container")
 """Modules of PyTorch whose Python functions a forward may call."""
@@ -210,7 +210,9 @@ def _refused_built_in(function: Any) -> str:
     name, of = str(getattr(function, "__name__", function)), getattr(function, "__self__", None)
     if isinstance(of, types.ModuleType):
         pure = of.__name__ in ARITHMETIC
-        known = (of is builtins and name in PURE) or (of is torch._C and name in QUESTIONS)
+        known = of is builtins and name in PURE
+        if of is torch._C and name in QUESTIONS:
+            return "it asks whether gradients or autocast are on"
     else:
         pure = isinstance(of, IMMUTABLE) or of is getattr(torch.relu, "__self__", None)
         reads = isinstance(of, (list, dict)) and name in READS
