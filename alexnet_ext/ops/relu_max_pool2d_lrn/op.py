@@ -34,12 +34,10 @@ def relu_max_pool2d_lrn(
     activation (a quarter of x at window 3, stride 2) and one byte an output element, not x.
     """
     constants, op = check_block("relu_max_pool2d_lrn", backend, x, bias, lrn_size, alpha, beta, k, kernel_size, stride)
-    batch = x if x.dim() == 4 else x.unsqueeze(0)
-    if op is not None:
-        y, _, _ = op(batch, bias, *constants)
-    else:
-        y = reference.relu_max_pool2d_lrn(batch, bias, *constants)
-    return y if x.dim() == 4 else y.squeeze(0)
+    if op is None:
+        return reference.relu_max_pool2d_lrn(x, bias, *constants)
+    y, _, _ = op(x, bias, *constants)
+    return y
 
 
 def _fake(
