@@ -43,6 +43,7 @@ UNPROVEN = {("measured", "cuda"), ("native", "cuda"), ("triton", "cuda")}
 TUNED: tuple[str, ...] = ("cuda",)
 TUNED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+
 def check_backend(backend: str) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
