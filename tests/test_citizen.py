@@ -170,6 +170,43 @@ def test_double_backward_as_stock(case: Case) -> None:
     )
 
 
+@each_example
+def test_vectorized_second_derivatives_as_stock(case: Case) -> None:
+    """As ``torch.autograd.functional.hessian(..., vectorize=True)`` takes them: many vectors through one graph."""
+    tensors = cases.make(case, torch.float64)
+    exact = oracle.widened(tensors)
+    seeds = [torch.randn(3, *tensor.shape, dtype=torch.float64) for tensor in values(tensors)]
+
+    def second(y: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+        first = torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
+        return torch.autograd.grad(first, inputs, seeds, is_grads_batched=True)
+
+    torch.testing.assert_close(
+        second(cases.fused(case, tensors), values(tensors)), second(cases.stock(case, exact), values(exact))
+    )
+
+
+SMALL = (
+    *(lrn((1, 3, 1, 2), size=2), pool((1, 2, 3, 4), 2, 1), linear((2, 3), 2), linear((2, 3), 2, bias=False)),
+    *(conv((1, 2, 3, 3), 2, (2, 2), bias=bias, relu=bias) for bias in (True, False)),
+    *(block(op, (1, 3, 2, 3), bias, kernel_size=2, stride=1) for op in cases.BLOCKS for bias in (True, False)),
+)
+
+
+@pytest.mark.parametrize("case", cases.params(SMALL))
+def test_a_whole_hessian_at_once(case: Case) -> None:
+    tensors = cases.make(case, torch.float64)
+    given = tuple(tensor.detach() for tensor in values(tensors))
+
+    def hessian(op: Callable[..., Tensor]) -> Any:
+        def loss(*inputs: Tensor) -> Tensor:
+            return op(case, tensors | dict(zip(cases.wanting_grad(tensors), inputs, strict=True))).pow(3).sum()
+
+        return torch.autograd.functional.hessian(loss, given, vectorize=True)
+
+    torch.testing.assert_close(hessian(cases.fused), hessian(cases.stock))
+
+
 @pytest.mark.parametrize("dim", [0, 1, -1])
 @each_example
 def test_vmap_over_everything_and_over_x_alone(case: Case, dim: int) -> None:

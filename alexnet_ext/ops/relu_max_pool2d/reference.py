@@ -56,7 +56,8 @@ def scatter_to_winners(
     y = rows + tap.div(kernel_size[1], rounding_mode="floor") * dilation[0]
     x = columns + tap.remainder(kernel_size[1]) * dilation[1]
     flows = winners != NO_GRADIENT
-    position = torch.where(flows, y * width + x, 0).flatten(2)
-    source = torch.where(flows, dy, 0).flatten(2)
+    # reshape and view, not flatten and unflatten, which the vmap behind is_grads_batched cannot do.
+    lines = (*dy.shape[:2], dy.shape[2] * dy.shape[3])
+    position, source = torch.where(flows, y * width + x, 0).reshape(lines), torch.where(flows, dy, 0).reshape(lines)
     zeros = torch.zeros(*dy.shape[:2], height * width, dtype=dy.dtype, device=dy.device)
-    return zeros.scatter_add(2, position, source).unflatten(2, (height, width))
+    return zeros.scatter_add(2, position, source).view(*dy.shape[:2], height, width)
