@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._backend import operator, wrapper
 from .._checks import IntPair, autocast_enabled, check_bias, check_same, check_tensor, integer, pair
-from .._layout import convolved_format, new_images
+from .._layout import convolved_format, new_images, outline
 from .._register import Gradient, all_but_fp64, register
 from . import reference
 
@@ -45,7 +45,8 @@ def conv2d_bias_relu(
 
     Returns:
         (N, C_out, H_out, W_out) in the memory format that ``F.conv2d`` gives. Under autocast x, weight and
-        bias are cast to the autocast dtype, as in stock. Saves x, weight and, with relu, the result for the backward.
+        bias are cast to the autocast dtype, as in stock. Saves for the backward x where weight wants a gradient,
+        weight where x does, and, with relu, the result.
 
     Raises:
         RuntimeError: rank, channels, groups, dtype, device or size that do not fit together.
@@ -161,13 +162,16 @@ def _fake_backward(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, _bias, *ctx.constants, ctx.relu = inputs
-    ctx.save_for_backward(x, weight, *([output] if ctx.relu else []))
+    ctx.outlines = outline(x), outline(weight)
+    for_x, for_weight = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(x if for_weight else None, weight if for_x else None, output if ctx.relu else None)
 
 
 def _backward(op: Any, ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     wanted = list(ctx.needs_input_grad[:3])
-    x, weight, *result = ctx.saved_tensors
-    y = result[0] if result else dy  # without a ReLU to mask only its shape counts
+    *operands, y = ctx.saved_tensors
+    x, weight = (new_images(dy, *o) if t is None else t for t, o in zip(operands, ctx.outlines, strict=True))
+    y = dy if y is None else y  # without a ReLU to mask only its shape counts
     gradients = op(dy, x, weight, y, *ctx.constants, wanted, ctx.relu)
     return *(g if w else None for g, w in zip(gradients, wanted, strict=True)), None, None, None, None, None
 

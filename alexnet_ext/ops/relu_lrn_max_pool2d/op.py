@@ -51,8 +51,8 @@ def relu_lrn_max_pool2d(
         backend: ``"auto"``, ``"native"``, ``"triton"`` or ``"stock"``.
 
     Returns:
-        The pooled tensor in x's dtype (under autocast too) and memory format. Saves x and one byte an output
-        element for the backward.
+        The pooled tensor in x's dtype (under autocast too) and memory format. Saves x, a copy of bias and one byte an
+        output element for the backward.
 
     Raises:
         RuntimeError, TypeError: as ``local_response_norm`` and ``relu_max_pool2d``; or a bias that does not fit x.
@@ -60,6 +60,8 @@ def relu_lrn_max_pool2d(
     constants, op = check_block("relu_lrn_max_pool2d", backend, x, bias, lrn_size, alpha, beta, k, kernel_size, stride)
     if op is None:
         return reference.relu_lrn_max_pool2d(x, bias, *constants)
+    if bias is not None and torch.is_grad_enabled() and (x.requires_grad or bias.requires_grad):
+        bias = bias.clone()  # The backward adds it again: an optimizer may have changed the caller's meanwhile.
     y, _ = op(x, bias, *constants)
     return y
 
