@@ -11,6 +11,7 @@ import torch
 from torch.autograd import forward_ad
 
 from .. import _library
+from ._checks import overrides
 from ._tuning import tuned
 
 BACKENDS = ("auto", "native", "triton", "stock")
@@ -109,12 +110,29 @@ def _is_in_gradient_transform() -> bool:
     return any(level.key() == torch._C._functorch.TransformType.Grad for level in stack)
 
 
-def wrapper(*tensors: torch.Tensor | None) -> str:
-    """What kind of tensor is among these that wraps others and knows PyTorch's own operators alone (DTensor), or ""."""
+def wrapper(*tensors: object) -> str:
+    """What kind of tensor is among these that knows PyTorch's own operators or functions alone, or "".
+
+    One that wraps others (DTensor), or of a class with its own ``__torch_function__`` (ExpandedWeight).
+    """
     for tensor in tensors:
-        if hasattr(type(tensor), "__tensor_flatten__"):
+        if hasattr(type(tensor), "__tensor_flatten__") or overrides(tensor):
             return f"tensors of type {type(tensor).__name__}"
     return ""
+
+
+def by_functions(backend: str, *tensors: object) -> bool:
+    """Whether the call goes to PyTorch's functions as it is, unchecked, for one of these has a ``__torch_function__``.
+
+    It may know nothing else, not even a shape. RuntimeError where ``backend`` asks for more than stock PyTorch.
+    """
+    if not overrides(*tensors):
+        return False
+    check_backend(backend)
+    backend = current() if backend == "auto" else backend
+    if backend not in ("auto", "stock"):
+        raise RuntimeError(f"backend={backend!r} does not cover {wrapper(*tensors)}")
+    return True
 
 
 def has_kernel(backend: str, op: str, device: str) -> bool:

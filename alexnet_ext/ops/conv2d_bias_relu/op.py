@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._backend import operator, wrapper
+from .._backend import by_functions, operator, wrapper
 from .._checks import IntPair, autocast_enabled, check_bias, check_same, check_tensor, integer, pair
 from .._layout import convolved_format, new_images, outline
 from .._register import Gradient, all_but_fp64, register
@@ -52,6 +52,8 @@ def conv2d_bias_relu(
         RuntimeError: rank, channels, groups, dtype, device or size that do not fit together.
         ValueError: groups below 1. TypeError: a size that is neither an int nor a pair.
     """
+    if by_functions(backend, x, weight, bias):
+        return reference.conv2d_bias_relu(x, weight, bias, stride, padding, dilation, groups, relu)
     for name, value in (("x", x), ("weight", weight)):
         check_tensor(name, value)
     step, dilate = pair("stride", stride, 1), pair("dilation", dilation, 1)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .._backend import operator, wrapper
+from .._backend import by_functions, operator, wrapper
 from .._checks import autocast_enabled, check_bias, check_same, check_tensor, expands
 from .._layout import new_images, outline
 from .._register import Gradient, all_but_fp64, register
@@ -34,6 +34,8 @@ def linear_bias_relu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, b
         RuntimeError: rank, size, dtype or device that do not fit together.
         TypeError: x, weight or bias is not a Tensor.
     """
+    if by_functions(backend, x, weight, bias):
+        return reference.linear_bias_relu(x, weight, bias)
     for name, value in (("x", x), ("weight", weight)):
         check_tensor(name, value)
     if weight.dim() != 2:

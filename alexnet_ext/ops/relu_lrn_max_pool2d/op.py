@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._backend import operator
+from .._backend import by_functions, operator
 from .._checks import (
     IntPair,
     autocast_enabled,
@@ -57,6 +57,8 @@ def relu_lrn_max_pool2d(
     Raises:
         RuntimeError, TypeError: as ``local_response_norm`` and ``relu_max_pool2d``; or a bias that does not fit x.
     """
+    if by_functions(backend, x, bias):
+        return reference.relu_lrn_max_pool2d(x, bias, lrn_size, alpha, beta, k, kernel_size, stride)
     constants, op = check_block("relu_lrn_max_pool2d", backend, x, bias, lrn_size, alpha, beta, k, kernel_size, stride)
     if op is None:
         return reference.relu_lrn_max_pool2d(x, bias, *constants)

@@ -6,13 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._checks import overrides
+
 NO_GRADIENT = 255
 """The winner of a window in which no value is positive: nothing flows back."""
 
 
-def relu_max_pool2d(
-    x: Tensor, kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int], ceil_mode: bool
-) -> Tensor:
+def relu_max_pool2d(x: Tensor, kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool) -> Tensor:
+    if overrides(x):
+        return F.max_pool2d(F.relu(x), kernel_size, stride, padding, dilation, ceil_mode)
     x = F.relu(x)
     if may_step_over(x, kernel_size, dilation) and x.is_floating_point():
         return _stepping_over(x, kernel_size, stride, padding, dilation, ceil_mode)
