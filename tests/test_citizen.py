@@ -388,6 +388,30 @@ def test_sparse_and_complex_as_stock(case: Case) -> None:
 
 
 @each_example
+def test_without_anything_in_a_dimension_as_stock(case: Case, capfd: pytest.CaptureFixture[str]) -> None:
+    """Stock's result and gradients, or an exception of its type, of one line and no trace of C++ beside it."""
+
+    def results(op: Callable[..., Tensor], tensors: cases.Tensors) -> tuple[Tensor, ...]:
+        y = op(case, tensors)
+        return y, *torch.autograd.grad(y.sum(), values(tensors))
+
+    for name, shape in case.items():
+        for dim in range(len(shape or ())):
+            tensors = cases.make(case, requires_grad=False)
+            tensors[name] = tensors[name].narrow(dim, 0, 0)
+            tensors = {n: t if t is None else t.requires_grad_() for n, t in tensors.items()}
+            try:
+                expected = results(cases.stock, tensors)
+            except (RuntimeError, ValueError) as error:
+                with pytest.raises(type(error)) as caught:
+                    results(cases.fused, tensors)
+                assert "\n" not in str(caught.value)
+            else:
+                torch.testing.assert_close(results(cases.fused, tensors), expected)
+    assert "Exception" not in capfd.readouterr().err
+
+
+@each_example
 def test_a_zero_dimensional_tensor_is_refused(case: Case) -> None:
     tensors = cases.make(case, requires_grad=False)
     with pytest.raises((RuntimeError, ValueError), match=r"expected (3D|\(\*, 7\))"):

@@ -64,10 +64,14 @@ def conv2d_bias_relu(
         check_same("weight", weight, x)
         if bias is not None:
             check_same("bias", bias, x)
-    if pad == "same":
-        x, pad = _pad_same(x, weight, dilate)
-    _check_reach(x, weight, pad, dilate)
-    op = operator("conv2d_bias_relu", backend, x, wrapper(weight, bias))
+    unsupported = wrapper(weight, bias)
+    if 0 in weight.shape[2:]:
+        unsupported = f"a weight of shape {list(weight.shape)}"
+    else:
+        if pad == "same":
+            x, pad = _pad_same(x, weight, dilate)
+        _check_reach(x, weight, pad, dilate)
+    op = operator("conv2d_bias_relu", backend, x, unsupported)
     if op is None:
         return reference.conv2d_bias_relu(x, weight, bias, step, pad, dilate, groups, relu)
     batch = x if x.dim() == 4 else x.unsqueeze(0)
@@ -114,7 +118,20 @@ def _check_shapes(x: Tensor, weight: Tensor, given: Any) -> int:
             f"Given groups={groups}, weight of size {list(weight.shape)}, expected x of shape {list(x.shape)} "
             f"to have {weight.shape[1] * groups} channels, but got {x.shape[-3]}"
         )
+    _check_not_empty(x, weight, groups)
     return groups
+
+
+def _check_not_empty(x: Tensor, weight: Tensor, groups: int) -> None:
+    """Raise where stock does, whose convolution has no kernel for nothing. Of no channels it makes zeros."""
+    if weight.shape[0] == 0:
+        raise RuntimeError(f"weight has shape {list(weight.shape)}, expected at least {groups} output channels")
+    if weight.shape[1] == 0:
+        return
+    if 0 in weight.shape[2:]:
+        raise RuntimeError(f"weight has shape {list(weight.shape)}, expected a kernel of at least 1 x 1")
+    if 0 in x.shape[-2:] and (x.dim() == 3 or x.shape[0]):
+        raise RuntimeError(f"x has shape {list(x.shape)}, expected non-empty H and W")
 
 
 def _check_reach(x: Tensor, weight: Tensor, padding: list[int], dilation: list[int]) -> None:
