@@ -105,7 +105,7 @@ def info() -> Info:
 
 def choice(op: str, device: str) -> Choice:
     """What ``backend="auto"`` runs for ``op`` on ``device`` (``"cpu"`` or ``"cuda"``) at this moment."""
-    current = _backend._current
+    current = _backend.current()
     if current == "stock":
         return Choice(op, device, "stock", "use_backend('stock') is in force")
     picked = _backend.preferred(op, torch.device(device)) if current == "auto" else current

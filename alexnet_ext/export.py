@@ -25,13 +25,15 @@ if TYPE_CHECKING:
     from .training import checkpoint
 
 OPSET = 20
+TINY = torch.finfo(torch.float32).tiny
 
 
 def to_onnx(model: nn.Module, example: Tensor, path: str | os.PathLike[str]) -> None:
     """Write ``model`` as an ONNX file, its weights inside, for any batch size.
 
-    Every ``LocalResponseNorm`` with an odd window is one ``LRN`` node (PyTorch's own exporter takes it to pieces), an
-    even one is Mul, Pad, Slice, Sum and Pow, as ONNX's window leans to the other side there; everything else is
+    Every ``LocalResponseNorm`` over (N, C, H, W) in fp32 with an odd window and positive ``alpha`` and ``beta`` is one
+    ``LRN`` node (PyTorch's own exporter takes it to pieces). Any other is Mul, Pad, Slice, Sum and Pow, as an even
+    window of ONNX's leans to the other side, and onnxruntime's has no other rank or constants; everything else is
     ``Conv``, ``Relu``, ``MaxPool``, ``Gemm`` as the model has them, in evaluation.
 
     Args:
@@ -166,13 +168,13 @@ def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         raise RuntimeError(f"export to ONNX needs the compiled CPU library: {_library.LIBRARIES[0].reason}")
     op: Any = getattr(onnxscript, f"opset{OPSET}")
 
-    def norm(x: Any, size: int, alpha: float, beta: float, k: float) -> Any:
-        if size % 2:
+    def norm(like: Any, x: Any, size: int, alpha: float, beta: float, k: float) -> Any:
+        """Of x, of which the rank and dtype are known from the op's input alone."""
+        # An even window of LRN leans to the other side. Of odd ones onnxruntime's takes what follows and no more.
+        if size % 2 and len(like.shape) == 4 and str(like.dtype) == "FLOAT" and min(alpha, beta) >= TINY:
             return op.LRN(x, size=size, alpha=alpha, beta=beta, bias=k)
-        # Channels c - size/2 to c + size/2 - 1; LRN's would be c - size/2 + 1 to c + size/2.
-        square = op.Pad(
-            op.Mul(x, x), op.Constant(value_ints=[size // 2, size // 2 - 1]), None, op.Constant(value_ints=[1])
-        )
+        window = op.Constant(value_ints=[size // 2, (size - 1) // 2])
+        square = op.Pad(op.Mul(x, x), window, None, op.Constant(value_ints=[1]))
         axis, end = op.Constant(value_ints=[1]), op.Shape(x, start=1, end=2)
         parts = []
         for i in range(size):
@@ -200,7 +202,7 @@ def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         return op.Cast(y, to=2)  # uint8; for the backward alone, so that nothing reads it and it is removed
 
     def local_response_norm(x: Any, size: int, alpha: float, beta: float, k: float) -> Any:
-        return norm(x, size, alpha, beta, k)
+        return norm(x, x, size, alpha, beta, k)
 
     def relu_max_pool2d(
         x: Any, kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool
@@ -221,14 +223,16 @@ def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     def relu_lrn_max_pool2d(
         x: Any, bias: Any, lrn_size: int, alpha: float, beta: float, k: float, kernel_size: Any, stride: Any
     ) -> tuple[Any, Any]:
-        y = pool(norm(op.Relu(biased(x, bias)), lrn_size, alpha, beta, k), kernel_size, stride, (0, 0), (1, 1), False)
+        y = pool(
+            norm(x, op.Relu(biased(x, bias)), lrn_size, alpha, beta, k), kernel_size, stride, (0, 0), (1, 1), False
+        )
         return y, winners(y)
 
     def relu_max_pool2d_lrn(
         x: Any, bias: Any, lrn_size: int, alpha: float, beta: float, k: float, kernel_size: Any, stride: Any
     ) -> tuple[Any, Any, Any]:
         pooled = pool(op.Relu(biased(x, bias)), kernel_size, stride, (0, 0), (1, 1), False)
-        return norm(pooled, lrn_size, alpha, beta, k), op.Identity(pooled), winners(pooled)
+        return norm(x, pooled, lrn_size, alpha, beta, k), op.Identity(pooled), winners(pooled)
 
     functions = (
         local_response_norm,

@@ -185,6 +185,7 @@ def _block_cases(op: str) -> tuple[Case, ...]:
         block(op, (2, 5, 9, 8), kernel_size=2, stride=3),
         block(op, (1, 8, 7, 9), alpha=5e-4, lrn_size=5),
         block(op, (7, 6, 5), kernel_size=3, stride=1),
+        block(op, (3, 9, 8), bias=False, lrn_size=4),
     )
 
 
@@ -270,18 +271,13 @@ def _activation(x: Tensor, bias: Tensor | None) -> Tensor:
 def _stock_lrn_pool(
     x: Tensor, bias: Tensor | None, lrn_size: int, alpha: float, beta: float, k: float, kernel_size: Any, stride: Any
 ) -> Tensor:
-    return F.max_pool2d(_lrn_nchw(_activation(x, bias), lrn_size, alpha, beta, k), kernel_size, stride)
+    return F.max_pool2d(F.local_response_norm(_activation(x, bias), lrn_size, alpha, beta, k), kernel_size, stride)
 
 
 def _stock_pool_lrn(
     x: Tensor, bias: Tensor | None, lrn_size: int, alpha: float, beta: float, k: float, kernel_size: Any, stride: Any
 ) -> Tensor:
-    return _lrn_nchw(F.max_pool2d(_activation(x, bias), kernel_size, stride), lrn_size, alpha, beta, k)
-
-
-def _lrn_nchw(x: Tensor, *constants: Any) -> Tensor:
-    """LRN of (N, C, H, W), or of an unbatched (C, H, W), which LRN alone would take for (N, C, L)."""
-    return F.local_response_norm(x, *constants) if x.dim() == 4 else F.local_response_norm(x[None], *constants)[0]
+    return F.local_response_norm(F.max_pool2d(_activation(x, bias), kernel_size, stride), lrn_size, alpha, beta, k)
 
 
 def _stock_augment(

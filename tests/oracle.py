@@ -207,8 +207,7 @@ def settled(case: Case, exact: Tensors, dtype: torch.dtype) -> Tensor:
     z = exact["x"] if exact["bias"] is None else exact["x"] + exact["bias"][:, None, None]
     values = F.relu(z)
     if case.op == "relu_lrn_max_pool2d":
-        batch = values if values.dim() == 4 else values[None]
-        values = F.local_response_norm(batch, c["lrn_size"], c["alpha"], c["beta"], c["k"]).view_as(values)
+        values = F.local_response_norm(values, c["lrn_size"], c["alpha"], c["beta"], c["k"])
     (height, width), (down, right) = cases.pair(c["kernel_size"]), cases.pair(c["stride"])
     windows = values.unfold(-2, height, down).unfold(-2, width, right).flatten(-2)
     if windows.shape[-1] == 1:
@@ -217,6 +216,6 @@ def settled(case: Case, exact: Tensors, dtype: torch.dtype) -> Tensor:
     open_windows = (first - second <= eps * first.abs()) & (first != 0)
     if case.op == "relu_max_pool2d_lrn":  # an output's gradient goes on to its neighbouring channels' windows
         reach = c["lrn_size"] // 2
-        beside = F.pad(open_windows, (0, 0, 0, 0, reach, reach))
-        open_windows = beside.unfold(-3, 2 * reach + 1, 1).any(-1)
+        beside = F.pad(open_windows.movedim(1, -1), (reach, reach))
+        open_windows = beside.unfold(-1, 2 * reach + 1, 1).any(-1).movedim(-1, 1)
     return ~open_windows

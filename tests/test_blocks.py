@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from alexnet_ext import ops
+from alexnet_ext import nn, ops
 
 from . import cases, oracle
 from .cases import block, each_dtype
@@ -108,6 +108,24 @@ def test_strides_are_those_of_pooling(op: str, shape: tuple[int, ...], layout: s
     y.sum().backward()
     if layout == "channels_last":
         assert x.grad.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("kind", "order"), [(nn.Conv2dReLULRNMaxPool2d, (0, 1, 2)), (nn.Conv2dReLUMaxPool2dLRN, (0, 2, 1))]
+)
+def test_an_unbatched_image_is_normalized_as_stock_does(kind: type[Any], order: tuple[int, ...]) -> None:
+    """Over its rows: LRN alone takes (C, H, W) for (N, C, L)."""
+    norm, pool = torch.nn.LocalResponseNorm(3, 1.5, k=2.0), torch.nn.MaxPool2d(2)
+    ours = kind(3, 6, 3, norm=norm, pool=pool).double()
+    behind = (torch.nn.ReLU(), norm, pool)
+    x = torch.randn(3, 11, 10, dtype=torch.float64)
+    z = torch.nn.functional.conv2d(x, ours.weight, ours.bias)
+    expected = torch.nn.Sequential(*(behind[i] for i in order))(z)
+    torch.testing.assert_close(ours(x), expected)
+    parameters = list(ours.parameters())
+    torch.testing.assert_close(
+        torch.autograd.grad(ours(x).sum(), parameters), torch.autograd.grad(expected.sum(), parameters)
+    )
 
 
 X, BIAS = torch.randn(1, 4, 8, 8), torch.randn(4)

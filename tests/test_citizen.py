@@ -170,6 +170,43 @@ def test_double_backward_as_stock(case: Case) -> None:
     )
 
 
+@each_example
+def test_vectorized_second_derivatives_as_stock(case: Case) -> None:
+    """As ``torch.autograd.functional.hessian(..., vectorize=True)`` takes them: many vectors through one graph."""
+    tensors = cases.make(case, torch.float64)
+    exact = oracle.widened(tensors)
+    seeds = [torch.randn(3, *tensor.shape, dtype=torch.float64) for tensor in values(tensors)]
+
+    def second(y: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+        first = torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
+        return torch.autograd.grad(first, inputs, seeds, is_grads_batched=True)
+
+    torch.testing.assert_close(
+        second(cases.fused(case, tensors), values(tensors)), second(cases.stock(case, exact), values(exact))
+    )
+
+
+SMALL = (
+    *(lrn((1, 3, 1, 2), size=2), pool((1, 2, 3, 4), 2, 1), linear((2, 3), 2), linear((2, 3), 2, bias=False)),
+    *(conv((1, 2, 3, 3), 2, (2, 2), bias=bias, relu=bias) for bias in (True, False)),
+    *(block(op, (1, 3, 2, 3), bias, kernel_size=2, stride=1) for op in cases.BLOCKS for bias in (True, False)),
+)
+
+
+@pytest.mark.parametrize("case", cases.params(SMALL))
+def test_a_whole_hessian_at_once(case: Case) -> None:
+    tensors = cases.make(case, torch.float64)
+    given = tuple(tensor.detach() for tensor in values(tensors))
+
+    def hessian(op: Callable[..., Tensor]) -> Any:
+        def loss(*inputs: Tensor) -> Tensor:
+            return op(case, tensors | dict(zip(cases.wanting_grad(tensors), inputs, strict=True))).pow(3).sum()
+
+        return torch.autograd.functional.hessian(loss, given, vectorize=True)
+
+    torch.testing.assert_close(hessian(cases.fused), hessian(cases.stock))
+
+
 @pytest.mark.parametrize("dim", [0, 1, -1])
 @each_example
 def test_vmap_over_everything_and_over_x_alone(case: Case, dim: int) -> None:
@@ -348,6 +385,30 @@ def test_sparse_and_complex_as_stock(case: Case) -> None:
             continue
         with pytest.raises((RuntimeError, NotImplementedError, TypeError)):
             cases.fused(case, tensors | {"x": x})
+
+
+@each_example
+def test_without_anything_in_a_dimension_as_stock(case: Case, capfd: pytest.CaptureFixture[str]) -> None:
+    """Stock's result and gradients, or an exception of its type, of one line and no trace of C++ beside it."""
+
+    def results(op: Callable[..., Tensor], tensors: cases.Tensors) -> tuple[Tensor, ...]:
+        y = op(case, tensors)
+        return y, *torch.autograd.grad(y.sum(), values(tensors))
+
+    for name, shape in case.items():
+        for dim in range(len(shape or ())):
+            tensors = cases.make(case, requires_grad=False)
+            tensors[name] = tensors[name].narrow(dim, 0, 0)
+            tensors = {n: t if t is None else t.requires_grad_() for n, t in tensors.items()}
+            try:
+                expected = results(cases.stock, tensors)
+            except (RuntimeError, ValueError) as error:
+                with pytest.raises(type(error)) as caught:
+                    results(cases.fused, tensors)
+                assert "\n" not in str(caught.value)
+            else:
+                torch.testing.assert_close(results(cases.fused, tensors), expected)
+    assert "Exception" not in capfd.readouterr().err
 
 
 @each_example

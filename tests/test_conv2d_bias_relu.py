@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -201,6 +202,45 @@ def test_empty_batch_has_zero_parameter_gradients() -> None:
     assert not tensors["bias"].grad.any()
 
 
+EMPTY = [
+    (x, (outputs, x[-3] // groups, *kernel), groups, padding)
+    for x in ((0, 2, 5, 4), (2, 2, 5, 4), (2, 0, 5, 4), (0, 0, 5, 4), (2, 2, 0, 4), (0, 2, 5, 0), (2, 5, 4), (0, 5, 4))
+    for outputs, groups in ((4, 1), (4, 2), (0, 1), (0, 2))
+    for kernel in ((3, 1), (0, 1), (3, 0), (0, 0))
+    for padding in (0, 1, "same")
+    if x[-3] % groups == 0
+]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_of_nothing_as_stock(layout: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Stock's result, or a RuntimeError of one line and no trace of C++ beside it."""
+    refused = 0
+    for shape, kernel, groups, padding in EMPTY:
+        x = torch.randn(shape)
+        tensors = [cases.lay_out(x, layout) if x.dim() == 4 else x, torch.randn(kernel), torch.randn(kernel[0])]
+        what = f"{shape}, {kernel}, groups={groups}, padding={padding}"
+
+        def results(op: Callable[..., Tensor], tensors: list[Tensor], *options: Any) -> list[Tensor]:
+            given = [tensor.clone().requires_grad_() for tensor in tensors]
+            y = op(*given, 1, *options)
+            y.sum().backward()
+            return [y.detach(), *(tensor.grad for tensor in given)]
+
+        options = (padding, 1, groups)
+        try:
+            expected = results(lambda *given: F.relu(F.conv2d(*given)), tensors, *options)
+        except (RuntimeError, IndexError):  # of an empty batch and kernel stock's is an IndexError, by accident
+            refused += 1
+            with pytest.raises(RuntimeError) as caught:
+                results(conv2d_bias_relu, tensors, *options)
+            assert "\n" not in str(caught.value), what
+        else:
+            torch.testing.assert_close(results(conv2d_bias_relu, tensors, *options), expected, msg=what)
+    assert 50 < refused < len(EMPTY)
+    assert "Exception" not in capfd.readouterr().err
+
+
 def test_numpys_integers_are_integers() -> None:
     x, weight = torch.randn(1, 4, 8, 8), torch.randn(4, 2, 3, 3)
     one, two = np.int64(1), np.int32(2)
@@ -222,6 +262,13 @@ X, WEIGHT, BIAS = torch.randn(1, 4, 8, 8), torch.randn(4, 2, 3, 3), torch.randn(
         ({"x": X.numpy()}, TypeError, "x must be a Tensor, got ndarray"),
         ({"weight": WEIGHT[0]}, RuntimeError, r"weight has shape \[2, 3, 3\], expected 4D"),
         ({"weight": WEIGHT[:3], "bias": None}, RuntimeError, "groups=2 does not divide the 3 output channels"),
+        (
+            {"weight": WEIGHT[..., :0]},
+            RuntimeError,
+            r"weight has shape \[4, 2, 3, 0\], expected a kernel of at least 1",
+        ),
+        ({"weight": WEIGHT[:0], "bias": None}, RuntimeError, r"weight has shape \[0, .* expected at least 2 output"),
+        ({"x": X[:, :, :0]}, RuntimeError, r"x has shape \[1, 4, 0, 8\], expected non-empty H and W"),
         ({"weight": None}, TypeError, "weight must be a Tensor, got NoneType"),
         ({"bias": BIAS[:3]}, RuntimeError, r"bias has shape \[3\], expected \[4\]"),
         ({"bias": BIAS[:, None]}, RuntimeError, r"bias has shape \[4, 1\], expected \[4\]"),

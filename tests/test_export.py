@@ -120,6 +120,36 @@ def test_layers_in_onnx(tmp_path: Path, what: str, fused: bool) -> None:
         close(runtime(file, x), y)
 
 
+PLANE = (7, 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "constants", "dtype", "is_lrn"),
+    [
+        *((PLANE, some, torch.float32, True) for some in ((1, 1.5, 0.75, 2.0), (9, 1.5, 2.0, 0.0), (3, 1, 1, -1))),
+        *(
+            (PLANE, constants, torch.float32, False)
+            for constants in (
+                *((3, 0.0, 0.75, 2.0), (3, -0.1, 0.75, 9.0), (3, 1e-45, 0.75, 2.0), (5, 1.5, 0.0, 2.0)),
+                *((5, 1.5, -1.0, 2.0), (1, 0.0, 0.0, 0.0), (4, 0.0, 0.5, 0.0), (2, -0.1, -0.5, 0.5)),
+            )
+        ),
+        *((shape, (3, 1.5, 0.75, 2.0), torch.float32, False) for shape in ((7, 6), (7, 3, 4, 2), (7, 2, 3, 1, 2))),
+        (PLANE, (3, 1.5, 0.75, 2.0), torch.float64, False),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_lrn_of_any_rank_and_constants_runs_in_onnxruntime(
+    tmp_path: Path, shape: tuple[int, ...], constants: tuple[Any, ...], dtype: torch.dtype, is_lrn: bool
+) -> None:
+    model = sequential(nn.LocalResponseNorm(*constants), nn.Tanh()).to(dtype)
+    x, file = 2 * torch.randn(3, *shape, dtype=dtype), tmp_path / "a.onnx"
+    to_onnx(model, x, file)
+    assert ("LRN" in nodes(file)) == is_lrn
+    for batch in (x, x[:1]):
+        torch.testing.assert_close(onnxruntime_runs(file, batch), model(batch), rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
 def test_every_op_of_a_network_has_a_translation() -> None:
     """augment makes a network's input, and is no part of one."""
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")

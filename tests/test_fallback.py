@@ -122,8 +122,19 @@ def test_stock_and_native_agree(case: Case, layout: str, dtype: torch.dtype) -> 
             r"a window of \[16, 16\]",
             lambda b: ops.relu_max_pool2d_lrn(torch.randn(1, 1, 16, 17), None, 3, 1.0, 0.5, 1.0, 16, 1, backend=b),
         ),
+        (
+            r"an unbatched x of shape \[3, 8, 9\]",
+            lambda b: ops.relu_lrn_max_pool2d(torch.randn(3, 8, 9), None, 3, 1.0, 0.5, 1.0, 3, 2, backend=b),
+        ),
+        (
+            r"an unbatched x of shape \[3, 8, 9\]",
+            lambda b: ops.relu_max_pool2d_lrn(torch.randn(3, 8, 9), None, 3, 1.0, 0.5, 1.0, 3, 2, backend=b),
+        ),
     ],
-    ids=["lrn_int64", "pool_int64", "lrn_rank7", "pool_16x16", "lrn_pool_16x16", "pool_lrn_16x16"],
+    ids=[
+        *("lrn_int64", "pool_int64", "lrn_rank7", "pool_16x16", "lrn_pool_16x16", "pool_lrn_16x16"),
+        *("lrn_pool_unbatched", "pool_lrn_unbatched"),
+    ],
 )
 @pytest.mark.usefixtures("native")
 def test_auto_runs_stock_where_native_refuses(what: str, call: object) -> None:

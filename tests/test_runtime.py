@@ -98,7 +98,7 @@ SAVED: dict[str, Callable[[Tensor, Tensor], int]] = {
     "relu_max_pool2d": lambda x, y: y.numel(),
     "conv2d_bias_relu": lambda x, y: x.nbytes + y.nbytes,
     "linear_bias_relu": lambda x, y: x.nbytes + y.nbytes,
-    "relu_lrn_max_pool2d": lambda x, y: x.nbytes + y.numel(),
+    "relu_lrn_max_pool2d": lambda x, y: x.nbytes + y.numel() + x.shape[1] * x.itemsize,  # the last a copy of bias
     "relu_max_pool2d_lrn": lambda x, y: y.nbytes + y.numel(),
 }
 

@@ -11,6 +11,7 @@ import torch
 from torch.autograd import forward_ad
 
 from .. import _library
+from ._checks import overrides
 from ._tuning import tuned
 
 BACKENDS = ("auto", "native", "triton", "stock")
@@ -43,13 +44,27 @@ UNPROVEN = {("measured", "cuda"), ("native", "cuda"), ("triton", "cuda")}
 TUNED: tuple[str, ...] = ("cuda",)
 TUNED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# A plain global and not a ContextVar: torch.compile guards on the one and breaks the graph at the other.
-_current = "auto"
-
 
 def check_backend(backend: str) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+
+
+class _Choice:
+    """One entry into a ``use_backend`` block, or what holds outside of all."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+
+
+# The blocks that are open in the process, the newest last; each leaves by itself, in whatever order they end. A plain
+# list and not a ContextVar: torch.compile guards on the one in every version and breaks the graph at the other in some.
+_open = [_Choice("auto")]
+
+
+def current() -> str:
+    """What ``"auto"`` stands for at this moment: the backend of the newest open ``use_backend`` block, or itself."""
+    return _open[-1].backend
 
 
 class use_backend:
@@ -59,23 +74,25 @@ class use_backend:
     ...     y = model(x)
 
     Raises ValueError for a name other than ``"auto"``, ``"native"``, ``"triton"`` and ``"stock"``.
-    The choice holds for the whole process, other threads included.
+    The choice holds for the whole process, worker and autograd threads included. Of several open blocks, be they of
+    other threads or tasks, the newest counts; they may end in any order, and after the last ``"auto"`` is itself again.
     """
 
     def __init__(self, backend: str) -> None:
         check_backend(backend)
         self.backend = backend
+        self._entries: list[_Choice] = []
 
     def __enter__(self) -> use_backend:
-        global _current
-        self.previous, _current = _current, self.backend
+        entry = _Choice(self.backend)
+        self._entries.append(entry)
+        _open.append(entry)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        global _current
-        _current = self.previous
+        _open.remove(self._entries.pop())
 
 
 def _transform() -> str:
@@ -93,12 +110,29 @@ def _is_in_gradient_transform() -> bool:
     return any(level.key() == torch._C._functorch.TransformType.Grad for level in stack)
 
 
-def wrapper(*tensors: torch.Tensor | None) -> str:
-    """What kind of tensor is among these that wraps others and knows PyTorch's own operators alone (DTensor), or ""."""
+def wrapper(*tensors: object) -> str:
+    """What kind of tensor is among these that knows PyTorch's own operators or functions alone, or "".
+
+    One that wraps others (DTensor), or of a class with its own ``__torch_function__`` (ExpandedWeight).
+    """
     for tensor in tensors:
-        if hasattr(type(tensor), "__tensor_flatten__"):
+        if hasattr(type(tensor), "__tensor_flatten__") or overrides(tensor):
             return f"tensors of type {type(tensor).__name__}"
     return ""
+
+
+def by_functions(backend: str, *tensors: object) -> bool:
+    """Whether the call goes to PyTorch's functions as it is, unchecked, for one of these has a ``__torch_function__``.
+
+    It may know nothing else, not even a shape. RuntimeError where ``backend`` asks for more than stock PyTorch.
+    """
+    if not overrides(*tensors):
+        return False
+    check_backend(backend)
+    backend = current() if backend == "auto" else backend
+    if backend not in ("auto", "stock"):
+        raise RuntimeError(f"backend={backend!r} does not cover {wrapper(*tensors)}")
+    return True
 
 
 def has_kernel(backend: str, op: str, device: str) -> bool:
@@ -154,7 +188,7 @@ def choose(op: str, backend: str, x: torch.Tensor, unsupported: str = "", dtype:
     """
     check_backend(backend)
     if backend == "auto":
-        backend = _current
+        backend = current()
     if backend == "stock":
         return backend
     device = x.device.type

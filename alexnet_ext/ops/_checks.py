@@ -8,13 +8,28 @@ from numbers import Real
 from typing import Any
 
 import torch
+from torch.overrides import has_torch_function
 
 IntPair = int | Sequence[int]
+
+_INHERITED: Any = torch.Tensor.__torch_function__
+_DISABLED: Any = torch._C._disabled_torch_function_impl
 
 
 def check_tensor(name: str, value: object) -> None:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
+
+
+def overrides(*values: object) -> bool:
+    """Whether one of these, a Tensor or not, is of a class that defines its own ``__torch_function__``."""
+    if not has_torch_function(values):
+        return False
+    for value in values:
+        function = getattr(type(value), "__torch_function__", _DISABLED)
+        if function is not _DISABLED and getattr(function, "__func__", function) is not _INHERITED.__func__:
+            return True
+    return False
 
 
 def check_same(name: str, value: torch.Tensor, x: torch.Tensor) -> None:

@@ -24,6 +24,11 @@ def new_images(
     return torch.empty(tuple(shape), dtype=dtype or like.dtype, device=like.device, memory_format=layout)
 
 
+def outline(x: Tensor) -> tuple[torch.Size, torch.memory_format]:
+    """All that a gradient has to know of a tensor whose values it does not need: ``new_images(dy, ...)`` stands in."""
+    return x.shape, format_of(x)
+
+
 def empty_images(like: Tensor, height: int, width: int, dtype: torch.dtype | None = None) -> Tensor:
     """A new (N, C, height, width) in the memory format of ``like``."""
     return new_images(like, (like.shape[0], like.shape[1], height, width), format_of(like), dtype)

@@ -7,9 +7,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._backend import operator, wrapper
+from .._backend import by_functions, operator, wrapper
 from .._checks import IntPair, autocast_enabled, check_bias, check_same, check_tensor, integer, pair
-from .._layout import convolved_format, new_images
+from .._layout import convolved_format, new_images, outline
 from .._register import Gradient, all_but_fp64, register
 from . import reference
 
@@ -45,12 +45,15 @@ def conv2d_bias_relu(
 
     Returns:
         (N, C_out, H_out, W_out) in the memory format that ``F.conv2d`` gives. Under autocast x, weight and
-        bias are cast to the autocast dtype, as in stock. Saves x, weight and, with relu, the result for the backward.
+        bias are cast to the autocast dtype, as in stock. Saves for the backward x where weight wants a gradient,
+        weight where x does, and, with relu, the result.
 
     Raises:
         RuntimeError: rank, channels, groups, dtype, device or size that do not fit together.
         ValueError: groups below 1. TypeError: a size that is neither an int nor a pair.
     """
+    if by_functions(backend, x, weight, bias):
+        return reference.conv2d_bias_relu(x, weight, bias, stride, padding, dilation, groups, relu)
     for name, value in (("x", x), ("weight", weight)):
         check_tensor(name, value)
     step, dilate = pair("stride", stride, 1), pair("dilation", dilation, 1)
@@ -61,10 +64,14 @@ def conv2d_bias_relu(
         check_same("weight", weight, x)
         if bias is not None:
             check_same("bias", bias, x)
-    if pad == "same":
-        x, pad = _pad_same(x, weight, dilate)
-    _check_reach(x, weight, pad, dilate)
-    op = operator("conv2d_bias_relu", backend, x, wrapper(weight, bias))
+    unsupported = wrapper(weight, bias)
+    if 0 in weight.shape[2:]:
+        unsupported = f"a weight of shape {list(weight.shape)}"
+    else:
+        if pad == "same":
+            x, pad = _pad_same(x, weight, dilate)
+        _check_reach(x, weight, pad, dilate)
+    op = operator("conv2d_bias_relu", backend, x, unsupported)
     if op is None:
         return reference.conv2d_bias_relu(x, weight, bias, step, pad, dilate, groups, relu)
     batch = x if x.dim() == 4 else x.unsqueeze(0)
@@ -111,7 +118,20 @@ def _check_shapes(x: Tensor, weight: Tensor, given: Any) -> int:
             f"Given groups={groups}, weight of size {list(weight.shape)}, expected x of shape {list(x.shape)} "
             f"to have {weight.shape[1] * groups} channels, but got {x.shape[-3]}"
         )
+    _check_not_empty(x, weight, groups)
     return groups
+
+
+def _check_not_empty(x: Tensor, weight: Tensor, groups: int) -> None:
+    """Raise where stock does, whose convolution has no kernel for nothing. Of no channels it makes zeros."""
+    if weight.shape[0] == 0:
+        raise RuntimeError(f"weight has shape {list(weight.shape)}, expected at least {groups} output channels")
+    if weight.shape[1] == 0:
+        return
+    if 0 in weight.shape[2:]:
+        raise RuntimeError(f"weight has shape {list(weight.shape)}, expected a kernel of at least 1 x 1")
+    if 0 in x.shape[-2:] and (x.dim() == 3 or x.shape[0]):
+        raise RuntimeError(f"x has shape {list(x.shape)}, expected non-empty H and W")
 
 
 def _check_reach(x: Tensor, weight: Tensor, padding: list[int], dilation: list[int]) -> None:
@@ -161,13 +181,16 @@ def _fake_backward(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, _bias, *ctx.constants, ctx.relu = inputs
-    ctx.save_for_backward(x, weight, *([output] if ctx.relu else []))
+    ctx.outlines = outline(x), outline(weight)
+    for_x, for_weight = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(x if for_weight else None, weight if for_x else None, output if ctx.relu else None)
 
 
 def _backward(op: Any, ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     wanted = list(ctx.needs_input_grad[:3])
-    x, weight, *result = ctx.saved_tensors
-    y = result[0] if result else dy  # without a ReLU to mask only its shape counts
+    *operands, y = ctx.saved_tensors
+    x, weight = (new_images(dy, *o) if t is None else t for t, o in zip(operands, ctx.outlines, strict=True))
+    y = dy if y is None else y  # without a ReLU to mask only its shape counts
     gradients = op(dy, x, weight, y, *ctx.constants, wanted, ctx.relu)
     return *(g if w else None for g, w in zip(gradients, wanted, strict=True)), None, None, None, None, None
 

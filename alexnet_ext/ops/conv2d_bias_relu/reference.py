@@ -1,5 +1,7 @@
 """Convolution, bias and ReLU in plain PyTorch."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,9 +14,9 @@ def conv2d_bias_relu(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    stride: list[int],
-    padding: list[int] | str,
-    dilation: list[int],
+    stride: Any,
+    padding: Any,
+    dilation: Any,
     groups: int,
     relu: bool = True,
 ) -> Tensor:

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .._backend import operator, wrapper
+from .._backend import by_functions, operator, wrapper
 from .._checks import autocast_enabled, check_bias, check_same, check_tensor, expands
+from .._layout import new_images, outline
 from .._register import Gradient, all_but_fp64, register
 from . import reference
 
@@ -27,12 +28,14 @@ def linear_bias_relu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, b
 
     Returns:
         (*, outputs), contiguous. Under autocast x, weight and bias are cast to the autocast dtype, as in stock.
-        Saves x, weight and the result for the backward.
+        Saves for the backward the result, x where weight wants a gradient, and weight where x does.
 
     Raises:
         RuntimeError: rank, size, dtype or device that do not fit together.
         TypeError: x, weight or bias is not a Tensor.
     """
+    if by_functions(backend, x, weight, bias):
+        return reference.linear_bias_relu(x, weight, bias)
     for name, value in (("x", x), ("weight", weight)):
         check_tensor(name, value)
     if weight.dim() != 2:
@@ -76,12 +79,16 @@ def _fake_backward(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, _bias = inputs
-    ctx.save_for_backward(x, weight, output)
+    ctx.outlines = outline(x), outline(weight)
+    for_x, for_weight = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(x if for_weight else None, weight if for_x else None, output)
 
 
 def _backward(op: Any, ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     wanted = list(ctx.needs_input_grad)
-    gradients = op(dy, *ctx.saved_tensors, wanted)
+    *operands, y = ctx.saved_tensors
+    x, weight = (new_images(dy, *o) if t is None else t for t, o in zip(operands, ctx.outlines, strict=True))
+    gradients = op(dy, x, weight, y, wanted)
     return tuple(g if w else None for g, w in zip(gradients, wanted, strict=True))
 
 

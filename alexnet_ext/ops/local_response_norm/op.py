@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._backend import operator
+from .._backend import by_functions, operator
 from .._checks import check_lrn, check_tensor
 from .._register import Gradient, register
 from . import reference
@@ -38,6 +38,8 @@ def local_response_norm(
         RuntimeError: size is not positive, or the backend asked for does not cover the call.
         TypeError: size is not an int, or a constant not a number.
     """
+    if by_functions(backend, x):
+        return reference.local_response_norm(x, size, alpha, beta, k)
     check_tensor("x", x)
     size, alpha, beta, k = check_lrn(size, alpha, beta, k)
     if x.dim() < 3:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._checks import autocast_enabled
+from .._checks import autocast_enabled, overrides
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -16,6 +16,8 @@ def local_response_norm(x: Tensor, size: int, alpha: float, beta: float, k: floa
 
     (Stock squares fp16 in fp16, so 300 becomes 0, and has no bf16 or fp16 kernel for 4-D tensors on the CPU.)
     """
+    if overrides(x):
+        return F.local_response_norm(x, size, alpha, beta, k)
     with torch.autocast(x.device.type, enabled=False) if autocast_enabled(x) else nullcontext():
         wide = x.float() if x.dtype in HALF else x
         y = F.local_response_norm(wide, size, alpha, beta, k)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._backend import operator
+from .._backend import by_functions, operator
 from .._checks import (
     IntPair,
     autocast_enabled,
@@ -43,26 +43,29 @@ def relu_lrn_max_pool2d(
     kernel_size, stride)``: windows inside the image, sizes rounded down.
 
     Args:
-        x: (N, C, H, W) or (C, H, W), a convolution's output before its bias; fp64, fp32, bf16 or fp16.
+        x: (N, C, H, W), a convolution's output before its bias; fp64, fp32, bf16 or fp16. An unbatched (C, H, W) runs
+            stock PyTorch, whose normalization takes it for (N, C, L) and goes over H.
         bias: (C,) or None.
         lrn_size, alpha, beta, k: as ``size``, ``alpha``, ``beta`` and ``k`` of ``local_response_norm``.
         kernel_size, stride: the pooling window, an int or (height, width).
         backend: ``"auto"``, ``"native"``, ``"triton"`` or ``"stock"``.
 
     Returns:
-        The pooled tensor in x's dtype (under autocast too) and memory format. Saves x and one byte an output
-        element for the backward.
+        The pooled tensor in x's dtype (under autocast too) and memory format. Saves x, a copy of bias and one byte an
+        output element for the backward.
 
     Raises:
         RuntimeError, TypeError: as ``local_response_norm`` and ``relu_max_pool2d``; or a bias that does not fit x.
     """
+    if by_functions(backend, x, bias):
+        return reference.relu_lrn_max_pool2d(x, bias, lrn_size, alpha, beta, k, kernel_size, stride)
     constants, op = check_block("relu_lrn_max_pool2d", backend, x, bias, lrn_size, alpha, beta, k, kernel_size, stride)
-    batch = x if x.dim() == 4 else x.unsqueeze(0)
-    if op is not None:
-        y, _ = op(batch, bias, *constants)
-    else:
-        y = reference.relu_lrn_max_pool2d(batch, bias, *constants)
-    return y if x.dim() == 4 else y.squeeze(0)
+    if op is None:
+        return reference.relu_lrn_max_pool2d(x, bias, *constants)
+    if bias is not None and torch.is_grad_enabled() and (x.requires_grad or bias.requires_grad):
+        bias = bias.clone()  # The backward adds it again: an optimizer may have changed the caller's meanwhile.
+    y, _ = op(x, bias, *constants)
+    return y
 
 
 def check_block(
@@ -86,6 +89,8 @@ def check_block(
     if bias is not None and not autocast_enabled(x):
         check_same("bias", bias, x)
     unsupported = f"a window of {kernel}" if kernel[0] * kernel[1] > MAX_TAPS else ""
+    if x.dim() == 3:
+        unsupported = f"an unbatched x of shape {list(x.shape)}"
     return (*norm, kernel, step), operator(op, backend, x, unsupported)
 
 

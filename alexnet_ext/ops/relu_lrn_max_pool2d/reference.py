@@ -1,14 +1,21 @@
 """Bias, ReLU, local response normalization, max pooling in plain PyTorch: the paper's order."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._checks import overrides
 from ..local_response_norm.reference import local_response_norm
 from ..relu_max_pool2d.reference import scatter_to_winners
 
 
 def add_bias(x: Tensor, bias: Tensor | None) -> Tensor:
+    if bias is not None and overrides(x):
+        return torch.add(x, torch.reshape(bias, (-1, 1, 1)))
+    if bias is not None and overrides(bias):  # ExpandedWeight knows a bias as a convolution's alone: one that copies x
+        return F.conv2d(x, torch.ones(x.shape[-3], 1, 1, 1, dtype=x.dtype, device=x.device), bias, groups=x.shape[-3])
     return x if bias is None else x + bias.to(x.dtype)[:, None, None]
 
 
@@ -19,8 +26,8 @@ def relu_lrn_max_pool2d(
     alpha: float,
     beta: float,
     k: float,
-    kernel_size: list[int],
-    stride: list[int],
+    kernel_size: Any,
+    stride: Any,
 ) -> Tensor:
     activation = F.relu(add_bias(x, bias))
     return F.max_pool2d(local_response_norm(activation, lrn_size, alpha, beta, k), kernel_size, stride)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._backend import operator
+from .._backend import by_functions, operator
 from .._checks import IntPair, check_pool, check_tensor, pair, pooled_size
 from .._layout import empty_images
 from .._register import Gradient, register
@@ -47,6 +47,8 @@ def relu_max_pool2d(
         RuntimeError: wrong rank, empty C, H or W, padding above half the window, an empty output.
         TypeError: a size that is neither an int nor a pair of ints, or a ceil_mode that is no bool.
     """
+    if by_functions(backend, x):
+        return reference.relu_max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode)
     check_tensor("x", x)
     kernel = pair("kernel_size", kernel_size, 1)
     step = kernel if stride is None or (isinstance(stride, (list, tuple)) and not stride) else pair("stride", stride, 1)

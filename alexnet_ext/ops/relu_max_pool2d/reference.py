@@ -6,13 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._checks import overrides
+
 NO_GRADIENT = 255
 """The winner of a window in which no value is positive: nothing flows back."""
 
 
-def relu_max_pool2d(
-    x: Tensor, kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int], ceil_mode: bool
-) -> Tensor:
+def relu_max_pool2d(x: Tensor, kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool) -> Tensor:
+    if overrides(x):
+        return F.max_pool2d(F.relu(x), kernel_size, stride, padding, dilation, ceil_mode)
     x = F.relu(x)
     if may_step_over(x, kernel_size, dilation) and x.is_floating_point():
         return _stepping_over(x, kernel_size, stride, padding, dilation, ceil_mode)
@@ -56,7 +58,8 @@ def scatter_to_winners(
     y = rows + tap.div(kernel_size[1], rounding_mode="floor") * dilation[0]
     x = columns + tap.remainder(kernel_size[1]) * dilation[1]
     flows = winners != NO_GRADIENT
-    position = torch.where(flows, y * width + x, 0).flatten(2)
-    source = torch.where(flows, dy, 0).flatten(2)
+    # reshape and view, not flatten and unflatten, which the vmap behind is_grads_batched cannot do.
+    lines = (*dy.shape[:2], dy.shape[2] * dy.shape[3])
+    position, source = torch.where(flows, y * width + x, 0).reshape(lines), torch.where(flows, dy, 0).reshape(lines)
     zeros = torch.zeros(*dy.shape[:2], height * width, dtype=dy.dtype, device=dy.device)
-    return zeros.scatter_add(2, position, source).unflatten(2, (height, width))
+    return zeros.scatter_add(2, position, source).view(*dy.shape[:2], height, width)

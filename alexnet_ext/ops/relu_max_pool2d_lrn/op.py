@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._backend import by_functions
 from .._checks import IntPair
 from .._layout import empty_images
 from .._register import Gradient, register
@@ -33,13 +34,13 @@ def relu_max_pool2d_lrn(
     lrn_size, alpha, beta, k)``. Arguments, result and errors as ``relu_lrn_max_pool2d``. Saves the pooled
     activation (a quarter of x at window 3, stride 2) and one byte an output element, not x.
     """
+    if by_functions(backend, x, bias):
+        return reference.relu_max_pool2d_lrn(x, bias, lrn_size, alpha, beta, k, kernel_size, stride)
     constants, op = check_block("relu_max_pool2d_lrn", backend, x, bias, lrn_size, alpha, beta, k, kernel_size, stride)
-    batch = x if x.dim() == 4 else x.unsqueeze(0)
-    if op is not None:
-        y, _, _ = op(batch, bias, *constants)
-    else:
-        y = reference.relu_max_pool2d_lrn(batch, bias, *constants)
-    return y if x.dim() == 4 else y.squeeze(0)
+    if op is None:
+        return reference.relu_max_pool2d_lrn(x, bias, *constants)
+    y, _, _ = op(x, bias, *constants)
+    return y
 
 
 def _fake(

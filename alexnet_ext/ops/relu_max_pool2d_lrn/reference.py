@@ -1,5 +1,7 @@
 """Bias, ReLU, max pooling, local response normalization in plain PyTorch: CaffeNet's order."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,8 +18,8 @@ def relu_max_pool2d_lrn(
     alpha: float,
     beta: float,
     k: float,
-    kernel_size: list[int],
-    stride: list[int],
+    kernel_size: Any,
+    stride: Any,
 ) -> Tensor:
     pooled = F.max_pool2d(F.relu(add_bias(x, bias)), kernel_size, stride)
     return local_response_norm(pooled, lrn_size, alpha, beta, k)
