@@ -171,9 +171,11 @@ def test_unbatched_input(pair: Pair) -> None:
         with pytest.raises(ValueError, match="expected 3D or higher"):
             ours(torch.randn(4, 9))
         return
+    ours.load_state_dict(layer(stock).state_dict())
     x = torch.randn(4, 9, 11)
-    assert torch.equal(ours(x), ours(x[None])[0])
-    assert ours(x).shape == stock(x).shape
+    torch.testing.assert_close(ours(x), stock(x))
+    if not hasattr(ours, "norm"):  # an LRN takes three dimensions for (N, C, L)
+        assert torch.equal(ours(x), ours(x[None])[0])
 
 
 @pytest.mark.parametrize(
@@ -241,7 +243,7 @@ def test_use_backend_holds_inside_modules(pair: Pair) -> None:
 def test_the_convolution_of_a_block_is_ours_too(kind: type[nn.Conv2d]) -> None:
     """And it saves its input and weight alone, not its result, for a gradient that no ReLU of its own masks."""
     block = kind(4, 6, 3, groups=2, norm=nn.LocalResponseNorm(5), pool=nn.MaxPool2d(2))
-    x, saved = torch.randn(2, 4, 9, 8), []
+    x, saved = torch.randn(2, 4, 9, 8, requires_grad=True), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
         y = block.convolution(x)
     assert cases.runs_ours(y)
@@ -252,7 +254,7 @@ def test_the_convolution_of_a_block_is_ours_too(kind: type[nn.Conv2d]) -> None:
 def test_use_backend_is_undone_by_an_error() -> None:
     with pytest.raises(KeyError), ax.use_backend("stock"):
         raise KeyError
-    assert ax.ops._backend._current == "auto"
+    assert ax.ops._backend.current() == "auto"
     with pytest.raises(ValueError, match="backend must be one of auto, native, triton, stock, got 'cuda'"):
         ax.use_backend("cuda")
 
