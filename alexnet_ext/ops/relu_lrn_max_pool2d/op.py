@@ -63,8 +63,8 @@ def relu_lrn_max_pool2d(
     if op is None:
         return reference.relu_lrn_max_pool2d(x, bias, *constants)
     if bias is not None and not torch.jit.is_tracing() and (x.requires_grad or bias.requires_grad):
-        # The backward adds it again: an optimizer may have changed the caller's meanwhile. (torch.jit.trace compares the
-        # graphs with and without gradients.)
+        # The backward adds it again: an optimizer may have changed the caller's meanwhile. (torch.jit.trace compares
+        # the graphs with and without gradients.)
         bias = bias.clone()
     y, _ = op(x, bias, *constants)
     return y
