@@ -62,8 +62,10 @@ def relu_lrn_max_pool2d(
     constants, op = check_block("relu_lrn_max_pool2d", backend, x, bias, lrn_size, alpha, beta, k, kernel_size, stride)
     if op is None:
         return reference.relu_lrn_max_pool2d(x, bias, *constants)
-    if bias is not None and torch.is_grad_enabled() and (x.requires_grad or bias.requires_grad):
-        bias = bias.clone()  # The backward adds it again: an optimizer may have changed the caller's meanwhile.
+    if bias is not None and not torch.jit.is_tracing() and (x.requires_grad or bias.requires_grad):
+        # The backward adds it again: an optimizer may have changed the caller's meanwhile. (torch.jit.trace compares
+        # the graphs with and without gradients.)
+        bias = bias.clone()
     y, _ = op(x, bias, *constants)
     return y
 
