@@ -119,7 +119,7 @@ class Watch:
                 if not _is_open(frame):
                     module = str(frame.f_globals.get("__name__", ""))
                     if module.partition(".")[0] == "torch":
-                        self._check(f"it calls {module}.{frame.f_code.co_qualname}")
+                        self._check(f"it calls {_name(frame)}")
                     self._admit(frame.f_code, frame.f_globals)
             elif not self._admitted and identity(frame.f_code) == self.forward:
                 self._admit(frame.f_code, frame.f_globals)
@@ -175,6 +175,14 @@ class Watch:
 def identity(code: types.CodeType) -> Identity:
     """What torch.fx keeps of a function's code when it changes how arguments are passed."""
     return (code.co_filename, code.co_firstlineno, code.co_qualname)
+
+
+def _name(frame: types.FrameType) -> str:
+    """The full name of the function that is about to run; of a wrapper of torch._compile, that of what it wraps."""
+    wrapped = frame.f_locals.get("fn") if frame.f_code.co_name == "inner" else None
+    if isinstance(wrapped, types.FunctionType):
+        return f"{wrapped.__module__}.{wrapped.__qualname__}"
+    return f"{frame.f_globals.get('__name__', '')}.{frame.f_code.co_qualname}"
 
 
 def _is_open(frame: types.FrameType) -> bool:
