@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from . import diagnostics, models
+from . import cli_results, diagnostics, models
+from .cli_options import Device, Precision, Stock, Variant, Workers, warn, workers_of
 from .data.errors import CommandError, os_error, path_text
 from .training.interrupt import Interrupted
 
@@ -34,22 +35,12 @@ WORKER_DIED = "DataLoader worker"  # so torch begins what it says of one that wa
 # The name of its module differs by typer's version: it is the base of an exception that has always been exported.
 UsageError: type[Any] = typer.BadParameter.__mro__[1]
 
-Variant = StrEnum("Variant", {name: name for name in models.VARIANTS})  # type: ignore[misc]
-
 
 class Data(StrEnum):
     """Data that is no folder."""
 
     digits = "digits"
     synthetic = "synthetic"
-
-
-class Precision(StrEnum):
-    """Number format of a step's arithmetic; weights stay fp32."""
-
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp16 = "fp16"
 
 
 class Schedule(StrEnum):
@@ -76,13 +67,6 @@ class Format(StrEnum):
     torch_export = "torch-export"
     aoti = "aoti"
     safetensors = "safetensors"
-
-
-Weights = Annotated[Path, typer.Option(help="A run folder, a checkpoint folder or a .safetensors file.")]
-Model = Annotated[Variant | None, typer.Option(help="Variant that the weights must be of.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Stock = Annotated[bool, typer.Option("--stock", help="The reference network of stock PyTorch layers.")]
-Workers = Annotated[int | None, typer.Option(min=0, help="Processes that read images.", show_default="by device")]
 
 
 @app.command()
@@ -158,78 +142,19 @@ def train(
     from .training.recipe import chosen
 
     where = run.device_of(device)
-    count = _workers(workers, where.type)
+    count = workers_of(workers, where.type)
     console = Console()
     if resume is not None:
         if out is not None:
             raise CommandError("--out and --resume: a run goes on in its own folder", 2)
-        run.resume(resume, given, where, count, console, _warn)
+        run.resume(resume, given, where, count, console, warn)
         return
     recipe = chosen(given)
     run.start(recipe, out or run.default_out(recipe), where, count, console)
 
 
-@app.command()
-def evaluate(
-    weights: Weights,
-    folder: Annotated[
-        Path | None,
-        typer.Argument(metavar="[DIR]", help="Images, one folder a class.", show_default="what the run held out"),
-    ] = None,
-    model: Model = None,
-    precision: Annotated[Precision, typer.Option()] = Precision.fp32,
-    stock: Stock = False,
-    device: Device = "auto",
-    workers: Workers = None,
-) -> None:
-    """Count how often a trained network is right, on held-out images or on a folder."""
-    from .training import run
-
-    where = run.device_of(device)
-    console = Console()
-    network, description = run.load(weights, model, stock, where, _warn)
-    result = run.evaluate_weights(
-        network, description, folder, where, precision, _workers(workers, where.type), console
-    )
-    for error in result.errors:
-        _warn(f"skipped {error}")
-    if len(description.classes) <= 20:
-        table = Table("class", "right", "images", "accuracy")
-        for column in table.columns[1:]:
-            column.justify = "right"
-        for name, (right, images) in zip(description.classes, result.by_class(len(description.classes)), strict=True):
-            table.add_row(Text(path_text(name)), f"{right:,}", f"{images:,}", f"{right / images:.1%}" if images else "")
-        console.print(table)
-    run.say(
-        console,
-        f"top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, loss {result.loss:.4f} on {result.images:,} images "
-        f"({result.images / result.seconds:.0f} a second)",
-        style="bold",
-    )
-
-
-@app.command()
-def predict(
-    image: Annotated[Path, typer.Argument(help="A JPEG, PNG, BMP, WEBP or GIF file.")],
-    weights: Weights,
-    out: Annotated[Path | None, typer.Option(help="Picture.", show_default="predictions/IMAGE.png")] = None,
-    model: Model = None,
-    stock: Stock = False,
-    device: Device = "auto",
-) -> None:
-    """Show the five best classes of an image, and save them as a picture."""
-    from .training import run
-
-    where = run.device_of(device)
-    network, description = run.load(weights, model, stock, where, _warn)
-    picture = out or Path("predictions") / f"{image.stem}.png"
-    best = run.predict_file(network, description, image, picture, where)
-    console = Console()
-    width = max(len(path_text(name)) for name, _ in best)
-    for name, probability in best:
-        bar = "█" * round(probability * 40)
-        run.say(console, f"{path_text(name):>{width}}  {probability:6.1%}  {bar}")
-    run.say(console, f"Picture: {path_text(picture)}")
+app.command()(cli_results.evaluate)
+app.command()(cli_results.predict)
 
 
 @app.command()
@@ -249,7 +174,7 @@ def export(
     from .export import write
 
     with Console().status(Text(f"writing {path_text(out)}")):
-        write(str(kind), out, None if variant is None else str(variant), weights, _warn)
+        write(str(kind), out, None if variant is None else str(variant), weights, warn)
     print(f"{path_text(out)}: {out.stat().st_size / 1e6:,.1f} MB")
 
 
@@ -341,48 +266,37 @@ def _shapes(model: Variant | None, image_size: int | None, classes: int = 1000) 
         raise CommandError(str(error), 2) from error
 
 
-def _workers(given: int | None, device: str) -> int:
-    """A GPU must not wait for JPEGs; on the CPU the readers would take the cores that train."""
-    if given is not None:
-        return given
-    return min(8, len(os.sched_getaffinity(0))) if device == "cuda" else 0
-
-
-def _warn(text: str) -> None:
-    print(f"alexnet: {text}", file=sys.stderr)
-
-
 def run_command(arguments: list[str]) -> int:
     """Run ``alexnet`` with these arguments; the exit code."""
     try:
         code = app(arguments or ["--help"], prog_name="alexnet", standalone_mode=False)
         print(end="", flush=True)  # what it cannot take is told here, not by the interpreter at exit
     except CommandError as error:
-        _warn(str(error))
+        warn(str(error))
         return error.code
     except UsageError as error:
-        _warn(" ".join(error.format_message().split()))
+        warn(" ".join(error.format_message().split()))
         return 2
     except (Interrupted, KeyboardInterrupt, typer.Abort):
-        _warn("stopped")
+        warn("stopped")
         return 130
     except (MemoryError, RuntimeError) as error:
         if str(error).startswith(WORKER_DIED):
-            _warn(
+            warn(
                 f"a process that reads images has died ({str(error).splitlines()[0].rstrip('. ')}); try fewer --workers"
             )
             return 1
         if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
-        _warn("out of memory; try a smaller --batch-size")
+        warn("out of memory; try a smaller --batch-size")
         return 1
     except OSError as error:
         if error.filename is not None:
-            _warn(str(os_error(error.filename, error)))
+            warn(str(os_error(error.filename, error)))
         elif error.errno in (errno.EPIPE, errno.ENOSPC):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more to write at exit
             if error.errno == errno.ENOSPC:
-                _warn(str(os_error("standard output", error)))
+                warn(str(os_error("standard output", error)))
         else:
             raise
         return 1

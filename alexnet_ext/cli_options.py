@@ -1,0 +1,41 @@
+"""Options that several commands of ``alexnet`` take."""
+
+from __future__ import annotations
+
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import models
+
+Variant = StrEnum("Variant", {name: name for name in models.VARIANTS})  # type: ignore[misc]
+
+
+class Precision(StrEnum):
+    """Number format of a step's arithmetic; weights stay fp32."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+Weights = Annotated[Path, typer.Option(help="A run folder, a checkpoint folder or a .safetensors file.")]
+Model = Annotated[Variant | None, typer.Option(help="Variant that the weights must be of.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Stock = Annotated[bool, typer.Option("--stock", help="The reference network of stock PyTorch layers.")]
+Workers = Annotated[int | None, typer.Option(min=0, help="Processes that read images.", show_default="by device")]
+
+
+def workers_of(given: int | None, device: str) -> int:
+    """A GPU must not wait for JPEGs; on the CPU the readers would take the cores that train."""
+    if given is not None:
+        return given
+    return min(8, len(os.sched_getaffinity(0))) if device == "cuda" else 0
+
+
+def warn(text: str) -> None:
+    print(f"alexnet: {text}", file=sys.stderr)
