@@ -27,12 +27,12 @@ def evaluate(
     workers: Workers = None,
 ) -> None:
     """Count how often a trained network is right, on held-out images or on a folder."""
-    from .training import run
+    from .training import results, run
 
     where = run.device_of(device)
     console = Console()
-    network, description = run.load(weights, model, stock, where, warn)
-    result = run.evaluate_weights(
+    network, description = results.load(weights, model, stock, where, warn)
+    result = results.evaluate_weights(
         network, description, folder, where, precision, workers_of(workers, where.type), console
     )
     for error in result.errors:
@@ -61,12 +61,12 @@ def predict(
     device: Device = "auto",
 ) -> None:
     """Show the five best classes of an image, and save them as a picture."""
-    from .training import run
+    from .training import results, run
 
     where = run.device_of(device)
-    network, description = run.load(weights, model, stock, where, warn)
+    network, description = results.load(weights, model, stock, where, warn)
     picture = out or Path("predictions") / f"{image.stem}.png"
-    best = run.predict_file(network, description, image, picture, where)
+    best = results.predict_file(network, description, image, picture, where)
     console = Console()
     width = max(len(path_text(name)) for name, _ in best)
     for name, probability in best:
