@@ -20,6 +20,7 @@ from rich.text import Text
 
 from . import cli_results, diagnostics, models
 from .cli_options import Device, Precision, Stock, Variant, Workers, warn, workers_of
+from .data import images
 from .data.errors import CommandError, os_error, path_text
 from .training.interrupt import Interrupted
 
@@ -31,7 +32,6 @@ app = typer.Typer(
 
 # What torch says, on the CPU and on a GPU.
 OUT_OF_MEMORY = ("can't allocate memory", "CUDA out of memory")
-WORKER_DIED = "DataLoader worker"  # so torch begins what it says of one that was killed or ended itself
 # The name of its module differs by typer's version: it is the base of an exception that has always been exported.
 UsageError: type[Any] = typer.BadParameter.__mro__[1]
 
@@ -281,11 +281,6 @@ def run_command(arguments: list[str]) -> int:
         warn("stopped")
         return 130
     except (MemoryError, RuntimeError) as error:
-        if str(error).startswith(WORKER_DIED):
-            warn(
-                f"a process that reads images has died ({str(error).splitlines()[0].rstrip('. ')}); try fewer --workers"
-            )
-            return 1
         if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
         warn("out of memory; try a smaller --batch-size")
@@ -297,6 +292,8 @@ def run_command(arguments: list[str]) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more to write at exit
             if error.errno == errno.ENOSPC:
                 warn(str(os_error("standard output", error)))
+        elif error.errno in images.NOT_ITS_FAULT:
+            warn(f"{error.strerror}; try fewer --workers")
         else:
             raise
         return 1

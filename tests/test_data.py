@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from alexnet_ext.data import BadImage, CommandError, Digits, ImageFolder, Preprocessing, Synthetic, batches
+from alexnet_ext.data import BadImage, CommandError, Digits, ImageFolder, Preprocessing, Readers, Synthetic, batches
 from alexnet_ext.data.batches import collate, permutation
 from alexnet_ext.data.folder import COMPONENTS, DEVIATIONS, list_images
 from alexnet_ext.data.images import MAX_PIXELS, crop, read_image
@@ -320,13 +320,14 @@ def test_batches_go_on_from_anywhere_and_draw_nothing(folder: Path, workers: int
     train, _ = ImageFolder.split(folder, 67, seed=3)
     whole = list(batches(train, 3, seed=1, epoch=2))
     state = torch.get_rng_state()
-    for start in range(4):
-        rest = list(batches(train, 3, seed=1, epoch=2, start=start, workers=workers))
-        assert len(rest) == 4 - start
-        for found, expected in zip(rest, whole[start:], strict=True):
-            assert torch.equal(found.indices, expected.indices)
-            assert torch.equal(found.images, expected.images)
-            assert all(torch.equal(a, b) for a, b in zip(found.drawn, expected.drawn, strict=True))
+    with Readers(train, workers) as readers:
+        for start in range(4):
+            rest = list(batches(train, 3, seed=1, epoch=2, start=start, read=readers))
+            assert len(rest) == 4 - start
+            for found, expected in zip(rest, whole[start:], strict=True):
+                assert torch.equal(found.indices, expected.indices)
+                assert torch.equal(found.images, expected.images)
+                assert all(torch.equal(a, b) for a, b in zip(found.drawn, expected.drawn, strict=True))
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -336,7 +337,8 @@ def test_unreadable_images_are_left_out_and_never_replaced(folder: Path, workers
     for path in paths[:3]:
         os.truncate(path, 40)
     data = ImageFolder(folder, list_images(folder)[0], ("cat", "dog"), Preprocessing(67, 76, (0.5,) * 3, (0.5,) * 3))
-    found = list(batches(data, 4, workers=workers))
+    with Readers(data, workers) as readers:
+        found = list(batches(data, 4, read=readers))
     assert [len(batch.targets) for batch in found] == [1, 4, 4]
     assert torch.cat([batch.indices for batch in found]).tolist() == list(range(3, 12))
     assert [error.path for batch in found for error in batch.errors] == paths[:3]

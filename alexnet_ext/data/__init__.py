@@ -5,6 +5,7 @@ from .digits import Digits
 from .errors import BadImage, CommandError
 from .folder import ImageFolder
 from .preprocessing import Preprocessing
+from .readers import Readers
 from .sources import Split, open_split
 from .synthetic import Synthetic
 
@@ -15,6 +16,7 @@ __all__ = [
     "Digits",
     "ImageFolder",
     "Preprocessing",
+    "Readers",
     "Split",
     "Synthetic",
     "batches",

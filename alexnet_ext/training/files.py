@@ -104,13 +104,26 @@ def _system_error(error: BaseException | None) -> OSError | None:
     return None
 
 
+_locks: set[int] = set()
+
+
+def _leave_locks() -> None:
+    """A forked process lets go of what its parent holds, which else would stay locked for as long as the fork lives."""
+    while _locks:
+        os.close(_locks.pop())
+
+
+os.register_at_fork(after_in_child=_leave_locks)
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold ``folder`` for this process alone; CommandError where another trains into it."""
+    """Hold ``folder`` for this process alone, and none that it forks; CommandError where another trains into it."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise os_error(folder, error) from error
+    _locks.add(descriptor)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -120,4 +133,6 @@ def locked(folder: Path) -> Iterator[None]:
             pass  # a file system without locks
         yield
     finally:
-        os.close(descriptor)
+        if descriptor in _locks:
+            _locks.remove(descriptor)
+            os.close(descriptor)

@@ -36,6 +36,11 @@ class Interrupt:
         self.before = {number: signal.signal(number, self._handle) for number in numbers}
         return self
 
+    def look(self) -> None:
+        """Raise Interrupted once a stop is requested: for whoever waits."""
+        if self.requested:
+            raise Interrupted
+
     def _handle(self, _number: int, _frame: FrameType | None) -> None:
         if os.getpid() != self.process:
             return

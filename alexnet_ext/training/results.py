@@ -13,6 +13,7 @@ from .. import models
 from ..data.errors import CommandError, os_error, path_text, require
 from ..data.folder import ImageFolder
 from ..data.images import crop, read_image
+from ..data.readers import Readers
 from ..data.sources import open_split
 from . import checkpoint, pictures
 from .evaluate import Evaluation, evaluate, predict
@@ -48,7 +49,7 @@ def evaluate_weights(
         dataset = open_split(description.data, description.preprocessing.size, 0).held_out
         if tuple(dataset.classes) != description.classes:
             raise CommandError(f"{path_text(description.data)}: its classes are not those trained on", 2)
-    with Reporter(0, 0, console) as reporter:
+    with Reporter(0, 0, console) as reporter, Readers(dataset, workers) as readers:
         reporter.bar.remove_task(reporter.training)
         result = evaluate(
             model,
@@ -56,7 +57,7 @@ def evaluate_weights(
             description.preprocessing,
             device=device,
             precision=precision,
-            workers=workers,
+            read=readers,
             on_batch=reporter.evaluating,
         )
     return result

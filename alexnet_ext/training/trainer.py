@@ -21,6 +21,7 @@ from torch import Tensor
 from .. import models
 from ..data.batches import Batch, batches, narrowed
 from ..data.errors import BadImage, CommandError, first_line, path_text
+from ..data.readers import Readers
 from ..data.sources import Split
 from . import checkpoint
 from .best import Best
@@ -114,7 +115,13 @@ class Trainer:
 
         Raises Interrupted, with a checkpoint written, on a signal (``Interrupt``), and before step ``stop_at``.
         """
-        with locked(self.out), Interrupt() as interrupt, Log(self.out, self.step, self.evaluated) as log:
+        with (
+            locked(self.out),
+            Interrupt() as interrupt,
+            Readers(self.split.train, self.workers, interrupt.look) as self.readers,
+            Readers(self.split.held_out, self.workers, interrupt.look) as self.held_out_readers,
+            Log(self.out, self.step, self.evaluated) as log,
+        ):
             recipe = json.dumps(dataclasses.asdict(self.recipe), indent=1)  # a resumed run may be longer
             write_file(self.out / "recipe.json", f"{recipe}\n".encode())
             loader: Iterator[Batch] | None = None
@@ -144,8 +151,12 @@ class Trainer:
                     return result
                 if evaluating or saving:
                     self.mark = time.perf_counter()
-                loader = loader or self._loader()
-                self._train(list(islice(loader, self.recipe.accumulate)), reporter)
+                loader = loader or self._loader(self.readers)
+                try:
+                    group = list(islice(loader, self.recipe.accumulate))
+                except Interrupted:
+                    continue  # in the middle of a wait
+                self._train(group, reporter)
                 self.step, self.batch = self.step + 1, self.batch + 1
                 if self.batch == self.epoch_steps:
                     self.epoch, self.batch, loader = self.epoch + 1, 0, None
@@ -159,14 +170,14 @@ class Trainer:
     def _has_waited(self) -> bool:
         return self.recipe.patience is not None and self.best.waited >= self.recipe.patience
 
-    def _loader(self) -> Iterator[Batch]:
+    def _loader(self, read: Readers | None = None) -> Iterator[Batch]:
         return batches(
             self.split.train,
             self.recipe.batch_size,
             seed=self.recipe.seed,
             epoch=self.epoch,
             start=self.batch * self.recipe.accumulate,
-            workers=self.workers,
+            read=read,
             pin_memory=self.device.type == "cuda",
         )
 
@@ -274,7 +285,7 @@ class Trainer:
                 device=self.device,
                 precision=self.recipe.precision,
                 limit=limit,
-                workers=self.workers,
+                read=self.held_out_readers,
                 on_batch=reporter.evaluating,
                 stop=lambda: interrupt.requested,
             )
