@@ -61,7 +61,7 @@ class Trainer:
         self.seconds = 0.0  # spent on steps, over all of the run's processes
         self.began, self.before = time.monotonic(), 0.0  # of this process, and what the ones before it took
         self.recent: deque[float] = deque(maxlen=CHANCE_WINDOW)
-        self.last: Batch | None = None  # of the weights' last step, until these have been looked at
+        self.last: tuple[Tensor, Tensor] | None = None  # the last step's images and classes
         self.skipped: list[str] = []  # paths of training images that could not be read
         # Steps whose loss has not been read: (step, loss, right, images, values), and since when they count.
         self.pending: list[tuple[int, Tensor, Tensor, int, dict[str, Any]]] = []
@@ -181,14 +181,11 @@ class Trainer:
             pin_memory=self.device.type == "cuda",
         )
 
-    def _forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores, classes and the mean loss of a batch."""
-        images = to_device(batch.images, self.split.preprocessing, self.device, batch.drawn)
-        targets = batch.targets.to(self.device, non_blocking=True)
+    def _loss(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores and the mean loss."""
         with autocast(self.device, self.recipe.precision):
             logits = self.model(images)
-            loss = F.cross_entropy(logits, targets, label_smoothing=self.recipe.label_smoothing)
-        return logits.detach(), targets, loss
+            return logits.detach(), F.cross_entropy(logits, targets, label_smoothing=self.recipe.label_smoothing)
 
     def _train(self, group: list[Batch], reporter: Reporter) -> None:
         """One step on the images of some batches, or none where none of them could be read."""
@@ -203,7 +200,9 @@ class Trainer:
         images = sum(len(batch.targets) for batch in group)
         loss, right = torch.zeros((), device=self.device), torch.zeros((), dtype=torch.int64, device=self.device)
         for batch in group:
-            logits, targets, mean = self._forward(batch)
+            targets = batch.targets.to(self.device, non_blocking=True)
+            self.last = to_device(batch.images, self.split.preprocessing, self.device, batch.drawn), targets
+            logits, mean = self._loss(*self.last)
             part = mean * (len(targets) / images)
             self.scaler.scale(part).backward()
             loss += part.detach()
@@ -214,7 +213,6 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.last = group[-1]
         values = {"epoch": self.epoch, "lr": self.optimizer.param_groups[0]["lr"]}
         self.pending.append((self.step + 1, loss, right, images, values))
 
@@ -318,10 +316,9 @@ class Trainer:
             return
         self.model.eval()
         with torch.no_grad():
-            *_, loss = self._forward(self.last)
+            _, loss = self._loss(*self.last)
         self.model.train()
         self._check_finite(float(loss), self.step)
-        self.last = None
 
     def save(self) -> Path:
         """Write a checkpoint of this step, and the best weights so far."""
@@ -417,8 +414,8 @@ class Trainer:
             if not 0 <= _number(group, "lr") <= self.recipe.lr:
                 raise ValueError(f"the learning rate is {group['lr']}, above the recipe's {self.recipe.lr}")
         counts = {name: int(_number(state["plateau"], name)) for name in ("num_bad_epochs", "last_epoch")}
-        best = float(state["plateau"]["best"])
-        self.plateau.load_state_dict({"best": best, "_last_lr": [g["lr"] for g in self.optimizer.param_groups], **counts})
+        rates = [_number({"lr": rate}, "lr") for rate in state["plateau"]["_last_lr"]]
+        self.plateau.load_state_dict({"best": float(state["plateau"]["best"]), "_last_lr": rates, **counts})
         if self.scaler.is_enabled():
             self.scaler.load_state_dict({name: _number(state["scaler"], name) for name in state["scaler"]})
 
