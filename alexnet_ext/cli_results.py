@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .cli_options import Device, Model, Precision, Stock, Weights, Workers, warn, workers_of
+from .cli_options import Device, Last, Model, Precision, Stock, Weights, Workers, warn, workers_of
 from .data.errors import path_text
+from .training.interrupt import starting
 
 
 def evaluate(
@@ -20,6 +21,7 @@ def evaluate(
         Path | None,
         typer.Argument(metavar="[DIR]", help="Images, one folder a class.", show_default="what the run held out"),
     ] = None,
+    last: Last = False,
     model: Model = None,
     precision: Annotated[Precision, typer.Option()] = Precision.fp32,
     stock: Stock = False,
@@ -27,11 +29,12 @@ def evaluate(
     workers: Workers = None,
 ) -> None:
     """Count how often a trained network is right, on held-out images or on a folder."""
-    from .training import results, run
+    with starting():
+        from .training import results, run
 
     where = run.device_of(device)
     console = Console()
-    network, description = results.load(weights, model, stock, where, warn)
+    network, description = results.load(weights, model, stock, where, warn, last)
     result = results.evaluate_weights(
         network, description, folder, where, precision, workers_of(workers, where.type), console
     )
@@ -56,15 +59,17 @@ def predict(
     image: Annotated[Path, typer.Argument(help="A JPEG, PNG, BMP, WEBP or GIF file.")],
     weights: Weights,
     out: Annotated[Path | None, typer.Option(help="Picture.", show_default="predictions/IMAGE.png")] = None,
+    last: Last = False,
     model: Model = None,
     stock: Stock = False,
     device: Device = "auto",
 ) -> None:
     """Show the five best classes of an image, and save them as a picture."""
-    from .training import results, run
+    with starting():
+        from .training import results, run
 
     where = run.device_of(device)
-    network, description = results.load(weights, model, stock, where, warn)
+    network, description = results.load(weights, model, stock, where, warn, last)
     picture = out or Path("predictions") / f"{image.stem}.png"
     best = results.predict_file(network, description, image, picture, where)
     console = Console()

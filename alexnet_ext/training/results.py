@@ -22,10 +22,16 @@ from .progress import Reporter
 
 
 def load(
-    weights: Path, variant: str | None, stock: bool, device: torch.device, warn: Callable[[str], None]
+    weights: Path,
+    variant: str | None,
+    stock: bool,
+    device: torch.device,
+    warn: Callable[[str], None],
+    last: bool = False,
 ) -> tuple[models.AlexNet, checkpoint.Description]:
-    """The network of a run, checkpoint folder or weights file, ready to evaluate."""
-    path = checkpoint.find_weights(weights, warn)
+    """The network of a run, checkpoint folder or weights file, ready to evaluate; of a run the best weights, or
+    (``last``) those of its newest checkpoint."""
+    path = checkpoint.find_weights(weights, warn, last)
     model, description = checkpoint.load_model(path, variant and str(variant), fused=not stock)
     model.to(device).to(memory_format=torch.channels_last)
     return model.eval(), description
@@ -46,7 +52,11 @@ def evaluate_weights(
     elif not description.data:
         raise CommandError("DIR: these weights name no data of their own, expected a folder of images", 2)
     else:
-        dataset = open_split(description.data, description.preprocessing.size, 0).held_out
+        dataset = (
+            open_split(description.data, description.preprocessing.size, 0)
+            .brought_as(description.preprocessing)
+            .held_out
+        )
         if tuple(dataset.classes) != description.classes:
             raise CommandError(f"{path_text(description.data)}: its classes are not those trained on", 2)
     with Reporter(0, 0, console) as reporter, Readers(dataset, workers) as readers:
