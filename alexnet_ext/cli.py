@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import cli_results, diagnostics, models
-from .cli_options import Device, Precision, Stock, Variant, Workers, warn, workers_of
+from .cli_options import Device, Precision, Stock, Variant, Workers, path, warn, workers_of
 from .data import images
 from .data.errors import CommandError, os_error, path_text
 from .training.interrupt import Interrupted
@@ -72,7 +72,15 @@ class Format(StrEnum):
 @app.command()
 def train(
     folder: Annotated[
-        Path | None, typer.Argument(metavar="[DIR]", help="Images, one folder a class (or train/ and val/ of such).")
+        Path | None,
+        typer.Argument(parser=path, metavar="[DIR]", help="Images, one folder a class (or train/ and val/ of such)."),
+    ] = None,
+    val: Annotated[
+        Path | None,
+        typer.Option(parser=path, metavar="DIR", help="Held-out images.", show_default="val/ or test/ in DIR"),
+    ] = None,
+    held_out: Annotated[
+        float | None, typer.Option(help="Share of each class to hold out.", show_default="0.1 without such a folder")
     ] = None,
     data: Annotated[Data | None, typer.Option(help="Data that is no folder.", show_default="digits")] = None,
     model: Annotated[Variant | None, typer.Option(help="Variant of the network.", show_default="paper")] = None,
@@ -100,8 +108,12 @@ def train(
     ] = None,
     stock: Stock = False,
     seed: Annotated[int | None, typer.Option(min=0, max=2**64 - 1, show_default="0")] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/DATE-TIME-DATA-MODEL")] = None,
-    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with an interrupted run.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(parser=path, help="Run folder.", show_default="runs/DATE-TIME-DATA-MODEL")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(parser=path, metavar="RUN", help="Go on with an interrupted run.")
+    ] = None,
     device: Device = "auto",
     workers: Workers = None,
 ) -> None:
@@ -110,6 +122,7 @@ def train(
     Ctrl-C saves a checkpoint; --resume goes on from it.
     """
     options = {
+        "held_out": held_out,
         "model": model,
         "image_size": image_size,
         "batch_size": batch_size,
@@ -133,10 +146,17 @@ def train(
     }
     if folder is not None and data is not None:
         raise CommandError(f"{path_text(folder)} and --data {data.value}: give one of them", 2)
-    if folder is not None:
-        given["data"] = os.path.abspath(folder)  # the run may be resumed from another folder
-    elif data is not None:
+    for name, chosen_folder in (("data", folder), ("val", val)):
+        if chosen_folder is not None:
+            given[name] = os.path.abspath(chosen_folder)  # the run may be resumed from another folder
+    if data is not None:
         given["data"] = data.value
+    if folder is None and resume is None and (val is not None or held_out is not None):
+        raise CommandError(f"--{'held-out' if val is None else 'val'}: only with DIR, a folder of images", 2)
+    if val is not None and held_out is not None:
+        raise CommandError(f"--val {path_text(val)} and --held-out {held_out}: give one of them", 2)
+    if held_out is not None and not 0 < held_out < 1:
+        raise CommandError(f"--held-out {held_out}: expected a share between 0 and 1", 2)
 
     from .training import run
     from .training.recipe import chosen
@@ -160,11 +180,12 @@ app.command()(cli_results.predict)
 @app.command()
 def export(
     kind: Annotated[Format, typer.Option("--format", help="aoti is AOTInductor: a compiled package for this CPU.")],
-    out: Annotated[Path, typer.Option(help="File to write.")],
+    out: Annotated[Path, typer.Option(parser=path, help="File to write.")],
     variant: Annotated[Variant | None, typer.Option(help="Variant of the network.", show_default="by weights")] = None,
     weights: Annotated[
         Path | None,
         typer.Option(
+            parser=path,
             help="A run, a checkpoint, or a .safetensors, .pth, .caffemodel or .onnx file.",
             show_default="a fresh start",
         ),

@@ -23,7 +23,14 @@ class Precision(StrEnum):
     fp16 = "fp16"
 
 
-Weights = Annotated[Path, typer.Option(help="A run folder, a checkpoint folder or a .safetensors file.")]
+def path(text: str) -> Path:
+    """An argument as a path. An empty one, such as a variable that is not set gives, would be the current folder."""
+    if not text:
+        raise typer.BadParameter("expected a path, got an empty one")
+    return Path(text)
+
+
+Weights = Annotated[Path, typer.Option(parser=path, help="A run folder, a checkpoint folder or a .safetensors file.")]
 Model = Annotated[Variant | None, typer.Option(help="Variant that the weights must be of.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Stock = Annotated[bool, typer.Option("--stock", help="The reference network of stock PyTorch layers.")]

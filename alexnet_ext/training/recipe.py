@@ -13,6 +13,7 @@ SCHEDULES = ("cosine", "linear", "constant", "plateau")
 class Recipe:
     """One run. ``data`` is ``"digits"``, ``"synthetic"`` or a folder; ``steps`` ends a run before its epochs do.
 
+    val: the folder of the held-out images, or held_out: their share of the folder's (None: as the folder says).
     schedule: the learning rate after ``warmup`` steps of linear growth: ``"cosine"`` and ``"linear"`` fall to
     zero at the last step, ``"plateau"`` divides by ten where the held-out error stops falling.
     evaluate_every: steps between evaluations on the first ``evaluate_limit`` held-out images (None: all of
@@ -20,6 +21,8 @@ class Recipe:
     """
 
     data: str
+    val: str | None = None
+    held_out: float | None = None
     model: str = "paper"
     image_size: int | None = None
     init: str = "paper"

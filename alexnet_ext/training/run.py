@@ -15,11 +15,11 @@ from rich.console import Console
 from .. import _library, models
 from ..data.digits import Digits
 from ..data.errors import CommandError, os_error, path_text, require
-from ..data.sources import Split, open_split
+from ..data.sources import Split, is_folder, open_split
 from ..ops import _backend
 from . import checkpoint, pictures
 from .evaluate import Evaluation
-from .files import write_file
+from .files import check_outside, write_file
 from .log import METRICS, read_metrics
 from .progress import Reporter
 from .recipe import Recipe
@@ -33,6 +33,9 @@ def start(recipe: Recipe, out: Path, device: torch.device, workers: int, console
     began = time.monotonic()
     for name in NEEDED:
         require(name)
+    for data in (recipe.data, recipe.val):
+        if data is not None and is_folder(data):
+            check_outside(out, Path(data))
     split = _split(recipe)
     trainer = _trainer(recipe, split, out, device, workers)
     try:
@@ -53,7 +56,7 @@ def resume(
     warn: Callable[[str], None],
 ) -> Evaluation:
     """Go on from a run's newest whole checkpoint. ``given`` are the options that the user named: ``steps`` and
-    ``epochs`` may lengthen the run, the others must be the run's own."""
+    ``epochs`` may lengthen the run, ``data`` and ``val`` say where its images are now, the others must be its own."""
     began = time.monotonic()
     for name in NEEDED:
         require(name)
@@ -63,6 +66,10 @@ def resume(
         recipe = Recipe.from_dict(state["recipe"])
     except (KeyError, TypeError) as error:
         raise CommandError(f"{path_text(path / checkpoint.STATE)}: not of this version ({error})") from error
+    moved: dict[str, Any] = {name: given[name] for name in ("data", "val") if name in given}
+    if "data" in moved and not (is_folder(recipe.data) and is_folder(moved["data"])):
+        raise CommandError(f"{path_text(moved['data'])}: the run in {path_text(run)} has {path_text(recipe.data)}", 2)
+    recipe = recipe.changed(moved)
     for name in recipe.differences(given):
         if name == "model":
             raise CommandError(f"{path_text(path)}: a run of variant {recipe.model!r}, not {given['model']!r}")
@@ -75,6 +82,11 @@ def resume(
     description, weights = checkpoint.read_weights(path / checkpoint.WEIGHTS)
     if description.config != trainer.model.config:
         raise CommandError(f"{path_text(path)}: weights of {description.config}, expected {trainer.model.config}")
+    if description.listing != split.listing:
+        raise CommandError(
+            f"{path_text(recipe.data)}: not the images that the run in {path_text(run)} began with: files were added, "
+            "renamed or removed; bring them back, or train anew"
+        )
     trainer.load(path, state, weights)
     if trainer.step > trainer.total:
         raise CommandError(f"{path_text(run)}: is at step {trainer.step}, beyond the {trainer.total} asked for", 2)
@@ -84,7 +96,7 @@ def resume(
 
 def _split(recipe: Recipe) -> Split:
     size = recipe.image_size or models.VARIANTS[recipe.model].image_size
-    return open_split(recipe.data, size, recipe.seed)
+    return open_split(recipe.data, size, recipe.seed, recipe.val, recipe.held_out)
 
 
 def _trainer(recipe: Recipe, split: Split, out: Path, device: torch.device, workers: int) -> Trainer:
@@ -111,6 +123,8 @@ def _train(trainer: Trainer, console: Console, began: float) -> Evaluation:
         f"{path_text(recipe.data)}: {len(split.train):,} images to train on and {len(split.held_out):,} held out, "
         f"{len(split.train.classes)} classes, {split.preprocessing.size} x {split.preprocessing.size}",
     )
+    for note in split.notes:
+        say(console, f"  {note}")
     say(console, f"Run folder: {path_text(out)}")
     with Reporter(trainer.total, trainer.step, console) as reporter:
         result = trainer.run(reporter)
