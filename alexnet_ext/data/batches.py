@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -82,8 +83,16 @@ def read_batch(dataset: Dataset, keys: Sequence[Key]) -> Batch:
 
 def permutation(length: int, seed: int, epoch: int) -> list[int]:
     """The order of an epoch: a pure function, so that a checkpoint need only record where it stands."""
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**32)
+    of_epoch = seed * 1_000_003 + epoch if seed < 2**32 else narrowed(seed, epoch)
+    generator = torch.Generator().manual_seed(of_epoch % 2**32)
     return torch.randperm(length, generator=generator).tolist()
+
+
+def narrowed(seed: int, *rest: int) -> int:
+    """``seed`` in 32 bits: torch's and NumPy's generators leave out the others, so that 0 and 2**32 would be one seed."""
+    if seed < 2**32:
+        return seed
+    return int.from_bytes(hashlib.sha256(repr((seed, *rest)).encode()).digest()[:4], "little")
 
 
 def batches(

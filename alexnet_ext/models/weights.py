@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..data.errors import first_line, path_text
 from ..data.preprocessing import IMAGENET, Preprocessing
-from .alexnet import LRN, VARIANTS, AlexNet, from_torchvision
+from ..variants import LRN, VARIANTS
+from .alexnet import AlexNet, from_torchvision
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

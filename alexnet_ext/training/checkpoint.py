@@ -1,7 +1,8 @@
 """Checkpoints: ``RUN/checkpoints/step-N/`` with the weights, the trainer's state, and both files' checksums.
 
 A generation is a folder that is renamed into place when complete, so weights and state are always of one step;
-the last two are kept, and reading falls back to the older where the newer is damaged.
+the last two are kept, and reading falls back to the older where the newer is damaged. ``RUN/best/step-N/`` has the
+weights that did best on the held-out images.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 import zipfile
 from collections.abc import Callable, Mapping
@@ -16,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import models
 from ..data.errors import CommandError, first_line, os_error, path_text
@@ -25,6 +27,7 @@ from .files import new_folder
 
 WEIGHTS, STATE, RECORD = "model.safetensors", "state.pt", "checkpoint.json"
 KEEP = 2
+CHECKPOINTS, BEST = "checkpoints", "best"  # folders of a run
 HEADER = "alexnet_ext"  # the entry of the safetensors header that holds a Description
 DTYPES = ("F64", "F32", "F16", "BF16")
 NO_DESCRIPTION = (ValueError, TypeError, KeyError, OverflowError, RecursionError)  # what such a header raises
@@ -63,13 +66,15 @@ class Description:
         return cls(config, classes, Preprocessing(**preprocessing), str(values["data"]), int(values["step"]), **rest)
 
 
-def save(run: Path, model: torch.nn.Module, description: Description, state: Mapping[str, Any]) -> Path:
-    """Write the generation of ``description.step`` and remove all but the last ``KEEP``; the folder written.
+def save(
+    run: Path, model: nn.Module, description: Description, state: Mapping[str, Any], keep: int = KEEP
+) -> Path:
+    """Write the generation of ``description.step`` and remove all but the last ``keep``; the folder written.
 
     Raises CommandError naming the folder where the disk is full or not writable: nothing is left half written,
     and earlier generations stay.
     """
-    path = run / "checkpoints" / f"step-{description.step:08d}"
+    path = run / CHECKPOINTS / _name(description.step)
     if path.exists():
         if damage(path) is None:
             return path  # the same step of the same run: the same content
@@ -78,31 +83,68 @@ def save(run: Path, model: torch.nn.Module, description: Description, state: Map
         write_weights(folder / WEIGHTS, model, description)
         with (folder / STATE).open("wb") as stream:
             torch.save(dict(state), stream)
-        files = {
-            name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
-            for name in (WEIGHTS, STATE)
-        }
-        record = {"step": description.step, "files": files}
-        (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    for old in generations(run)[KEEP:]:
+        _write_record(folder, {"step": description.step}, (WEIGHTS, STATE))
+    for old in generations(run)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
     return path
 
 
-def write_weights(path: Path, model: torch.nn.Module, description: Description) -> None:
+def save_best(run: Path, weights: Mapping[str, Tensor], description: Description, step: int, top1: float) -> None:
+    """Write ``RUN/best/step-N/``, the weights alone, and remove the best so far. Raises as ``save`` does."""
+    path = run / BEST / _name(step)
+    if not path.exists() or damage(path, (WEIGHTS,)) is not None:
+        shutil.rmtree(path, ignore_errors=True)
+        with new_folder(path) as folder:
+            same = run / CHECKPOINTS / path.name / WEIGHTS
+            try:
+                os.link(same, folder / WEIGHTS)  # the generation of this step: no second copy of a large file
+            except OSError:
+                write_weights(folder / WEIGHTS, weights, dataclasses.replace(description, step=step))
+            _write_record(folder, {"step": step, "top1": top1}, (WEIGHTS,))
+    for old in generations(run, BEST):
+        if old != path:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def read_best(run: Path) -> tuple[int, float] | None:
+    """Step and top-1 of a run's best weights; None where they are not there or damaged."""
+    for path in generations(run, BEST):
+        if damage(path, (WEIGHTS,)) is None:
+            try:
+                record = json.loads((path / RECORD).read_text(encoding="utf-8"))
+                return int(record["step"]), float(record["top1"])
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+    return None
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _write_record(folder: Path, values: dict[str, Any], names: tuple[str, ...]) -> None:
+    files = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in names
+    }
+    record = values | {"files": files}
+    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def write_weights(path: Path, model: nn.Module | Mapping[str, Tensor], description: Description) -> None:
     """Write a weights file: the tensors, and in the header what builds the network again."""
     from safetensors.torch import save_file
 
+    tensors = model.state_dict() if isinstance(model, nn.Module) else model
     path.touch()
     mode = path.stat().st_mode  # safetensors puts a file of its own in the place, which its owner alone may read
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(weights, path, metadata={"format": "pt", HEADER: description.to_json()})
     path.chmod(mode)
 
 
-def generations(run: Path) -> list[Path]:
+def generations(run: Path, folder: str = CHECKPOINTS) -> list[Path]:
     """The checkpoint folders of a run, newest first."""
-    found = [path for path in (run / "checkpoints").glob("step-*") if path.is_dir()]
+    found = [path for path in (run / folder).glob("step-*") if path.is_dir()]
     return sorted(found, key=lambda path: path.name, reverse=True)
 
 
@@ -145,20 +187,30 @@ def newest(run: Path, warn: Callable[[str], None], names: tuple[str, ...] = (WEI
     raise CommandError(f"{path_text(run)}: no checkpoint in it", 2)
 
 
-def find_weights(path: Path, warn: Callable[[str], None]) -> Path:
-    """The weights file that ``path`` means: itself, or the one of a checkpoint folder or of a run's newest."""
+def find_weights(path: Path, warn: Callable[[str], None], last: bool = False) -> Path:
+    """The weights file that ``path`` means: itself, or the one of a checkpoint folder, or of a run's best evaluation
+    (``last``: of its newest checkpoint)."""
     if path.is_file():
         if path.suffix in OTHERS:
             raise CommandError(
                 f"{path_text(path)}: not a .safetensors file; `alexnet export --format safetensors` makes one of it", 2
             )
         return path
-    folder = path if (path / RECORD).exists() or (path / WEIGHTS).exists() else newest(path, warn, (WEIGHTS,))
-    if (folder / RECORD).exists():
-        problem = damage(folder, (WEIGHTS,))
+    if (path / RECORD).exists() or (path / WEIGHTS).exists():
+        problem = damage(path, (WEIGHTS,)) if (path / RECORD).exists() else None
         if problem:
             raise CommandError(problem)
-    return folder / WEIGHTS
+        return path / WEIGHTS
+    best = [] if last else generations(path, BEST)
+    whole = (folder for folder in best if _whole(folder, warn))
+    return (next(whole, None) or newest(path, warn, (WEIGHTS,))) / WEIGHTS
+
+
+def _whole(best: Path, warn: Callable[[str], None]) -> bool:
+    problem = damage(best, (WEIGHTS,))
+    if problem:
+        warn(f"{problem}; going to the newest checkpoint")
+    return problem is None
 
 
 def read_weights(path: Path) -> tuple[Description, dict[str, Tensor]]:

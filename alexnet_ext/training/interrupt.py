@@ -1,25 +1,39 @@
-"""Ctrl-C and SIGTERM as a wish to stop at the next good place."""
+"""Ctrl-C and other signals as a wish to stop at the next good place."""
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
+import os
 import signal
+from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType, TracebackType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# The terminal's Ctrl-C, the system's wish to end, a terminal that closes, what batch systems send before the time is up.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+STOPPED = 130
 
 
 class Interrupted(Exception):
-    """Training stopped on request, with its state saved."""
+    """Training stopped on request before step ``step``, with its state saved in the folder ``checkpoint``."""
+
+    def __init__(self, step: int = 0, checkpoint: Path | None = None) -> None:
+        super().__init__(f"stopped before step {step}")
+        self.step, self.checkpoint = step, checkpoint
 
 
 class Interrupt:
-    """Context manager: ``requested`` turns true with the first signal; the second acts as it did before."""
+    """Context manager: ``requested`` turns true with the first signal, which says so; the second ends the process at
+    once. A signal that was ignored, as nohup has SIGHUP ignored, stays so."""
 
     def __init__(self) -> None:
         self.requested = False
+        self.process = os.getpid()  # processes that read images inherit the handlers, and have nothing to say
 
     def __enter__(self) -> Interrupt:
-        self.before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        numbers = [number for number in SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+        self.before = {number: signal.signal(number, self._handle) for number in numbers}
         return self
 
     def look(self) -> None:
@@ -28,14 +42,47 @@ class Interrupt:
             raise Interrupted
 
     def _handle(self, _number: int, _frame: FrameType | None) -> None:
+        if os.getpid() != self.process:
+            return
+        if self.requested:
+            for child in multiprocessing.active_children():
+                child.kill()
+            end_at_once("stopped at once; checkpoints of earlier steps stay as they were")
         self.requested = True
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        tell("stopping after this step, with a checkpoint; once more to stop at once")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._restore()
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def starting() -> Iterator[None]:
+    """Ctrl-C ends the process with one line: within an import the exception that it else is can come out anywhere, and
+    so far there is nothing to save."""
+    before = signal.getsignal(signal.SIGINT)
+    if before == signal.SIG_IGN:
+        yield
+        return
+    signal.signal(signal.SIGINT, stop_at_start)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler if before is stop_at_start else before)
+
+
+def stop_at_start(_number: int, _frame: FrameType | None) -> None:
+    end_at_once("stopped")
+
+
+def end_at_once(text: str) -> None:
+    tell(text)
+    os._exit(STOPPED)
+
+
+def tell(text: str) -> None:
+    """A line on stderr out of a signal's handler, if anybody still reads it."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"alexnet: {text}\n".encode())
