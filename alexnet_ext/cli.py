@@ -20,7 +20,7 @@ from rich.text import Text
 
 from . import cli_results, cli_train, layers
 from ._version import __version__
-from .cli_options import Device, Last, Precision, UsageError, Variant, warn
+from .cli_options import Device, Last, Precision, UsageError, Variant, path, warn
 from .data.errors import CommandError, os_error, path_text
 from .training.interrupt import STOPPED, Interrupted, starting
 from .variants import VARIANTS, AlexNetConfig, config_of
@@ -66,11 +66,12 @@ app.command()(cli_results.predict)
 @app.command()
 def export(
     kind: Annotated[Format, typer.Option("--format", help="aoti is AOTInductor: a compiled package for this CPU.")],
-    out: Annotated[Path, typer.Option(help="File to write.")],
+    out: Annotated[Path, typer.Option(parser=path, help="File to write.")],
     variant: Annotated[Variant | None, typer.Option(help="Variant of the network.", show_default="by weights")] = None,
     weights: Annotated[
         Path | None,
         typer.Option(
+            parser=path,
             help="A run, a checkpoint, or a .safetensors, .pth, .caffemodel or .onnx file.",
             show_default="a fresh start",
         ),

@@ -26,7 +26,14 @@ class Precision(StrEnum):
     fp16 = "fp16"
 
 
-Weights = Annotated[Path, typer.Option(help="A run folder, a checkpoint folder or a .safetensors file.")]
+def path(text: str) -> Path:
+    """An argument as a path. An empty one, such as a variable that is not set gives, would be the current folder."""
+    if not text:
+        raise typer.BadParameter("expected a path, got an empty one")
+    return Path(text)
+
+
+Weights = Annotated[Path, typer.Option(parser=path, help="A run folder, a checkpoint folder or a .safetensors file.")]
 Model = Annotated[Variant | None, typer.Option(help="Variant that the weights must be of.")]
 Last = Annotated[bool, typer.Option("--last", help="Of a run the newest checkpoint, not the best.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .cli_options import Device, Last, Model, Precision, Stock, Weights, Workers, warn, workers_of
+from .cli_options import Device, Last, Model, Precision, Stock, Weights, Workers, path, warn, workers_of
 from .data.errors import path_text
 from .training.interrupt import starting
 
@@ -19,7 +19,9 @@ def evaluate(
     weights: Weights,
     folder: Annotated[
         Path | None,
-        typer.Argument(metavar="[DIR]", help="Images, one folder a class.", show_default="what the run held out"),
+        typer.Argument(
+            parser=path, metavar="[DIR]", help="Images, one folder a class.", show_default="what the run held out"
+        ),
     ] = None,
     last: Last = False,
     model: Model = None,
@@ -36,7 +38,7 @@ def evaluate(
     console = Console()
     network, description = results.load(weights, model, stock, where, warn, last)
     result = results.evaluate_weights(
-        network, description, folder, where, precision, workers_of(workers, where.type), console
+        network, description, folder, where, precision, workers_of(workers, where.type), console, warn
     )
     for error in result.errors:
         warn(f"skipped {error}")
@@ -56,9 +58,11 @@ def evaluate(
 
 
 def predict(
-    image: Annotated[Path, typer.Argument(help="A JPEG, PNG, BMP, WEBP or GIF file.")],
+    image: Annotated[Path, typer.Argument(parser=path, help="A JPEG, PNG, BMP, WEBP or GIF file.")],
     weights: Weights,
-    out: Annotated[Path | None, typer.Option(help="Picture.", show_default="predictions/IMAGE.png")] = None,
+    out: Annotated[
+        Path | None, typer.Option(parser=path, help="Picture.", show_default="predictions/IMAGE.png")
+    ] = None,
     last: Last = False,
     model: Model = None,
     stock: Stock = False,

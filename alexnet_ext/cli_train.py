@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .cli_options import Device, Precision, Stock, UsageError, Variant, Workers, warn, workers_of
+from .cli_options import Device, Precision, Stock, UsageError, Variant, Workers, path, warn, workers_of
 from .data.errors import path_text
 from .training.interrupt import starting
 from .training.recipe import INIT_NAMES, RECIPES, SCHEDULES, Recipe, chosen
@@ -32,7 +32,14 @@ BY_DATA = "by data"
 
 def train(
     folder: Annotated[
-        Path | None, typer.Argument(metavar="[DIR]", help="Images, one folder a class (or train/ and val/ of such).")
+        Path | None,
+        typer.Argument(parser=path, metavar="[DIR]", help="Images, one folder a class (or train/ and val/ of such)."),
+    ] = None,
+    val: Annotated[
+        Path | None, _option("Held-out images.", NETWORK, "val/ or test/ in DIR", parser=path, metavar="DIR")
+    ] = None,
+    held_out: Annotated[
+        float | None, _option("Share of each class to hold out.", NETWORK, "0.1 without such a folder")
     ] = None,
     data: Annotated[Data | None, _option("Data that is no folder.", NETWORK, "digits")] = None,
     recipe: Annotated[RecipeName | None, _option("Defaults to begin with.", NETWORK, BY_DATA)] = None,
@@ -40,7 +47,9 @@ def train(
     image_size: Annotated[int | None, _option("Side of the network's input.", NETWORK, "the variant's")] = None,
     weights: Annotated[
         Path | None,
-        _option("Start from a run, a .safetensors, .pth, .caffemodel or .onnx file.", NETWORK, "a fresh start"),
+        _option(
+            "Start from a run, a .safetensors, .pth, .caffemodel or .onnx file.", NETWORK, "a fresh start", parser=path
+        ),
     ] = None,
     freeze: Annotated[str | None, _option("Keep these weights: features, or a layer.", NETWORK, metavar="NAME")] = None,
     init: Annotated[Init | None, _option("Start of the weights.", NETWORK, BY_DATA)] = None,
@@ -66,8 +75,8 @@ def train(
     label_smoothing: Annotated[float | None, _option("Share spread over all classes.", LEARNING, "0")] = None,
     precision: Annotated[Precision | None, _option("Arithmetic; weights stay fp32.", LEARNING, "fp32")] = None,
     seed: Annotated[int | None, _option("Of everything random.", LEARNING, "0")] = None,
-    out: Annotated[Path | None, _option("Run folder.", RUN, "runs/DATE-TIME-DATA-MODEL")] = None,
-    resume: Annotated[Path | None, _option("Go on with an interrupted run.", RUN, metavar="RUN")] = None,
+    out: Annotated[Path | None, _option("Run folder.", RUN, "runs/DATE-TIME-DATA-MODEL", parser=path)] = None,
+    resume: Annotated[Path | None, _option("Go on with an interrupted run.", RUN, parser=path, metavar="RUN")] = None,
     device: Device = "auto",
     workers: Workers = None,
     threads: Annotated[int | None, _option("Threads of torch on the CPU.", RUN, "all", min=1)] = None,
@@ -78,7 +87,7 @@ def train(
     Ctrl-C saves a checkpoint; --resume goes on from it.
     """
     options = {**locals(), "stock": stock or None, "augment": False if no_augment else None}
-    options |= {"data": None, "weights": None}
+    options |= {"data": None, "val": None, "weights": None}
     given = {
         field.name: str(value) if isinstance(value, StrEnum) else value
         for field in dataclasses.fields(Recipe)
@@ -89,9 +98,16 @@ def train(
     if resume is not None and (out or recipe or weights):
         other = "--out" if out else "--recipe" if recipe else "--weights"
         raise UsageError(f"{other} and --resume: a run goes on in its own folder and by its own recipe")
-    if folder is not None:
-        given["data"] = os.path.abspath(folder)  # the run may be resumed from another folder
-    elif data is not None:
+    if folder is None and resume is None and (val is not None or held_out is not None):
+        raise UsageError(f"--{'held-out' if val is None else 'val'}: only with DIR, a folder of images")
+    if val is not None and held_out is not None:
+        raise UsageError(f"--val {path_text(val)} and --held-out {held_out}: give one of them")
+    if held_out is not None and not 0 < held_out < 1:
+        raise UsageError(f"--held-out {held_out}: expected a share between 0 and 1")
+    for name, chosen_folder in (("data", folder), ("val", val)):
+        if chosen_folder is not None:
+            given[name] = os.path.abspath(chosen_folder)  # the run may be resumed from another folder
+    if data is not None:
         given["data"] = data.value
     chosen(given, recipe)  # what is wrong with an option is told before torch is there
 

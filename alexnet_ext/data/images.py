@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # What photographs come in. Pillow's other readers are rarely used, and where its security holes have been.
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF")
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif")
+EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".gif")
 # Where Pillow begins to warn of a decompression bomb: 268 MB once decoded.
 MAX_PIXELS = 89_478_485
 NOT_ITS_FAULT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # the system's: the image may well be whole

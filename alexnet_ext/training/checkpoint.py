@@ -37,13 +37,17 @@ OTHERS = (".pth", ".pt", ".caffemodel", ".onnx")  # weights that load_weights re
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """What a weights file says of itself: enough to build the network and to bring images to it."""
+    """What a weights file says of itself: enough to build the network and to bring images to it, and where the run's
+    held-out images are: ``val`` and ``held_out`` as in a recipe, ``listing`` the checksum of the names."""
 
     config: models.AlexNetConfig
     classes: tuple[str, ...]
     preprocessing: Preprocessing
     data: str
     step: int
+    val: str | None = None
+    held_out: float | None = None
+    listing: str = ""
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -59,7 +63,8 @@ class Description:
             raise ValueError(f"{len(classes)} class names for {config.num_classes} outputs")
         if preprocessing["size"] != config.image_size:
             raise ValueError(f"images of side {preprocessing['size']!r} for a network of {config.image_size}")
-        return cls(config, classes, Preprocessing(**preprocessing), str(values["data"]), int(values["step"]))
+        rest = {name: values[name] for name in ("val", "held_out", "listing") if name in values}
+        return cls(config, classes, Preprocessing(**preprocessing), str(values["data"]), int(values["step"]), **rest)
 
 
 def save(run: Path, model: nn.Module, description: Description, state: Mapping[str, Any], keep: int = KEEP) -> Path:

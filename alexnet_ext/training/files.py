@@ -30,6 +30,14 @@ def check_target(path: Path, source: Path | None) -> None:
         raise CommandError(f"--out {path_text(path)}: is what would be read; name another file", 2)
 
 
+def check_outside(out: Path, data: Path) -> None:
+    """CommandError where ``out`` lies in a folder of images, which would find it there as a class."""
+    if out.resolve().is_relative_to(data.resolve()):
+        raise CommandError(
+            f"--out {path_text(out)}: lies in the images' folder {path_text(data)}; name a folder outside of it", 2
+        )
+
+
 def write_file(path: Path, content: bytes) -> None:
     """Write a file beside ``path`` and rename it there: a reader finds the old content or the new."""
     beside = path.with_name(f".{path.name}.tmp-{os.getpid()}")

@@ -19,6 +19,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 # The least that a number may be, and what it must stay below.
 RANGES = {
+    "held_out": (0, 1),
     "image_size": (1, math.inf),
     "dropout": (0, 1),
     "batch_size": (1, math.inf),
@@ -64,6 +65,7 @@ def _expected(name: str, kinds: str, value: Any) -> str:
 class Recipe:
     """One run. ``data`` is ``"digits"``, ``"synthetic"`` or a folder; ``steps`` ends a run before its epochs do.
 
+    val: the folder of the held-out images, or held_out: their share of the folder's (None: as the folder says).
     accumulate: batches whose gradients are added up for one step.
     schedule: the learning rate after ``warmup`` steps of linear growth: ``"cosine"`` and ``"linear"`` fall to
     zero at the last step, ``"plateau"`` divides by ten where the held-out error stops falling.
@@ -78,6 +80,8 @@ class Recipe:
     """
 
     data: str
+    val: str | None = None
+    held_out: float | None = None
     model: str = "paper"
     image_size: int | None = None
     init: str = "paper"

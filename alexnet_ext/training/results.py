@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from .. import models
+from ..data.batches import Dataset
 from ..data.errors import CommandError, os_error, path_text, require
 from ..data.folder import ImageFolder
 from ..data.images import crop, read_image
@@ -45,20 +46,24 @@ def evaluate_weights(
     precision: str,
     workers: int,
     console: Console,
+    warn: Callable[[str], None],
 ) -> Evaluation:
     """Evaluate on the images of ``folder``, or on those that the run held out."""
     if folder is not None:
-        dataset: Any = ImageFolder.held_out(folder, description.preprocessing, description.classes)
+        dataset: Dataset
+        dataset, notes = ImageFolder.held_out(folder, description.preprocessing, description.classes)
     elif not description.data:
         raise CommandError("DIR: these weights name no data of their own, expected a folder of images", 2)
     else:
-        dataset = (
-            open_split(description.data, description.preprocessing.size, 0)
-            .brought_as(description.preprocessing)
-            .held_out
-        )
+        split = open_split(description.data, description.preprocessing.size, 0, description.val, description.held_out)
+        dataset, notes = split.brought_as(description.preprocessing).held_out, split.notes
+        shown = path_text(description.data)
         if tuple(dataset.classes) != description.classes:
-            raise CommandError(f"{path_text(description.data)}: its classes are not those trained on", 2)
+            raise CommandError(f"{shown}: its classes are not those trained on", 2)
+        if split.listing != description.listing:
+            warn(f"{shown}: not the images that the run began with; among the held out may be some it was trained on")
+    for note in notes:
+        warn(note)
     with Reporter(0, 0, console) as reporter, Readers(dataset, workers) as readers:
         reporter.bar.remove_task(reporter.training)
         result = evaluate(

@@ -18,13 +18,13 @@ from .. import _library
 from ..data.digits import Digits
 from ..data.errors import CommandError, first_line, os_error, path_text, require
 from ..data.folder import ImageFolder
-from ..data.sources import Split, open_split
+from ..data.sources import Split, is_folder, open_split
 from ..models.weights import VARIANT_OF
 from ..ops import _backend
 from ..variants import VARIANTS
 from . import checkpoint, pictures
 from .evaluate import Evaluation
-from .files import write_file
+from .files import check_outside, write_file
 from .log import METRICS, json_text, read_metrics
 from .progress import Reporter
 from .recipe import CHANGEABLE, Recipe
@@ -38,6 +38,9 @@ def start(recipe: Recipe, out: Path, device: torch.device, workers: int, console
     """Train from the start into the new or empty folder ``out``."""
     began = time.monotonic()
     _check_needs(out)
+    for data in (recipe.data, recipe.val):
+        if data is not None and is_folder(data):
+            check_outside(out, Path(data))
     split = _split(recipe)
     trainer = _trainer(recipe, split, out, device, workers)
     if recipe.weights is not None:
@@ -73,7 +76,8 @@ def resume(
     warn: Callable[[str], None],
 ) -> Evaluation:
     """Go on from a run's newest whole checkpoint, or from the checkpoint folder ``run``. ``given`` are the options that
-    the user named: those of ``CHANGEABLE`` may be other than the run's, the others must be its own."""
+    the user named: those of ``CHANGEABLE`` may be other than the run's, ``data`` and ``val`` say where its images are
+    now, the others must be its own."""
     began = time.monotonic()
     run, path = checkpoint.to_resume(run, warn)
     _check_needs(run)
@@ -83,6 +87,10 @@ def resume(
     except (KeyError, TypeError, ValueError) as error:
         text = f"{path_text(path / checkpoint.STATE)}: not of this version ({first_line(error)})"
         raise CommandError(text) from error
+    moved: dict[str, Any] = {name: given[name] for name in ("data", "val") if name in given}
+    if "data" in moved and not (is_folder(recipe.data) and is_folder(moved["data"])):
+        raise CommandError(f"{path_text(moved['data'])}: the run in {path_text(run)} has {path_text(recipe.data)}", 2)
+    recipe = recipe.changed(moved)
     for name in recipe.differences(given):
         if name == "model":
             raise CommandError(f"{path_text(path)}: a run of variant {recipe.model!r}, not {given['model']!r}")
@@ -97,6 +105,11 @@ def resume(
         if getattr(description.config, name) != value:
             found = getattr(description.config, name)
             raise CommandError(f"{path_text(path)}: its weights have {name} {found}, and its recipe {value}")
+    if description.listing and description.listing != split.listing:
+        raise CommandError(
+            f"{path_text(recipe.data)}: not the images that the run in {path_text(run)} began with: files were added, "
+            "renamed or removed; bring them back, or train anew"
+        )
     trainer.load(path, state, weights)
     if trainer.step > trainer.total:
         raise CommandError(f"{path_text(run)}: is at step {trainer.step}, beyond the {trainer.total} asked for", 2)
@@ -136,7 +149,7 @@ def _seconds(result: Path) -> float:
 
 def _split(recipe: Recipe) -> Split:
     size = recipe.image_size or VARIANTS[recipe.model].image_size
-    split = open_split(recipe.data, size, recipe.seed)
+    split = open_split(recipe.data, size, recipe.seed, recipe.val, recipe.held_out)
     if not recipe.augment and isinstance(split.train, ImageFolder):
         split.train.augment = False
     return split
@@ -166,6 +179,8 @@ def _train(trainer: Trainer, console: Console) -> Evaluation:
         f"{path_text(recipe.data)}: {len(split.train):,} images to train on and {len(split.held_out):,} held out, "
         f"{len(split.train.classes)} classes, {split.preprocessing.size} x {split.preprocessing.size}",
     )
+    for note in split.notes:
+        say(console, f"  {note}")
     say(console, f"Run folder: {path_text(out)}")
     with Reporter(trainer.total, trainer.step, console) as reporter:
         result = trainer.run(reporter)

@@ -102,7 +102,14 @@ class Trainer:
     @property
     def description(self) -> checkpoint.Description:
         return checkpoint.Description(
-            self.model.config, self.split.train.classes, self.split.preprocessing, self.recipe.data, self.step
+            self.model.config,
+            self.split.train.classes,
+            self.split.preprocessing,
+            self.recipe.data,
+            self.step,
+            self.recipe.val,
+            self.recipe.held_out,
+            self.split.listing,
         )
 
     @property
