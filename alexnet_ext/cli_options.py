@@ -6,13 +6,16 @@ import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from . import models
+from .variants import VARIANTS
 
-Variant = StrEnum("Variant", {name: name for name in models.VARIANTS})  # type: ignore[misc]
+# The name of its module differs by typer's version: it is the base of an exception that has always been exported.
+UsageError: type[Any] = typer.BadParameter.__mro__[1]
+
+Variant = StrEnum("Variant", {name: name for name in VARIANTS})  # type: ignore[misc]
 
 
 class Precision(StrEnum):
@@ -32,6 +35,7 @@ def path(text: str) -> Path:
 
 Weights = Annotated[Path, typer.Option(parser=path, help="A run folder, a checkpoint folder or a .safetensors file.")]
 Model = Annotated[Variant | None, typer.Option(help="Variant that the weights must be of.")]
+Last = Annotated[bool, typer.Option("--last", help="Of a run the newest checkpoint, not the best.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Stock = Annotated[bool, typer.Option("--stock", help="The reference network of stock PyTorch layers.")]
 Workers = Annotated[int | None, typer.Option(min=0, help="Processes that read images.", show_default="by device")]

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from .cli_options import Device, Model, Precision, Stock, Weights, Workers, path, warn, workers_of
+from .cli_options import Device, Last, Model, Precision, Stock, Weights, Workers, path, warn, workers_of
 from .data.errors import BadImage, CommandError, path_text
+from .training.interrupt import starting
 
 if TYPE_CHECKING:
     from .training.results import Prediction
@@ -28,6 +29,7 @@ def evaluate(
             parser=path, metavar="[DIR]", help="Images, one folder a class.", show_default="what the run held out"
         ),
     ] = None,
+    last: Last = False,
     model: Model = None,
     precision: Annotated[Precision, typer.Option()] = Precision.fp32,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -42,10 +44,11 @@ def evaluate(
     workers: Workers = None,
 ) -> None:
     """Count how often a trained network is right, on held-out images or on a folder."""
-    from .training import results, run
-    from .training.files import check_target, write_file
-    from .training.pictures import check_format
-    from .training.pictures import confusion as draw_confusion
+    with starting():
+        from .training import results, run
+        from .training.files import check_target, write_file
+        from .training.pictures import check_format
+        from .training.pictures import confusion as draw_confusion
 
     where = run.device_of(device)
     for picture in (confusion, wrong):
@@ -54,7 +57,7 @@ def evaluate(
     if confusion is not None:
         check_format(confusion)
     console = Console(stderr=json)
-    network, description = results.load(weights, model, stock, where, warn)
+    network, description = results.load(weights, model, stock, where, warn, last)
     result, dataset = results.evaluate_weights(
         network, description, folder, where, precision, workers_of(workers, where.type), console, warn
     )
@@ -95,6 +98,7 @@ def predict(
     no_picture: Annotated[bool, typer.Option("--no-picture", help="Draw nothing.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+    last: Last = False,
     model: Model = None,
     stock: Stock = False,
     device: Device = "auto",
@@ -103,10 +107,11 @@ def predict(
     for one, other, given in (("--json", "--csv", json and csv), ("--out", "--no-picture", out and no_picture)):
         if given:
             raise CommandError(f"{one} and {other}: give one of them", 2)
-    from .training import results, run
+    with starting():
+        from .training import results, run
 
     where = run.device_of(device)
-    network, description = results.load(weights, model, stock, where, warn)
+    network, description = results.load(weights, model, stock, where, warn, last)
     single = len(images) == 1 and not images[0].is_dir()
     if single:
         picture = None if no_picture else out or results.picture_of(images[0], PREDICTIONS)

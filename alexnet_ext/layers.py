@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from .variants import ANY_SIZE, HIDDEN, STRIDE, VARIANTS, WINDOW, AlexNetConfig, stages
@@ -64,7 +64,7 @@ def layer_rows(config: AlexNetConfig) -> list[LayerRow]:
     dropout = f"dropout {config.dropout:g}"
     hidden = (dropout, "linear", "ReLU") if table.dropout_first else ("linear", "ReLU", dropout)
     sizes = [channels * side * side, HIDDEN, HIDDEN, config.num_classes]
-    for index, (inputs, outputs) in enumerate(zip(sizes[:-1], sizes[1:], strict=True), 6):
+    for index, (inputs, outputs) in enumerate(pairwise(sizes), 6):
         kind = " + ".join(hidden) if index < 8 else "linear"
         weights = inputs * outputs
         rows.append(LayerRow(f"fc{index}", kind, None, None, None, None, (outputs,), weights + outputs, weights))

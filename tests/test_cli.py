@@ -115,7 +115,7 @@ def test_train_on_a_folder_with_a_broken_image(
     assert printed.count(f"skipped {broken}: ") == 1
     assert "1 of 20 training images were unreadable and left out" in printed
     assert json.loads((tmp_path / "run" / "result.json").read_text())["skipped"] == 1
-    assert json.loads((tmp_path / "run" / "recipe.json").read_text())["init"] == "paper"
+    assert json.loads((tmp_path / "run" / "recipe.json").read_text())["init"] == "kaiming"
     assert cli.run_command(["evaluate", "--weights", str(tmp_path / "run")]) == 0
     assert "on 20 images" in capsys.readouterr().out
 
@@ -423,7 +423,7 @@ def test_importing_the_package_imports_none_of_the_command_lines() -> None:
     assert printed == "[]\n"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_from_it(tmp_path: Path, number: signal.Signals) -> None:
     out = tmp_path / "run"
     command = [sys.executable, "-m", "alexnet_ext", "train"]
@@ -438,8 +438,10 @@ def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_from_it(tmp_path: Path,
     os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert errors == "alexnet: stopped\n"
     path = checkpoint.newest(out, pytest.fail)
+    first, second = errors.splitlines()
+    assert first == "alexnet: stopping after this step, with a checkpoint; once more to stop at once"
+    assert second.endswith(f", saved in {path}; to go on: alexnet train --resume {out}")
     step = checkpoint.read_state(path / checkpoint.STATE)["step"]
     assert step == len(read_metrics(out / "metrics.jsonl")) >= 3
     assert cli.run_command(["train", "--resume", str(out), "--steps", str(step + 2)]) == 0

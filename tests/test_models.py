@@ -100,7 +100,9 @@ def test_the_layer_table_is_what_the_layers_put_out(variant: str, image_size: in
     stock = meta(variant, False, image_size=image_size, num_classes=10).eval()
     shapes: dict[str, tuple[int, ...]] = {}
     for name, layer in stock.named_modules():
-        layer.register_forward_hook(lambda _m, _x, y, name=name: shapes.update({name.split(".")[-1]: tuple(y.shape[1:])}))
+        layer.register_forward_hook(
+            lambda _m, _x, y, name=name: shapes.update({name.split(".")[-1]: tuple(y.shape[1:])})
+        )
     side = stock.config.image_size
     stock(torch.empty(1, 3, side, side, device="meta"))
     for row in layer_rows(stock.config):

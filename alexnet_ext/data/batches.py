@@ -89,7 +89,7 @@ def permutation(length: int, seed: int, epoch: int) -> list[int]:
 
 
 def narrowed(seed: int, *rest: int) -> int:
-    """``seed`` in 32 bits: torch's and NumPy's generators leave out the others, so that 0 and 2**32 would be one seed."""
+    """``seed`` in 32 bits: torch's and NumPy's generators leave out the others, and 0 would be 2**32."""
     if seed < 2**32:
         return seed
     return int.from_bytes(hashlib.sha256(repr((seed, *rest)).encode()).digest()[:4], "little")

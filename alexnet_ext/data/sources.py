@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,15 @@ class Split(NamedTuple):
     preprocessing: Preprocessing
     notes: tuple[str, ...] = ()
     listing: str = ""
+
+    def brought_as(self, given: Preprocessing) -> Split:
+        """The same images brought to the network as ``given`` has it: of folders the crops too; of others, which
+        come in one size, the colours alone."""
+        if not isinstance(self.train, ImageFolder) or not isinstance(self.held_out, ImageFolder):
+            given = dataclasses.replace(self.preprocessing, mean=given.mean, std=given.std)
+        else:
+            self.train.preprocessing = self.held_out.preprocessing = given
+        return self._replace(preprocessing=given)
 
 
 def is_folder(data: str) -> bool:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from .. import nn as fused_nn
 from ..variants import ANY_SIZE, HIDDEN, STRIDE, VARIANTS, WINDOW, AlexNetConfig, Stage, Variant, config_of, stages
 
-
 Block = type[fused_nn.Conv2dReLULRNMaxPool2d] | type[fused_nn.Conv2dReLUMaxPool2dLRN]
 BLOCKS: dict[tuple[str, ...], Block] = {
     ("relu", "norm", "pool"): fused_nn.Conv2dReLULRNMaxPool2d,

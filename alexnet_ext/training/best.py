@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,11 @@ class Best:
             self.weights = copied(model)
 
     def write(self, run: Path, description: checkpoint.Description) -> None:
-        """Bring the best weights to the disk, where they are not there yet."""
-        if self.weights is not None:
-            checkpoint.save_best(run, self.weights, description, self.step, self.top1)
+        """Bring the best to the disk. The generation of ``description.step``, the newest, has its weights already."""
+        if self.step >= 0:
+            whole = self.step != description.step
+            own = dataclasses.replace(description, step=self.step)
+            checkpoint.save_best(run, self.weights, own, self.top1, whole)
             self.weights = None
 
     def state(self) -> dict[str, Any]:

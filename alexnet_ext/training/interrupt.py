@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
+import shlex
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
 
-# The terminal's Ctrl-C, the system's wish to end, a terminal that closes, what batch systems send before the time is up.
+from ..data.errors import path_text
+
+# Ctrl-C, the system's wish to end, a terminal that closes, and what batch systems send before the time is up.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 STOPPED = 130
 
@@ -21,6 +23,13 @@ class Interrupted(Exception):
     def __init__(self, step: int = 0, checkpoint: Path | None = None) -> None:
         super().__init__(f"stopped before step {step}")
         self.step, self.checkpoint = step, checkpoint
+
+    def told(self) -> str:
+        """What stopped where, and how it goes on."""
+        if self.checkpoint is None:
+            return "stopped"
+        saved, run = path_text(self.checkpoint), shlex.quote(path_text(self.checkpoint.parent.parent))
+        return f"stopped at step {self.step}, saved in {saved}; to go on: alexnet train --resume {run}"
 
 
 class Interrupt:
@@ -45,6 +54,8 @@ class Interrupt:
         if os.getpid() != self.process:
             return
         if self.requested:
+            import multiprocessing
+
             for child in multiprocessing.active_children():
                 child.kill()
             end_at_once("stopped at once; checkpoints of earlier steps stay as they were")
@@ -58,22 +69,25 @@ class Interrupt:
             signal.signal(number, handler)
 
 
+def begin() -> None:
+    """From here on Ctrl-C ends the process with one line: within an import the exception that it else is can come out
+    anywhere, and so far there is nothing to save."""
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, _stop_at_start)
+
+
 @contextlib.contextmanager
 def starting() -> Iterator[None]:
-    """Ctrl-C ends the process with one line: within an import the exception that it else is can come out anywhere, and
-    so far there is nothing to save."""
-    before = signal.getsignal(signal.SIGINT)
-    if before == signal.SIG_IGN:
-        yield
-        return
-    signal.signal(signal.SIGINT, stop_at_start)
+    """Around imports, which ``begin`` is for; behind them Ctrl-C is a KeyboardInterrupt."""
+    begin()
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler if before is stop_at_start else before)
+        if signal.getsignal(signal.SIGINT) == _stop_at_start:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def stop_at_start(_number: int, _frame: FrameType | None) -> None:
+def _stop_at_start(_number: int, _frame: FrameType | None) -> None:
     end_at_once("stopped")
 
 

@@ -39,7 +39,7 @@ RANGES = {
     "save_every": (0, math.inf),
     "keep": (1, math.inf),
 }
-TYPES = {"str": str, "int": int, "float": (int, float), "bool": bool, "None": type(None)}
+TYPES: dict[str, Any] = {"str": str, "int": int, "float": (int, float), "bool": bool, "None": type(None)}
 # What a resumed run may have otherwise: how long it goes on and what it keeps, not how it learns.
 CHANGEABLE = ("epochs", "steps", "patience", "save_every", "keep")
 
@@ -172,11 +172,12 @@ SYNTHETIC = replace(DIGITS, data="synthetic")
 FOLDER = Recipe(data="", init="kaiming", warmup=20, schedule="cosine")
 # Section 5 of the paper: "reduced three times prior to termination", "roughly 90 cycles".
 IMAGENET = Recipe(data="")
+FINE_TUNING_LR = 0.001
 RECIPES = {"digits": DIGITS, "folder": FOLDER, "paper": IMAGENET}
 
 
 def chosen(given: dict[str, Any], name: str | None = None) -> Recipe:
-    """The recipe ``name`` of ``RECIPES``, or the default for ``given["data"]`` (digits), with the rest of what is given.
+    """The recipe ``name`` of ``RECIPES``, or the default for ``given["data"]`` (digits), with what is given.
 
     Raises CommandError, naming the option, for a value that no run can have.
     """
@@ -186,6 +187,8 @@ def chosen(given: dict[str, Any], name: str | None = None) -> Recipe:
             option, value = field.name.replace("_", "-"), path_text(str(given[field.name]))
             raise CommandError(f"--{option} {value}: expected {expected}", 2)
     data = given.get("data", "digits")
+    if "weights" in given:  # trained ones must not be lost to the first steps
+        given = {"lr": FINE_TUNING_LR} | given
     return (replace(RECIPES[name], data=data) if name else default(data)).changed(given)
 
 

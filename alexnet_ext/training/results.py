@@ -33,11 +33,16 @@ TABLE_CLASSES = 20  # more than fit on a screen are not listed
 
 
 def load(
-    weights: Path, variant: str | None, stock: bool, device: torch.device, warn: Callable[[str], None]
+    weights: Path,
+    variant: str | None,
+    stock: bool,
+    device: torch.device,
+    warn: Callable[[str], None],
+    last: bool = False,
 ) -> tuple[models.AlexNet, checkpoint.Description]:
-    """The network of a run, checkpoint folder or weights file, ready to evaluate; CommandError where a weight is no
-    finite number."""
-    path = checkpoint.find_weights(weights, warn)
+    """The network of a run, checkpoint folder or weights file, ready to evaluate; of a run the best weights, or
+    (``last``) those of its newest checkpoint. CommandError where a weight is no finite number."""
+    path = checkpoint.find_weights(weights, warn, last)
     model, description = checkpoint.load_model(path, variant and str(variant), fused=not stock)
     for name, value in model.state_dict().items():
         if not value.isfinite().all():
@@ -64,7 +69,7 @@ def evaluate_weights(
         raise CommandError("DIR: these weights name no data of their own, expected a folder of images", 2)
     else:
         split = open_split(description.data, description.preprocessing.size, 0, description.val, description.held_out)
-        dataset, notes = split.held_out, split.notes
+        dataset, notes = split.brought_as(description.preprocessing).held_out, split.notes
         shown = path_text(description.data)
         if tuple(dataset.classes) != description.classes:
             raise CommandError(f"{shown}: its classes are not those trained on", 2)

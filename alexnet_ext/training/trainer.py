@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import models
 from ..data.batches import Batch, batches, narrowed
-from ..data.errors import BadImage, CommandError, first_line, path_text
+from ..data.errors import BadImage, CommandError, first_line, os_error, path_text
 from ..data.readers import Readers
 from ..data.sources import Split
 from . import checkpoint
@@ -168,6 +168,29 @@ class Trainer:
                 if self.batch == self.epoch_steps:
                     self.epoch, self.batch, loader = self.epoch + 1, 0, None
 
+    def start_from(self, file: Path) -> str:
+        """Copy the weights of a file, in whatever format ``models.load_weights`` reads, and bring images to the network
+        as they were brought to it before. A last layer of other classes stays new: what is to be said of it, or "".
+
+        Raises CommandError where the file does not fit.
+        """
+        last = self.model.get_parameter("classifier.fc8.weight")
+        fresh = last.detach().clone()
+        try:
+            described = checkpoint.read_description(file) if file.suffix == ".safetensors" else None
+            other = described is not None and described.classes != self.split.train.classes
+            preprocessing = models.load_weights(self.model, file, new_last=True if other else None)
+        except (ValueError, ImportError) as error:
+            raise CommandError(str(error)) from error
+        except OSError as error:
+            raise os_error(file, error) from error
+        self.start.copy_(first_kernels(self.model).detach())
+        size = self.model.config.image_size
+        if preprocessing is not None:
+            resize = max(size, round(preprocessing.resize * size / preprocessing.size))
+            self.split = self.split.brought_as(dataclasses.replace(preprocessing, size=size, resize=resize))
+        return f", with a new last layer of {len(last)} classes" if torch.equal(last, fresh) else ""
+
     def _saving_due(self, saved: float) -> bool:
         every = self.recipe.save_every
         return (every > 0 and self.step > 0 and self.step % every == 0) or (
@@ -261,7 +284,7 @@ class Trainer:
         init = "" if self.recipe.init == "kaiming" or self.recipe.weights else "--init kaiming, "
         reporter.note(
             f"step {step}: the loss is still {mean:.2f}, that of guessing among {classes} classes is "
-            f"{math.log(classes):.2f}; try {init}another --lr than {self.recipe.lr:g}, or --weights of a trained network"
+            f"{math.log(classes):.2f}; try {init}another --lr than {self.recipe.lr:g}, or trained --weights"
         )
 
     def _check_finite(self, loss: float, step: int) -> None:
@@ -277,9 +300,7 @@ class Trainer:
         every = self.recipe.evaluate_every
         return self.step % every == 0 if every else self.batch == 0
 
-    def _evaluate(
-        self, log: Log, reporter: Reporter, interrupt: Interrupt, last: bool = False
-    ) -> Evaluation | None:
+    def _evaluate(self, log: Log, reporter: Reporter, interrupt: Interrupt, last: bool = False) -> Evaluation | None:
         """Evaluate and write it down, on all held-out images the last time; None when interrupted."""
         limit = None if last else self.recipe.evaluate_limit
         try:
@@ -311,7 +332,9 @@ class Trainer:
     def _follow_plateau(self, error: float) -> None:
         """Let the plateau see the least held-out error of each ``PLATEAU_IMAGES`` images or more."""
         self.plateau_error = min(self.plateau_error, error)
-        seen = (self.step - max(self.plateau_step, self.recipe.warmup)) * self.recipe.batch_size * self.recipe.accumulate
+        seen = (
+            (self.step - max(self.plateau_step, self.recipe.warmup)) * self.recipe.batch_size * self.recipe.accumulate
+        )
         if self.recipe.schedule == "plateau" and seen >= PLATEAU_IMAGES:
             self.plateau.step(self.plateau_error)
             self.plateau_step, self.plateau_error = self.step, math.inf
@@ -363,7 +386,7 @@ class Trainer:
         """
         shown = path_text(path)
         try:
-            self._check_data(shown, state)
+            self.check_data(path, state)
             checkpoint.check_optimizer(path, state["optimizer"], self.optimizer)
             place = self._place(state)
             if state["start"].shape != self.start.shape:
@@ -386,10 +409,14 @@ class Trainer:
         except Exception as error:  # values of any kind meet torch, NumPy and Python, each of which has its own
             raise CommandError(f"{shown}: not a trainer's state of this version ({first_line(error)})") from error
 
-    def _check_data(self, shown: str, state: dict[str, Any]) -> None:
-        """CommandError in words unless the data are those that the run has been trained on."""
+    def check_data(self, path: Path, state: dict[str, Any]) -> None:
+        """CommandError in words unless the data are those that the checkpoint ``path`` has been trained on."""
+        shown = path_text(path)
         now, images, data = self.split.train.classes, len(self.split.train), path_text(self.recipe.data)
-        before = [str(name) for name in state["classes"]]
+        try:
+            before, count = [str(name) for name in state["classes"]], int(state["images"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CommandError(f"{shown}: not a trainer's state of this version ({first_line(error)})") from error
         for word, names in (("lacks", set(before) - set(now)), ("has a new", set(now) - set(before))):
             if names:
                 more = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -397,16 +424,16 @@ class Trainer:
                     f"{shown}: was trained on {len(before)} classes, and {data} now {word} class "
                     f"{path_text(min(names))}{more}"
                 )
-        if before != list(now) or state["images"] != images:
+        if before != list(now) or count != images:
             raise CommandError(
-                f"{shown}: was trained on {state['images']} images of {len(before)} classes, "
+                f"{shown}: was trained on {count} images of {len(before)} classes, "
                 f"and {data} now has {images} of {len(now)}"
             )
 
     def _place(self, state: dict[str, Any]) -> list[int]:
         """Step, epoch, step within it and last evaluation. Raises ValueError for what no run comes to."""
         place = step, epoch, batch, evaluated = [int(state[name]) for name in ("step", "epoch", "batch", "evaluated")]
-        if not (0 <= batch < self.epoch_steps and 0 <= epoch and step == epoch * self.epoch_steps + batch):
+        if not (0 <= batch < self.epoch_steps and epoch >= 0 and step == epoch * self.epoch_steps + batch):
             raise ValueError(f"step {step} is not step {batch} of {self.epoch_steps} in epoch {epoch}")
         if not -1 <= evaluated <= step:
             raise ValueError(f"evaluated at step {evaluated} of {step}")
