@@ -51,9 +51,9 @@ def evaluate(
         from .training.pictures import confusion as draw_confusion
 
     where = run.device_of(device)
-    for picture in (confusion, wrong):
-        if picture is not None:
-            check_target(picture, None)
+    for option, file in (("--confusion", confusion), ("--wrong", wrong)):
+        if file is not None:
+            check_target(file, option=option)
     if confusion is not None:
         check_format(confusion)
     console = Console(stderr=json)

@@ -203,6 +203,10 @@ def test_outputs_that_cannot_be(weights: Path, images: Path, capsys: pytest.Capt
         line = fails(capsys, 2, "predict", sample, "--weights", weights, "--out", out)
         assert line == f"alexnet: --out {out}: no regular file, expected the name of one"
     assert stat.S_ISFIFO(os.stat("pipe").st_mode)
+    for option in ("--wrong", "--confusion"):
+        assert f"{option} pipe: no regular file" in fails(
+            capsys, 2, "evaluate", images, "--weights", weights, option, "pipe"
+        )
     expected = "a.gif: expected a name with one of the endings .png, .jpg"
     assert expected in fails(capsys, 2, "predict", sample, "--weights", weights, "--out", "a.gif")
     assert expected in fails(capsys, 2, "evaluate", images, "--weights", weights, "--confusion", "a.gif")

@@ -23,14 +23,15 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def check_target(path: Path, source: Path | None) -> None:
-    """CommandError, before time goes into it, where a file ``path`` cannot be or would replace its ``source``."""
+def check_target(path: Path, source: Path | None = None, option: str = "--out") -> None:
+    """CommandError, before time goes into it, where the file ``path`` of an
+    ``option`` cannot be or would replace its ``source``."""
     if path.is_dir():
-        raise CommandError(f"--out {path_text(path)}: is a folder, expected the name of a file", 2)
+        raise CommandError(f"{option} {path_text(path)}: is a folder, expected the name of a file", 2)
     if is_special(path):
-        raise CommandError(f"--out {path_text(path)}: no regular file, expected the name of one", 2)
+        raise CommandError(f"{option} {path_text(path)}: no regular file, expected the name of one", 2)
     if source is not None and path.exists() and source.exists() and path.samefile(source):
-        raise CommandError(f"--out {path_text(path)}: is what would be read; name another file", 2)
+        raise CommandError(f"{option} {path_text(path)}: is what would be read; name another file", 2)
 
 
 def is_special(path: Path) -> bool:
