@@ -64,10 +64,17 @@ def read_image(path: str | os.PathLike[str]) -> Image:
 
 
 def to_rgb(image: Image) -> Image:
-    """Any mode to RGB. 16-bit grey is scaled: Pillow's own conversion cuts everything above 255 off."""
+    """Any mode to RGB, on white where it is transparent.
+
+    16-bit grey is scaled: Pillow's own conversion cuts everything above 255 off. Programs leave to chance which colour
+    a transparent pixel has."""
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.float32)
         image = require("PIL.Image").fromarray((values / 257).clip(0, 255).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = require("PIL.Image").new("RGBA", image.size, "white")
+        image = require("PIL.Image").alpha_composite(white, image)
     return image if image.mode == "RGB" else image.convert("RGB")
 
 

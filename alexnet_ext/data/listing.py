@@ -99,6 +99,14 @@ def list_images(
     return Listing(samples, classes, (*walk.notes(), *hollow, *_alike(root, found)))
 
 
+def find_images(folder: Path) -> list[str]:
+    """Every image below a folder, in the order of their names; what is no data in ``list_images`` is none here."""
+    try:
+        return _Walk(folder, None, {}).images(os.fspath(folder))
+    except OSError as error:
+        raise CommandError(f"{path_text(error.filename or folder)}: {error.strerror or error}", 2) from error
+
+
 EXPECTED = f"expected {', '.join(EXTENSIONS)}"
 
 
@@ -124,20 +132,21 @@ class _Walk:
                 beside[_ending(entry.name)] += 1
             elif _identity(entry.path) != self.without:
                 runs = len(self.runs)
-                images = self._images(entry)
+                images = self.images(entry.path)
                 if images or len(self.runs) == runs:
                     found[entry.name] = images
         return found
 
-    def _images(self, top: os.DirEntry[str]) -> list[str]:
-        found, folders = [], [top.path]
-        left_out = self.left_out[top.name] = Counter()
+    def images(self, top: str) -> list[str]:
+        """The images below one folder."""
+        found, folders = [], [top]
+        left_out = self.left_out[os.path.basename(top)] = Counter()
         while folders:
             folder = folders.pop()
             if _identity(folder) == self.without:
                 continue
             first = self.seen.setdefault(_identity(folder), folder)
-            if first != folder:  # its images would count twice, among the held out too, or without end
+            if first != folder and folder != self.root:  # its images would count twice, or without end
                 raise CommandError(f"{path_text(folder)}: is {path_text(first)} once more, by a link", 2)
             entries = _visible(folder)
             if _is_run({entry.name for entry in entries}):

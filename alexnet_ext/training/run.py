@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from .files import check_outside, write_file
 from .log import METRICS, json_text, read_metrics
 from .progress import Reporter
 from .recipe import CHANGEABLE, Recipe
+from .results import by_class
 from .trainer import Trainer, first_kernels
 
 RESULT = "result.json"
@@ -201,6 +203,9 @@ def _train(trainer: Trainer, console: Console) -> Evaluation:
         "best_top1": best.top1,
     }
     write_file(out / RESULT, f"{json_text(summary, indent=1)}\n".encode())
+    table = by_class(result, split.train.classes)
+    if table is not None:
+        console.print(table)
     if trainer.skipped:
         say(console, f"{len(trainer.skipped)} of {len(split.train):,} training images were unreadable and left out")
     say(
@@ -234,7 +239,7 @@ def draw(trainer: Trainer, result: Evaluation) -> list[str]:
     classes = split.train.classes
     pictures.curves(out / "curves.png", read_metrics(out / METRICS))
     pictures.kernels(out / "conv1.png", first_kernels(trainer.model), trainer.start)
-    pictures.guesses(out / "guesses.png", split.held_out, result, classes)
+    pictures.guesses(out / "guesses.png", split.held_out, result, classes, trainer.recipe.seed)
     made = ["curves.png", "conv1.png", "guesses.png"]
     if isinstance(split.held_out, Digits):
         save_samples(out / "samples", split.held_out)
@@ -272,7 +277,7 @@ def device_of(name: str) -> torch.device:
 
 def default_out(recipe: Recipe, root: Path = Path("runs")) -> Path:
     """A new name for a run: date, time, data and variant."""
-    data = path_text(os.fsencode(Path(recipe.data).name).decode(errors="replace")) or "data"
+    data = path_text(os.fsencode(Path(recipe.data).name).decode(errors="replace"))[:50] or "data"
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{data}-{recipe.model}"
-    taken: Sequence[Path] = sorted(root.glob(f"{name}*"))
-    return root / (f"{name}-{len(taken) + 1}" if taken else name)
+    numbered = (root / (f"{name}-{number}" if number > 1 else name) for number in itertools.count(1))
+    return next(path for path in numbered if not path.exists())

@@ -101,16 +101,9 @@ class Trainer:
 
     @property
     def description(self) -> checkpoint.Description:
-        return checkpoint.Description(
-            self.model.config,
-            self.split.train.classes,
-            self.split.preprocessing,
-            self.recipe.data,
-            self.step,
-            self.recipe.val,
-            self.recipe.held_out,
-            self.split.listing,
-        )
+        recipe, split = self.recipe, self.split
+        place = (split.train.classes, split.preprocessing, recipe.data, self.step)
+        return checkpoint.Description(self.model.config, *place, recipe.val, recipe.held_out, split.listing)
 
     @property
     def elapsed(self) -> float:
