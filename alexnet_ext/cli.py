@@ -223,6 +223,8 @@ def run_command(arguments: list[str]) -> int:
         else:
             raise
         return 1
+    if code == STOPPED:  # so typer answers Ctrl-C, without a word
+        warn("stopped")
     return code if isinstance(code, int) else 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from enum import StrEnum
@@ -49,4 +50,5 @@ def workers_of(given: int | None, device: str) -> int:
 
 
 def warn(text: str) -> None:
-    print(f"alexnet: {text}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # a terminal that has closed
+        print(f"alexnet: {text}", file=sys.stderr)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from alexnet_ext import cli
 from alexnet_ext.training import checkpoint
 from alexnet_ext.training.interrupt import Interrupt, Interrupted
 from alexnet_ext.training.log import read_metrics
@@ -90,6 +91,17 @@ def test_ctrl_c_at_the_start_is_one_line(tmp_path: Path, after: float) -> None:
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (130, "alexnet: stopped\n")
+
+
+def test_ctrl_c_within_a_command_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.layers, "render", interrupted)
+    assert cli.run_command(["summary"]) == 130
+    assert capsys.readouterr().err == "alexnet: stopped\n"
 
 
 def test_a_second_ctrl_c_ends_at_once_and_a_checkpoint_before_it_stays(tmp_path: Path) -> None:
