@@ -1,11 +1,20 @@
 """Fused kernels for PyTorch, and AlexNet on top of them."""
 
-from . import models, nn, ops
+from typing import TYPE_CHECKING
+
+from ._command import COMMAND
 from ._version import __version__
-from .accelerate import Report, accelerate, accelerated, restore
-from .diagnostics import info
-from .ops import use_backend
-from .tuning import tune
+
+if TYPE_CHECKING or not COMMAND:
+    from . import models, nn, ops
+    from .accelerate import Report, accelerate, accelerated, restore
+    from .diagnostics import info
+    from .ops import use_backend
+    from .tuning import tune
+else:
+    from .training.interrupt import begin
+
+    begin()
 
 __all__ = [
     "Report",

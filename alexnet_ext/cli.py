@@ -11,62 +11,27 @@ import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from . import diagnostics, models
+from . import cli_results, cli_train, layers
+from ._version import __version__
+from .cli_options import Device, Last, Precision, UsageError, Variant, path, warn
 from .data.errors import CommandError, os_error, path_text
-from .training.interrupt import Interrupted
+from .training.interrupt import STOPPED, Interrupted, starting
+from .variants import VARIANTS, AlexNetConfig, config_of
 
-app = typer.Typer(
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="The 2012 AlexNet on fused kernels: train it, look at it, check it.",
-)
+if TYPE_CHECKING:
+    from .models import AlexNet
+
+app = typer.Typer(pretty_exceptions_enable=False)
 
 # What torch says, on the CPU and on a GPU.
 OUT_OF_MEMORY = ("can't allocate memory", "CUDA out of memory")
-WORKER_DIED = "DataLoader worker"  # so torch begins what it says of one that was killed or ended itself
-# The name of its module differs by typer's version: it is the base of an exception that has always been exported.
-UsageError: type[Any] = typer.BadParameter.__mro__[1]
-
-Variant = StrEnum("Variant", {name: name for name in models.VARIANTS})  # type: ignore[misc]
-
-
-class Data(StrEnum):
-    """Data that is no folder."""
-
-    digits = "digits"
-    synthetic = "synthetic"
-
-
-class Precision(StrEnum):
-    """Number format of a step's arithmetic; weights stay fp32."""
-
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp16 = "fp16"
-
-
-class Schedule(StrEnum):
-    """Shapes of the learning rate."""
-
-    cosine = "cosine"
-    linear = "linear"
-    constant = "constant"
-    plateau = "plateau"
-
-
-class Init(StrEnum):
-    """Starts of the weights."""
-
-    paper = "paper"
-    kaiming = "kaiming"
-    torch = "torch"
 
 
 class Format(StrEnum):
@@ -78,178 +43,47 @@ class Format(StrEnum):
     safetensors = "safetensors"
 
 
-Weights = Annotated[Path, typer.Option(help="A run folder, a checkpoint folder or a .safetensors file.")]
-Model = Annotated[Variant | None, typer.Option(help="Variant that the weights must be of.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Stock = Annotated[bool, typer.Option("--stock", help="The reference network of stock PyTorch layers.")]
-Workers = Annotated[int | None, typer.Option(min=0, help="Processes that read images.", show_default="by device")]
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"alexnet_ext {__version__}")
+        raise typer.Exit
 
 
-@app.command()
-def train(
-    folder: Annotated[
-        Path | None, typer.Argument(metavar="[DIR]", help="Images, one folder a class (or train/ and val/ of such).")
-    ] = None,
-    data: Annotated[Data | None, typer.Option(help="Data that is no folder.", show_default="digits")] = None,
-    model: Annotated[Variant | None, typer.Option(help="Variant of the network.", show_default="paper")] = None,
-    image_size: Annotated[
-        int | None, typer.Option(min=1, help="Side of the network's input.", show_default="the variant's")
-    ] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, show_default="by data")] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, show_default="by data")] = None,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Stop after so many steps.", show_default="by epochs")
-    ] = None,
-    lr: Annotated[float | None, typer.Option(min=0, help="Highest learning rate.", show_default="0.01")] = None,
-    momentum: Annotated[float | None, typer.Option(min=0, max=1, show_default="0.9")] = None,
-    weight_decay: Annotated[float | None, typer.Option(min=0, show_default="0.0005")] = None,
-    warmup: Annotated[
-        int | None, typer.Option(min=0, help="Steps of linear growth of the rate.", show_default="by data")
-    ] = None,
-    schedule: Annotated[
-        Schedule | None, typer.Option(help="Learning rate after the warm-up.", show_default="by data")
-    ] = None,
-    init: Annotated[Init | None, typer.Option(help="Start of the weights.", show_default="by data")] = None,
-    dropout: Annotated[float | None, typer.Option(min=0, max=1, show_default="by data")] = None,
-    precision: Annotated[
-        Precision | None, typer.Option(help="Arithmetic of a step; weights stay fp32.", show_default="fp32")
-    ] = None,
-    stock: Stock = False,
-    seed: Annotated[int | None, typer.Option(min=0, max=2**64 - 1, show_default="0")] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/DATE-TIME-DATA-MODEL")] = None,
-    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with an interrupted run.")] = None,
-    device: Device = "auto",
-    workers: Workers = None,
+@app.callback()
+def _command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
 ) -> None:
-    """Train on digits (5,000 from a package, nothing to download), or on a folder of images.
-
-    Ctrl-C saves a checkpoint; --resume goes on from it.
-    """
-    options = {
-        "model": model,
-        "image_size": image_size,
-        "batch_size": batch_size,
-        "epochs": epochs,
-        "steps": steps,
-        "lr": lr,
-        "momentum": momentum,
-        "weight_decay": weight_decay,
-        "warmup": warmup,
-        "schedule": schedule,
-        "init": init,
-        "dropout": dropout,
-        "precision": precision,
-        "stock": stock or None,
-        "seed": seed,
-    }
-    given: dict[str, Any] = {
-        name: str(value) if isinstance(value, StrEnum) else value
-        for name, value in options.items()
-        if value is not None
-    }
-    if folder is not None and data is not None:
-        raise CommandError(f"{path_text(folder)} and --data {data.value}: give one of them", 2)
-    if folder is not None:
-        given["data"] = os.path.abspath(folder)  # the run may be resumed from another folder
-    elif data is not None:
-        given["data"] = data.value
-
-    from .training import run
-    from .training.recipe import chosen
-
-    where = run.device_of(device)
-    count = _workers(workers, where.type)
-    console = Console()
-    if resume is not None:
-        if out is not None:
-            raise CommandError("--out and --resume: a run goes on in its own folder", 2)
-        run.resume(resume, given, where, count, console, _warn)
-        return
-    recipe = chosen(given)
-    run.start(recipe, out or run.default_out(recipe), where, count, console)
+    """The 2012 AlexNet on fused kernels: train it, look at it, check it."""
 
 
-@app.command()
-def evaluate(
-    weights: Weights,
-    folder: Annotated[
-        Path | None,
-        typer.Argument(metavar="[DIR]", help="Images, one folder a class.", show_default="what the run held out"),
-    ] = None,
-    model: Model = None,
-    precision: Annotated[Precision, typer.Option()] = Precision.fp32,
-    stock: Stock = False,
-    device: Device = "auto",
-    workers: Workers = None,
-) -> None:
-    """Count how often a trained network is right, on held-out images or on a folder."""
-    from .training import run
-
-    where = run.device_of(device)
-    console = Console()
-    network, description = run.load(weights, model, stock, where, _warn)
-    result = run.evaluate_weights(
-        network, description, folder, where, precision, _workers(workers, where.type), console
-    )
-    for error in result.errors:
-        _warn(f"skipped {error}")
-    if len(description.classes) <= 20:
-        table = Table("class", "right", "images", "accuracy")
-        for column in table.columns[1:]:
-            column.justify = "right"
-        for name, (right, images) in zip(description.classes, result.by_class(len(description.classes)), strict=True):
-            table.add_row(Text(path_text(name)), f"{right:,}", f"{images:,}", f"{right / images:.1%}" if images else "")
-        console.print(table)
-    run.say(
-        console,
-        f"top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, loss {result.loss:.4f} on {result.images:,} images "
-        f"({result.images / result.seconds:.0f} a second)",
-        style="bold",
-    )
-
-
-@app.command()
-def predict(
-    image: Annotated[Path, typer.Argument(help="A JPEG, PNG, BMP, WEBP or GIF file.")],
-    weights: Weights,
-    out: Annotated[Path | None, typer.Option(help="Picture.", show_default="predictions/IMAGE.png")] = None,
-    model: Model = None,
-    stock: Stock = False,
-    device: Device = "auto",
-) -> None:
-    """Show the five best classes of an image, and save them as a picture."""
-    from .training import run
-
-    where = run.device_of(device)
-    network, description = run.load(weights, model, stock, where, _warn)
-    picture = out or Path("predictions") / f"{image.stem}.png"
-    best = run.predict_file(network, description, image, picture, where)
-    console = Console()
-    width = max(len(path_text(name)) for name, _ in best)
-    for name, probability in best:
-        bar = "█" * round(probability * 40)
-        run.say(console, f"{path_text(name):>{width}}  {probability:6.1%}  {bar}")
-    run.say(console, f"Picture: {path_text(picture)}")
+app.command()(cli_train.train)
+app.command()(cli_results.evaluate)
+app.command()(cli_results.predict)
 
 
 @app.command()
 def export(
     kind: Annotated[Format, typer.Option("--format", help="aoti is AOTInductor: a compiled package for this CPU.")],
-    out: Annotated[Path, typer.Option(help="File to write.")],
+    out: Annotated[Path, typer.Option(parser=path, help="File to write.")],
     variant: Annotated[Variant | None, typer.Option(help="Variant of the network.", show_default="by weights")] = None,
     weights: Annotated[
         Path | None,
         typer.Option(
+            parser=path,
             help="A run, a checkpoint, or a .safetensors, .pth, .caffemodel or .onnx file.",
             show_default="a fresh start",
         ),
     ] = None,
+    last: Last = False,
 ) -> None:
     """Write a network for other programs, for any batch size."""
-    from .export import write
+    with starting():
+        from .export import write
 
     with Console().status(Text(f"writing {path_text(out)}")):
-        write(str(kind), out, None if variant is None else str(variant), weights, _warn)
+        write(str(kind), out, None if variant is None else str(variant), weights, warn, last)
     print(f"{path_text(out)}: {out.stat().st_size / 1e6:,.1f} MB")
 
 
@@ -260,12 +94,16 @@ def summary(
     classes: Annotated[int, typer.Option(min=1)] = 1000,
 ) -> None:
     """Print the layers of a network: shapes, parameters, multiply-adds."""
-    Console().print(models.summary.render(_shapes(model, image_size, classes)))
+    config = _config(model, image_size, classes)
+    Console().print(layers.render(config, layers.layer_rows(config)))
 
 
 @app.command()
 def info() -> None:
     """Say what is built and loaded, which backend each op uses, and why."""
+    with starting():
+        from . import diagnostics
+
     print(diagnostics.info())
 
 
@@ -277,15 +115,17 @@ def check(
     """Compare every op and the network with float64 references on this machine; exit code 1 when one fails."""
     from rich.progress import Progress, SpinnerColumn, TextColumn
 
-    from .ops._backend import OPS
-    from .training.run import device_of
+    with starting():
+        from . import diagnostics
+        from .ops._backend import OPS
+        from .training.run import device_of
 
-    chosen = only or [*OPS, *models.VARIANTS]
-    unknown = [name for name in chosen if name not in (*OPS, *models.VARIANTS)]
+    chosen = only or [*OPS, *VARIANTS]
+    unknown = [name for name in chosen if name not in (*OPS, *VARIANTS)]
     if unknown:
-        expected = ", ".join((*OPS, *models.VARIANTS))
+        expected = ", ".join((*OPS, *VARIANTS))
         raise CommandError(f"--only {path_text(unknown[0])}: expected one of {expected}", 2)
-    op_names, variants = ([name for name in known if name in chosen] for known in (OPS, models.VARIANTS))
+    op_names, variants = ([name for name in known if name in chosen] for known in (OPS, VARIANTS))
     console = Console()
     rows = []
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), console=console, transient=True) as progress:
@@ -308,19 +148,19 @@ def tune(
     device: Device = "auto",
 ) -> None:
     """Prove the kernels on this GPU, measure what is fastest for each op and convolution, and remember it."""
-    import torch
+    with starting():
+        import torch
 
-    from .ops import _tuning
-    from .training.evaluate import DTYPES
-    from .training.run import device_of
-    from .tuning import rows
+        from .ops import _tuning
+        from .training.evaluate import DTYPES
+        from .training.run import device_of
+        from .tuning import rows
 
-    where = device_of(device)
+    config, where = _config(model, image_size), device_of(device)
     if where.type != "cuda":
         raise CommandError(f"--device {device}: choices are measured on a GPU, and torch sees none here")
     dtype = DTYPES[precision.value]
-    network = _shapes(model, image_size)
-    side = network.config.image_size
+    network, side = _shapes(config), config.image_size
     console = Console()
     table = Table("layer or op", "direction", "choice", "microseconds")
     for row in rows(network, (batch_size, 3, side, side), where, dtype, torch.channels_last):
@@ -330,26 +170,23 @@ def tune(
     console.print(f"Kept in {path_text(_tuning.cache_file())}")
 
 
-def _shapes(model: Variant | None, image_size: int | None, classes: int = 1000) -> models.AlexNet:
+def _config(model: Variant | None, image_size: int | None, classes: int = 1000) -> AlexNetConfig:
+    try:
+        config = config_of(str(model or "paper"), classes, image_size, dropout=0.5)
+        layers.layer_rows(config)
+    except ValueError as error:
+        raise CommandError(str(error), 2) from error
+    return config
+
+
+def _shapes(config: AlexNetConfig) -> AlexNet:
     """A network without values."""
     import torch
 
-    try:
-        with torch.device("meta"):
-            return models.alexnet(str(model or "paper"), num_classes=classes, image_size=image_size, init="torch")
-    except ValueError as error:
-        raise CommandError(str(error), 2) from error
+    from . import models
 
-
-def _workers(given: int | None, device: str) -> int:
-    """A GPU must not wait for JPEGs; on the CPU the readers would take the cores that train."""
-    if given is not None:
-        return given
-    return min(8, len(os.sched_getaffinity(0))) if device == "cuda" else 0
-
-
-def _warn(text: str) -> None:
-    print(f"alexnet: {text}", file=sys.stderr)
+    with torch.device("meta"):
+        return models.AlexNet(config)
 
 
 def run_command(arguments: list[str]) -> int:
@@ -358,35 +195,43 @@ def run_command(arguments: list[str]) -> int:
         code = app(arguments or ["--help"], prog_name="alexnet", standalone_mode=False)
         print(end="", flush=True)  # what it cannot take is told here, not by the interpreter at exit
     except CommandError as error:
-        _warn(str(error))
+        warn(str(error))
         return error.code
     except UsageError as error:
-        _warn(" ".join(error.format_message().split()))
+        warn(" ".join(error.format_message().split()))
         return 2
-    except (Interrupted, KeyboardInterrupt, typer.Abort):
-        _warn("stopped")
-        return 130
+    except Interrupted as stop:
+        warn(stop.told())
+        return STOPPED
+    except (KeyboardInterrupt, typer.Abort):
+        warn("stopped")
+        return STOPPED
     except (MemoryError, RuntimeError) as error:
-        if str(error).startswith(WORKER_DIED):
-            _warn(
-                f"a process that reads images has died ({str(error).splitlines()[0].rstrip('. ')}); try fewer --workers"
-            )
-            return 1
         if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
-        _warn("out of memory; try a smaller --batch-size")
+        warn("out of memory; try a smaller --batch-size")
         return 1
     except OSError as error:
         if error.filename is not None:
-            _warn(str(os_error(error.filename, error)))
+            warn(str(os_error(error.filename, error)))
         elif error.errno in (errno.EPIPE, errno.ENOSPC):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more to write at exit
             if error.errno == errno.ENOSPC:
-                _warn(str(os_error("standard output", error)))
+                warn(str(os_error("standard output", error)))
+        elif _of_the_system(error):
+            warn(f"{error.strerror}; try fewer --workers")
         else:
             raise
         return 1
+    if code == STOPPED:  # so typer answers Ctrl-C, without a word
+        warn("stopped")
     return code if isinstance(code, int) else 0
+
+
+def _of_the_system(error: OSError) -> bool:
+    from .data.images import NOT_ITS_FAULT
+
+    return error.errno in NOT_ITS_FAULT
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from .accelerate import accelerate
 from .data.errors import CommandError, os_error, path_text
 from .data.folder import imagenet_preprocessing
 from .models import AlexNet, alexnet, load_weights
-from .models.weights import missing
+from .models.weights import VARIANT_OF, missing
 from .ops import use_backend
 
 if TYPE_CHECKING:
@@ -85,7 +85,12 @@ def _exported(model: nn.Module, example: Tensor) -> torch.export.ExportedProgram
 
 
 def write(
-    kind: str, path: Path, variant: str | None, weights: Path | None, warn: Callable[[str], None] = lambda text: None
+    kind: str,
+    path: Path,
+    variant: str | None,
+    weights: Path | None,
+    warn: Callable[[str], None] = lambda text: None,
+    last: bool = False,
 ) -> None:
     """What ``alexnet export`` does: build a network, give it weights, write it; whole or not at all.
 
@@ -96,6 +101,7 @@ def write(
             ``"paper"`` for others.
         weights: a run or checkpoint folder, or a file for ``models.load_weights``; None makes a fresh start.
         warn: hears of damaged checkpoints that were passed over.
+        last: of a run its newest checkpoint, not its best.
 
     Raises CommandError, one sentence on what the user can mend.
     """
@@ -110,7 +116,7 @@ def write(
             onnx_translations()
     except (ImportError, RuntimeError) as error:
         raise CommandError(str(error)) from error
-    model, description = _network(kind in ("torch-export", "aoti"), variant, weights, warn)
+    model, description = _network(kind in ("torch-export", "aoti"), variant, weights, warn, last)
     side = model.config.image_size
     example = torch.zeros(2, 3, side, side)
     with new_file(path) as beside:
@@ -121,14 +127,14 @@ def write(
 
 
 def _network(
-    fused: bool, variant: str | None, weights: Path | None, warn: Callable[[str], None]
+    fused: bool, variant: str | None, weights: Path | None, warn: Callable[[str], None], last: bool
 ) -> tuple[AlexNet, checkpoint.Description]:
     from .training import checkpoint
 
     if weights is not None and (weights.is_dir() or weights.suffix == ".safetensors" or not weights.suffix):
-        return checkpoint.load_model(checkpoint.find_weights(weights, warn), variant, fused)
+        return checkpoint.load_model(checkpoint.find_weights(weights, warn, last), variant, fused)
     ending = "" if weights is None else weights.suffix
-    chosen = variant or {".pth": "torchvision", ".pt": "torchvision", ".caffemodel": "caffe"}.get(ending, "paper")
+    chosen = variant or VARIANT_OF.get(ending, "paper")
     model = alexnet(chosen, fused, init="paper" if weights is None else "torch")
     preprocessing = None
     if weights is not None:

@@ -115,7 +115,7 @@ def test_train_on_a_folder_with_a_broken_image(
     assert printed.count(f"skipped {broken}: ") == 1
     assert "1 of 20 training images were unreadable and left out" in printed
     assert json.loads((tmp_path / "run" / "result.json").read_text())["skipped"] == 1
-    assert json.loads((tmp_path / "run" / "recipe.json").read_text())["init"] == "paper"
+    assert json.loads((tmp_path / "run" / "recipe.json").read_text())["init"] == "kaiming"
     assert cli.run_command(["evaluate", "--weights", str(tmp_path / "run")]) == 0
     assert "on 20 images" in capsys.readouterr().out
 
@@ -284,6 +284,8 @@ def test_wrong_usage_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.
         (["train", "--device", "cuda:99"], "torch sees"),
         (["train", "--data", "synthetic", "--image-size", "20", "--out", tmp_path / "o"], "image_size=20"),
         (["train", "--data", "synthetic", *SMALL, "--out", tmp_path], "not empty"),
+        (["train", ""], "an empty one"),
+        (["evaluate", "--weights", ""], "an empty one"),
         (["train", "--resume", tmp_path / "missing"], f"{tmp_path}/missing: no such file or folder"),
         (["train", "--resume", tmp_path / "empty"], f"{tmp_path}/empty: no checkpoint"),
         (["train", "--resume", tmp_path, "--out", tmp_path], "--out and --resume"),
@@ -343,8 +345,7 @@ def test_a_reading_process_that_dies_is_told(
     monkeypatch.setattr(Synthetic, "__getitem__", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     arguments = ["train", "--data", "synthetic", *SMALL, "--workers", "1", "--out", tmp_path / "run"]
     line = fails(capsys, 1, *arguments)
-    assert line.startswith("alexnet: a process that reads images has died (DataLoader worker (pid")
-    assert line.endswith("; try fewer --workers")
+    assert line.startswith("alexnet: a process that reads images has died (by SIGKILL); try fewer --workers")
 
 
 @pytest.mark.parametrize("module", ["mlxtend", "matplotlib"])
@@ -367,7 +368,7 @@ def test_importing_the_package_imports_none_of_the_command_lines() -> None:
     assert printed == "[]\n"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_from_it(tmp_path: Path, number: signal.Signals) -> None:
     out = tmp_path / "run"
     command = [sys.executable, "-m", "alexnet_ext", "train"]
@@ -382,8 +383,10 @@ def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_from_it(tmp_path: Path,
     os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert errors == "alexnet: stopped\n"
     path = checkpoint.newest(out, pytest.fail)
+    first, second = errors.splitlines()
+    assert first == "alexnet: stopping after this step, with a checkpoint; once more to stop at once"
+    assert second.endswith(f", saved in {path}; to go on: alexnet train --resume {out}")
     step = checkpoint.read_state(path / checkpoint.STATE)["step"]
     assert step == len(read_metrics(out / "metrics.jsonl")) >= 3
     assert cli.run_command(["train", "--resume", str(out), "--steps", str(step + 2)]) == 0

@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from alexnet_ext.data import BadImage, CommandError, Digits, ImageFolder, Preprocessing, Synthetic, batches
+from alexnet_ext.data import BadImage, Digits, ImageFolder, Preprocessing, Readers, Synthetic, batches
 from alexnet_ext.data.batches import collate, permutation
-from alexnet_ext.data.folder import COMPONENTS, DEVIATIONS, list_images
+from alexnet_ext.data.folder import COMPONENTS, DEVIATIONS
 from alexnet_ext.data.images import MAX_PIXELS, crop, read_image
+from alexnet_ext.data.listing import list_images
 from alexnet_ext.training.evaluate import to_device
 
 
@@ -219,59 +220,8 @@ def test_centre_crop_is_resize_and_centre_crop(size: tuple[int, int]) -> None:
     assert error.mean() < 1
 
 
-def test_folder_lists_classes_and_holds_out_a_tenth(folder: Path) -> None:
-    samples, classes = list_images(folder)
-    assert classes == ("cat", "dog")
-    assert [target for _, target in samples] == [0] * 6 + [1] * 6
-    train, held_out = ImageFolder.split(folder, 67, seed=0)
-    assert len(held_out) == 1
-    assert sorted(train.samples + held_out.samples) == sorted(samples)
-    assert ImageFolder.split(folder, 67, seed=5)[1].samples == held_out.samples
-
-
-def test_folder_with_train_and_val(folder: Path, tmp_path: Path) -> None:
-    root = tmp_path / "both"
-    root.mkdir()
-    folder.rename(root / "train")
-    (root / "val" / "dog").mkdir(parents=True)
-    picture().save(root / "val" / "dog" / "a.jpg")
-    train, held_out = ImageFolder.split(root, 67, seed=0)
-    assert (len(train), len(held_out)) == (12, 1)
-    assert held_out[0, 0].target == 1, "the class number is that of the training folder"
-    assert ImageFolder.held_out(root, train.preprocessing, train.classes).samples == held_out.samples
-
-
-def test_folder_errors_name_the_folder(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    (tmp_path / "empty").mkdir()
-    for name in ("hollow/cat", "hollow/dog", "one/train/cat"):
-        (tmp_path / name).mkdir(parents=True)
-    cases = {"missing": "no such folder", "file": "not a folder", "empty": "no folders in it", "hollow": "no images"}
-    cases["one"] = "train is its only folder; expected one a class"
-    for name, words in cases.items():
-        with pytest.raises(CommandError, match=words) as caught:
-            ImageFolder.split(tmp_path / name, 67, seed=0)
-        assert str(tmp_path / name) in str(caught.value)
-        assert caught.value.code == 2
-    with pytest.raises(CommandError, match=r"images/cat: not one of the 1 classes"):
-        list_images(folder, ("dog",))
-
-
-@pytest.mark.parametrize("target", [".", "../dog"], ids=["loop", "another"])
-def test_a_link_that_would_count_images_twice_is_refused(folder: Path, target: str) -> None:
-    (folder / "cat" / "more").symlink_to(target)
-    with pytest.raises(CommandError, match=r"(more|dog): is .*images/cat.* once more, by a link"):
-        list_images(folder)
-
-
-def test_a_folder_elsewhere_is_followed_by_a_link(folder: Path, tmp_path: Path) -> None:
-    (folder / "dog").rename(tmp_path / "dogs")
-    (folder / "dog").symlink_to(tmp_path / "dogs")
-    assert [target for _, target in list_images(folder)[0]] == [0] * 6 + [1] * 6
-
-
 def test_augmentation_hangs_on_seed_epoch_and_index_alone(folder: Path) -> None:
-    train, _ = ImageFolder.split(folder, 67, seed=3)
+    train = ImageFolder.split(folder, 67, seed=3).train
 
     def input_of(dataset: ImageFolder, epoch: int) -> Tensor:
         batch = collate([dataset[epoch, 4]])
@@ -282,11 +232,11 @@ def test_augmentation_hangs_on_seed_epoch_and_index_alone(folder: Path) -> None:
     assert first.shape == (1, 3, 67, 67)
     assert torch.equal(first, input_of(train, 0))
     assert not torch.equal(first, input_of(train, 1))
-    assert not torch.equal(first, input_of(ImageFolder.split(folder, 67, seed=4)[0], 0))
+    assert not torch.equal(first, input_of(ImageFolder.split(folder, 67, seed=4).train, 0))
 
 
 def test_what_is_drawn_reaches_everywhere_and_is_the_papers(folder: Path) -> None:
-    train, _ = ImageFolder.split(folder, 67, seed=3)
+    train = ImageFolder.split(folder, 67, seed=3).train
     drawn = collate([train[epoch, 4] for epoch in range(300)]).drawn
     assert [drawn.offsets.min(), drawn.offsets.max()] == [0, train.preprocessing.resize - 67]
     assert 120 < drawn.flips.sum() < 180
@@ -296,7 +246,7 @@ def test_what_is_drawn_reaches_everywhere_and_is_the_papers(folder: Path) -> Non
 
 
 def test_the_held_out_are_the_middle_of_what_is_trained_on(folder: Path) -> None:
-    train, _ = ImageFolder.split(folder, 67, seed=3)
+    train = ImageFolder.split(folder, 67, seed=3).train
     ready = ImageFolder(folder, train.samples, train.classes, train.preprocessing)
     square, size = train[0, 4].image, train.preprocessing.size
     assert square.shape == (3, train.preprocessing.resize, train.preprocessing.resize)
@@ -317,16 +267,17 @@ def test_batches_are_the_epoch_in_a_new_order_each_time() -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_go_on_from_anywhere_and_draw_nothing(folder: Path, workers: int) -> None:
-    train, _ = ImageFolder.split(folder, 67, seed=3)
+    train = ImageFolder.split(folder, 67, seed=3).train
     whole = list(batches(train, 3, seed=1, epoch=2))
     state = torch.get_rng_state()
-    for start in range(4):
-        rest = list(batches(train, 3, seed=1, epoch=2, start=start, workers=workers))
-        assert len(rest) == 4 - start
-        for found, expected in zip(rest, whole[start:], strict=True):
-            assert torch.equal(found.indices, expected.indices)
-            assert torch.equal(found.images, expected.images)
-            assert all(torch.equal(a, b) for a, b in zip(found.drawn, expected.drawn, strict=True))
+    with Readers(train, workers) as readers:
+        for start in range(4):
+            rest = list(batches(train, 3, seed=1, epoch=2, start=start, read=readers))
+            assert len(rest) == 4 - start
+            for found, expected in zip(rest, whole[start:], strict=True):
+                assert torch.equal(found.indices, expected.indices)
+                assert torch.equal(found.images, expected.images)
+                assert all(torch.equal(a, b) for a, b in zip(found.drawn, expected.drawn, strict=True))
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -336,7 +287,8 @@ def test_unreadable_images_are_left_out_and_never_replaced(folder: Path, workers
     for path in paths[:3]:
         os.truncate(path, 40)
     data = ImageFolder(folder, list_images(folder)[0], ("cat", "dog"), Preprocessing(67, 76, (0.5,) * 3, (0.5,) * 3))
-    found = list(batches(data, 4, workers=workers))
+    with Readers(data, workers) as readers:
+        found = list(batches(data, 4, read=readers))
     assert [len(batch.targets) for batch in found] == [1, 4, 4]
     assert torch.cat([batch.indices for batch in found]).tolist() == list(range(3, 12))
     assert [error.path for batch in found for error in batch.errors] == paths[:3]

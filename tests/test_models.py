@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import alexnet_ext as ax
+from alexnet_ext.layers import layer_rows
 from alexnet_ext.models import AlexNet, alexnet, from_torchvision, summary
 
 VARIANTS = ("paper", "caffe", "caffenet", "tutorial", "torchvision")
@@ -90,6 +91,24 @@ def test_summary_counts_the_model_itself(variant: str) -> None:
     model.features.conv3.bias = None
     counted = {row.layer: row.parameters for row in summary.summary(model)}
     assert counted["conv3"] == {row.layer: row.parameters for row in fused}["conv3"] - 384
+
+
+@pytest.mark.parametrize("image_size", [None, 224, 67, 71])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_layer_table_is_what_the_layers_put_out(variant: str, image_size: int | None) -> None:
+    """The table is arithmetic: PyTorch's own layers say the shapes here."""
+    stock = meta(variant, False, image_size=image_size, num_classes=10).eval()
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, layer in stock.named_modules():
+        layer.register_forward_hook(
+            lambda _m, _x, y, name=name: shapes.update({name.split(".")[-1]: tuple(y.shape[1:])})
+        )
+    side = stock.config.image_size
+    stock(torch.empty(1, 3, side, side, device="meta"))
+    for row in layer_rows(stock.config):
+        assert row.output == shapes[row.layer], row
+    counted = {row.layer: row.parameters for row in layer_rows(stock.config)}
+    assert counted == {row.layer: row.parameters for row in summary.summary(stock)}
 
 
 def test_summary_of_relatives() -> None:

@@ -316,10 +316,14 @@ def test_the_rate_of_a_plateau_falls_three_times_and_no_further(tmp_path: Path) 
     assert sorted(set(rates), reverse=True) == pytest.approx([1e-2, 1e-3, 1e-4, 1e-5], rel=0.01)
 
 
-def test_recipes_are_the_papers_for_folders_and_a_quick_one_for_digits() -> None:
-    folder = default("/images")
-    assert (folder.batch_size, folder.lr, folder.momentum, folder.weight_decay) == (128, 0.01, 0.9, 5e-4)
-    assert (folder.epochs, folder.init, folder.schedule, folder.dropout) == (90, "paper", "plateau", 0.5)
+def test_recipes_learn_on_small_folders_are_the_papers_by_name_and_quick_for_digits() -> None:
+    folder, paper = default("/images"), chosen({"data": "/images"}, "paper")
+    for recipe in (folder, paper):
+        assert (recipe.batch_size, recipe.lr, recipe.momentum, recipe.weight_decay) == (128, 0.01, 0.9, 5e-4)
+        assert (recipe.data, recipe.epochs, recipe.dropout) == ("/images", 90, 0.5)
+    assert (folder.init, folder.schedule, folder.warmup) == ("kaiming", "cosine", 20)
+    assert (paper.init, paper.schedule, paper.warmup) == ("paper", "plateau", 0)
+    assert chosen({}, "paper") == replace(IMAGENET, data="digits")
     assert default("digits") == DIGITS
     assert DIGITS.init == "kaiming"
     assert chosen({}) == DIGITS

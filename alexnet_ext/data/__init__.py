@@ -1,12 +1,18 @@
 """Images to train on: 5,000 digits from a package, folders of pictures, or synthetic ones."""
 
-from .batches import Batch, batches
-from .digits import Digits
+from typing import TYPE_CHECKING
+
+from .._command import COMMAND
 from .errors import BadImage, CommandError
-from .folder import ImageFolder
-from .preprocessing import Preprocessing
-from .sources import Split, open_split
-from .synthetic import Synthetic
+
+if TYPE_CHECKING or not COMMAND:
+    from .batches import Batch, batches
+    from .digits import Digits
+    from .folder import ImageFolder
+    from .preprocessing import Preprocessing
+    from .readers import Readers
+    from .sources import Split, open_split
+    from .synthetic import Synthetic
 
 __all__ = [
     "BadImage",
@@ -15,6 +21,7 @@ __all__ = [
     "Digits",
     "ImageFolder",
     "Preprocessing",
+    "Readers",
     "Split",
     "Synthetic",
     "batches",

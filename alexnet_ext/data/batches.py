@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from .errors import BadImage
 
@@ -48,14 +47,18 @@ class Batch(NamedTuple):
     drawn: Drawn | None = None
 
 
+Key = tuple[int, int]
+"""(epoch, index) of an image: the epoch for random crops that change with it."""
+
+
 class Dataset(Protocol):
-    """What ``batches`` reads: ``dataset[epoch, index]``, the epoch for random crops that change with it."""
+    """What ``batches`` reads."""
 
     classes: tuple[str, ...]
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample: ...
+    def __getitem__(self, key: Key) -> Sample: ...
 
 
 def collate(samples: list[Sample]) -> Batch:
@@ -73,10 +76,23 @@ def collate(samples: list[Sample]) -> Batch:
     )
 
 
+def read_batch(dataset: Dataset, keys: Sequence[Key]) -> Batch:
+    """Read and stack some images, in the order of their keys."""
+    return collate([dataset[key] for key in keys])
+
+
 def permutation(length: int, seed: int, epoch: int) -> list[int]:
     """The order of an epoch: a pure function, so that a checkpoint need only record where it stands."""
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**32)
+    of_epoch = seed * 1_000_003 + epoch if seed < 2**32 else narrowed(seed, epoch)
+    generator = torch.Generator().manual_seed(of_epoch % 2**32)
     return torch.randperm(length, generator=generator).tolist()
+
+
+def narrowed(seed: int, *rest: int) -> int:
+    """``seed`` in 32 bits: torch's and NumPy's generators leave out the others, and 0 would be 2**32."""
+    if seed < 2**32:
+        return seed
+    return int.from_bytes(hashlib.sha256(repr((seed, *rest)).encode()).digest()[:4], "little")
 
 
 def batches(
@@ -87,32 +103,18 @@ def batches(
     epoch: int = 0,
     start: int = 0,
     limit: int | None = None,
-    workers: int = 0,
+    read: Callable[[Sequence[Sequence[Key]]], Iterator[Batch]] | None = None,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
     """The batches of one epoch from number ``start`` on, the last one smaller if need be.
 
-    ``seed`` None keeps the data's own order; ``limit`` stops after the first ``limit`` images. Draws nothing
-    from the global random generators.
+    ``seed`` None keeps the data's own order; ``limit`` stops after the first ``limit`` images; ``read`` are the
+    ``Readers`` of ``dataset`` (None: this process reads). Draws nothing from the global random generators.
     """
     order = list(range(len(dataset))) if seed is None else permutation(len(dataset), seed, epoch)
     order = order[:limit]
     keys = [
         [(epoch, i) for i in order[at : at + batch_size]] for at in range(start * batch_size, len(order), batch_size)
     ]
-    loader: DataLoader[Batch] = DataLoader(
-        dataset,  # type: ignore[arg-type]
-        batch_sampler=keys,
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=pin_memory,
-        worker_init_fn=_start_worker,
-        generator=torch.Generator().manual_seed(epoch),
-    )
-    return iter(loader)
-
-
-def _start_worker(_number: int) -> None:
-    """Ctrl-C reaches every process of the terminal: the trainer alone answers it, and ends its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    found = read(keys) if read is not None else (read_batch(dataset, some) for some in keys)
+    return (batch._replace(images=batch.images.pin_memory()) for batch in found) if pin_memory else found

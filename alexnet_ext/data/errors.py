@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from types import ModuleType
+from typing import Any
 
 
 def path_text(path: str | os.PathLike[str]) -> str:
@@ -26,6 +27,9 @@ class CommandError(Exception):
         super().__init__(message)
         self.code = code
 
+    def __reduce__(self) -> tuple[type[CommandError], tuple[Any, ...]]:
+        return CommandError, (str(self), self.code)  # a process that reads images sends it to the trainer
+
 
 class BadImage(CommandError):
     """An image file that cannot be read: ``path`` and the ``reason``."""
@@ -35,8 +39,8 @@ class BadImage(CommandError):
         self.path = os.fspath(path)
         self.reason = reason
 
-    def __reduce__(self) -> tuple[type[BadImage], tuple[str, str]]:
-        return BadImage, (self.path, self.reason)  # a worker process sends it to the trainer
+    def __reduce__(self) -> tuple[type[BadImage], tuple[Any, ...]]:
+        return BadImage, (self.path, self.reason)
 
 
 def os_error(path: str | os.PathLike[str], error: OSError) -> CommandError:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import random
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .batches import Drawn, Sample
 from .errors import BadImage, CommandError, path_text, require
-from .images import EXTENSIONS, crop, read_image
+from .images import crop, read_image
+from .listing import HELD_OUT, Listing, Parts, digest, find_parts, hold_out, list_images
 from .preprocessing import IMAGENET, Preprocessing
-
-VALIDATION_NAMES = ("val", "validation", "valid", "test")
-HELD_OUT = 0.1  # of the images, where the folder has no validation folder
-SPLIT_SEED = 2012
 
 # Principal components of ImageNet's RGB values (in 0 to 1) and their deviations: the paper's colour shift, 4.1.
 COMPONENTS = torch.tensor([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
@@ -24,11 +21,20 @@ DEVIATIONS = torch.tensor([0.2175, 0.0188, 0.0045])
 COLOUR_SHIFT = 0.1
 
 
+class FolderSplit(NamedTuple):
+    """Training and held-out images, what was left out, and a checksum of the names of both."""
+
+    train: ImageFolder
+    held_out: ImageFolder
+    notes: tuple[str, ...]
+    listing: str
+
+
 class ImageFolder:
     """Images of ``root/CLASS/*`` scaled and cropped. With ``augment`` as the paper trains: the square from the middle,
     and for it what is drawn of a crop, of mirroring half of the time, and of a shift of colour (``ops.augment``).
 
-    What is random hangs on seed, epoch and index alone, never on which process or in which order images are
+    What is random depends on seed, epoch and index alone, never on which process or in which order images are
     read. A file that is no image comes back as a Sample with its ``error``.
     """
 
@@ -45,35 +51,51 @@ class ImageFolder:
         self.preprocessing, self.augment, self.seed = preprocessing, augment, seed
 
     @classmethod
-    def split(cls, root: Path, size: int, seed: int) -> tuple[ImageFolder, ImageFolder]:
-        """The images to train on and those held out: ``root/train`` and ``root/val`` where they exist, else
-        nine and one tenth of ``root``."""
+    def split(
+        cls, root: Path, size: int, seed: int, val: Path | None = None, held_out: float | None = None
+    ) -> FolderSplit:
+        """The images to train on and those held out: of ``val``, or of the parts of ``root`` where it has them, else
+        all but the share ``held_out`` (a tenth) of each class, and that share.
+
+        Raises CommandError for what ``list_images`` refuses, and for a class none of whose images can be read.
+        """
         require("PIL.Image")  # a missing package is told here, not by a worker process
-        preprocessing = imagenet_preprocessing(size)
-        folders = [root / name for name in VALIDATION_NAMES if (root / name).is_dir()]
-        if (root / "train").is_dir() and folders:
-            samples, classes = list_images(root / "train")
-            held_out, _ = list_images(folders[0], classes)
+        parts = _parts(root, val, held_out)
+        seen: dict[tuple[int, int], str] = {}
+        train = list_images(parts.train or root, without=parts.held_out, seen=seen)
+        check_readable(train)
+        notes = (*parts.notes, *train.notes)
+        if parts.held_out is None:
+            samples, others = hold_out(root, train.samples, HELD_OUT if held_out is None else held_out)
+            listed = [(root, samples), (root, others)]
         else:
-            everything, classes = list_images(root)
-            order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(SPLIT_SEED)).tolist()
-            count = max(1, round(len(everything) * HELD_OUT))
-            held_out = [everything[i] for i in sorted(order[:count])]
-            samples = [everything[i] for i in sorted(order[count:])]
-            if not samples:
-                raise CommandError(f"{path_text(root)}: one image is not enough to train and to evaluate", 2)
-        return (
-            cls(root, samples, classes, preprocessing, augment=True, seed=seed),
-            cls(root, held_out, classes, preprocessing),
+            evaluated = list_images(parts.held_out, train.classes, seen=seen)
+            samples, others = train.samples, evaluated.samples
+            listed = [(parts.train or root, samples), (parts.held_out, others)]
+            notes += evaluated.notes
+        preprocessing = imagenet_preprocessing(size)
+        return FolderSplit(
+            cls(root, samples, train.classes, preprocessing, augment=True, seed=seed),
+            cls(root, others, train.classes, preprocessing),
+            notes,
+            digest(listed, train.classes),
         )
 
     @classmethod
-    def held_out(cls, root: Path, preprocessing: Preprocessing, classes: tuple[str, ...]) -> ImageFolder:
-        """The images of ``root``, or of ``root/val`` where there is one, to evaluate a network of ``classes``."""
+    def held_out(
+        cls, root: Path, preprocessing: Preprocessing, classes: tuple[str, ...]
+    ) -> tuple[ImageFolder, tuple[str, ...]]:
+        """The images of ``root``, or of its held-out part where there is one, to evaluate a network of ``classes``;
+        and what was left out."""
         require("PIL.Image")
-        names = [name for name in VALIDATION_NAMES if (root / name).is_dir() and name not in classes]
-        samples, _ = list_images(root / names[0] if names else root, classes)
-        return cls(root, samples, classes, preprocessing)
+        parts = find_parts(root) if root.is_dir() else Parts(None, None, ())
+        part = parts.held_out
+        if part is None or part.name in classes:
+            found = list_images(root, classes)
+            return cls(root, found.samples, classes, preprocessing), found.notes
+        found = list_images(part, classes)
+        note = f"{path_text(root)}: the images are those of {path_text(part.name)}"
+        return cls(root, found.samples, classes, preprocessing), (note, *found.notes)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -100,46 +122,42 @@ class ImageFolder:
         )
 
 
+def _parts(root: Path, val: Path | None, held_out: float | None) -> Parts:
+    """Where the images of each part lie, as the user or the names of folders say."""
+    parts = find_parts(root) if root.is_dir() else Parts(None, None, ())
+    if val is not None:
+        if not val.is_dir():
+            raise CommandError(f"--val {path_text(val)}: {'not a folder' if val.exists() else 'no such folder'}", 2)
+        if root.resolve().is_relative_to(val.resolve()):
+            raise CommandError(f"--val {path_text(val)}: holds the images to train on, in {path_text(root)}", 2)
+        return Parts(parts.train if parts.held_out else None, val, ())
+    if parts.train is None or parts.held_out is None:
+        return Parts(None, None, ())
+    if held_out is not None:
+        raise CommandError(f"--held-out {held_out}: {path_text(parts.held_out)} holds the images held out already", 2)
+    return parts
+
+
+def check_readable(found: Listing) -> None:
+    """CommandError for a class of which no image can be read."""
+    first: dict[int, BadImage | None] = {}  # by class: what is wrong with its first image, None once one was read
+    for path, target in found.samples:
+        if first.get(target, True):
+            try:
+                read_image(path)
+                first[target] = None
+            except BadImage as error:
+                first.setdefault(target, error)
+    for target, problem in first.items():
+        if problem is not None:
+            count = sum(target == other for _, other in found.samples)
+            name = path_text(found.classes[target])
+            raise CommandError(f"{problem}; none of the {count:,} images of class {name} can be read", 2)
+
+
 def imagenet_preprocessing(size: int) -> Preprocessing:
     """227 of 256 pixels, as in the paper, in the same proportion for other sizes; ImageNet's mean and deviation."""
     return Preprocessing(size, round(size * 256 / 227), **IMAGENET)
-
-
-def list_images(root: Path, classes: tuple[str, ...] | None = None) -> tuple[list[tuple[str, int]], tuple[str, ...]]:
-    """Every image below ``root`` as (path, class), and the names of the classes, which are those of the folders.
-
-    With ``classes`` given the folders must be among them. Raises CommandError for a folder that is missing, has none,
-    or leads to another by a link.
-    """
-    shown = path_text(root)
-    if not root.exists():
-        raise CommandError(f"{shown}: no such folder", 2)
-    if not root.is_dir():
-        raise CommandError(f"{shown}: not a folder", 2)
-    try:
-        found = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
-        if not found:
-            raise CommandError(f"{shown}: no folders in it; expected one a class, with the images inside", 2)
-        if classes is None:
-            if len(found) == 1:
-                raise CommandError(f"{shown}: {path_text(found[0])} is its only folder; expected one a class", 2)
-            classes = tuple(found)
-        unknown = sorted(set(found) - set(classes))
-        if unknown:
-            raise CommandError(f"{path_text(root / unknown[0])}: not one of the {len(classes)} classes trained on", 2)
-        numbers = {name: classes.index(name) for name in found}
-        listing = require("torchvision.datasets.folder")
-        samples = listing.make_dataset(os.fspath(root), numbers, EXTENSIONS, allow_empty=True)
-    except OSError as error:
-        raise CommandError(f"{path_text(error.filename or root)}: {error.strerror or error}", 2) from error
-    if not samples:
-        raise CommandError(f"{shown}: no images ({', '.join(EXTENSIONS)}) in its {len(found)} folders", 2)
-    folders: dict[str, str] = {}
-    for folder in dict.fromkeys(os.path.dirname(path) for path, _ in samples):
-        first = folders.setdefault(os.path.realpath(folder), folder)
-        if first != folder:  # a link: its images would count twice, among the held out too
-            raise CommandError(f"{path_text(folder)}: is {path_text(first)} once more, by a link", 2)
-    return samples, classes
 
 
 def colour_shift(factors: list[float]) -> Tensor:

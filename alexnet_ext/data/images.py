@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import warnings
@@ -18,21 +19,25 @@ if TYPE_CHECKING:
 
 # What photographs come in. Pillow's other readers are rarely used, and where its security holes have been.
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF")
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif")
+EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".gif")
 # Where Pillow begins to warn of a decompression bomb: 268 MB once decoded.
 MAX_PIXELS = 89_478_485
+NOT_ITS_FAULT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # the system's: the image may well be whole
 
 
 def read_image(path: str | os.PathLike[str]) -> Image:
     """The image of a file in RGB, turned as its EXIF data says; of an animation the first frame.
 
-    Raises BadImage for whatever is no whole image of ``FORMATS`` with at most ``MAX_PIXELS`` pixels.
+    Raises BadImage for whatever is no whole image of ``FORMATS`` with at most ``MAX_PIXELS`` pixels; OSError and
+    MemoryError where this process may open no more files or has no more memory.
     """
     images, operations = require("PIL.Image"), require("PIL.ImageOps")
     try:
         # O_NONBLOCK: opening a named pipe called cat.jpg must not wait for somebody to write to it.
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
+        if error.errno in NOT_ITS_FAULT:
+            raise
         raise BadImage(path, error.strerror or str(error)) from error
     status = os.fstat(file)
     if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
@@ -48,7 +53,7 @@ def read_image(path: str | os.PathLike[str]) -> Image:
                     raise BadImage(path, f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
                 image.load()
                 return to_rgb(operations.exif_transpose(image))
-        except BadImage:
+        except (BadImage, MemoryError):
             raise
         except (images.DecompressionBombWarning, images.DecompressionBombError) as error:
             raise BadImage(path, f"more than {MAX_PIXELS:,} pixels") from error
@@ -59,10 +64,17 @@ def read_image(path: str | os.PathLike[str]) -> Image:
 
 
 def to_rgb(image: Image) -> Image:
-    """Any mode to RGB. 16-bit grey is scaled: Pillow's own conversion cuts everything above 255 off."""
+    """Any mode to RGB, on white where it is transparent.
+
+    16-bit grey is scaled: Pillow's own conversion cuts everything above 255 off. Programs leave to chance which colour
+    a transparent pixel has."""
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.float32)
         image = require("PIL.Image").fromarray((values / 257).clip(0, 255).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = require("PIL.Image").new("RGBA", image.size, "white")
+        image = require("PIL.Image").alpha_composite(white, image)
     return image if image.mode == "RGB" else image.convert("RGB")
 
 

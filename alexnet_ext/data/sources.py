@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,25 +16,42 @@ SYNTHETIC_CLASSES, SYNTHETIC_IMAGES, SYNTHETIC_HELD_OUT = 10, 4000, 200
 
 
 class Split(NamedTuple):
-    """Training and held-out images of the same classes."""
+    """Training and held-out images of the same classes; of a folder what was left out, and a checksum of the names."""
 
     train: Dataset
     held_out: Dataset
     preprocessing: Preprocessing
+    notes: tuple[str, ...] = ()
+    listing: str = ""
+
+    def brought_as(self, given: Preprocessing) -> Split:
+        """The same images brought to the network as ``given`` has it: of folders the crops too; of others, which
+        come in one size, the colours alone."""
+        if not isinstance(self.train, ImageFolder) or not isinstance(self.held_out, ImageFolder):
+            given = dataclasses.replace(self.preprocessing, mean=given.mean, std=given.std)
+        else:
+            self.train.preprocessing = self.held_out.preprocessing = given
+        return self._replace(preprocessing=given)
 
 
-def open_split(data: str, size: int, seed: int) -> Split:
+def is_folder(data: str) -> bool:
+    """Whether some data are a folder of images."""
+    return data not in ("digits", "synthetic")
+
+
+def open_split(data: str, size: int, seed: int, val: str | None = None, held_out: float | None = None) -> Split:
     """``"digits"``, ``"synthetic"`` or the path of a folder, for a network with an input of ``size``.
 
-    ``seed`` is that of random crops; the split never changes. Raises CommandError for a folder without images.
+    ``val`` is a folder of held-out images, or ``held_out`` their share of the folder's. ``seed`` is that of random
+    crops; it never changes the split. Raises CommandError for a folder without images.
     """
     if data == "digits":
         return Split(*Digits.split(), Digits.preprocessing(size))
     if data == "synthetic":
-        train, held_out = (
+        train, others = (
             Synthetic(length, SYNTHETIC_CLASSES, size, part)
             for part, length in enumerate((SYNTHETIC_IMAGES, SYNTHETIC_HELD_OUT))
         )
-        return Split(train, held_out, Synthetic.preprocessing(size))
-    folder, held_out_folder = ImageFolder.split(Path(data), size, seed)
-    return Split(folder, held_out_folder, folder.preprocessing)
+        return Split(train, others, Synthetic.preprocessing(size))
+    found = ImageFolder.split(Path(data), size, seed, None if val is None else Path(val), held_out)
+    return Split(found.train, found.held_out, found.train.preprocessing, found.notes, found.listing)

@@ -8,80 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import nn as fused_nn
-from ..ops._checks import pooled_size
-
-
-class Conv(NamedTuple):
-    """One convolution. Its input channels are those of the layer before, 3 at the start."""
-
-    channels: int
-    kernel: int
-    stride: int
-    padding: int
-    groups: int
-
-
-class LRN(NamedTuple):
-    """Local response normalization, in the order ``nn.LocalResponseNorm`` takes it (alpha is divided by size)."""
-
-    size: int
-    alpha: float
-    beta: float
-    k: float
-
-
-class Variant(NamedTuple):
-    """One row of the table: the convolutions and what differs around them.
-
-    ``order`` is what follows conv1 and conv2. conv3 and conv4 are followed by ReLU, conv5 by ReLU and pooling.
-    """
-
-    convs: tuple[Conv, ...]
-    order: tuple[str, ...]
-    lrn: LRN | None = None
-    ceil_mode: bool = False  # pooled sizes round up, as Caffe rounds them
-    image_size: int = 227
-    any_size: bool = False  # an average pool brings every image to 6 x 6 before fc6
-    dropout_first: bool = False  # dropout before fc6 and fc7, not behind them
-
-
-# The two GPUs of 2012 each held half of the kernels: groups=2 where a layer saw its own tower only.
-TWO_TOWERS = (
-    #    channels kernel stride padding groups
-    Conv(96, 11, 4, 0, 1),
-    Conv(256, 5, 1, 2, 2),
-    Conv(384, 3, 1, 1, 1),
-    Conv(384, 3, 1, 1, 2),
-    Conv(256, 3, 1, 1, 2),
-)
-ONE_TOWER = (
-    Conv(64, 11, 4, 2, 1),
-    Conv(192, 5, 1, 2, 1),
-    Conv(384, 3, 1, 1, 1),
-    Conv(256, 3, 1, 1, 1),
-    Conv(256, 3, 1, 1, 1),
-)
-# Sum over 5 channels with alpha=1e-4 in the paper's formula, which does not divide alpha by 5: 5e-4 here.
-PAPER_LRN = LRN(5, 5e-4, 0.75, 2.0)
-CAFFE_LRN = LRN(5, 1e-4, 0.75, 1.0)
-
-VARIANTS: dict[str, Variant] = {
-    "paper": Variant(TWO_TOWERS, ("relu", "norm", "pool"), PAPER_LRN),
-    "caffe": Variant(TWO_TOWERS, ("relu", "norm", "pool"), CAFFE_LRN, ceil_mode=True),
-    "caffenet": Variant(TWO_TOWERS, ("relu", "pool", "norm"), CAFFE_LRN),
-    "tutorial": Variant(TWO_TOWERS, ("pool", "norm", "relu"), LRN(5, 1e-4, 0.75, 2.0)),
-    "torchvision": Variant(ONE_TOWER, ("relu", "pool"), image_size=224, any_size=True, dropout_first=True),
-}
-
-# Overlapping pooling, window 3 and stride 2, in every variant.
-WINDOW, STRIDE = 3, 2
+from ..variants import ANY_SIZE, HIDDEN, STRIDE, VARIANTS, WINDOW, AlexNetConfig, Stage, Variant, config_of, stages
 
 Block = type[fused_nn.Conv2dReLULRNMaxPool2d] | type[fused_nn.Conv2dReLUMaxPool2dLRN]
 BLOCKS: dict[tuple[str, ...], Block] = {
@@ -91,8 +24,6 @@ BLOCKS: dict[tuple[str, ...], Block] = {
 
 # A bias of 1 feeds the ReLUs positive values from the start, "which accelerates the early stages of learning".
 BIAS_ONE = ("conv2", "conv4", "conv5", "fc6", "fc7")
-
-LARGEST = 2**24  # of image_size and num_classes: beyond, bytes are more than 63 bits can count
 
 Weighted = nn.Conv2d | nn.Linear
 
@@ -120,16 +51,6 @@ INITS: dict[str, Callable[[str, Weighted], None]] = {
 }
 
 
-@dataclass(frozen=True)
-class AlexNetConfig:
-    """What a checkpoint must record to build the network again: ``alexnet(**dataclasses.asdict(config))``."""
-
-    variant: str
-    num_classes: int
-    image_size: int
-    dropout: float
-
-
 class AlexNet(nn.Module):
     """The network of ``alexnet()``, which checks the arguments and gives the weights their start.
 
@@ -143,16 +64,15 @@ class AlexNet(nn.Module):
         self.fused = fused
         table = VARIANTS[config.variant]
         self.features = nn.Sequential()
-        channels, size = 3, config.image_size
-        for index in range(1, 6):
-            layers, size = _convolution(table, index, channels, size, config, fused)
-            for kind, layer in layers.items():
+        found = stages(config)
+        for index, stage in enumerate(found, 1):
+            for kind, layer in _convolution(table, stage, fused).items():
                 self.features.add_module(f"{kind}{index}", layer)
-            channels = table.convs[index - 1].channels
+        size = found[-1].output
         if table.any_size:
-            size = 6
+            size = ANY_SIZE
             self.features.add_module("avgpool", nn.AdaptiveAvgPool2d(size))
-        self.classifier = _classifier(table, channels * size * size, config, fused)
+        self.classifier = _classifier(table, found[-1].conv.channels * size * size, config, fused)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, 3, image_size, image_size) to (N, num_classes) before the softmax.
@@ -170,26 +90,10 @@ class AlexNet(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in vars(self.config).items())
 
 
-def _convolution(
-    table: Variant, index: int, in_channels: int, size: int, config: AlexNetConfig, fused: bool
-) -> tuple[dict[str, nn.Module], int]:
-    """Convolution ``index`` and what follows it, by kind, and the side of the square they put out."""
-    conv = table.convs[index - 1]
-    after = table.order if index <= 2 else ("relu",) if index <= 4 else ("relu", "pool")
-    # The paper prints 224 where its 55 outputs at stride 4 need 227, or 224 padded by 2.
-    padding = 2 if index == 1 and config.image_size == 224 else conv.padding
-    size = (size + 2 * padding - conv.kernel) // conv.stride + 1
-    rounds_up = table.ceil_mode
-    if "pool" in after:
-        down, size = (pooled_size(size, WINDOW, STRIDE, 0, 1, ceil) for ceil in (False, table.ceil_mode))
-        rounds_up = down != size
-    if size < 1:
-        raise ValueError(
-            f"image_size={config.image_size} is too small for variant {config.variant!r}: "
-            f"conv{index} and its pooling leave nothing"
-        )
-
-    arguments = (in_channels, conv.channels, conv.kernel, conv.stride, padding, 1, conv.groups)
+def _convolution(table: Variant, stage: Stage, fused: bool) -> dict[str, nn.Module]:
+    """A convolution and what follows it, by kind."""
+    conv, after = stage.conv, stage.after
+    arguments = (stage.in_channels, conv.channels, conv.kernel, conv.stride, stage.padding, 1, conv.groups)
     pool = nn.MaxPool2d(WINDOW, STRIDE, ceil_mode=table.ceil_mode)
     stock: dict[str, nn.Module] = {"relu": nn.ReLU(inplace=True), "pool": pool}
     if table.lrn is not None:
@@ -198,7 +102,7 @@ def _convolution(
     convolution: nn.Module
     if not fused:
         convolution = nn.Conv2d(*arguments)
-    elif after in BLOCKS and not rounds_up and table.lrn is not None:
+    elif after in BLOCKS and not stage.rounds_up and table.lrn is not None:
         plain = nn.MaxPool2d(WINDOW, STRIDE)
         convolution = BLOCKS[after](*arguments, norm=nn.LocalResponseNorm(*table.lrn), pool=plain)
         layers = {kind: nn.Identity() for kind in after}
@@ -209,19 +113,19 @@ def _convolution(
             layers["pool"] = fused_nn.ReLUMaxPool2d(WINDOW, STRIDE, ceil_mode=table.ceil_mode)
     else:  # the tutorial's order: normalization sees negative values, so no ReLU can move before it
         convolution = nn.Conv2d(*arguments)
-    return {"conv": convolution, **layers}, size
+    return {"conv": convolution, **layers}
 
 
 def _classifier(table: Variant, features: int, config: AlexNetConfig, fused: bool) -> nn.Sequential:
     layers = nn.Sequential()
-    for index, inputs in ((6, features), (7, 4096)):
+    for index, inputs in ((6, features), (7, HIDDEN)):
         if table.dropout_first:
             layers.add_module(f"drop{index}", nn.Dropout(config.dropout))
-        layers.add_module(f"fc{index}", fused_nn.LinearReLU(inputs, 4096) if fused else nn.Linear(inputs, 4096))
+        layers.add_module(f"fc{index}", fused_nn.LinearReLU(inputs, HIDDEN) if fused else nn.Linear(inputs, HIDDEN))
         layers.add_module(f"relu{index}", nn.Identity() if fused else nn.ReLU(inplace=True))
         if not table.dropout_first:
             layers.add_module(f"drop{index}", nn.Dropout(config.dropout))
-    layers.add_module("fc8", nn.Linear(4096, config.num_classes))
+    layers.add_module("fc8", nn.Linear(HIDDEN, config.num_classes))
     return layers
 
 
@@ -252,19 +156,10 @@ def alexnet(
         ValueError: an unknown variant or init, num_classes below 1, dropout outside 0 to 1, an image too small; or
             a number beyond ``LARGEST``.
     """
-    if variant not in VARIANTS:
-        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+    config = config_of(variant, num_classes, image_size, dropout)
     if init not in INITS:
         raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
-    size = VARIANTS[variant].image_size if image_size is None else image_size
-    for name, value in (("num_classes", num_classes), ("image_size", size)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
-        if value > LARGEST:
-            raise ValueError(f"{name} must be at most {LARGEST:,}, got {value:,}")
-    if not 0 <= dropout <= 1:
-        raise ValueError(f"dropout must be between 0 and 1, got {dropout!r}")
-    model = AlexNet(AlexNetConfig(variant, num_classes, size, float(dropout)), fused)
+    model = AlexNet(config, fused)
     with torch.no_grad():
         for name, layer in model.named_modules():
             if issubclass(fused_nn.stock_kind(layer), (nn.Conv2d, nn.Linear)):

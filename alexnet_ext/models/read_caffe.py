@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..data.errors import path_text
 from ..data.preprocessing import Preprocessing
-from .alexnet import LRN, AlexNet
+from ..variants import LRN
+from .alexnet import AlexNet
 from .weights import Contents, Entry, linear_or_conv, missing
 
 # The part of Caffe's schema that holds weights: message, field, number, type ("*" before it: repeated). A packed

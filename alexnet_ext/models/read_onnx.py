@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from ..data.errors import path_text
-from .alexnet import LRN, AlexNet
+from ..variants import LRN
+from .alexnet import AlexNet
 from .weights import Contents, Entry, linear_or_conv, missing
 
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")

@@ -16,8 +16,12 @@ from torch import Tensor
 
 from ..data.errors import first_line, path_text
 from ..data.preprocessing import IMAGENET, Preprocessing
-from .alexnet import LRN, VARIANTS, AlexNet, from_torchvision
+from ..variants import LRN, VARIANTS
+from .alexnet import AlexNet, from_torchvision
 
+LAST = ("classifier.fc8.weight", "classifier.fc8.bias")
+# The variant that a file of this ending is of as a rule.
+VARIANT_OF = {".pth": "torchvision", ".pt": "torchvision", ".caffemodel": "caffe", ".onnx": "paper"}
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -46,7 +50,9 @@ class Contents(NamedTuple):
     """Whether conv1 takes blue, green, red."""
 
 
-def load_weights(model: AlexNet, path: str | os.PathLike[str], *, bgr: bool | None = None) -> Preprocessing | None:
+def load_weights(
+    model: AlexNet, path: str | os.PathLike[str], *, bgr: bool | None = None, new_last: bool | None = False
+) -> Preprocessing | None:
     """Copy the weights of a file into ``model``, a network of ``alexnet_ext.models.alexnet``, fused or not.
 
     The ending of ``path`` tells the format:
@@ -64,6 +70,8 @@ def load_weights(model: AlexNet, path: str | os.PathLike[str], *, bgr: bool | No
         path: the file.
         bgr: whether the file's conv1 takes blue, green, red; its weights are then turned around, so that ``model``
             takes red, green, blue. None: Caffe's do, others do not.
+        new_last: whether the last layer of ``model`` stays as it is, to learn other classes than the file's. None: it
+            does where the file's is of another shape.
 
     Returns:
         How images were brought to the network when it was trained, where the format tells: for Caffe colours from 0
@@ -83,6 +91,13 @@ def load_weights(model: AlexNet, path: str | os.PathLike[str], *, bgr: bool | No
         pass  # what is missing or may not be read is an OSError, whichever library would read it
     contents = reader(file, model)
     state = model.state_dict()
+    if new_last is None:
+        new_last = any(
+            name in contents.entries and contents.entries[name].shape != tuple(state[name].shape) for name in LAST
+        )
+    if new_last:
+        state = {name: tensor for name, tensor in state.items() if name not in LAST}
+        contents = contents._replace(entries={n: entry for n, entry in contents.entries.items() if n not in LAST})
     problem = _difference(contents, model, state)
     if problem:
         raise ValueError(f"{path_text(file)} does not fit variant {model.config.variant!r}: {problem}")

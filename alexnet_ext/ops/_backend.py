@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 from .. import _library
 from ._checks import overrides
-from ._tuning import tuned
+from ._tuning import assume_constant_result, tuned
 
 BACKENDS = ("auto", "native", "triton", "stock")
 OPS = (
@@ -102,7 +102,7 @@ def _transform() -> str:
     return "the gradient transforms of torch.func" if _is_in_gradient_transform() else ""
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot trace it, and guards on the transforms around itself
+@assume_constant_result  # torch.compile cannot trace it, and guards on the transforms around itself
 def _is_in_gradient_transform() -> bool:
     if not torch._C._are_functorch_transforms_active():
         return False

@@ -7,10 +7,11 @@ schemas from ``forward`` and ``backward`` of ``ops/NAME/triton_kernels.py``. Bot
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,14 +115,29 @@ def _define(name: str, kind: str, module: str, define: Any, schema: str, gradien
     return f"{name}_{kind}"
 
 
+class _FoundLater:
+    """The Triton kernels inside of ``run``, for the key of torch.compile's cache: looked for when that asks, as the
+    search imports torch._inductor, a second of work."""
+
+    def __init__(self, find: Callable[..., Iterable[object]], run: Callable[..., Any]) -> None:
+        self.find, self.run = find, run
+
+    def __iter__(self) -> Iterator[object]:
+        return iter(self.find(self.run))
+
+
 def _triton_op(name: str, run: Callable[..., Any], *, mutates_args: Sequence[str], schema: str) -> None:
-    """``torch.library.triton_op``, of which some versions infer a schema although they are given one."""
-    infer_schema = torch._library.triton.infer_schema
-    torch._library.triton.infer_schema = lambda *_, **__: schema
-    try:
+    """``torch.library.triton_op``, of which some versions infer a schema although they are given one, and some look for
+    kernels at once."""
+    library = torch._library.triton
+    replaced: dict[str, Callable[..., Any]] = {"infer_schema": lambda *_, **__: schema}
+    if hasattr(library, "get_inner_triton_kernels"):
+        replaced["get_inner_triton_kernels"] = functools.partial(_FoundLater, library.get_inner_triton_kernels)
+    with contextlib.ExitStack() as stack:
+        for attribute, value in replaced.items():
+            stack.callback(setattr, library, attribute, getattr(library, attribute))
+            setattr(library, attribute, value)
         torch.library.triton_op(name, run, mutates_args=mutates_args, schema=schema)
-    finally:
-        torch._library.triton.infer_schema = infer_schema
 
 
 def _overload(op: str) -> Any:

@@ -39,6 +39,12 @@ class Candidate:
     run: Callable[[], Results]
 
 
+def assume_constant_result(function: Callable[..., Any]) -> Callable[..., Any]:
+    """As in ``torch.compiler``, whose own imports torch._dynamo, a second of work, for this one mark."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def gpu_clock() -> float:
     """Seconds, after all work given to the GPU is done."""
     if torch.cuda.is_available():
@@ -205,7 +211,7 @@ def fastest(what: str, device: torch.device, candidates: Sequence[Candidate], cl
     return by_name[name]
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def tuned(op: str, device: torch.device) -> str:
     """The backend that ``tuning.tune`` found right and fastest for ``op`` on this device; "" where it did not look."""
     return str(choices().known().get(key_of(op, device), {}).get("choice", ""))

@@ -1,22 +1,25 @@
 """Checkpoints: ``RUN/checkpoints/step-N/`` with the weights, the trainer's state, and both files' checksums.
 
 A generation is a folder that is renamed into place when complete, so weights and state are always of one step;
-the last two are kept, and reading falls back to the older where the newer is damaged.
+the last two are kept, and reading falls back to the older where the newer is damaged. ``RUN/best/step-N/`` has the
+weights that did best on the held-out images.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import models
 from ..data.errors import CommandError, first_line, os_error, path_text
@@ -25,6 +28,7 @@ from .files import new_folder
 
 WEIGHTS, STATE, RECORD = "model.safetensors", "state.pt", "checkpoint.json"
 KEEP = 2
+CHECKPOINTS, BEST = "checkpoints", "best"  # folders of a run
 HEADER = "alexnet_ext"  # the entry of the safetensors header that holds a Description
 DTYPES = ("F64", "F32", "F16", "BF16")
 NO_DESCRIPTION = (ValueError, TypeError, KeyError, OverflowError, RecursionError)  # what such a header raises
@@ -33,13 +37,17 @@ OTHERS = (".pth", ".pt", ".caffemodel", ".onnx")  # weights that load_weights re
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """What a weights file says of itself: enough to build the network and to bring images to it."""
+    """What a weights file says of itself: enough to build the network and to bring images to it, and where the run's
+    held-out images are: ``val`` and ``held_out`` as in a recipe, ``listing`` the checksum of the names."""
 
     config: models.AlexNetConfig
     classes: tuple[str, ...]
     preprocessing: Preprocessing
     data: str
     step: int
+    val: str | None = None
+    held_out: float | None = None
+    listing: str = ""
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -55,16 +63,17 @@ class Description:
             raise ValueError(f"{len(classes)} class names for {config.num_classes} outputs")
         if preprocessing["size"] != config.image_size:
             raise ValueError(f"images of side {preprocessing['size']!r} for a network of {config.image_size}")
-        return cls(config, classes, Preprocessing(**preprocessing), str(values["data"]), int(values["step"]))
+        rest = {name: values[name] for name in ("val", "held_out", "listing") if name in values}
+        return cls(config, classes, Preprocessing(**preprocessing), str(values["data"]), int(values["step"]), **rest)
 
 
-def save(run: Path, model: torch.nn.Module, description: Description, state: Mapping[str, Any]) -> Path:
-    """Write the generation of ``description.step`` and remove all but the last ``KEEP``; the folder written.
+def save(run: Path, model: nn.Module, description: Description, state: Mapping[str, Any], keep: int = KEEP) -> Path:
+    """Write the generation of ``description.step`` and remove all but the last ``keep``; the folder written.
 
     Raises CommandError naming the folder where the disk is full or not writable: nothing is left half written,
     and earlier generations stay.
     """
-    path = run / "checkpoints" / f"step-{description.step:08d}"
+    path = run / CHECKPOINTS / _name(description.step)
     if path.exists():
         if damage(path) is None:
             return path  # the same step of the same run: the same content
@@ -73,31 +82,77 @@ def save(run: Path, model: torch.nn.Module, description: Description, state: Map
         write_weights(folder / WEIGHTS, model, description)
         with (folder / STATE).open("wb") as stream:
             torch.save(dict(state), stream)
-        files = {
-            name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
-            for name in (WEIGHTS, STATE)
-        }
-        record = {"step": description.step, "files": files}
-        (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    for old in generations(run)[KEEP:]:
+        _write_record(folder, {"step": description.step}, (WEIGHTS, STATE))
+    for old in generations(run)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
     return path
 
 
-def write_weights(path: Path, model: torch.nn.Module, description: Description) -> None:
+def save_best(
+    run: Path, weights: Mapping[str, Tensor] | None, description: Description, top1: float, whole: bool
+) -> None:
+    """Write ``RUN/best/step-N/`` and remove the best so far. Raises as ``save`` does.
+
+    It holds weights only where ``whole``: those of the newest generation need no second copy. ``weights`` None: the
+    generation of this step has them.
+    """
+    path = run / BEST / _name(description.step)
+    generation = run / CHECKPOINTS / path.name
+    if not path.exists() or (whole and _holder(path) != path):
+        shutil.rmtree(path, ignore_errors=True)
+        with new_folder(path) as folder:
+            if whole and weights is not None:
+                write_weights(folder / WEIGHTS, weights, description)
+            elif whole:
+                shutil.copy2(generation / WEIGHTS, folder / WEIGHTS)
+            _write_record(folder, {"step": description.step, "top1": top1}, (WEIGHTS,) if whole else ())
+    for old in generations(run, BEST):
+        if old != path:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _holder(best: Path) -> Path:
+    """The folder with the weights of a best evaluation: its own, or the generation of the same step."""
+    return best if (best / WEIGHTS).exists() else best.parent.parent / CHECKPOINTS / best.name
+
+
+def read_best(run: Path) -> tuple[int, float] | None:
+    """Step and top-1 of a run's best weights; None where they are not there or damaged."""
+    for path in generations(run, BEST):
+        if damage(_holder(path), (WEIGHTS,)) is None:
+            try:
+                record = json.loads((path / RECORD).read_text(encoding="utf-8"))
+                return int(record["step"]), float(record["top1"])
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+    return None
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _write_record(folder: Path, values: dict[str, Any], names: tuple[str, ...]) -> None:
+    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in names}
+    record = values | {"files": files}
+    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def write_weights(path: Path, model: nn.Module | Mapping[str, Tensor], description: Description) -> None:
     """Write a weights file: the tensors, and in the header what builds the network again."""
     from safetensors.torch import save_file
 
+    tensors = model.state_dict() if isinstance(model, nn.Module) else model
     path.touch()
     mode = path.stat().st_mode  # safetensors puts a file of its own in the place, which its owner alone may read
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(weights, path, metadata={"format": "pt", HEADER: description.to_json()})
     path.chmod(mode)
 
 
-def generations(run: Path) -> list[Path]:
+def generations(run: Path, folder: str = CHECKPOINTS) -> list[Path]:
     """The checkpoint folders of a run, newest first."""
-    found = [path for path in (run / "checkpoints").glob("step-*") if path.is_dir()]
+    found = [path for path in (run / folder).glob("step-*") if path.is_dir()]
     return sorted(found, key=lambda path: path.name, reverse=True)
 
 
@@ -140,48 +195,100 @@ def newest(run: Path, warn: Callable[[str], None], names: tuple[str, ...] = (WEI
     raise CommandError(f"{path_text(run)}: no checkpoint in it", 2)
 
 
-def find_weights(path: Path, warn: Callable[[str], None]) -> Path:
-    """The weights file that ``path`` means: itself, or the one of a checkpoint folder or of a run's newest."""
+def to_resume(path: Path, warn: Callable[[str], None]) -> tuple[Path, Path]:
+    """The run folder and the checkpoint folder that ``path`` means: a run, with its newest, or a checkpoint folder.
+
+    Raises CommandError for a checkpoint with newer ones beside it, which would come to be of another run than it.
+    """
+    if not (path / RECORD).exists() and not (path / WEIGHTS).exists():
+        return path, newest(path, warn)
+    path = Path(os.path.abspath(path))
+    run, shown = path.parent.parent, path_text(path)
+    if path.parent.name == BEST:
+        raise CommandError(f"{shown}: weights alone; --weights starts from them, --resume {path_text(run)} goes on", 2)
+    problem = damage(path)
+    if problem:
+        raise CommandError(problem)
+    newer = [other for other in generations(run) if other.name > path.name and damage(other) is None]
+    if newer:
+        raise CommandError(f"{shown}: {newer[0].name} beside it is newer; remove that to go on from here", 2)
+    return run, path
+
+
+def find_weights(path: Path, warn: Callable[[str], None], last: bool = False) -> Path:
+    """The weights file that ``path`` means: itself, or the one of a checkpoint folder, or of a run's best evaluation
+    (``last``: of its newest checkpoint)."""
     if path.is_file():
         if path.suffix in OTHERS:
             raise CommandError(
                 f"{path_text(path)}: not a .safetensors file; `alexnet export --format safetensors` makes one of it", 2
             )
         return path
-    folder = path if (path / RECORD).exists() or (path / WEIGHTS).exists() else newest(path, warn, (WEIGHTS,))
-    if (folder / RECORD).exists():
-        problem = damage(folder, (WEIGHTS,))
+    if (path / RECORD).exists() or (path / WEIGHTS).exists():
+        problem = damage(path, (WEIGHTS,)) if (path / RECORD).exists() else None
         if problem:
             raise CommandError(problem)
-    return folder / WEIGHTS
+        return path / WEIGHTS
+    for best in [] if last else generations(path, BEST):
+        problem = damage(_holder(best), (WEIGHTS,))
+        if problem is None:
+            return _holder(best) / WEIGHTS
+        if _holder(best) == best:
+            warn(f"{problem}; going to the newest checkpoint")
+    return newest(path, warn, (WEIGHTS,)) / WEIGHTS
+
+
+def read_description(path: Path) -> Description | None:
+    """What a weights file says of itself; None where another program wrote it.
+
+    Raises CommandError for a damaged file.
+    """
+    with _opened(path) as file:
+        return _described(path, file)
 
 
 def read_weights(path: Path) -> tuple[Description, dict[str, Tensor]]:
     """The description and the tensors (fp32, on the CPU) of a weights file, once its header has been checked:
     every name, shape and dtype against the network it claims to hold, before a byte of a tensor is read."""
+    shown = path_text(path)
+    with _opened(path) as file:
+        description = _described(path, file)
+        if description is None:
+            raise CommandError(f"{shown}: not written by alexnet_ext (its header says nothing of the network)")
+        expected = _shapes(description.config)
+        found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        shapes = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in found.items()}
+        problem = _difference(expected, shapes)
+        if problem:
+            raise CommandError(f"{shown}: not the weights of variant {description.config.variant!r}: {problem}")
+        return description, {name: file.get_tensor(name).float() for name in expected}
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file; CommandError for one that is damaged or cannot be read."""
     from safetensors import SafetensorError, safe_open
 
-    shown = path_text(path)
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if HEADER not in metadata:
-                raise CommandError(f"{shown}: not written by alexnet_ext (its header says nothing of the network)")
-            try:
-                description = Description.from_json(metadata[HEADER])
-                expected = _shapes(description.config)
-            except NO_DESCRIPTION as error:
-                raise CommandError(f"{shown}: its header does not describe a network ({first_line(error)})") from error
-            found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            shapes = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in found.items()}
-            problem = _difference(expected, shapes)
-            if problem:
-                raise CommandError(f"{shown}: not the weights of variant {description.config.variant!r}: {problem}")
-            return description, {name: file.get_tensor(name).float() for name in expected}
+            yield file
     except SafetensorError as error:
-        raise CommandError(f"{shown}: a damaged safetensors file ({first_line(error)})") from error
+        raise CommandError(f"{path_text(path)}: a damaged safetensors file ({first_line(error)})") from error
     except OSError as error:
         raise os_error(path, error) from error
+
+
+def _described(path: Path, file: Any) -> Description | None:
+    metadata = file.metadata() or {}
+    if HEADER not in metadata:
+        return None
+    try:
+        description = Description.from_json(metadata[HEADER])
+        _shapes(description.config)
+    except NO_DESCRIPTION as error:
+        shown = path_text(path)
+        raise CommandError(f"{shown}: its header does not describe a network ({first_line(error)})") from error
+    return description
 
 
 def load_model(path: Path, variant: str | None, fused: bool) -> tuple[models.AlexNet, Description]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data.batches import Dataset, Drawn, batches
+from ..data.batches import Batch, Dataset, Drawn, Key, batches
 from ..data.errors import BadImage
 from ..data.preprocessing import Preprocessing
 from ..ops import augment
@@ -87,12 +87,13 @@ def evaluate(
     device: torch.device,
     precision: str = "fp32",
     limit: int | None = None,
-    workers: int = 0,
+    read: Callable[[Sequence[Sequence[Key]]], Iterator[Batch]] | None = None,
     on_batch: Callable[[int, int], None] = lambda _done, _total: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
-    """Evaluate on the first ``limit`` images. ``on_batch(done, total)`` hears of progress; unreadable images are
-    left out and listed. Raises Interrupted when ``stop()`` turns true. Leaves ``model`` in the mode it was in."""
+    """Evaluate on the first ``limit`` images. ``read`` is as for ``batches``; ``on_batch(done, total)`` hears of
+    progress; unreadable images are left out and listed. Raises Interrupted when ``stop()`` turns true. Leaves
+    ``model`` in the mode it was in."""
     was_training = model.training
     model.eval()
     start, loss, errors = time.perf_counter(), 0.0, []
@@ -100,7 +101,7 @@ def evaluate(
     total = min(len(dataset), limit or len(dataset))
     done = 0
     try:
-        for batch in batches(dataset, BATCH, limit=limit, workers=workers, pin_memory=device.type == "cuda"):
+        for batch in batches(dataset, BATCH, limit=limit, read=read, pin_memory=device.type == "cuda"):
             if stop():
                 raise Interrupted
             done += len(batch.targets) + len(batch.errors)

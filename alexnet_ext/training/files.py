@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import re
 import shutil
@@ -22,17 +23,56 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def check_target(path: Path, source: Path | None) -> None:
-    """CommandError, before time goes into it, where a file ``path`` cannot be or would replace its ``source``."""
+def check_target(path: Path, source: Path | None = None, option: str = "--out") -> None:
+    """CommandError, before time goes into it, where the file ``path`` of an
+    ``option`` cannot be or would replace its ``source``."""
     if path.is_dir():
-        raise CommandError(f"--out {path_text(path)}: is a folder, expected the name of a file", 2)
+        raise CommandError(f"{option} {path_text(path)}: is a folder, expected the name of a file", 2)
+    if is_special(path):
+        raise CommandError(f"{option} {path_text(path)}: no regular file, expected the name of one", 2)
     if source is not None and path.exists() and source.exists() and path.samefile(source):
-        raise CommandError(f"--out {path_text(path)}: is what would be read; name another file", 2)
+        raise CommandError(f"{option} {path_text(path)}: is what would be read; name another file", 2)
+
+
+def is_special(path: Path) -> bool:
+    """Whether a name stands for no file to put another in the place of: a device, a pipe, or what a process has open,
+    as /dev/stdout is, whatever that may be."""
+    if path.exists() and not path.is_file():
+        return True
+    for _ in range(40):  # as many links as Linux follows
+        if Path("/proc") in path.parent.resolve().parents:
+            return True
+        if not path.is_symlink():
+            break
+        path = path.parent / path.readlink()
+    return False
+
+
+def _place(path: Path) -> Path:
+    """Where a file ``path`` is to be: behind a link at what it leads to. CommandError where no file can take it."""
+    if is_special(path):
+        raise CommandError(f"{path_text(path)}: no regular file, and nothing takes its place")
+    return path.resolve() if path.is_symlink() else path
+
+
+def _beside(path: Path) -> Path:
+    """A name in the same folder for what is not yet whole, of the same ending, short enough for every file system."""
+    number = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]
+    return path.with_name(f".{number}.tmp-{os.getpid()}{path.suffix if len(path.suffix) < 20 else ''}")
+
+
+def check_outside(out: Path, data: Path) -> None:
+    """CommandError where ``out`` lies in a folder of images, which would find it there as a class."""
+    if out.resolve().is_relative_to(data.resolve()):
+        raise CommandError(
+            f"--out {path_text(out)}: lies in the images' folder {path_text(data)}; name a folder outside of it", 2
+        )
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file beside ``path`` and rename it there: a reader finds the old content or the new."""
-    beside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    """Write a file beside ``path`` and rename it there: a reader finds the old content or the new. A link stays one."""
+    path = _place(path)
+    beside = _beside(path)
     try:
         beside.write_bytes(content)
         sync(beside)
@@ -47,8 +87,11 @@ def write_file(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A file of the same ending beside ``path``, which takes its place when the block has ended well."""
-    beside = path.with_name(f".{path.stem}.tmp-{os.getpid()}{path.suffix}")
+    """A file of the same ending beside ``path``, which takes its place when the block has ended well.
+
+    A link stays one: the file that it leads to is replaced."""
+    path = _place(path)
+    beside = _beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield beside
@@ -71,7 +114,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     ``path`` must not exist. What an earlier process left half made beside it is removed.
     """
-    beside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    beside = _beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for left_over in path.parent.glob(".*.tmp-*"):
@@ -104,13 +147,26 @@ def _system_error(error: BaseException | None) -> OSError | None:
     return None
 
 
+_locks: set[int] = set()
+
+
+def _leave_locks() -> None:
+    """A forked process lets go of what its parent holds, which else would stay locked for as long as the fork lives."""
+    while _locks:
+        os.close(_locks.pop())
+
+
+os.register_at_fork(after_in_child=_leave_locks)
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold ``folder`` for this process alone; CommandError where another trains into it."""
+    """Hold ``folder`` for this process alone, and none that it forks; CommandError where another trains into it."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise os_error(folder, error) from error
+    _locks.add(descriptor)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -120,4 +176,6 @@ def locked(folder: Path) -> Iterator[None]:
             pass  # a file system without locks
         yield
     finally:
-        os.close(descriptor)
+        if descriptor in _locks:
+            _locks.remove(descriptor)
+            os.close(descriptor)

@@ -1,36 +1,102 @@
-"""Ctrl-C and SIGTERM as a wish to stop at the next good place."""
+"""Ctrl-C and other signals as a wish to stop at the next good place."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shlex
 import signal
+from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType, TracebackType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+from ..data.errors import path_text
+
+# Ctrl-C, the system's wish to end, a terminal that closes, and what batch systems send before the time is up.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+STOPPED = 130
 
 
 class Interrupted(Exception):
-    """Training stopped on request, with its state saved."""
+    """Training stopped on request before step ``step``, with its state saved in the folder ``checkpoint``."""
+
+    def __init__(self, step: int = 0, checkpoint: Path | None = None) -> None:
+        super().__init__(f"stopped before step {step}")
+        self.step, self.checkpoint = step, checkpoint
+
+    def told(self) -> str:
+        """What stopped where, and how it goes on."""
+        if self.checkpoint is None:
+            return "stopped"
+        saved, run = path_text(self.checkpoint), shlex.quote(path_text(self.checkpoint.parent.parent))
+        return f"stopped at step {self.step}, saved in {saved}; to go on: alexnet train --resume {run}"
 
 
 class Interrupt:
-    """Context manager: ``requested`` turns true with the first signal; the second acts as it did before."""
+    """Context manager: ``requested`` turns true with the first signal, which says so; the second ends the process at
+    once. A signal that was ignored, as nohup has SIGHUP ignored, stays so."""
 
     def __init__(self) -> None:
         self.requested = False
+        self.process = os.getpid()  # processes that read images inherit the handlers, and have nothing to say
 
     def __enter__(self) -> Interrupt:
-        self.before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        numbers = [number for number in SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+        self.before = {number: signal.signal(number, self._handle) for number in numbers}
         return self
 
-    def _handle(self, _number: int, _frame: FrameType | None) -> None:
-        self.requested = True
-        self._restore()
+    def look(self) -> None:
+        """Raise Interrupted once a stop is requested: for whoever waits."""
+        if self.requested:
+            raise Interrupted
 
-    def _restore(self) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+    def _handle(self, _number: int, _frame: FrameType | None) -> None:
+        if os.getpid() != self.process:
+            return
+        if self.requested:
+            import multiprocessing
+
+            for child in multiprocessing.active_children():
+                child.kill()
+            end_at_once("stopped at once; checkpoints of earlier steps stay as they were")
+        self.requested = True
+        tell("stopping after this step, with a checkpoint; once more to stop at once")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._restore()
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def begin() -> None:
+    """From here on Ctrl-C ends the process with one line: within an import the exception that it else is can come out
+    anywhere, and so far there is nothing to save."""
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, _stop_at_start)
+
+
+@contextlib.contextmanager
+def starting() -> Iterator[None]:
+    """Around imports, which ``begin`` is for; behind them Ctrl-C is a KeyboardInterrupt."""
+    begin()
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) == _stop_at_start:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _stop_at_start(_number: int, _frame: FrameType | None) -> None:
+    end_at_once("stopped")
+
+
+def end_at_once(text: str) -> None:
+    tell(text)
+    os._exit(STOPPED)
+
+
+def tell(text: str) -> None:
+    """A line on stderr out of a signal's handler, if anybody still reads it."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"alexnet: {text}\n".encode())

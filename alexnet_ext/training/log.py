@@ -24,7 +24,7 @@ class Log:
         self.path = run / METRICS
         if step or self.path.exists():
             kept = [line for line in read_metrics(self.path) if _precedes(line, step, evaluated)]
-            write_file(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+            write_file(self.path, "".join(json_text(line) + "\n" for line in kept).encode())
         try:
             self.stream = self.path.open("a", encoding="utf-8")
             self.events = writer(str(run), purge_step=step + 1 if step else None)
@@ -34,8 +34,7 @@ class Log:
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """One line ``{"kind": ..., "step": ..., **values}``, and a curve for each number."""
         try:
-            json.dump({"kind": kind, "step": step, **values}, self.stream)
-            self.stream.write("\n")
+            self.stream.write(json_text({"kind": kind, "step": step, **values}) + "\n")
             self.stream.flush()
             for name, value in values.items():
                 if isinstance(value, (int, float)) and math.isfinite(value):
@@ -57,8 +56,14 @@ class Log:
                 raise os_error(self.path, problem) from problem
 
 
+def json_text(values: dict[str, Any], indent: int | None = None) -> str:
+    """These values as JSON, which has no NaN and no infinities: null takes their place."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+    return json.dumps(finite, indent=indent, allow_nan=False)
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; one that was cut short by a crash is left out."""
+    """The lines of a metrics.jsonl, with NaN for null; one that was cut short by a crash is left out."""
     lines = []
     try:
         text = path.read_text(encoding="utf-8")
@@ -72,7 +77,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
         if isinstance(value, dict) and {"kind", "step"} <= value.keys():
-            lines.append(value)
+            lines.append({name: math.nan if entry is None else entry for name, entry in value.items()})
     return lines
 
 

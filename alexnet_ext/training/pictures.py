@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import logging
+import os
+import random
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..data.batches import Dataset
-from ..data.errors import path_text, require
+from ..data.errors import CommandError, path_text, require
 from .evaluate import Evaluation
 from .files import write_file
 
@@ -21,6 +24,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+# A home that cannot be written to is told by matplotlib at length, and changes nothing here.
+logging.getLogger("matplotlib").setLevel(logging.ERROR)
+
+FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".pdf": "pdf", ".svg": "svg", "": "png"}
 BLUE, PALE, ORANGE, GREEN, RED, GREY = "#1f5fa8", "#a9c4e4", "#e07b00", "#2a8f4d", "#c23b22", "#5c6670"
 STYLE = {
     "font.size": 10,
@@ -68,6 +75,7 @@ def curves(path: Path, lines: Sequence[dict[str, Any]]) -> None:
                 )
             axes.set_title(title, loc="left", fontweight="bold")
             axes.set_xlabel("step")
+            axes.xaxis.set_major_locator(require("matplotlib.ticker").MaxNLocator("auto", integer=True))
             if scale > 1:
                 axes.set_ylim(0, 102)
                 axes.yaxis.set_major_formatter("{x:.0f} %")
@@ -112,16 +120,20 @@ def _sheet(weight: Tensor, columns: int) -> np.ndarray:
     return sheet.permute(1, 2, 0).numpy()
 
 
-def guesses(path: Path, dataset: Dataset, result: Evaluation, classes: Sequence[str]) -> None:
-    """Eight held-out images with their five best guesses: the first ones, and those the network got most wrong."""
-    count = min(8, result.images)
-    hardest = result.truth.argsort()[: count // 2].tolist()
-    chosen = [i for i in range(result.images) if i not in hardest][: count - len(hardest)] + hardest
+def guesses(path: Path, dataset: Dataset, result: Evaluation, classes: Sequence[str], seed: int = 0) -> None:
+    """Held-out images with their five best guesses: four drawn by chance, of different classes as far as there are, and
+    below them the four that the network got most wrong; or all of fewer than eight."""
+    chosen = list(range(result.images))
+    title = "Held-out images and their five best guesses, the right class in green"
+    if result.images >= 8:
+        hardest = result.truth.argsort()[:4].tolist()
+        chosen = _of_all_classes(result.targets.tolist(), 4, seed, without=hardest) + hardest
+        title += "; the lower row is the most wrong"
     with require("matplotlib").rc_context(STYLE):
-        figure = _figure(11, 3.1 * -(-count // 4) + 0.3)
-        title = "Held-out images and their five best guesses, the right class in green; the lower row is the most wrong"
+        rows = -(-len(chosen) // 4)
+        figure = _figure(11, 3.1 * rows + 0.3)
         figure.suptitle(title, x=0.01, ha="left", fontsize=10, color=GREY)
-        cells = figure.subfigures(-(-count // 4), min(4, count), squeeze=False)
+        cells = figure.subfigures(rows, min(4, len(chosen)), squeeze=False)
         for cell, i in zip(cells.flat, chosen, strict=False):
             image = dataset[0, int(result.indices[i])].image
             if image is None:  # readable a minute ago: the files change under us
@@ -130,22 +142,88 @@ def guesses(path: Path, dataset: Dataset, result: Evaluation, classes: Sequence[
             _show(picture, image)
             target = int(result.targets[i])
             right = int(result.guesses[i, 0]) == target
-            picture.set_title(_short(classes[target]), fontweight="bold", color=GREEN if right else RED)
+            picture.set_title(
+                _short(classes[target], 16), fontsize=10, fontweight="bold", color=GREEN if right else RED
+            )
             _bars(bars, result.guesses[i], result.probabilities[i], classes, target)
         _write(figure, path)
 
 
-def prediction(path: Path, image: Any, probabilities: Tensor, classes: Sequence[str], title: str) -> None:
-    """One image (a PIL image) and its best classes."""
+def _of_all_classes(targets: Sequence[int], count: int, seed: int, without: Sequence[int]) -> list[int]:
+    """Places of ``count`` images, drawn by chance: no class comes twice before each has come once."""
+    chance = random.Random(seed)
+    places = [place for place in range(len(targets)) if place not in without]
+    chance.shuffle(places)
+    seen: dict[int, int] = {}
+    turns = []
+    for place in places:
+        turns.append((seen.setdefault(targets[place], 0), place))
+        seen[targets[place]] += 1
+    return [place for _, place in sorted(turns, key=lambda turn: turn[0])[:count]]
+
+
+def confusion(path: Path, result: Evaluation, classes: Sequence[str]) -> None:
+    """Which class is taken for which: a row for each class, whose shares add up to one."""
+    count = len(classes)
+    pairs = torch.bincount(result.targets * count + result.guesses[:, 0], minlength=count * count).view(count, count)
+    shares = (pairs / pairs.sum(1, keepdim=True).clamp_min(1)).numpy()
+    named = count <= 40
+    side = max(4.5, min(14, 2.5 + count * (0.42 if named else 0.02)))
+    with require("matplotlib").rc_context(STYLE | {"axes.grid": False}):
+        figure = _figure(side + 0.8, side)
+        axes = figure.add_subplot()
+        shown = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+        figure.colorbar(shown, ax=axes, format="{x:.0%}", shrink=0.8)
+        axes.set_xlabel("best guess")
+        axes.set_ylabel("class")
+        axes.set_title(f"{result.top1:.1%} of {result.images:,} images right", loc="left", fontweight="bold")
+        if named:
+            names = [_short(name) for name in classes]
+            axes.set_xticks(range(count), names, rotation=90, fontsize=8)
+            axes.set_yticks(range(count), names, fontsize=8)
+        for target, guess in pairs.nonzero().tolist() if count <= 20 else []:
+            colour = "white" if shares[target, guess] > 0.5 else GREY
+            text = f"{int(pairs[target, guess]):,}"
+            axes.text(guess, target, text, ha="center", va="center", fontsize=8, color=colour)
+        _write(figure, path)
+
+
+def prediction(
+    path: Path, image: Any, probabilities: Tensor, classes: Sequence[str], title: str, of: Path | None = None
+) -> None:
+    """One image (a PIL image) and its best classes; as a PNG it says that it is of the file ``of``."""
     best = probabilities.topk(min(5, len(classes)))
     with require("matplotlib").rc_context(STYLE):
         figure = _figure(8, 3.6)
         picture, bars = figure.subplots(1, 2, width_ratios=[1, 1.2])
         picture.imshow(np.asarray(image), interpolation="nearest" if max(image.size) < 100 else "antialiased")
         picture.set_axis_off()
-        picture.set_title(title, loc="left", fontsize=9, color=GREY)
+        picture.set_title(_short(title, 48), loc="left", fontsize=9, color=GREY)
         _bars(bars, best.indices, best.values, classes, None)
+        figure.set_label("" if of is None else source(of))
         _write(figure, path)
+
+
+def check_format(path: Path) -> None:
+    """CommandError where a picture's ending names no format that it can be written in."""
+    if path.suffix.lower() not in FORMATS:
+        known = ", ".join(filter(None, FORMATS))
+        raise CommandError(f"{path_text(path)}: expected a name with one of the endings {known}", 2)
+
+
+def source(image: Path) -> str:
+    """What a picture says of the image that it shows: its whole path, in ASCII."""
+    return ascii(os.path.abspath(image))[1:-1]
+
+
+def drawn_of(path: Path) -> str | None:
+    """``source`` of the image that a PNG of ``prediction`` shows; None for any other file."""
+    try:
+        with require("PIL.Image").open(path, formats=("PNG",)) as image:
+            found = image.info.get("Source")
+            return found if isinstance(found, str) else None
+    except (OSError, ValueError, SyntaxError):
+        return None
 
 
 def _bars(axes: Axes, order: Tensor, values: Tensor, classes: Sequence[str], target: int | None) -> None:
@@ -170,9 +248,9 @@ def _show(axes: Axes, image: Tensor) -> None:
     axes.set_axis_off()
 
 
-def _short(name: str) -> str:
+def _short(name: str, length: int = 18) -> str:
     name = path_text(name)
-    return name if len(name) <= 18 else name[:17] + "…"
+    return name if len(name) <= length else name[: length - 1] + "…"
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
@@ -190,9 +268,12 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _write(figure: Figure, path: Path) -> None:
+    """Write a picture in the format that its ending names; a PNG keeps the figure's label, its ``source``."""
+    kind = FORMATS[path.suffix.lower()]
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         # Of a name in a script that the font lacks, boxes stand in the picture.
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
-        figure.savefig(buffer, format="png", facecolor="white")
+        metadata = {"Source": str(figure.get_label())} if kind == "png" else None
+        figure.savefig(buffer, format=kind, facecolor="white", metadata=metadata)
     write_file(path, buffer.getvalue())

@@ -2,14 +2,47 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import sys
 import time
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 LINE_EVERY = 10.0  # seconds
+
+
+class _Unread:
+    """A stream that nobody need read: where its reader or its terminal goes away, the rest goes nowhere."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        return self._or_nowhere(self.stream.write, text)
+
+    def flush(self) -> None:
+        self._or_nowhere(self.stream.flush)
+
+    def _or_nowhere(self, call: Any, *arguments: str) -> Any:
+        try:
+            return call(*arguments)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            return len("".join(arguments))
+
+
+def lasting_console(quiet: bool = False) -> Console:
+    """A console on stdout for a run that goes on when nobody reads it any longer."""
+    return Console(file=cast(TextIO, _Unread(sys.stdout)), quiet=quiet)
 
 
 class Reporter:

@@ -6,26 +6,91 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from ..data.errors import CommandError, path_text
+from ..variants import INIT_NAMES, VARIANTS
+
 SCHEDULES = ("cosine", "linear", "constant", "plateau")
+PRECISIONS = ("fp32", "bf16", "fp16")
+CHOICES: dict[str, tuple[str, ...]] = {
+    "model": tuple(VARIANTS),
+    "init": INIT_NAMES,
+    "schedule": SCHEDULES,
+    "precision": PRECISIONS,
+}
+# The least that a number may be, and what it must stay below.
+RANGES = {
+    "held_out": (0, 1),
+    "image_size": (1, math.inf),
+    "dropout": (0, 1),
+    "batch_size": (1, math.inf),
+    "accumulate": (1, math.inf),
+    "epochs": (1, math.inf),
+    "steps": (1, math.inf),
+    "lr": (0, math.inf),
+    "momentum": (0, 1),
+    "weight_decay": (0, math.inf),
+    "warmup": (0, math.inf),
+    "label_smoothing": (0, 1),
+    "clip_norm": (0, math.inf),
+    "seed": (0, 2**64),
+    "evaluate_every": (0, math.inf),
+    "evaluate_limit": (1, math.inf),
+    "patience": (1, math.inf),
+    "save_every": (0, math.inf),
+    "keep": (1, math.inf),
+}
+TYPES: dict[str, Any] = {"str": str, "int": int, "float": (int, float), "bool": bool, "None": type(None)}
+# What a resumed run may have otherwise: how long it goes on and what it keeps, not how it learns.
+CHANGEABLE = ("epochs", "steps", "patience", "save_every", "keep")
+
+
+def _expected(name: str, kinds: str, value: Any) -> str:
+    """What the field ``name`` of a Recipe expects instead of ``value``; "" where that is right."""
+    allowed = kinds.split(" | ")
+    if value is None and "None" in allowed:
+        return ""
+    if name in CHOICES and value not in CHOICES[name]:
+        return f"one of {', '.join(CHOICES[name])}"
+    right = isinstance(value, TYPES[allowed[0]]) and (allowed[0] == "bool" or not isinstance(value, bool))
+    if name not in RANGES:
+        return "" if right else f"of type {allowed[0]}"
+    low, high = RANGES[name]
+    if right and low <= value < high:
+        return ""
+    number = "a whole number" if allowed[0] == "int" else "a finite number"
+    return f"{number} of at least {low}{f' and below {high}' if high < math.inf else ''}"
 
 
 @dataclass(frozen=True)
 class Recipe:
     """One run. ``data`` is ``"digits"``, ``"synthetic"`` or a folder; ``steps`` ends a run before its epochs do.
 
+    val: the folder of the held-out images, or held_out: their share of the folder's (None: as the folder says).
+    accumulate: batches whose gradients are added up for one step.
     schedule: the learning rate after ``warmup`` steps of linear growth: ``"cosine"`` and ``"linear"`` fall to
     zero at the last step, ``"plateau"`` divides by ten where the held-out error stops falling.
+    clip_norm: largest norm of all gradients together (None: any).
     evaluate_every: steps between evaluations on the first ``evaluate_limit`` held-out images (None: all of
     them); 0 evaluates after each epoch. The last evaluation is always on all.
+    patience: evaluations without a better one that end the run (None: it goes on).
+    save_every: steps between checkpoints (0: some minutes); keep: how many of them stay.
+    weights: the file that the weights start from; freeze: the module whose weights stay as they are.
+
+    The defaults are the paper's. Raises ValueError for a value that no run can have.
     """
 
     data: str
+    val: str | None = None
+    held_out: float | None = None
     model: str = "paper"
     image_size: int | None = None
     init: str = "paper"
+    weights: str | None = None
+    freeze: str | None = None
     dropout: float = 0.5
     stock: bool = False
     batch_size: int = 128
+    accumulate: int = 1
     epochs: int = 90
     steps: int | None = None
     lr: float = 0.01
@@ -33,18 +98,34 @@ class Recipe:
     weight_decay: float = 5e-4
     warmup: int = 0
     schedule: str = "plateau"
+    label_smoothing: float = 0.0
+    clip_norm: float | None = None
+    augment: bool = True
     precision: str = "fp32"
     seed: int = 0
     evaluate_every: int = 0
     evaluate_limit: int | None = None
+    patience: int | None = None
+    save_every: int = 0
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            expected = _expected(field.name, str(field.type), value)
+            if expected:
+                raise ValueError(f"{field.name} must be {expected}, got {value!r}")
+
+    def epoch_steps(self, images: int) -> int:
+        """Steps of one epoch; the last batch of it may be smaller."""
+        return math.ceil(images / (self.batch_size * self.accumulate))
 
     def total_steps(self, images: int) -> int:
-        """Steps of the whole run; the last batch of an epoch may be smaller."""
-        every = self.epochs * math.ceil(images / self.batch_size)
-        return every if self.steps is None else self.steps
+        """Steps of the whole run."""
+        return self.epochs * self.epoch_steps(images) if self.steps is None else self.steps
 
     def lr_at(self, step: int, total: int) -> float:
-        """The learning rate of step number ``step`` (from 0) under every schedule but ``"plateau"``."""
+        """The learning rate of step number ``step`` (from 0); for ``"plateau"`` as long as nothing has divided it."""
         if step < self.warmup:
             return self.lr * (step + 1) / (self.warmup + 1)
         done = (step - self.warmup) / max(1, total - self.warmup)
@@ -54,7 +135,7 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Recipe:
-        """Raises TypeError for what another version of the package wrote."""
+        """Raises TypeError or ValueError for what another version of the package wrote."""
         return cls(**values)
 
     def changed(self, given: dict[str, Any]) -> Recipe:
@@ -86,15 +167,31 @@ DIGITS = Recipe(
     evaluate_limit=200,
 )
 SYNTHETIC = replace(DIGITS, data="synthetic")
+# The paper's start stays at chance for as long as a few hundred images have steps, and a rate that falls by itself
+# needs no held-out error that means something: 40 images are right or wrong by chance.
+FOLDER = Recipe(data="", init="kaiming", warmup=20, schedule="cosine")
 # Section 5 of the paper: "reduced three times prior to termination", "roughly 90 cycles".
 IMAGENET = Recipe(data="")
+FINE_TUNING_LR = 0.001
+RECIPES = {"digits": DIGITS, "folder": FOLDER, "paper": IMAGENET}
 
 
-def chosen(given: dict[str, Any]) -> Recipe:
-    """The default for ``given["data"]`` (digits) with the rest of what is given."""
-    return default(given.get("data", "digits")).changed(given)
+def chosen(given: dict[str, Any], name: str | None = None) -> Recipe:
+    """The recipe ``name`` of ``RECIPES``, or the default for ``given["data"]`` (digits), with what is given.
+
+    Raises CommandError, naming the option, for a value that no run can have.
+    """
+    for field in fields(Recipe):
+        expected = field.name in given and _expected(field.name, str(field.type), given[field.name])
+        if expected:
+            option, value = field.name.replace("_", "-"), path_text(str(given[field.name]))
+            raise CommandError(f"--{option} {value}: expected {expected}", 2)
+    data = given.get("data", "digits")
+    if "weights" in given:  # trained ones must not be lost to the first steps
+        given = {"lr": FINE_TUNING_LR} | given
+    return (replace(RECIPES[name], data=data) if name else default(data)).changed(given)
 
 
 def default(data: str) -> Recipe:
     """The recipe for ``"digits"``, ``"synthetic"`` or the path of a folder."""
-    return {"digits": DIGITS, "synthetic": SYNTHETIC}.get(data) or replace(IMAGENET, data=data)
+    return {"digits": DIGITS, "synthetic": SYNTHETIC}.get(data) or replace(FOLDER, data=data)

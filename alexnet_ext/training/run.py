@@ -1,49 +1,72 @@
-"""A run from its options to its last picture: what ``alexnet train``, ``evaluate`` and ``predict`` do."""
+"""A run from its options to its last picture: what ``alexnet train`` does."""
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import itertools
 import json
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from .. import _library, models
+from .. import _library
 from ..data.digits import Digits
-from ..data.errors import CommandError, os_error, path_text, require
+from ..data.errors import CommandError, first_line, os_error, path_text, require
 from ..data.folder import ImageFolder
-from ..data.images import crop, read_image
-from ..data.sources import Split, open_split
+from ..data.sources import Split, is_folder, open_split
+from ..models.weights import VARIANT_OF
 from ..ops import _backend
+from ..variants import VARIANTS
 from . import checkpoint, pictures
-from .evaluate import Evaluation, evaluate, predict
-from .files import check_target, write_file
-from .log import METRICS, read_metrics
+from .evaluate import Evaluation
+from .files import check_outside, write_file
+from .log import METRICS, json_text, read_metrics
 from .progress import Reporter
-from .recipe import Recipe
+from .recipe import CHANGEABLE, Recipe
+from .results import by_class
 from .trainer import Trainer, first_kernels
 
+RESULT = "result.json"
 NEEDED = ("matplotlib", "tensorboard")  # asked for before the first step, not after the last
 
 
 def start(recipe: Recipe, out: Path, device: torch.device, workers: int, console: Console) -> Evaluation:
     """Train from the start into the new or empty folder ``out``."""
     began = time.monotonic()
-    for name in NEEDED:
-        require(name)
+    _check_needs(out)
+    for data in (recipe.data, recipe.val):
+        if data is not None and is_folder(data):
+            check_outside(out, Path(data))
     split = _split(recipe)
     trainer = _trainer(recipe, split, out, device, workers)
+    if recipe.weights is not None:
+        say(console, f"Starting from {path_text(recipe.weights)}{trainer.start_from(Path(recipe.weights))}")
     try:
         out.mkdir(parents=True, exist_ok=True)
         if any(out.iterdir()):
             raise CommandError(f"{path_text(out)}: not empty; name another --out, or go on with --resume", 2)
     except OSError as error:
         raise os_error(out, error) from error
-    return _train(trainer, console, began)
+    trainer.began = began
+    return _train(trainer, console)
+
+
+def from_weights(path: Path, warn: Callable[[str], None]) -> dict[str, Any]:
+    """What the weights that ``path`` means say of a recipe: their file, variant and input."""
+    file = path if path.is_file() else checkpoint.find_weights(path, warn)
+    found: dict[str, Any] = {"weights": os.path.abspath(file)}
+    if file.suffix in VARIANT_OF:
+        return found | {"model": VARIANT_OF[file.suffix]}
+    description = checkpoint.read_description(file) if file.suffix == ".safetensors" else None
+    if description is None:
+        return found
+    return found | {"model": description.config.variant, "image_size": description.config.image_size}
 
 
 def resume(
@@ -54,39 +77,84 @@ def resume(
     console: Console,
     warn: Callable[[str], None],
 ) -> Evaluation:
-    """Go on from a run's newest whole checkpoint. ``given`` are the options that the user named: ``steps`` and
-    ``epochs`` may lengthen the run, the others must be the run's own."""
+    """Go on from a run's newest whole checkpoint, or from the checkpoint folder ``run``. ``given`` are the options that
+    the user named: those of ``CHANGEABLE`` may be other than the run's, ``data`` and ``val`` say where its images are
+    now, the others must be its own."""
     began = time.monotonic()
-    for name in NEEDED:
-        require(name)
-    path = checkpoint.newest(run, warn)
+    run, path = checkpoint.to_resume(run, warn)
+    _check_needs(run)
     state = checkpoint.read_state(path / checkpoint.STATE)
     try:
         recipe = Recipe.from_dict(state["recipe"])
-    except (KeyError, TypeError) as error:
-        raise CommandError(f"{path_text(path / checkpoint.STATE)}: not of this version ({error})") from error
+    except (KeyError, TypeError, ValueError) as error:
+        text = f"{path_text(path / checkpoint.STATE)}: not of this version ({first_line(error)})"
+        raise CommandError(text) from error
+    moved: dict[str, Any] = {name: given[name] for name in ("data", "val") if name in given}
+    if "data" in moved and not (is_folder(recipe.data) and is_folder(moved["data"])):
+        raise CommandError(f"{path_text(moved['data'])}: the run in {path_text(run)} has {path_text(recipe.data)}", 2)
+    recipe = recipe.changed(moved)
     for name in recipe.differences(given):
         if name == "model":
             raise CommandError(f"{path_text(path)}: a run of variant {recipe.model!r}, not {given['model']!r}")
-        if name not in ("steps", "epochs"):
-            option = name.replace("_", "-")
-            raise CommandError(f"--{option} {given[name]}: the run in {path_text(run)} has {getattr(recipe, name)}", 2)
-    recipe = recipe.changed({k: given[k] for k in ("steps", "epochs") if k in given})
-    split = _split(recipe)
-    trainer = _trainer(recipe, split, run, device, workers)
+        if name not in CHANGEABLE:
+            raise CommandError(_refusal(name, given[name], getattr(recipe, name), path_text(run)), 2)
+    recipe = recipe.changed({name: given[name] for name in CHANGEABLE if name in given})
     description, weights = checkpoint.read_weights(path / checkpoint.WEIGHTS)
-    if description.config != trainer.model.config:
-        raise CommandError(f"{path_text(path)}: weights of {description.config}, expected {trainer.model.config}")
+    split = _split(recipe).brought_as(description.preprocessing)
+    trainer = _trainer(recipe, split, run, device, workers)
+    trainer.check_data(path, state)
+    for name, value in dataclasses.asdict(trainer.model.config).items():
+        if getattr(description.config, name) != value:
+            found = getattr(description.config, name)
+            raise CommandError(f"{path_text(path)}: its weights have {name} {found}, and its recipe {value}")
+    if description.listing and description.listing != split.listing:
+        raise CommandError(
+            f"{path_text(recipe.data)}: not the images that the run in {path_text(run)} began with: files were added, "
+            "renamed or removed; bring them back, or train anew"
+        )
     trainer.load(path, state, weights)
     if trainer.step > trainer.total:
         raise CommandError(f"{path_text(run)}: is at step {trainer.step}, beyond the {trainer.total} asked for", 2)
-    console.print(f"going on from step {trainer.step}", highlight=False)
-    return _train(trainer, console, began)
+    say(console, f"going on from step {trainer.step}")
+    trainer.began, trainer.before = began, max(trainer.before, _seconds(run / RESULT))
+    return _train(trainer, console)
+
+
+def _check_needs(out: Path) -> None:
+    """CommandError for a package that is missing, and a name that TensorBoard cannot write."""
+    for name in NEEDED:
+        require(name)
+    try:
+        os.fspath(out).encode()
+    except UnicodeEncodeError as error:
+        raise CommandError(
+            f"--out {path_text(out)}: expected a name in UTF-8, as TensorBoard's files need one", 2
+        ) from error
+
+
+def _refusal(name: str, given: Any, own: Any, run: str) -> str:
+    """Why an option cannot be other than the run's."""
+    option = f"--{name.replace('_', '-')}"
+    if isinstance(own, bool):
+        return f"{option if given else f'--no-{name}'}: the run in {run} was begun without it"
+    return f"{option} {path_text(str(given))}: the run in {run} has {'none' if own is None else path_text(str(own))}"
+
+
+def _seconds(result: Path) -> float:
+    """What a result.json says that its run took; 0 where there is none."""
+    try:
+        seconds = json.loads(result.read_text(encoding="utf-8"))["seconds"]
+        return float(seconds) if 0 <= seconds < 1e12 else 0.0
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0.0
 
 
 def _split(recipe: Recipe) -> Split:
-    size = recipe.image_size or models.VARIANTS[recipe.model].image_size
-    return open_split(recipe.data, size, recipe.seed)
+    size = recipe.image_size or VARIANTS[recipe.model].image_size
+    split = open_split(recipe.data, size, recipe.seed, recipe.val, recipe.held_out)
+    if not recipe.augment and isinstance(split.train, ImageFolder):
+        split.train.augment = False
+    return split
 
 
 def _trainer(recipe: Recipe, split: Split, out: Path, device: torch.device, workers: int) -> Trainer:
@@ -96,8 +164,8 @@ def _trainer(recipe: Recipe, split: Split, out: Path, device: torch.device, work
         raise CommandError(str(error), 2) from error
 
 
-def _train(trainer: Trainer, console: Console, began: float) -> Evaluation:
-    """Run, then write the pictures and say how it went, reading the data (since ``began``) included."""
+def _train(trainer: Trainer, console: Console) -> Evaluation:
+    """Run, then write the pictures and say how it went."""
     recipe, split, out = trainer.recipe, trainer.split, trainer.out
     parameters = sum(p.numel() for p in trainer.model.parameters())
     kind = "stock layers" if recipe.stock else "fused layers"
@@ -113,11 +181,13 @@ def _train(trainer: Trainer, console: Console, began: float) -> Evaluation:
         f"{path_text(recipe.data)}: {len(split.train):,} images to train on and {len(split.held_out):,} held out, "
         f"{len(split.train.classes)} classes, {split.preprocessing.size} x {split.preprocessing.size}",
     )
+    for note in split.notes:
+        say(console, f"  {note}")
     say(console, f"Run folder: {path_text(out)}")
     with Reporter(trainer.total, trainer.step, console) as reporter:
         result = trainer.run(reporter)
     made = draw(trainer, result)
-    spent = time.monotonic() - began
+    spent, best = trainer.elapsed, trainer.best
     right = int(result.right.sum())
     what = "digits" if recipe.data == "digits" else "images"
     summary = {
@@ -129,8 +199,13 @@ def _train(trainer: Trainer, console: Console, began: float) -> Evaluation:
         "steps": trainer.step,
         "seconds": spent,
         "skipped": len(trainer.skipped),
+        "best_step": best.step,
+        "best_top1": best.top1,
     }
-    write_file(out / "result.json", (json.dumps(summary, indent=1) + "\n").encode())
+    write_file(out / RESULT, f"{json_text(summary, indent=1)}\n".encode())
+    table = by_class(result, split.train.classes)
+    if table is not None:
+        console.print(table)
     if trainer.skipped:
         say(console, f"{len(trainer.skipped)} of {len(split.train):,} training images were unreadable and left out")
     say(
@@ -139,6 +214,8 @@ def _train(trainer: Trainer, console: Console, began: float) -> Evaluation:
         f"after {count(trainer.step, 'step')}, {spent // 60:.0f}:{spent % 60:02.0f} minutes",
         style="bold",
     )
+    if best.step != trainer.step:
+        say(console, f"The best weights are those of step {best.step} ({best.top1:.1%}); --last takes the others")
     say(console, f"Pictures in {path_text(out)}: {', '.join(made)}")
     if recipe.data == "digits":
         folder = path_text(out)
@@ -162,7 +239,7 @@ def draw(trainer: Trainer, result: Evaluation) -> list[str]:
     classes = split.train.classes
     pictures.curves(out / "curves.png", read_metrics(out / METRICS))
     pictures.kernels(out / "conv1.png", first_kernels(trainer.model), trainer.start)
-    pictures.guesses(out / "guesses.png", split.held_out, result, classes)
+    pictures.guesses(out / "guesses.png", split.held_out, result, classes, trainer.recipe.seed)
     made = ["curves.png", "conv1.png", "guesses.png"]
     if isinstance(split.held_out, Digits):
         save_samples(out / "samples", split.held_out)
@@ -183,78 +260,6 @@ def save_samples(folder: Path, digits: Digits) -> None:
         write_file(folder / f"{name}.png", buffer.getvalue())
 
 
-def load(
-    weights: Path, variant: str | None, stock: bool, device: torch.device, warn: Callable[[str], None]
-) -> tuple[models.AlexNet, checkpoint.Description]:
-    """The network of a run, checkpoint folder or weights file, ready to evaluate."""
-    path = checkpoint.find_weights(weights, warn)
-    model, description = checkpoint.load_model(path, variant and str(variant), fused=not stock)
-    model.to(device).to(memory_format=torch.channels_last)
-    return model.eval(), description
-
-
-def evaluate_weights(
-    model: models.AlexNet,
-    description: checkpoint.Description,
-    folder: Path | None,
-    device: torch.device,
-    precision: str,
-    workers: int,
-    console: Console,
-) -> Evaluation:
-    """Evaluate on the images of ``folder``, or on those that the run held out."""
-    if folder is not None:
-        dataset: Any = ImageFolder.held_out(folder, description.preprocessing, description.classes)
-    elif not description.data:
-        raise CommandError("DIR: these weights name no data of their own, expected a folder of images", 2)
-    else:
-        dataset = open_split(description.data, description.preprocessing.size, 0).held_out
-        if tuple(dataset.classes) != description.classes:
-            raise CommandError(f"{path_text(description.data)}: its classes are not those trained on", 2)
-    with Reporter(0, 0, console) as reporter:
-        reporter.bar.remove_task(reporter.training)
-        result = evaluate(
-            model,
-            dataset,
-            description.preprocessing,
-            device=device,
-            precision=precision,
-            workers=workers,
-            on_batch=reporter.evaluating,
-        )
-    return result
-
-
-def predict_file(
-    model: models.AlexNet, description: checkpoint.Description, path: Path, out: Path, device: torch.device
-) -> list[tuple[str, float]]:
-    """Classify an image file and save it with its best five classes as the picture ``out``; (class, probability)."""
-    check_target(out, path)
-    image = read_image(path)
-    if description.data == "digits":
-        image = light_on_dark(image)
-    preprocessing = description.preprocessing
-    probabilities = predict(model, crop(image, preprocessing.resize, preprocessing.size), preprocessing, device)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise os_error(out.parent, error) from error
-    pictures.prediction(out, image, probabilities, description.classes, path_text(path.name))
-    best = probabilities.topk(min(5, len(probabilities)))
-    return [(description.classes[i], p) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
-
-
-def light_on_dark(image: Any) -> Any:
-    """A digit as MNIST has it, grey and light on a dark ground: turned round where its rim is light."""
-    grey = image.convert("L")
-    width, height = grey.size
-    rim = [grey.getpixel((x, y)) for x in range(width) for y in {0, height - 1}]
-    rim += [grey.getpixel((x, y)) for y in range(height) for x in {0, width - 1}]
-    if sum(rim) > 127 * len(rim):
-        grey = require("PIL.ImageOps").invert(grey)
-    return grey.convert("RGB")
-
-
 def device_of(name: str) -> torch.device:
     """``"auto"`` (a GPU that torch can use, else the CPU) or a name that torch knows."""
     if name == "auto":
@@ -272,7 +277,7 @@ def device_of(name: str) -> torch.device:
 
 def default_out(recipe: Recipe, root: Path = Path("runs")) -> Path:
     """A new name for a run: date, time, data and variant."""
-    data = Path(recipe.data).name or "data"
+    data = path_text(os.fsencode(Path(recipe.data).name).decode(errors="replace"))[:50] or "data"
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{data}-{recipe.model}"
-    taken: Sequence[Path] = sorted(root.glob(f"{name}*"))
-    return root / (f"{name}-{len(taken) + 1}" if taken else name)
+    numbered = (root / (f"{name}-{number}" if number > 1 else name) for number in itertools.count(1))
+    return next(path for path in numbered if not path.exists())

@@ -7,7 +7,9 @@ import json
 import math
 import random
 import time
+from collections import deque
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import models
-from ..data.batches import Batch, batches
-from ..data.errors import BadImage, CommandError, path_text
+from ..data.batches import Batch, batches, narrowed
+from ..data.errors import BadImage, CommandError, first_line, os_error, path_text
+from ..data.readers import Readers
 from ..data.sources import Split
 from ..nn import stock_kind
 from . import checkpoint
+from .best import Best
 from .evaluate import Evaluation, autocast, evaluate, to_device
 from .files import locked, write_file
 from .interrupt import Interrupt, Interrupted
@@ -33,6 +37,11 @@ from .recipe import Recipe
 MAX_SKIPPED = 0.05  # of the training images: more unreadable ones end the run
 CHECKPOINT_SECONDS = 600.0
 FLUSH_EVERY_CUDA = 20  # steps between readings of the loss, each of which waits for the GPU
+# The paper's patience of some epochs is of epochs of a million images: the rate of a small folder, whose epochs are a
+# few steps, would fall before anything can have been learnt.
+PLATEAU_IMAGES = 12_800
+# A loss that is still that of guessing after so many steps, as a mean of the last ones, is told.
+CHANCE_STEPS, CHANCE_WINDOW, CHANCE = 100, 50, 0.98
 
 
 class Trainer:
@@ -45,10 +54,15 @@ class Trainer:
     def __init__(self, recipe: Recipe, split: Split, out: Path, device: torch.device, workers: int = 0) -> None:
         self.recipe, self.split, self.out, self.device, self.workers = recipe, split, out, device, workers
         self.total = recipe.total_steps(len(split.train))
-        self.epoch_steps = math.ceil(len(split.train) / recipe.batch_size)
-        self.step = self.epoch = self.batch = 0
+        self.epoch_steps = recipe.epoch_steps(len(split.train))
+        self.step = self.epoch = self.batch = 0  # batch: the step within the epoch
         self.evaluated = -1  # the step of the last evaluation
+        self.plateau_step, self.plateau_error = 0, math.inf  # since when the plateau has not looked, and what it missed
+        self.best = Best(recipe.evaluate_limit)
         self.seconds = 0.0  # spent on steps, over all of the run's processes
+        self.began, self.before = time.monotonic(), 0.0  # of this process, and what the ones before it took
+        self.recent: deque[float] = deque(maxlen=CHANCE_WINDOW)
+        self.last: tuple[Tensor, Tensor] | None = None  # the last step's images and classes
         self.skipped: list[str] = []  # paths of training images that could not be read
         # Steps whose loss has not been read: (step, loss, right, images, values), and since when they count.
         self.pending: list[tuple[int, Tensor, Tensor, int, dict[str, Any]]] = []
@@ -68,8 +82,11 @@ class Trainer:
         )
         self.model.to(device).to(memory_format=torch.channels_last)
         self.start = first_kernels(self.model).detach().clone()  # for the picture of what training adds to it
+        if recipe.freeze is not None:
+            freeze(self.model, recipe.freeze)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.SGD(
-            self.model.parameters(),
+            self.trained,
             lr=recipe.lr,
             momentum=recipe.momentum,
             weight_decay=recipe.weight_decay,
@@ -85,78 +102,143 @@ class Trainer:
 
     @property
     def description(self) -> checkpoint.Description:
-        return checkpoint.Description(
-            self.model.config, self.split.train.classes, self.split.preprocessing, self.recipe.data, self.step
-        )
+        recipe, split = self.recipe, self.split
+        place = (split.train.classes, split.preprocessing, recipe.data, self.step)
+        return checkpoint.Description(self.model.config, *place, recipe.val, recipe.held_out, split.listing)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds that the run has taken, over all of its processes."""
+        return self.before + time.monotonic() - self.began
 
     def run(self, reporter: Reporter, stop_at: int | None = None) -> Evaluation:
-        """Train to the last step and evaluate on every held-out image.
+        """Train to the last step, or to where patience ends, and evaluate on every held-out image.
 
-        Raises Interrupted, with a checkpoint written, on SIGINT and SIGTERM, and before step ``stop_at``.
+        Raises Interrupted, with a checkpoint written, on a signal (``Interrupt``), and before step ``stop_at``.
         """
-        with locked(self.out), Interrupt() as interrupt, Log(self.out, self.step, self.evaluated) as log:
+        with (
+            locked(self.out),
+            Interrupt() as interrupt,
+            Readers(self.split.train, self.workers, interrupt.look) as self.readers,
+            Readers(self.split.held_out, self.workers, interrupt.look) as self.held_out_readers,
+            Log(self.out, self.step, self.evaluated) as log,
+        ):
             recipe = json.dumps(dataclasses.asdict(self.recipe), indent=1)  # a resumed run may be longer
             write_file(self.out / "recipe.json", f"{recipe}\n".encode())
             loader: Iterator[Batch] | None = None
             saved = self.mark = time.perf_counter()
             while True:
                 stopping = interrupt.requested or self.step == stop_at
-                finished = self.step == self.total
-                evaluating = finished or self._evaluation_due()
-                saving = finished or stopping or time.perf_counter() - saved > CHECKPOINT_SECONDS
-                if evaluating or saving or len(self.pending) >= self.flush_every:
+                evaluating = self.step < self.total and self._evaluation_due()
+                saving = self._saving_due(saved)
+                if evaluating or saving or stopping or self.step == self.total or len(self.pending) >= self.flush_every:
                     self._flush(log, reporter)
-                if evaluating and not finished and not stopping:
-                    stopping = self._evaluate(log, reporter, interrupt) is None
-                if saving or stopping:
-                    self.save()
+                result = None
+                if evaluating and not stopping:
+                    result = self._evaluate(log, reporter, interrupt)
+                    stopping = result is None
+                finished = self.step == self.total or self._has_waited()
+                if saving or stopping or finished:
+                    path = self.save()
                     saved = time.perf_counter()
                 if stopping:
-                    raise Interrupted
+                    raise Interrupted(self.step, path)
                 if finished:
-                    result = self._evaluate(log, reporter, interrupt)
+                    if result is None or self.recipe.evaluate_limit is not None:
+                        result = self._evaluate(log, reporter, interrupt, last=True)
                     if result is None:
-                        raise Interrupted
+                        raise Interrupted(self.step, path)
+                    self.best.write(self.out, self.description)
                     return result
                 if evaluating or saving:
                     self.mark = time.perf_counter()
-                loader = loader or self._loader()
-                self._train(next(loader), reporter)
+                loader = loader or self._loader(self.readers)
+                try:
+                    group = list(islice(loader, self.recipe.accumulate))
+                except Interrupted:
+                    continue  # in the middle of a wait
+                self._train(group, reporter)
                 self.step, self.batch = self.step + 1, self.batch + 1
                 if self.batch == self.epoch_steps:
                     self.epoch, self.batch, loader = self.epoch + 1, 0, None
 
-    def _loader(self) -> Iterator[Batch]:
+    def start_from(self, file: Path) -> str:
+        """Copy the weights of a file, in whatever format ``models.load_weights`` reads, and bring images to the network
+        as they were brought to it before. A last layer of other classes stays new: what is to be said of it, or "".
+
+        Raises CommandError where the file does not fit.
+        """
+        last = self.model.get_parameter("classifier.fc8.weight")
+        fresh = last.detach().clone()
+        try:
+            described = checkpoint.read_description(file) if file.suffix == ".safetensors" else None
+            other = described is not None and described.classes != self.split.train.classes
+            preprocessing = models.load_weights(self.model, file, new_last=True if other else None)
+        except (ValueError, ImportError) as error:
+            raise CommandError(str(error)) from error
+        except OSError as error:
+            raise os_error(file, error) from error
+        self.start.copy_(first_kernels(self.model).detach())
+        size = self.model.config.image_size
+        if preprocessing is not None:
+            resize = max(size, round(preprocessing.resize * size / preprocessing.size))
+            self.split = self.split.brought_as(dataclasses.replace(preprocessing, size=size, resize=resize))
+        return f", with a new last layer of {len(last)} classes" if torch.equal(last, fresh) else ""
+
+    def _saving_due(self, saved: float) -> bool:
+        every = self.recipe.save_every
+        return (every > 0 and self.step > 0 and self.step % every == 0) or (
+            time.perf_counter() - saved > CHECKPOINT_SECONDS
+        )
+
+    def _has_waited(self) -> bool:
+        return self.recipe.patience is not None and self.best.waited >= self.recipe.patience
+
+    def _loader(self, read: Readers | None = None) -> Iterator[Batch]:
         return batches(
             self.split.train,
             self.recipe.batch_size,
             seed=self.recipe.seed,
             epoch=self.epoch,
-            start=self.batch,
-            workers=self.workers,
+            start=self.batch * self.recipe.accumulate,
+            read=read,
             pin_memory=self.device.type == "cuda",
         )
 
-    def _train(self, batch: Batch, reporter: Reporter) -> None:
-        """One step, or none where no image of the batch could be read."""
-        self._count_skipped(batch.errors, reporter)
-        if not len(batch.targets):
-            return
-        if self.recipe.schedule != "plateau":
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.recipe.lr_at(self.step, self.total)
-        images = to_device(batch.images, self.split.preprocessing, self.device, batch.drawn)
-        targets = batch.targets.to(self.device, non_blocking=True)
+    def _loss(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores and the mean loss."""
         with autocast(self.device, self.recipe.precision):
             logits = self.model(images)
-            loss = F.cross_entropy(logits, targets)
-        self.scaler.scale(loss).backward()
+            return logits.detach(), F.cross_entropy(logits, targets, label_smoothing=self.recipe.label_smoothing)
+
+    def _train(self, group: list[Batch], reporter: Reporter) -> None:
+        """One step on the images of some batches, or none where none of them could be read."""
+        for batch in group:
+            self._count_skipped(batch.errors, reporter)
+        group = [batch for batch in group if len(batch.targets)]
+        if not group:
+            return
+        if self.recipe.schedule != "plateau" or self.step <= self.recipe.warmup:
+            for parameters in self.optimizer.param_groups:
+                parameters["lr"] = self.recipe.lr_at(self.step, self.total)
+        images = sum(len(batch.targets) for batch in group)
+        loss, right = torch.zeros((), device=self.device), torch.zeros((), dtype=torch.int64, device=self.device)
+        for batch in group:
+            targets = batch.targets.to(self.device, non_blocking=True)
+            self.last = to_device(batch.images, self.split.preprocessing, self.device, batch.drawn), targets
+            logits, mean = self._loss(*self.last)
+            part = mean * (len(targets) / images)
+            self.scaler.scale(part).backward()
+            loss += part.detach()
+            right += (logits.argmax(1) == targets).sum()
+        if self.recipe.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.trained, self.recipe.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        right = (logits.detach().argmax(1) == targets).sum()
         values = {"epoch": self.epoch, "lr": self.optimizer.param_groups[0]["lr"]}
-        self.pending.append((self.step + 1, loss.detach(), right, len(targets), values))
+        self.pending.append((self.step + 1, loss, right, images, values))
 
     def _count_skipped(self, errors: list[BadImage], reporter: Reporter) -> None:
         for error in errors:
@@ -183,6 +265,21 @@ class Trainer:
             log.write("train", step, values | measured)
             self._check_finite(loss, step)
             reporter.step(step, loss, accuracy, rate)
+            self._tell_chance(loss, step, reporter)
+
+    def _tell_chance(self, loss: float, step: int, reporter: Reporter) -> None:
+        """Say once that nothing has been learnt, where steps enough have been taken."""
+        self.recent.append(loss)
+        classes = len(self.split.train.classes)
+        mean = sum(self.recent) / len(self.recent)
+        enough = max(CHANCE_STEPS, 2 * classes) + self.recipe.warmup
+        if step != min(enough, max(self.total, CHANCE_WINDOW)) or mean < CHANCE * math.log(classes):
+            return
+        init = "" if self.recipe.init == "kaiming" or self.recipe.weights else "--init kaiming, "
+        reporter.note(
+            f"step {step}: the loss is still {mean:.2f}, that of guessing among {classes} classes is "
+            f"{math.log(classes):.2f}; try {init}another --lr than {self.recipe.lr:g}, or trained --weights"
+        )
 
     def _check_finite(self, loss: float, step: int) -> None:
         if not math.isfinite(loss):
@@ -197,9 +294,9 @@ class Trainer:
         every = self.recipe.evaluate_every
         return self.step % every == 0 if every else self.batch == 0
 
-    def _evaluate(self, log: Log, reporter: Reporter, interrupt: Interrupt) -> Evaluation | None:
-        """Evaluate and write it down, on all held-out images after the last step; None when interrupted."""
-        limit = None if self.step == self.total else self.recipe.evaluate_limit
+    def _evaluate(self, log: Log, reporter: Reporter, interrupt: Interrupt, last: bool = False) -> Evaluation | None:
+        """Evaluate and write it down, on all held-out images the last time; None when interrupted."""
+        limit = None if last else self.recipe.evaluate_limit
         try:
             result = evaluate(
                 self.model,
@@ -208,7 +305,7 @@ class Trainer:
                 device=self.device,
                 precision=self.recipe.precision,
                 limit=limit,
-                workers=self.workers,
+                read=self.held_out_readers,
                 on_batch=reporter.evaluating,
                 stop=lambda: interrupt.requested,
             )
@@ -216,18 +313,42 @@ class Trainer:
             return None
         for error in result.errors:
             reporter.note(f"skipped {error}")
-        if self.recipe.schedule == "plateau":
-            self.plateau.step(1 - result.top1)
+        self._follow_plateau(1 - result.top1)
         self.evaluated = self.step
         values = {"loss": result.loss, "top1": result.top1, "top5": result.top5, "images": result.images}
         log.write("evaluate", self.step, values)
         self._check_finite(result.loss, self.step)  # a step's own loss is of the weights before it
-        if self.step < self.total:
+        self.best.see(self.step, result, self.model)
+        if not last:
             reporter.note(f"step {self.step}: {result.top1:.1%} of {result.images} held-out images right")
         return result
 
+    def _follow_plateau(self, error: float) -> None:
+        """Let the plateau see the least held-out error of each ``PLATEAU_IMAGES`` images or more."""
+        self.plateau_error = min(self.plateau_error, error)
+        seen = (
+            (self.step - max(self.plateau_step, self.recipe.warmup)) * self.recipe.batch_size * self.recipe.accumulate
+        )
+        if self.recipe.schedule == "plateau" and seen >= PLATEAU_IMAGES:
+            self.plateau.step(self.plateau_error)
+            self.plateau_step, self.plateau_error = self.step, math.inf
+
+    def _check_weights(self) -> None:
+        """End the run where its weights give no loss: they must not become the newest checkpoint, and the loss of the
+        last step is of the weights before it."""
+        if self.last is None:
+            return
+        self.model.eval()
+        with torch.no_grad():
+            _, loss = self._loss(*self.last)
+        self.model.train()
+        self._check_finite(float(loss), self.step)
+
     def save(self) -> Path:
-        """Write a checkpoint of this step."""
+        """Write a checkpoint of this step, and the best weights so far."""
+        self._check_weights()
+        if self.best.step != self.step:  # whose weights would be lost with this process
+            self.best.write(self.out, self.description)
         state = {
             "recipe": dataclasses.asdict(self.recipe),
             "step": self.step,
@@ -235,6 +356,9 @@ class Trainer:
             "batch": self.batch,
             "evaluated": self.evaluated,
             "seconds": self.seconds,
+            "elapsed": self.elapsed,
+            "best": self.best.state(),
+            "plateau_since": [self.plateau_step, self.plateau_error],
             "skipped": list(self.skipped),
             "images": len(self.split.train),
             "classes": list(self.split.train.classes),
@@ -244,7 +368,9 @@ class Trainer:
             "start": self.start,
             "random": random_state(),
         }
-        return checkpoint.save(self.out, self.model, self.description, state)
+        path = checkpoint.save(self.out, self.model, self.description, state, self.recipe.keep)
+        self.best.write(self.out, self.description)
+        return path
 
     def load(self, path: Path, state: dict[str, Any], weights: dict[str, Tensor]) -> None:
         """Go on from the checkpoint folder ``path``, read into ``state`` and ``weights``.
@@ -253,27 +379,83 @@ class Trainer:
         anything has changed; for what else is no trainer's state, when some of it may have been taken over.
         """
         shown = path_text(path)
-        classes, images = list(self.split.train.classes), len(self.split.train)
         try:
-            if state["classes"] != classes or state["images"] != images:
-                raise CommandError(
-                    f"{shown}: was trained on {state['images']} images of {len(state['classes'])} classes, "
-                    f"and {path_text(self.recipe.data)} now has {images} of {len(classes)}"
-                )
+            self.check_data(path, state)
             checkpoint.check_optimizer(path, state["optimizer"], self.optimizer)
-            numbers = [int(state[name]) for name in ("step", "epoch", "batch", "evaluated")]
+            place = self._place(state)
             if state["start"].shape != self.start.shape:
                 raise ValueError(f"start is of shape {list(state['start'].shape)}")
+            if not all(tensor.isfinite().all() for tensor in weights.values()):
+                raise CommandError(f"{shown}: its weights are no finite numbers; go on from an earlier checkpoint")
             self.model.load_state_dict(weights)
             self.start.copy_(state["start"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.plateau.load_state_dict(state["plateau"])
-            self.scaler.load_state_dict(state["scaler"])
-            self.step, self.epoch, self.batch, self.evaluated = numbers
-            self.seconds, self.skipped = float(state["seconds"]), [str(name) for name in state["skipped"]]
+            self._load_optimizer(state)
+            self.step, self.epoch, self.batch, self.evaluated = place
+            self.seconds = _number(state, "seconds")
+            self.before = _number(state, "elapsed") if "elapsed" in state else self.seconds
+            self.skipped = [str(name) for name in state["skipped"]]
+            if "best" in state:  # not in those of earlier versions
+                self.best.load(state["best"], self.out, self.step, self.model)
+                self.plateau_step, self.plateau_error = int(state["plateau_since"][0]), float(state["plateau_since"][1])
             set_random_state(state["random"])  # last: whatever was drawn on the way here does not count
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise CommandError(f"{shown}: not a trainer's state of this version ({error!r})") from error
+        except CommandError:
+            raise
+        except Exception as error:  # values of any kind meet torch, NumPy and Python, each of which has its own
+            raise CommandError(f"{shown}: not a trainer's state of this version ({first_line(error)})") from error
+
+    def check_data(self, path: Path, state: dict[str, Any]) -> None:
+        """CommandError in words unless the data are those that the checkpoint ``path`` has been trained on."""
+        shown = path_text(path)
+        now, images, data = self.split.train.classes, len(self.split.train), path_text(self.recipe.data)
+        try:
+            before, count = [str(name) for name in state["classes"]], int(state["images"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CommandError(f"{shown}: not a trainer's state of this version ({first_line(error)})") from error
+        for word, names in (("lacks", set(before) - set(now)), ("has a new", set(now) - set(before))):
+            if names:
+                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+                raise CommandError(
+                    f"{shown}: was trained on {len(before)} classes, and {data} now {word} class "
+                    f"{path_text(min(names))}{more}"
+                )
+        if before != list(now) or count != images:
+            raise CommandError(
+                f"{shown}: was trained on {count} images of {len(before)} classes, "
+                f"and {data} now has {images} of {len(now)}"
+            )
+
+    def _place(self, state: dict[str, Any]) -> list[int]:
+        """Step, epoch, step within it and last evaluation. Raises ValueError for what no run comes to."""
+        place = step, epoch, batch, evaluated = [int(state[name]) for name in ("step", "epoch", "batch", "evaluated")]
+        if not (0 <= batch < self.epoch_steps and epoch >= 0 and step == epoch * self.epoch_steps + batch):
+            raise ValueError(f"step {step} is not step {batch} of {self.epoch_steps} in epoch {epoch}")
+        if not -1 <= evaluated <= step:
+            raise ValueError(f"evaluated at step {evaluated} of {step}")
+        return place
+
+    def _load_optimizer(self, state: dict[str, Any]) -> None:
+        """The momenta and the rate; everything else is the recipe's. Raises ValueError for impossible numbers."""
+        own = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group, values in zip(self.optimizer.param_groups, own, strict=True):
+            group.update(values)
+            if not 0 <= _number(group, "lr") <= self.recipe.lr:
+                raise ValueError(f"the learning rate is {group['lr']}, above the recipe's {self.recipe.lr}")
+        counts = {name: int(_number(state["plateau"], name)) for name in ("num_bad_epochs", "last_epoch")}
+        rates = [_number({"lr": rate}, "lr") for rate in state["plateau"]["_last_lr"]]
+        self.plateau.load_state_dict({"best": float(state["plateau"]["best"]), "_last_lr": rates, **counts})
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict({name: _number(state["scaler"], name) for name in state["scaler"]})
+
+
+def freeze(model: torch.nn.Module, name: str) -> None:
+    """Keep the weights of the module ``name`` as they are. Raises ValueError where there are none, or no others."""
+    frozen = [p for n, p in model.named_parameters() if n.startswith(f"{name}.")]
+    if not frozen or len(frozen) == len(list(model.parameters())):
+        parts = ", ".join(sorted({n.rpartition(".")[0] for n, _ in model.named_parameters()}))
+        raise ValueError(f"freeze must be features, classifier or one of {parts}, got {name!r}")
+    for parameter in frozen:
+        parameter.requires_grad_(False)
 
 
 def first_kernels(model: torch.nn.Module) -> Tensor:
@@ -282,11 +464,19 @@ def first_kernels(model: torch.nn.Module) -> Tensor:
     return next(module.get_parameter("weight") for module, kind in kinds if issubclass(kind, torch.nn.Conv2d))
 
 
+def _number(values: dict[str, Any], name: str) -> float:
+    """A finite number of at least 0; ValueError for any other value."""
+    value = values[name]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ValueError(f"{name} is {value!r:.50}")
+    return value
+
+
 def seed_everything(seed: int) -> None:
-    """Seed the generators of Python, NumPy and torch (all devices)."""
+    """Seed the generators of Python, NumPy and torch (all devices), by every bit of ``seed``."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    np.random.seed(narrowed(seed))
+    torch.manual_seed(narrowed(seed))
 
 
 def random_state() -> dict[str, Any]:

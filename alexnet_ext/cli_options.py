@@ -1,0 +1,54 @@
+"""Options that several commands of ``alexnet`` take."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .variants import VARIANTS
+
+# The name of its module differs by typer's version: it is the base of an exception that has always been exported.
+UsageError: type[Any] = typer.BadParameter.__mro__[1]
+
+Variant = StrEnum("Variant", {name: name for name in VARIANTS})  # type: ignore[misc]
+
+
+class Precision(StrEnum):
+    """Number format of a step's arithmetic; weights stay fp32."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+def path(text: str) -> Path:
+    """An argument as a path. An empty one, such as a variable that is not set gives, would be the current folder."""
+    if not text:
+        raise typer.BadParameter("expected a path, got an empty one")
+    return Path(text)
+
+
+Weights = Annotated[Path, typer.Option(parser=path, help="A run folder, a checkpoint folder or a .safetensors file.")]
+Model = Annotated[Variant | None, typer.Option(help="Variant that the weights must be of.")]
+Last = Annotated[bool, typer.Option("--last", help="Of a run the newest checkpoint, not the best.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Stock = Annotated[bool, typer.Option("--stock", help="The reference network of stock PyTorch layers.")]
+Workers = Annotated[int | None, typer.Option(min=0, help="Processes that read images.", show_default="by device")]
+
+
+def workers_of(given: int | None, device: str) -> int:
+    """A GPU must not wait for JPEGs; on the CPU the readers would take the cores that train."""
+    if given is not None:
+        return given
+    return min(8, len(os.sched_getaffinity(0))) if device == "cuda" else 0
+
+
+def warn(text: str) -> None:
+    with contextlib.suppress(OSError):  # a terminal that has closed
+        print(f"alexnet: {text}", file=sys.stderr)

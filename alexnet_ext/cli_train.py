@@ -1,0 +1,131 @@
+"""``alexnet train``: its options, which are the fields of a Recipe, and where a run is and goes."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .cli_options import Device, Precision, Stock, UsageError, Variant, Workers, path, warn, workers_of
+from .data.errors import path_text
+from .training.interrupt import starting
+from .training.recipe import INIT_NAMES, RECIPES, SCHEDULES, Recipe, chosen
+
+Data = StrEnum("Data", ["digits", "synthetic"])
+Schedule = StrEnum("Schedule", list(SCHEDULES))  # type: ignore[misc]
+Init = StrEnum("Init", list(INIT_NAMES))  # type: ignore[misc]
+RecipeName = StrEnum("RecipeName", list(RECIPES))  # type: ignore[misc]
+
+
+def _option(help: str, panel: str, default: str | bool = True, name: str = "", **rest: Any) -> Any:
+    names = [name] if name else []
+    return typer.Option(*names, help=help, show_default=default, rich_help_panel=panel, **rest)
+
+
+NETWORK, STEPS, LEARNING, RUN = "Network and data", "How long, and when to look", "How it learns", "The run"
+BY_DATA = "by data"
+
+
+def train(
+    folder: Annotated[
+        Path | None,
+        typer.Argument(parser=path, metavar="[DIR]", help="Images, one folder a class (or train/ and val/ of such)."),
+    ] = None,
+    val: Annotated[
+        Path | None, _option("Held-out images.", NETWORK, "val/ or test/ in DIR", parser=path, metavar="DIR")
+    ] = None,
+    held_out: Annotated[
+        float | None, _option("Share of each class to hold out.", NETWORK, "0.1 without such a folder")
+    ] = None,
+    data: Annotated[Data | None, _option("Data that is no folder.", NETWORK, "digits")] = None,
+    recipe: Annotated[RecipeName | None, _option("Defaults to begin with.", NETWORK, BY_DATA)] = None,
+    model: Annotated[Variant | None, _option("Variant of the network.", NETWORK, "paper, or that of --weights")] = None,
+    image_size: Annotated[int | None, _option("Side of the network's input.", NETWORK, "the variant's")] = None,
+    weights: Annotated[
+        Path | None,
+        _option(
+            "Start from a run, a .safetensors, .pth, .caffemodel or .onnx file.", NETWORK, "a fresh start", parser=path
+        ),
+    ] = None,
+    freeze: Annotated[str | None, _option("Keep these weights: features, or a layer.", NETWORK, metavar="NAME")] = None,
+    init: Annotated[Init | None, _option("Start of the weights.", NETWORK, BY_DATA)] = None,
+    dropout: Annotated[float | None, _option("Share of fc6 and fc7 left out.", NETWORK, BY_DATA)] = None,
+    no_augment: Annotated[bool, _option("No random crops and colours.", NETWORK, name="--no-augment")] = False,
+    stock: Stock = False,
+    epochs: Annotated[int | None, _option("Times through the images.", STEPS, BY_DATA)] = None,
+    steps: Annotated[int | None, _option("Stop after so many steps.", STEPS, "by epochs")] = None,
+    patience: Annotated[
+        int | None, _option("Stop after so many evaluations without a better one.", STEPS, "never")
+    ] = None,
+    evaluate_every: Annotated[int | None, _option("Steps between evaluations; 0: an epoch.", STEPS, BY_DATA)] = None,
+    save_every: Annotated[int | None, _option("Steps between checkpoints; 0: ten minutes.", STEPS, "0")] = None,
+    keep: Annotated[int | None, _option("Checkpoints that stay, beside the best weights.", STEPS, "2")] = None,
+    batch_size: Annotated[int | None, _option("Images in a batch.", LEARNING, BY_DATA)] = None,
+    accumulate: Annotated[int | None, _option("Batches in a step.", LEARNING, "1")] = None,
+    lr: Annotated[float | None, _option("Highest learning rate.", LEARNING, "0.01; 0.001 with --weights")] = None,
+    momentum: Annotated[float | None, _option("Of SGD.", LEARNING, "0.9")] = None,
+    weight_decay: Annotated[float | None, _option("Of SGD.", LEARNING, "0.0005")] = None,
+    warmup: Annotated[int | None, _option("Steps of linear growth of the rate.", LEARNING, BY_DATA)] = None,
+    schedule: Annotated[Schedule | None, _option("Rate after the warm-up.", LEARNING, BY_DATA)] = None,
+    clip_norm: Annotated[float | None, _option("Largest norm of the gradients.", LEARNING, "any")] = None,
+    label_smoothing: Annotated[float | None, _option("Share spread over all classes.", LEARNING, "0")] = None,
+    precision: Annotated[Precision | None, _option("Arithmetic; weights stay fp32.", LEARNING, "fp32")] = None,
+    seed: Annotated[int | None, _option("Of everything random.", LEARNING, "0")] = None,
+    out: Annotated[Path | None, _option("Run folder.", RUN, "runs/DATE-TIME-DATA-MODEL", parser=path)] = None,
+    resume: Annotated[Path | None, _option("Go on with an interrupted run.", RUN, parser=path, metavar="RUN")] = None,
+    device: Device = "auto",
+    workers: Workers = None,
+    threads: Annotated[int | None, _option("Threads of torch on the CPU.", RUN, "all", min=1)] = None,
+    quiet: Annotated[bool, _option("Print warnings and errors alone.", RUN, name="--quiet")] = False,
+) -> None:
+    """Train on digits (5,000 from a package, nothing to download), or on a folder of images.
+
+    Ctrl-C saves a checkpoint; --resume goes on from it.
+    """
+    options = {**locals(), "stock": stock or None, "augment": False if no_augment else None}
+    options |= {"data": None, "val": None, "weights": None}
+    given = {
+        field.name: str(value) if isinstance(value, StrEnum) else value
+        for field in dataclasses.fields(Recipe)
+        if (value := options.get(field.name)) is not None
+    }
+    if folder is not None and data is not None:
+        raise UsageError(f"{path_text(folder)} and --data {data.value}: give one of them")
+    if resume is not None and (out or recipe or weights):
+        other = "--out" if out else "--recipe" if recipe else "--weights"
+        raise UsageError(f"{other} and --resume: a run goes on in its own folder and by its own recipe")
+    if folder is None and resume is None and (val is not None or held_out is not None):
+        raise UsageError(f"--{'held-out' if val is None else 'val'}: only with DIR, a folder of images")
+    if val is not None and held_out is not None:
+        raise UsageError(f"--val {path_text(val)} and --held-out {held_out}: give one of them")
+    if held_out is not None and not 0 < held_out < 1:
+        raise UsageError(f"--held-out {held_out}: expected a share between 0 and 1")
+    for name, chosen_folder in (("data", folder), ("val", val)):
+        if chosen_folder is not None:
+            given[name] = os.path.abspath(chosen_folder)  # the run may be resumed from another folder
+    if data is not None:
+        given["data"] = data.value
+    chosen(given, recipe)  # what is wrong with an option is told before torch is there
+
+    with starting():
+        import torch
+
+        from .training import run
+        from .training.progress import lasting_console
+
+    where = run.device_of(device)
+    count = workers_of(workers, where.type)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    console = lasting_console(quiet)
+    if resume is not None:
+        run.resume(resume, given, where, count, console, warn)
+        return
+    if weights is not None:
+        given = run.from_weights(weights, warn) | given
+    whole = chosen(given, recipe)
+    run.start(whole, out or run.default_out(whole), where, count, console)

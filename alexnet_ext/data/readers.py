@@ -1,0 +1,161 @@
+"""Processes that read images ahead of who trains. What they read comes back by a pipe: no shared memory that may be
+full, no names in a temporary folder, no descriptor that is passed on."""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+import signal
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from types import TracebackType
+
+import torch
+
+from .batches import Batch, Dataset, Key, read_batch
+from .errors import CommandError
+
+LOOK_EVERY = 0.1  # seconds of waiting
+
+
+class Readers:
+    """Context manager: ``count`` processes that read batches of ``dataset``, from the first that is asked for to the
+    end of the block; 0 reads in this process. They serve any number of epochs, one after another.
+
+    Whatever is raised while a batch is read is raised here. Raises CommandError where a process cannot be started or
+    has died. ``look`` is called again and again during a wait, which ends with what it raises.
+    """
+
+    def __init__(self, dataset: Dataset, count: int = 0, look: Callable[[], None] = lambda: None) -> None:
+        self.dataset, self.count, self.look = dataset, count, look
+        self.processes: list[BaseProcess] = []
+        self.pipes: list[Connection] = []
+        self.asked: list[bool] = []  # whether a process owes an answer
+
+    def __call__(self, keys: Sequence[Sequence[Key]]) -> Iterator[Batch]:
+        """The batch of each of ``keys``, in their order. What an earlier call has not fetched is dropped."""
+        if not self.count:
+            for key in keys:
+                yield read_batch(self.dataset, key)
+            return
+        if not self.processes:
+            self._start()
+        for number, asked in enumerate(self.asked):
+            if asked:
+                self._answer(number)
+        for number, key in enumerate(keys[: self.count]):
+            self._ask(number, key)
+        for at in range(len(keys)):
+            number = at % self.count
+            batch = self._answer(number)
+            if at + self.count < len(keys):
+                self._ask(number, keys[at + self.count])
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("fork")  # the data are there already, and nothing of them is copied
+        try:
+            for _ in range(self.count):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_serve, args=(self.dataset, ours, theirs), daemon=True)
+                try:
+                    process.start()
+                finally:
+                    theirs.close()  # so that the end of a process is the end of its pipe
+                self.processes.append(process)
+                self.pipes.append(ours)
+                self.asked.append(False)
+        except OSError as error:
+            self.close()
+            raise CommandError(
+                f"--workers {self.count}: {error.strerror}, where a process that reads images was to start; "
+                "try fewer --workers"
+            ) from error
+
+    def _ask(self, number: int, key: Sequence[Key]) -> None:
+        try:
+            self.pipes[number].send_bytes(pickle.dumps(key))
+        except OSError as error:
+            raise self._died(number) from error
+        self.asked[number] = True
+
+    def _answer(self, number: int) -> Batch | Exception:
+        """What process ``number`` has read, or what was raised there."""
+        pipe = self.pipes[number]
+        try:
+            while not pipe.poll(LOOK_EVERY):
+                self.look()
+                for other, process in enumerate(self.processes):
+                    if not process.is_alive():
+                        raise self._died(other)
+            shape, found = pickle.loads(pipe.recv_bytes())
+            if isinstance(found, Batch):
+                found = found._replace(images=torch.empty(shape, dtype=torch.uint8))
+                if found.images.numel():
+                    pipe.recv_bytes_into(found.images.numpy().reshape(-1).data)
+        except (EOFError, ConnectionError) as error:
+            raise self._died(number) from error
+        self.asked[number] = False
+        return found
+
+    def _died(self, number: int) -> CommandError:
+        process = self.processes[number]
+        process.join(1)
+        code = process.exitcode or 0
+        how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+        return CommandError(
+            f"a process that reads images has died ({how}); try fewer --workers, or 0 to read without them"
+        )
+
+    def close(self) -> None:
+        """End the processes, whatever they wait for."""
+        for process in self.processes:
+            process.kill()
+        for process, pipe in zip(self.processes, self.pipes, strict=True):
+            process.join()
+            pipe.close()
+        self.processes, self.pipes, self.asked = [], [], []
+
+    def __enter__(self) -> Readers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _serve(dataset: Dataset, trainers: Connection, pipe: Connection) -> None:
+    """A reading process: it ends when the trainer does, which its own copy of the trainer's end would hide."""
+    # Ctrl-C reaches every process of the terminal: the trainer alone answers it, and ends its readers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    trainers.close()
+    torch.set_num_threads(1)
+    try:
+        while True:
+            keys = pickle.loads(pipe.recv_bytes())
+            try:
+                batch = read_batch(dataset, keys)
+            except Exception as error:
+                pipe.send_bytes(pickle.dumps((None, _told(error))))
+                continue
+            # The images by themselves: pickled, they would be copied once more. Nothing goes by ``Connection.send``,
+            # where torch puts tensors into shared memory and passes descriptors on.
+            rest = batch._replace(images=torch.empty(0, dtype=torch.uint8))
+            pipe.send_bytes(pickle.dumps((batch.images.shape, rest)))
+            if batch.images.numel():
+                pipe.send_bytes(batch.images.numpy().reshape(-1).data)
+    except (EOFError, ConnectionError):
+        return
+
+
+def _told(error: Exception) -> Exception:
+    """An exception as it may cross to the trainer: what the user can mend as it is, the others with their traceback."""
+    if isinstance(error, (CommandError, OSError, MemoryError)):
+        return error
+    return RuntimeError("".join(traceback.format_exception(error)))
