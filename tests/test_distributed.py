@@ -40,7 +40,7 @@ def shard(model: nn.Module) -> nn.Module:
     """Each layer that has weights by itself, then the rest."""
     mesh = init_device_mesh("cpu", (RANKS,))
     for layer in list(model.modules()):
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+        if next(layer.parameters(recurse=False), None) is not None:
             fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
