@@ -264,6 +264,12 @@ def _stock_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.relu(F.linear(x, weight, bias))
 
 
+def is_covered(case: Case) -> bool:
+    """Whether our kernels take a case: a winner is one byte, and LRN takes one unbatched image for (N, C, L)."""
+    taps = torch.Size(pair(case.constants.get("kernel_size", 1))).numel()
+    return taps <= 225 and (case.op not in BLOCKS or len(case.shapes["x"]) == 4)
+
+
 def _activation(x: Tensor, bias: Tensor | None) -> Tensor:
     return F.relu(x if bias is None else x + bias[:, None, None])
 

@@ -72,7 +72,7 @@ BLOCK_CASES = tuple(
         *(block(op, (1, 70, 4, 5), lrn_size=size, kernel_size=2) for size in (2, 7, 15, 100, 300)),
         block(op, (2, 8, 6, 9), kernel_size=(2, 3), stride=(1, 2)),
         block(op, (2, 8, 9, 8), kernel_size=2, stride=3),
-        block(op, (24, 6, 5), kernel_size=3, stride=1),
+        block(op, (1, 24, 6, 5), kernel_size=3, stride=1),
         block(op, (3, 24, 11, 13)),  # several blocks, and rows of bias sums
     )
 )

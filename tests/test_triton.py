@@ -43,8 +43,7 @@ SHARED = sampled(
         pytest.param(case, LAYOUTS[i // 3 % 2], id=f"{case.id}-{LAYOUTS[i // 3 % 2]}")
         for op in MEMORY_BOUND
         for i, case in enumerate(cases.CASES[op])
-        if torch.Size(cases.pair(case.constants.get("kernel_size", 1))).numel() <= 225
-        if op not in cases.BLOCKS or len(case.shapes["x"]) == 4
+        if cases.is_covered(case)
     ],
     every=3,
 )
