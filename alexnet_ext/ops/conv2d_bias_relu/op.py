@@ -65,9 +65,9 @@ def conv2d_bias_relu(
         if bias is not None:
             check_same("bias", bias, x)
     unsupported = wrapper(weight, bias)
-    if 0 in weight.shape[2:]:
+    if 0 in weight.shape[1:]:
         unsupported = f"a weight of shape {list(weight.shape)}"
-    else:
+    if 0 not in weight.shape[2:]:
         if pad == "same":
             x, pad = _pad_same(x, weight, dilate)
         _check_reach(x, weight, pad, dilate)
