@@ -427,3 +427,15 @@ def test_reasons_name_what_no_trace_shows() -> None:
     }
     for name, reason in reasons.items():
         assert any(row.reason.endswith(reason) for row in ax.accelerate(BY_FX[name](), method="fx")), name
+
+
+def test_compilers_trace_what_a_forward_reads_of_its_owner() -> None:
+    torch._dynamo.reset()
+    model, x = Scaled(), torch.randn(2, 4, 6, 6)
+    y = model(x)
+    assert fused(ax.accelerate(model, method="fx")) == {"relu -> max_pool2d": 1}
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), y)
+    model.scale = 4.0
+    torch.testing.assert_close(compiled(x), 2 * y)
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), 2 * y)

@@ -89,7 +89,7 @@ class Read(NamedTuple):
 
     def holds(self, owner: nn.Module) -> bool:
         """Whether it still has that value."""
-        now = inspect.getattr_static(owner, self.name, None) if self.scope is None else self.scope.get(self.name)
+        now = getattr(owner, self.name, None) if self.scope is None else self.scope.get(self.name)
         return now is self.value or (type(now) is type(self.value) and is_constant(now) and bool(now == self.value))
 
 
