@@ -57,9 +57,9 @@ def train(
     no_augment: Annotated[bool, _option("No random crops and colours.", NETWORK, name="--no-augment")] = False,
     stock: Stock = False,
     epochs: Annotated[int | None, _option("Times through the images.", STEPS, BY_DATA)] = None,
-    steps: Annotated[int | None, _option("Stop after so many steps.", STEPS, "by epochs")] = None,
+    steps: Annotated[int | None, _option("Stop after this number of steps.", STEPS, "by epochs")] = None,
     patience: Annotated[
-        int | None, _option("Stop after so many evaluations without a better one.", STEPS, "never")
+        int | None, _option("Stop after this number of evaluations without a better one.", STEPS, "never")
     ] = None,
     evaluate_every: Annotated[int | None, _option("Steps between evaluations; 0: an epoch.", STEPS, BY_DATA)] = None,
     save_every: Annotated[int | None, _option("Steps between checkpoints; 0: ten minutes.", STEPS, "0")] = None,
@@ -109,7 +109,7 @@ def train(
             given[name] = os.path.abspath(chosen_folder)  # the run may be resumed from another folder
     if data is not None:
         given["data"] = data.value
-    chosen(given, recipe)  # what is wrong with an option is told before torch is there
+    chosen(given, recipe)  # a wrong option is reported before torch is imported
 
     with starting():
         import torch

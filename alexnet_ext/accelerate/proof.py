@@ -79,7 +79,7 @@ def prove(model: nn.Module, changes: Sequence[Some], example_inputs: Any) -> dic
 
     right = list(changes)
     while (found := difference(right)) and right:
-        # The first so many that differ, of which one less do not.
+        # The shortest beginning of the list that differs: one change fewer does not.
         some, most = 0, len(right)
         while most - some > 1:
             middle = (some + most) // 2
