@@ -100,7 +100,7 @@ def is_constant(value: object) -> bool:
 
 
 class Watch:
-    """A function for ``sys.setprofile``, called at each call: it refuses by raising Untraceable before the call is made."""
+    """A function for ``sys.setprofile``. It refuses a call by raising Untraceable before the call is made."""
 
     def __init__(self, owner: nn.Module) -> None:
         self.owner = owner
