@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# A home that cannot be written to is told by matplotlib at length, and changes nothing here.
+# matplotlib complains at length about a home that cannot be written to, which changes nothing here.
 logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
 FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".pdf": "pdf", ".svg": "svg", "": "png"}

@@ -40,7 +40,7 @@ FLUSH_EVERY_CUDA = 20  # steps between readings of the loss, each of which waits
 # The paper's patience of some epochs is of epochs of a million images: the rate of a small folder, whose epochs are a
 # few steps, would fall before anything can have been learnt.
 PLATEAU_IMAGES = 12_800
-# A loss that is still that of guessing after so many steps, as a mean of the last ones, is told.
+# After this number of steps a mean loss that is still that of guessing is reported.
 CHANCE_STEPS, CHANCE_WINDOW, CHANCE = 100, 50, 0.98
 
 
