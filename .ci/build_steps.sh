@@ -77,7 +77,7 @@ ops_under_the_other_torch() {
     cd "$work/ops"
     python -c 'import alexnet_ext, sys; assert alexnet_ext.__file__.startswith(sys.prefix), alexnet_ext.__file__'
     # One dtype and three layouts of the large grid, and all the rest.
-    pytest tests/test_{local_response_norm,relu_max_pool2d,conv2d_bias_relu,linear_bias_relu,products,blocks,relu_lrn_max_pool2d,relu_max_pool2d_lrn,augment}.py \
+    pytest $(op_tests _ops.cpp) tests/ops/test_{products,blocks}.py \
       -k 'not (values_and_gradients or ties) or (float32 and (contiguous or channels_last or sliced))'
   )
   rm -rf "$work/ops"
@@ -142,5 +142,5 @@ rebuild() {
 
 planted_faults() {
   enter cuda
-  PYTHONPATH=$work/cutlass python tests/mutation.py
+  PYTHONPATH=$work/cutlass python -m tests.tools.mutation
 }

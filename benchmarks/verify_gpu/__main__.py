@@ -6,7 +6,7 @@
 
 The second needs the build that the first leaves, and adds its stages to the report that is there, which is
 benchmarks/results/verify-DEVICE-DATE.md and .json. Exit code 1 when a stage did not pass. Needs what the build
-needs, and pytest, whose name tests/cases.py uses.
+needs, and pytest, whose name tests/support/cases.py uses.
 """
 
 from __future__ import annotations
