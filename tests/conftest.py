@@ -22,6 +22,9 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 
 
+pytest_plugins = ["tests.support.parts"]
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--emulator", default=ROOT / "build" / "emulator", help="the folder that the emulator is built in")
     parser.addoption(

@@ -27,6 +27,7 @@ from tests.gpu_on_cpu.ptx.runtime import Program, shared_folder
 from tests.support import ROOT
 from tests.tools import cuda_budget
 
+pytestmark = pytest.mark.drawn
 CSRC = ROOT / "csrc" / "conv2d_bias_relu"
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "tf32": torch.float32}
 INVALID_VALUE = 1  # cudaErrorInvalidValue

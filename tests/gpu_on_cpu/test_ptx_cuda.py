@@ -18,6 +18,8 @@ from tests.support import cases, oracle
 from tests.support.cases import augment, block, conv, lrn, pool
 
 # Every kernel of an op's file is launched by these, in one dtype and layout or another.
+pytestmark = pytest.mark.drawn
+
 CASES = (
     *(lrn((1, 8, 1, 30)), lrn((2, 7, 3, 5)), lrn((2, 24, 3, 5), size=3), lrn((2, 24, 3, 5), size=7)),
     *(lrn((2, 16, 3, 5), beta=0.3), lrn((1, 130, 2, 3), size=4)),

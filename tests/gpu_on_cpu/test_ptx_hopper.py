@@ -25,6 +25,8 @@ from tests.gpu_on_cpu.test_ptx import (
     unwritten,
 )
 
+pytestmark = pytest.mark.drawn
+
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
 TF32 = {"tf32": torch.float32}  # forward alone
 # Blocks of 128 pixels x 128 filters or 96 channels, two of them a cluster; steps of 64 channels, 6 or 3 in flight.

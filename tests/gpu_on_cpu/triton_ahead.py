@@ -1,6 +1,8 @@
 """Compiles the Triton kernels ahead of time, with no GPU, and prints what the code looks like as JSON.
 
-    python -m tests.gpu_on_cpu.triton_ahead quick | full | traced  # its own process: no compiler in the interpreter
+    python -m tests.gpu_on_cpu.triton_ahead quick | full CAPABILITY | traced
+
+A process of its own, as there is no compiler in the interpreter's.
 
 Each op's host code runs on tensors without values while its launches are caught; each launch is compiled for the
 architectures asked for with the argument types and alignments that it would have on a GPU.
@@ -192,20 +194,21 @@ def quick() -> Iterator[Work]:
             yield name, torch.bfloat16, LAYERS[1][1][0], "channels_last", capability, run
 
 
-def full() -> Iterator[Work]:
-    """Every kernel and every configuration; fp16's code is bf16's but for the products."""
+def full(capability: int) -> Iterator[Work]:
+    """Every kernel and every configuration; fp16's code is bf16's except for the products."""
     others = (torch.float32, torch.float64)
-    for layout, memory_format in (("channels_last", torch.channels_last), ("contiguous", torch.contiguous_format)):
-        for capability in ARCHITECTURES if layout == "channels_last" else (90,):
-            for dtype, channels in ((torch.bfloat16, 96), *((other, 96) for other in others), *WIDTHS):
-                for name, run in memory_bound(dtype, memory_format, channels):
-                    if channels == 96 or name != "augment":
-                        yield name, dtype, channels, layout, capability, run
-    for capability in ARCHITECTURES:
-        for layer in range(len(LAYERS)):
-            for dtype in (torch.bfloat16, torch.float16, *others) if layer == 1 else (torch.bfloat16,):
-                for name, run in convolutions(layer, dtype):
-                    yield name, dtype, LAYERS[layer][1][0], "channels_last", capability, run
+    layouts = {"channels_last": torch.channels_last} | (
+        {"contiguous": torch.contiguous_format} if capability == 90 else {}
+    )
+    for layout, memory_format in layouts.items():
+        for dtype, channels in ((torch.bfloat16, 96), *((other, 96) for other in others), *WIDTHS):
+            for name, run in memory_bound(dtype, memory_format, channels):
+                if channels == 96 or name != "augment":
+                    yield name, dtype, channels, layout, capability, run
+    for layer in range(len(LAYERS)):
+        for dtype in (torch.bfloat16, torch.float16, *others) if layer == 1 else (torch.bfloat16,):
+            for name, run in convolutions(layer, dtype):
+                yield name, dtype, LAYERS[layer][1][0], "channels_last", capability, run
 
 
 def traced() -> None:
@@ -238,8 +241,8 @@ def traced() -> None:
             print(json.dumps({"op": f"{case.op}{suffix}"} | counts), flush=True)
 
 
-def main(grid: str) -> None:
-    for name, dtype, channels, layout, capability, run in {"quick": quick, "full": full}[grid]():
+def main(work: Iterator[Work]) -> None:
+    for name, dtype, channels, layout, capability, run in work:
         for tf32 in (False, True) if dtype == torch.float32 and name.startswith("conv") else (False,):
             torch.backends.cudnn.conv.fp32_precision = "tf32" if tf32 else "ieee"
             with mock.patch.object(configs, "architecture", return_value=capability // 10):
@@ -252,4 +255,8 @@ def main(grid: str) -> None:
 
 if __name__ == "__main__":
     with mock.patch.object(configs, "architecture", return_value=9):
-        traced() if sys.argv[1] == "traced" else main(sys.argv[1])
+        what = sys.argv[1]
+        if what == "traced":
+            traced()
+        else:
+            main(full(int(sys.argv[2])) if what == "full" else quick())

@@ -254,6 +254,7 @@ def test_more_than_2_to_31_elements() -> None:
         del y
 
 
+@pytest.mark.drawn
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("instructions", ["default", "avx2", "avx512"])
 def test_every_instruction_set_computes_right(instructions: str) -> None:

@@ -6,6 +6,7 @@ the fault lies in front of the kernels or in CUDA's, the named tests of pytest. 
 can no longer be planted.
 
     python -m tests.tools.mutation [NAME ...]     # only the faults whose name holds one of the words
+    python -m tests.tools.mutation --third        # the third of them that the commit picks
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.support import ROOT
+from tests.support.parts import picked, third_of
 
 LRN = "csrc/local_response_norm/local_response_norm_rows.h"
 POOL = "csrc/relu_max_pool2d/relu_max_pool2d_rows.h"
@@ -362,7 +364,12 @@ def taken(trees: queue.SimpleQueue[Tree]) -> Iterator[Tree]:
 
 
 def main(words: list[str]) -> int:
+    thirds = "--third" in words
+    words = [word for word in words if word != "--third"]
     faults = [fault for fault in FAULTS if not words or any(word in fault.name for word in words)]
+    if thirds:
+        faults = [fault for fault in faults if third_of(fault.name) == picked()]
+        print(f"third {picked() + 1} of 3: {len(faults)} of {len(FAULTS)} faults", flush=True)
     if not faults:
         raise SystemExit(f"no fault's name holds {' or '.join(words)}")
     started = time.monotonic()
