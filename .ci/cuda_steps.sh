@@ -27,7 +27,7 @@ emulate() {
 budget() {
   enter cuda
   PYTHONPATH=$work/cutlass python -m tests.tools.cuda_budget --cutlass
-  PYTHONPATH=$work/cutlass python -m pytest tests/gpu_on_cpu/test_ptx.py tests/gpu_on_cpu/test_ptx_hopper.py
+  PYTHONPATH=$work/cutlass python -m pytest --part $part tests/gpu_on_cpu/test_ptx.py tests/gpu_on_cpu/test_ptx_hopper.py
 }
 
 plain_library() { # the kernels for C++: built, installed, and used by a program, with neither PyTorch nor Python
