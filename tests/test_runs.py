@@ -277,12 +277,15 @@ def test_the_best_that_is_the_newest_has_no_second_copy(tmp_path: Path, monkeypa
     run = trainer(tmp_path / "run", replace(TINY, evaluate_every=2, evaluate_limit=4))
     run.run(reporter())
     assert checkpoint.find_weights(run.out, pytest.fail) == saved(run.out)[0] / checkpoint.WEIGHTS
-    assert not (run.out / "best" / "step-00000006" / checkpoint.WEIGHTS).exists()
+    best = run.out / "best" / "step-00000006"
+    assert not (best / checkpoint.WEIGHTS).exists()
+    assert checkpoint.find_weights(best, pytest.fail) == checkpoint.find_weights(run.out, pytest.fail)
     again = resumed(run.out, replace(run.recipe, epochs=3))
     assert (again.best.step, again.best.top1) == (6, 0.75), "of the last evaluation, after the checkpoint was saved"
     scripted(monkeypatch, [0.5, 0.25, 0.25])
     again.run(reporter())
-    assert checkpoint.find_weights(run.out, pytest.fail) == run.out / "best" / "step-00000006" / checkpoint.WEIGHTS
+    assert checkpoint.find_weights(run.out, pytest.fail) == best / checkpoint.WEIGHTS
+    assert checkpoint.find_weights(best, pytest.fail) == best / checkpoint.WEIGHTS
 
 
 def test_patience_ends_a_run_also_one_that_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

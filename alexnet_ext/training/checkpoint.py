@@ -225,6 +225,8 @@ def find_weights(path: Path, warn: Callable[[str], None], last: bool = False) ->
             )
         return path
     if (path / RECORD).exists() or (path / WEIGHTS).exists():
+        if path.absolute().parent.name == BEST:
+            path = _holder(path.absolute())
         problem = damage(path, (WEIGHTS,)) if (path / RECORD).exists() else None
         if problem:
             raise CommandError(problem)
