@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from .. import models
 from ..data.errors import CommandError, first_line, os_error, path_text
 from ..data.preprocessing import Preprocessing
+from ..models.weights import VARIANTS_OF
 from .files import new_folder
 
 WEIGHTS, STATE, RECORD = "model.safetensors", "state.pt", "checkpoint.json"
@@ -32,7 +33,7 @@ CHECKPOINTS, BEST = "checkpoints", "best"  # folders of a run
 HEADER = "alexnet_ext"  # the entry of the safetensors header that holds a Description
 DTYPES = ("F64", "F32", "F16", "BF16")
 NO_DESCRIPTION = (ValueError, TypeError, KeyError, OverflowError, RecursionError)  # what such a header raises
-OTHERS = (".pth", ".pt", ".caffemodel", ".onnx")  # weights that load_weights reads, and that name no classes
+OTHERS = tuple(VARIANTS_OF.keys() - {".safetensors"})  # weights that load_weights reads, and that name no classes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ from ..data.digits import Digits
 from ..data.errors import CommandError, first_line, os_error, path_text, require
 from ..data.folder import ImageFolder
 from ..data.sources import Split, is_folder, open_split
-from ..models.weights import VARIANT_OF
+from ..models.weights import find_variant
 from ..ops import _backend
 from ..variants import VARIANTS
 from . import checkpoint, pictures
@@ -61,12 +61,15 @@ def from_weights(path: Path, warn: Callable[[str], None]) -> dict[str, Any]:
     """What the weights that ``path`` means say of a recipe: their file, variant and input."""
     file = path if path.is_file() else checkpoint.find_weights(path, warn)
     found: dict[str, Any] = {"weights": os.path.abspath(file)}
-    if file.suffix in VARIANT_OF:
-        return found | {"model": VARIANT_OF[file.suffix]}
     description = checkpoint.read_description(file) if file.suffix == ".safetensors" else None
-    if description is None:
-        return found
-    return found | {"model": description.config.variant, "image_size": description.config.image_size}
+    if description is not None:
+        return found | {"model": description.config.variant, "image_size": description.config.image_size}
+    try:
+        return found | {"model": find_variant(file)}
+    except (ValueError, ImportError) as error:
+        raise CommandError(str(error)) from error
+    except OSError as error:
+        raise os_error(file, error) from error
 
 
 def resume(
