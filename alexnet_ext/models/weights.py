@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -9,7 +10,7 @@ import pickle
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -185,13 +186,21 @@ def _difference(contents: Contents, model: AlexNet, state: Mapping[str, Tensor])
     return "; ".join(problems)
 
 
+@contextlib.contextmanager
+def open_safetensors(file: Path) -> Iterator[Any]:
+    """``safetensors.safe_open`` of a file of any name: itself it takes none that is not UTF-8."""
+    from safetensors import safe_open
+
+    with file.open("rb") as stream, safe_open(f"/proc/self/fd/{stream.fileno()}", framework="pt") as handle:
+        yield handle
+
+
 def _read_safetensors(file: Path, model: AlexNet) -> Contents:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     try:
-        opened = safe_open(file, framework="pt")
-        with opened as handle:
+        with open_safetensors(file) as handle:
             metadata = handle.metadata() or {}
             parts = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (no mapping)
             described = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
@@ -208,7 +217,7 @@ def _read_safetensors(file: Path, model: AlexNet) -> Contents:
 
     def reader(name: str) -> Callable[[], Tensor]:
         def read() -> Tensor:
-            with safe_open(file, framework="pt") as handle:
+            with open_safetensors(file) as handle:
                 return handle.get_tensor(name)
 
         return read

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from .. import models
 from ..data.errors import CommandError, first_line, os_error, path_text
 from ..data.preprocessing import Preprocessing
-from ..models.weights import VARIANTS_OF
+from ..models.weights import VARIANTS_OF, open_safetensors
 from .files import new_folder
 
 WEIGHTS, STATE, RECORD = "model.safetensors", "state.pt", "checkpoint.json"
@@ -270,10 +270,10 @@ def read_weights(path: Path) -> tuple[Description, dict[str, Tensor]]:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     """A safetensors file; CommandError for one that is damaged or cannot be read."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_safetensors(path) as file:
             yield file
     except SafetensorError as error:
         raise CommandError(f"{path_text(path)}: a damaged safetensors file ({first_line(error)})") from error

@@ -26,7 +26,7 @@ from ..variants import VARIANTS
 from . import checkpoint, pictures
 from .evaluate import Evaluation
 from .files import check_outside, write_file
-from .log import METRICS, json_text, read_metrics
+from .log import METRICS, has_events, json_text, read_metrics
 from .progress import Reporter
 from .recipe import CHANGEABLE, Recipe
 from .results import by_class
@@ -39,7 +39,7 @@ NEEDED = ("matplotlib", "tensorboard")  # asked for before the first step, not a
 def start(recipe: Recipe, out: Path, device: torch.device, workers: int, console: Console) -> Evaluation:
     """Train from the start into the new or empty folder ``out``."""
     began = time.monotonic()
-    _check_needs(out)
+    _check_needs()
     for data in (recipe.data, recipe.val):
         if data is not None and is_folder(data):
             check_outside(out, Path(data))
@@ -85,7 +85,7 @@ def resume(
     now, the others must be its own."""
     began = time.monotonic()
     run, path = checkpoint.to_resume(run, warn)
-    _check_needs(run)
+    _check_needs()
     state = checkpoint.read_state(path / checkpoint.STATE)
     try:
         recipe = Recipe.from_dict(state["recipe"])
@@ -123,16 +123,10 @@ def resume(
     return _train(trainer, console)
 
 
-def _check_needs(out: Path) -> None:
-    """CommandError for a package that is missing, and a name that TensorBoard cannot write."""
+def _check_needs() -> None:
+    """CommandError for a package that is missing."""
     for name in NEEDED:
         require(name)
-    try:
-        os.fspath(out).encode()
-    except UnicodeEncodeError as error:
-        raise CommandError(
-            f"--out {path_text(out)}: expected a name in UTF-8, as TensorBoard's files need one", 2
-        ) from error
 
 
 def _refusal(name: str, given: Any, own: Any, run: str) -> str:
@@ -187,6 +181,8 @@ def _train(trainer: Trainer, console: Console) -> Evaluation:
     for note in split.notes:
         say(console, f"  {note}")
     say(console, f"Run folder: {path_text(out)}")
+    if not has_events(out):
+        say(console, "  without TensorBoard's events, which need a name in UTF-8; metrics.jsonl has all numbers")
     with Reporter(trainer.total, trainer.step, console) as reporter:
         result = trainer.run(reporter)
     made = draw(trainer, result)
