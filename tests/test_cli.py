@@ -275,6 +275,8 @@ def test_wrong_usage_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.
         (["train", "--steps", "many"], "--steps"),
         (["train", "--seed", str(2**64)], "--seed"),
         (["train", "--speed", "9"], "--speed"),
+        (["train", "--threads", "99999999"], "--threads"),
+        (["train", "--workers", "100000"], "--workers"),
         (["trian"], "trian"),
         (["train", tmp_path / "missing"], f"{tmp_path}/missing: no such folder"),
         (["train", tmp_path / "file"], f"{tmp_path}/file: not a folder"),

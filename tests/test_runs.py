@@ -309,7 +309,7 @@ def test_patience_ends_a_run_also_one_that_was_interrupted(tmp_path: Path, monke
 def test_recipes_that_no_run_can_have() -> None:
     for option, value in (
         *(("lr", value) for value in (math.inf, math.nan, -1.0)),
-        *(("momentum", 1.0), ("dropout", 1.0), ("weight_decay", math.inf), ("clip_norm", math.nan)),
+        *(("momentum", 1.0), ("dropout", 1.0), ("weight_decay", math.inf), ("clip_norm", math.nan), ("clip_norm", 0.0)),
         *(("steps", 0), ("accumulate", 0), ("keep", 0), ("patience", 0), ("seed", 2**64), ("batch_size", 1.5)),
     ):
         name = option.replace("_", "-")
