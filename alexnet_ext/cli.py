@@ -239,6 +239,9 @@ def main() -> None:
     # Huge pages for large tensors: a step allocates its gradients and activations afresh, and page by page that
     # costs a tenth of it. torch reads the variable at its first allocation.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # closed by whoever started the process
+            setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115 (open to the end)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # names and bars, where the terminal knows neither
     sys.exit(run_command(sys.argv[1:]))

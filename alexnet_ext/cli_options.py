@@ -39,7 +39,12 @@ Model = Annotated[Variant | None, typer.Option(help="Variant that the weights mu
 Last = Annotated[bool, typer.Option("--last", help="Of a run the newest checkpoint, not the best.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Stock = Annotated[bool, typer.Option("--stock", help="The reference network of stock PyTorch layers.")]
-Workers = Annotated[int | None, typer.Option(min=0, help="Processes that read images.", show_default="by device")]
+# Beyond any machine's cores: more threads crash torch, and more processes fill the system.
+MOST_WORKERS, MOST_THREADS = 256, 1024
+Workers = Annotated[
+    int | None,
+    typer.Option(min=0, max=MOST_WORKERS, help="Processes that read images.", show_default="by device"),
+]
 
 
 def workers_of(given: int | None, device: str) -> int:

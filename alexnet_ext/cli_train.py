@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .cli_options import Device, Precision, Stock, UsageError, Variant, Workers, path, warn, workers_of
+from .cli_options import MOST_THREADS, Device, Precision, Stock, UsageError, Variant, Workers, path, warn, workers_of
 from .data.errors import path_text
 from .training.interrupt import starting
 from .training.recipe import INIT_NAMES, RECIPES, SCHEDULES, Recipe, chosen
@@ -79,7 +79,7 @@ def train(
     resume: Annotated[Path | None, _option("Go on with an interrupted run.", RUN, parser=path, metavar="RUN")] = None,
     device: Device = "auto",
     workers: Workers = None,
-    threads: Annotated[int | None, _option("Threads of torch on the CPU.", RUN, "all", min=1)] = None,
+    threads: Annotated[int | None, _option("Threads of torch on the CPU.", RUN, "all", min=1, max=MOST_THREADS)] = None,
     quiet: Annotated[bool, _option("Print warnings and errors alone.", RUN, name="--quiet")] = False,
 ) -> None:
     """Train on digits (5,000 from a package, nothing to download), or on a folder of images.

@@ -18,7 +18,7 @@ from .accelerate import accelerate
 from .data.errors import CommandError, os_error, path_text
 from .data.folder import imagenet_preprocessing
 from .models import AlexNet, alexnet, load_weights
-from .models.weights import VARIANT_OF, missing
+from .models.weights import find_variant, missing
 from .ops import use_backend
 
 if TYPE_CHECKING:
@@ -97,8 +97,7 @@ def write(
     Args:
         kind: ``"onnx"``, ``"torch-export"``, ``"aoti"`` or ``"safetensors"``.
         path: the file to write.
-        variant: None takes the one of the weights: a run's own, torchvision's for .pth, ``"caffe"`` for .caffemodel,
-            ``"paper"`` for others.
+        variant: None takes the one of the weights: a run's own, or the first that a file of others fits.
         weights: a run or checkpoint folder, or a file for ``models.load_weights``; None makes a fresh start.
         warn: hears of damaged checkpoints that were passed over.
         last: of a run its newest checkpoint, not its best.
@@ -133,12 +132,12 @@ def _network(
 
     if weights is not None and (weights.is_dir() or weights.suffix == ".safetensors" or not weights.suffix):
         return checkpoint.load_model(checkpoint.find_weights(weights, warn, last), variant, fused)
-    ending = "" if weights is None else weights.suffix
-    chosen = variant or VARIANT_OF.get(ending, "paper")
-    model = alexnet(chosen, fused, init="paper" if weights is None else "torch")
     preprocessing = None
-    if weights is not None:
+    if weights is None:
+        model = alexnet(variant or "paper", fused, init="paper")
+    else:
         try:
+            model = alexnet(variant or find_variant(weights), fused, init="torch")
             preprocessing = load_weights(model, weights)
         except (ValueError, ImportError) as error:
             raise CommandError(str(error)) from error

@@ -60,6 +60,7 @@ class Readers:
         context = multiprocessing.get_context("fork")  # the data are there already, and nothing of them is copied
         try:
             for _ in range(self.count):
+                self.look()
                 ours, theirs = context.Pipe()
                 process = context.Process(target=_serve, args=(self.dataset, ours, theirs), daemon=True)
                 try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -9,7 +10,7 @@ import pickle
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -17,11 +18,19 @@ from torch import Tensor
 from ..data.errors import first_line, path_text
 from ..data.preprocessing import IMAGENET, Preprocessing
 from ..variants import LRN, VARIANTS
-from .alexnet import AlexNet, from_torchvision
+from .alexnet import AlexNet, alexnet, from_torchvision
 
 LAST = ("classifier.fc8.weight", "classifier.fc8.bias")
-# The variant that a file of this ending is of as a rule.
-VARIANT_OF = {".pth": "torchvision", ".pt": "torchvision", ".caffemodel": "caffe", ".onnx": "paper"}
+TORCH = (".pth", ".pt", ".ckpt", ".tar")
+# The variants that a file of this ending can be of, the usual one first.
+VARIANTS_OF = {
+    **dict.fromkeys(TORCH, ("torchvision", "paper")),
+    ".safetensors": ("paper", "torchvision"),
+    ".caffemodel": ("caffe", "caffenet"),
+    ".onnx": tuple(VARIANTS),
+}
+NESTED = ("state_dict", "model_state_dict", "model", "net", "weights")  # where checkpoints keep a state_dict
+WRAPPERS = ("module", "_orig_mod")  # what DataParallel and torch.compile put into names
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -58,8 +67,9 @@ def load_weights(
     The ending of ``path`` tells the format:
 
     - ``.safetensors``, this package's own;
-    - ``.pth`` or ``.pt``, a state_dict under torchvision's names (``alexnet-owt-*.pth``, for variant
-      ``"torchvision"``) or this package's, read by ``torch.load(weights_only=True)`` and nothing else;
+    - ``.pth``, ``.pt``, ``.ckpt`` or ``.pth.tar``, a state_dict under torchvision's names (``alexnet-owt-*.pth``, for
+      variant ``"torchvision"``) or this package's, or a checkpoint that holds one, also of a model in DataParallel,
+      ``torch.compile`` or a module of one's own; read by ``torch.load(weights_only=True)`` and nothing else;
     - ``.caffemodel``, Caffe's ``bvlc_alexnet`` (variant ``"caffe"``) and ``bvlc_reference_caffenet`` (``"caffenet"``),
       old and new layer format; needs protobuf (``pip install 'alexnet_ext[caffe]'``);
     - ``.onnx``, a graph of AlexNet's five convolutions and three linear layers; needs onnx
@@ -98,9 +108,11 @@ def load_weights(
     if new_last:
         state = {name: tensor for name, tensor in state.items() if name not in LAST}
         contents = contents._replace(entries={n: entry for n, entry in contents.entries.items() if n not in LAST})
-    problem = _difference(contents, model, state)
-    if problem:
-        raise ValueError(f"{path_text(file)} does not fit variant {model.config.variant!r}: {problem}")
+    problems = _differences(contents, model, state)
+    if any(tensor.is_meta for tensor in state.values()):
+        problems.append("the model is on the meta device, where no weights can be kept")
+    if problems:
+        raise ValueError(f"{path_text(file)} does not fit variant {model.config.variant!r}: {'; '.join(problems)}")
     values = {name: entry.read() for name, entry in contents.entries.items()}
     if contents.bgr if bgr is None else bgr:
         values["features.conv1.weight"] = values["features.conv1.weight"].flip(1)
@@ -110,13 +122,32 @@ def load_weights(
     return contents.preprocessing
 
 
+def find_variant(path: str | os.PathLike[str]) -> str:
+    """The variant whose convolutions fit a file for ``load_weights``; where none does, the usual one of its ending.
+
+    Raises as ``load_weights`` does, also for a damaged file.
+    """
+    file = Path(path)
+    reader = _reader(file)
+    candidates = VARIANTS_OF[file.suffix]
+    for variant in candidates:
+        with torch.device("meta"):
+            model = alexnet(variant, init="torch")
+        state = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("features.")}
+        contents = reader(file, model)
+        found = {name: entry for name, entry in contents.entries.items() if name.startswith("features.")}
+        if not _differences(contents._replace(entries=found), model, state):
+            return variant
+    return candidates[0]
+
+
 Reader = Callable[[Path, AlexNet], Contents]
 
 
 def _reader(file: Path) -> Reader:
     if file.suffix == ".safetensors":
         return _read_safetensors
-    if file.suffix in (".pth", ".pt"):
+    if file.suffix in TORCH:
         return _read_torch
     if file.suffix == ".caffemodel":
         from .read_caffe import read
@@ -129,12 +160,9 @@ def _reader(file: Path) -> Reader:
     raise ValueError(f"{path_text(file)}: expected a .safetensors, .pth, .pt, .caffemodel or .onnx file")
 
 
-def _difference(contents: Contents, model: AlexNet, state: Mapping[str, Tensor]) -> str:
-    """Everything that keeps these contents from being copied into the model, or ""."""
-    problems = [*_other_network(contents, model), *_other_tensors(contents.entries, state)]
-    if any(tensor.is_meta for tensor in state.values()):
-        problems.append("the model is on the meta device, where no weights can be kept")
-    return "; ".join(problems)
+def _differences(contents: Contents, model: AlexNet, state: Mapping[str, Tensor]) -> list[str]:
+    """Everything that keeps these contents from being copied into the model."""
+    return [*_other_network(contents, model), *_other_tensors(contents.entries, state)]
 
 
 def _other_network(contents: Contents, model: AlexNet) -> Iterator[str]:
@@ -169,13 +197,21 @@ def _other_tensors(found: Mapping[str, Entry], state: Mapping[str, Tensor]) -> I
             yield f"{name} is of {found[name].dtype}, expected floating-point numbers"
 
 
+@contextlib.contextmanager
+def open_safetensors(file: Path) -> Iterator[Any]:
+    """``safetensors.safe_open`` of a file of any name: itself it takes none that is not UTF-8."""
+    from safetensors import safe_open
+
+    with file.open("rb") as stream, safe_open(f"/proc/self/fd/{stream.fileno()}", framework="pt") as handle:
+        yield handle
+
+
 def _read_safetensors(file: Path, model: AlexNet) -> Contents:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     try:
-        opened = safe_open(file, framework="pt")
-        with opened as handle:
+        with open_safetensors(file) as handle:
             metadata = handle.metadata() or {}
             parts = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (no mapping)
             described = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
@@ -192,7 +228,7 @@ def _read_safetensors(file: Path, model: AlexNet) -> Contents:
 
     def reader(name: str) -> Callable[[], Tensor]:
         def read() -> Tensor:
-            with safe_open(file, framework="pt") as handle:
+            with open_safetensors(file) as handle:
                 return handle.get_tensor(name)
 
         return read
@@ -200,7 +236,7 @@ def _read_safetensors(file: Path, model: AlexNet) -> Contents:
     entries = {
         name: Entry(shape, dtypes.get(dtype, torch.int64), reader(name)) for name, (shape, dtype) in described.items()
     }
-    return Contents(entries, variant=variant, preprocessing=preprocessing)
+    return _own_names(Contents(entries, variant=variant, preprocessing=preprocessing), path_text(file))
 
 
 def _read_torch(file: Path, model: AlexNet) -> Contents:
@@ -219,19 +255,12 @@ def _read_torch(file: Path, model: AlexNet) -> Contents:
         if isinstance(error, OSError):
             raise
         raise ValueError(f"{shown}: a damaged file ({first_line(error)})") from error
-    tensors = isinstance(loaded, Mapping) and all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in loaded.items()
-    )
-    if not tensors:
-        raise ValueError(f"{shown}: not a state_dict, a dictionary of tensors by name")
-    from_theirs = any(name.startswith(("features.0.", "classifier.1.")) for name in loaded)
-    preprocessing, variant = None, None
-    if from_theirs:
-        try:
-            loaded = from_torchvision(loaded)
-        except KeyError as error:
-            raise ValueError(f"{shown}: {error.args[0]}") from error
-        preprocessing, variant = Preprocessing(224, 256, **IMAGENET), "torchvision"
+    found = next((part for part in _parts(loaded) if _is_state_dict(part)), None)
+    if found is None:
+        raise ValueError(
+            f"{shown}: not a state_dict, a dictionary of tensors by name, and no checkpoint that holds one"
+        )
+    loaded = _plain_names(found)
     for name, tensor in loaded.items():
         if tensor.layout != torch.strided or tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
             raise ValueError(
@@ -239,7 +268,43 @@ def _read_torch(file: Path, model: AlexNet) -> Contents:
                 "(an expanded or sparse tensor)"
             )
     entries = {name: Entry(tuple(t.shape), t.dtype, t.clone) for name, t in loaded.items()}
-    return Contents(entries, variant=variant, preprocessing=preprocessing)
+    return _own_names(Contents(entries), shown)
+
+
+def _parts(loaded: object) -> Iterator[object]:
+    """What a file holds, and what a checkpoint may hold in it."""
+    yield loaded
+    if isinstance(loaded, Mapping):
+        yield from (loaded[name] for name in NESTED if name in loaded)
+
+
+def _is_state_dict(value: object) -> TypeGuard[Mapping[str, Tensor]]:
+    return (
+        isinstance(value, Mapping)
+        and len(value) > 0
+        and all(isinstance(name, str) and isinstance(part, Tensor) for name, part in value.items())
+    )
+
+
+def _plain_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors by the names that they have in the network alone, out of whatever modules hold it."""
+    names = {name: [part for part in name.split(".") if part not in WRAPPERS] for name in state_dict}
+    # "features.conv1.weight" is a whole name; what all of longer ones begin with is not the network's.
+    while all(len(parts) > 3 for parts in names.values()) and len({parts[0] for parts in names.values()}) == 1:
+        names = {name: parts[1:] for name, parts in names.items()}
+    plain = {".".join(parts): state_dict[name] for name, parts in names.items()}
+    return plain if len(plain) == len(state_dict) else dict(state_dict)
+
+
+def _own_names(contents: Contents, shown: str) -> Contents:
+    """The contents of a file with torchvision's names under this package's."""
+    if not any(name.startswith(("features.0.", "classifier.1.")) for name in contents.entries):
+        return contents
+    try:
+        entries = from_torchvision(contents.entries)
+    except KeyError as error:
+        raise ValueError(f"{shown}: {error.args[0]}") from error
+    return contents._replace(entries=entries, variant="torchvision", preprocessing=Preprocessing(224, 256, **IMAGENET))
 
 
 def missing(package: str, extra: str, what: str) -> ImportError:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from .. import models
 from ..data.errors import CommandError, first_line, os_error, path_text
 from ..data.preprocessing import Preprocessing
+from ..models.weights import VARIANTS_OF, open_safetensors
 from .files import new_folder
 
 WEIGHTS, STATE, RECORD = "model.safetensors", "state.pt", "checkpoint.json"
@@ -32,7 +33,7 @@ CHECKPOINTS, BEST = "checkpoints", "best"  # folders of a run
 HEADER = "alexnet_ext"  # the entry of the safetensors header that holds a Description
 DTYPES = ("F64", "F32", "F16", "BF16")
 NO_DESCRIPTION = (ValueError, TypeError, KeyError, OverflowError, RecursionError)  # what such a header raises
-OTHERS = (".pth", ".pt", ".caffemodel", ".onnx")  # weights that load_weights reads, and that name no classes
+OTHERS = tuple(VARIANTS_OF.keys() - {".safetensors"})  # weights that load_weights reads, and that name no classes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,6 +226,8 @@ def find_weights(path: Path, warn: Callable[[str], None], last: bool = False) ->
             )
         return path
     if (path / RECORD).exists() or (path / WEIGHTS).exists():
+        if path.absolute().parent.name == BEST:
+            path = _holder(path.absolute())
         problem = damage(path, (WEIGHTS,)) if (path / RECORD).exists() else None
         if problem:
             raise CommandError(problem)
@@ -267,10 +270,10 @@ def read_weights(path: Path) -> tuple[Description, dict[str, Tensor]]:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     """A safetensors file; CommandError for one that is damaged or cannot be read."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_safetensors(path) as file:
             yield file
     except SafetensorError as error:
         raise CommandError(f"{path_text(path)}: a damaged safetensors file ({first_line(error)})") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -26,6 +27,11 @@ def sync(path: Path) -> None:
 def check_target(path: Path, source: Path | None = None, option: str = "--out") -> None:
     """CommandError, before time goes into it, where the file ``path`` of an
     ``option`` cannot be or would replace its ``source``."""
+    try:
+        path.stat()
+    except OSError as error:  # a loop of links, a name too long
+        if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
+            raise CommandError(f"{option} {path_text(path)}: {error.strerror}", 2) from error
     if path.is_dir():
         raise CommandError(f"{option} {path_text(path)}: is a folder, expected the name of a file", 2)
     if is_special(path):
@@ -63,7 +69,7 @@ def _beside(path: Path) -> Path:
 
 def check_outside(out: Path, data: Path) -> None:
     """CommandError where ``out`` lies in a folder of images, which would find it there as a class."""
-    if out.resolve().is_relative_to(data.resolve()):
+    if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(data)):  # resolve() raises for a loop of links
         raise CommandError(
             f"--out {path_text(out)}: lies in the images' folder {path_text(data)}; name a folder outside of it", 2
         )

@@ -1,9 +1,10 @@
-"""What a run writes down as it goes: metrics.jsonl and TensorBoard's events."""
+"""What a run writes down as it goes: metrics.jsonl and, where their writer takes the name, TensorBoard's events."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,15 +20,16 @@ class Log:
     steps that will be taken again, are removed."""
 
     def __init__(self, run: Path, step: int = 0, evaluated: int = -1) -> None:
-        require("tensorboard")
-        writer = require("torch.utils.tensorboard").SummaryWriter
         self.path = run / METRICS
         if step or self.path.exists():
             kept = [line for line in read_metrics(self.path) if _precedes(line, step, evaluated)]
             write_file(self.path, "".join(json_text(line) + "\n" for line in kept).encode())
         try:
             self.stream = self.path.open("a", encoding="utf-8")
-            self.events = writer(str(run), purge_step=step + 1 if step else None)
+            self.events: Any = None
+            if has_events(run):
+                writer = require("torch.utils.tensorboard").SummaryWriter
+                self.events = writer(str(run), purge_step=step + 1 if step else None)
         except OSError as error:
             raise os_error(self.path, error) from error
 
@@ -36,7 +38,7 @@ class Log:
         try:
             self.stream.write(json_text({"kind": kind, "step": step, **values}) + "\n")
             self.stream.flush()
-            for name, value in values.items():
+            for name, value in values.items() if self.events is not None else ():
                 if isinstance(value, (int, float)) and math.isfinite(value):
                     self.events.add_scalar(f"{kind}/{name}", value, step)
         except OSError as error:
@@ -50,10 +52,20 @@ class Log:
     ) -> None:
         try:
             self.stream.close()
-            self.events.close()
+            if self.events is not None:
+                self.events.close()
         except OSError as problem:
             if kind is None:  # else the first error is the one to tell
                 raise os_error(self.path, problem) from problem
+
+
+def has_events(run: Path) -> bool:
+    """Whether TensorBoard's writer can name its file in the folder ``run``: not where the name is no UTF-8."""
+    try:
+        os.fspath(run).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def json_text(values: dict[str, Any], indent: int | None = None) -> str:

@@ -31,7 +31,7 @@ RANGES = {
     "weight_decay": (0, math.inf),
     "warmup": (0, math.inf),
     "label_smoothing": (0, 1),
-    "clip_norm": (0, math.inf),
+    "clip_norm": (1e-9, math.inf),  # by 0 nothing would be learnt
     "seed": (0, 2**64),
     "evaluate_every": (0, math.inf),
     "evaluate_limit": (1, math.inf),

@@ -20,13 +20,13 @@ from ..data.digits import Digits
 from ..data.errors import CommandError, first_line, os_error, path_text, require
 from ..data.folder import ImageFolder
 from ..data.sources import Split, is_folder, open_split
-from ..models.weights import VARIANT_OF
+from ..models.weights import find_variant
 from ..ops import _backend
 from ..variants import VARIANTS
 from . import checkpoint, pictures
 from .evaluate import Evaluation
 from .files import check_outside, write_file
-from .log import METRICS, json_text, read_metrics
+from .log import METRICS, has_events, json_text, read_metrics
 from .progress import Reporter
 from .recipe import CHANGEABLE, Recipe
 from .results import by_class
@@ -39,7 +39,7 @@ NEEDED = ("matplotlib", "tensorboard")  # asked for before the first step, not a
 def start(recipe: Recipe, out: Path, device: torch.device, workers: int, console: Console) -> Evaluation:
     """Train from the start into the new or empty folder ``out``."""
     began = time.monotonic()
-    _check_needs(out)
+    _check_needs()
     for data in (recipe.data, recipe.val):
         if data is not None and is_folder(data):
             check_outside(out, Path(data))
@@ -61,12 +61,15 @@ def from_weights(path: Path, warn: Callable[[str], None]) -> dict[str, Any]:
     """What the weights that ``path`` means say of a recipe: their file, variant and input."""
     file = path if path.is_file() else checkpoint.find_weights(path, warn)
     found: dict[str, Any] = {"weights": os.path.abspath(file)}
-    if file.suffix in VARIANT_OF:
-        return found | {"model": VARIANT_OF[file.suffix]}
     description = checkpoint.read_description(file) if file.suffix == ".safetensors" else None
-    if description is None:
-        return found
-    return found | {"model": description.config.variant, "image_size": description.config.image_size}
+    if description is not None:
+        return found | {"model": description.config.variant, "image_size": description.config.image_size}
+    try:
+        return found | {"model": find_variant(file)}
+    except (ValueError, ImportError) as error:
+        raise CommandError(str(error)) from error
+    except OSError as error:
+        raise os_error(file, error) from error
 
 
 def resume(
@@ -82,7 +85,7 @@ def resume(
     now, the others must be its own."""
     began = time.monotonic()
     run, path = checkpoint.to_resume(run, warn)
-    _check_needs(run)
+    _check_needs()
     state = checkpoint.read_state(path / checkpoint.STATE)
     try:
         recipe = Recipe.from_dict(state["recipe"])
@@ -120,16 +123,10 @@ def resume(
     return _train(trainer, console)
 
 
-def _check_needs(out: Path) -> None:
-    """CommandError for a package that is missing, and a name that TensorBoard cannot write."""
+def _check_needs() -> None:
+    """CommandError for a package that is missing."""
     for name in NEEDED:
         require(name)
-    try:
-        os.fspath(out).encode()
-    except UnicodeEncodeError as error:
-        raise CommandError(
-            f"--out {path_text(out)}: expected a name in UTF-8, as TensorBoard's files need one", 2
-        ) from error
 
 
 def _refusal(name: str, given: Any, own: Any, run: str) -> str:
@@ -184,6 +181,8 @@ def _train(trainer: Trainer, console: Console) -> Evaluation:
     for note in split.notes:
         say(console, f"  {note}")
     say(console, f"Run folder: {path_text(out)}")
+    if not has_events(out):
+        say(console, "  without TensorBoard's events, which need a name in UTF-8; metrics.jsonl has all numbers")
     with Reporter(trainer.total, trainer.step, console) as reporter:
         result = trainer.run(reporter)
     made = draw(trainer, result)

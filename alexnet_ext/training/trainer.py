@@ -449,11 +449,11 @@ class Trainer:
 
 
 def freeze(model: torch.nn.Module, name: str) -> None:
-    """Keep the weights of the module ``name`` as they are. Raises ValueError where there are none, or no others."""
-    frozen = [p for n, p in model.named_parameters() if n.startswith(f"{name}.")]
-    if not frozen or len(frozen) == len(list(model.parameters())):
-        parts = ", ".join(sorted({n.rpartition(".")[0] for n, _ in model.named_parameters()}))
-        raise ValueError(f"freeze must be features, classifier or one of {parts}, got {name!r}")
+    """Keep the weights of the module or layer ``name`` as they are. Raises ValueError where there are none."""
+    frozen = [p for n, p in model.named_parameters() if f".{name}." in f".{n}"]
+    if not frozen:
+        layers = ", ".join(dict.fromkeys(n.split(".")[-2] for n, _ in model.named_parameters()))
+        raise ValueError(f"--freeze {path_text(name)}: expected features, classifier or one of {layers}")
     for parameter in frozen:
         parameter.requires_grad_(False)
 

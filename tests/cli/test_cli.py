@@ -275,6 +275,8 @@ def test_wrong_usage_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.
         (["train", "--steps", "many"], "--steps"),
         (["train", "--seed", str(2**64)], "--seed"),
         (["train", "--speed", "9"], "--speed"),
+        (["train", "--threads", "99999999"], "--threads"),
+        (["train", "--workers", "100000"], "--workers"),
         (["trian"], "trian"),
         (["train", tmp_path / "missing"], f"{tmp_path}/missing: no such folder"),
         (["train", tmp_path / "file"], f"{tmp_path}/file: not a folder"),
@@ -421,6 +423,31 @@ def test_an_output_that_takes_no_more_or_not_every_letter(bare: Path, tmp_path: 
     result = subprocess.run([*command, *predict], capture_output=True, env=environment, cwd=ROOT, check=False)
     assert (result.returncode, result.stderr) == (0, b"")
     assert b"%  ??" in result.stdout
+
+
+def test_a_stream_that_is_closed_from_the_start() -> None:
+    for closed, arguments, code in ((">&-", "summary", 0), ("2>&-", "summary --model vgg", 2), (">&- 2>&-", "info", 0)):
+        command = f'exec "$0" -m alexnet_ext {arguments} {closed}'
+        result = subprocess.run(
+            ["sh", "-c", command, sys.executable], capture_output=True, text=True, cwd=ROOT, check=False
+        )
+        assert (result.returncode, result.stderr) == (code, "")
+
+
+def test_a_run_folder_whose_name_is_no_utf_8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / os.fsdecode(b"caf\xe9")
+    assert cli.run_command(["train", "--data", "synthetic", *SMALL, "--steps", "1", "--out", str(out)]) == 0
+    assert capsys.readouterr().out.count("TensorBoard") == 1
+    assert not list(out.glob("events*"))
+    assert len(read_metrics(out / "metrics.jsonl")) == 2
+    assert cli.run_command(["train", "--resume", str(out), "--steps", "2"]) == 0
+    sample = tmp_path / "a.png"
+    Image.new("RGB", (9, 9)).save(sample)
+    assert cli.run_command(["predict", str(sample), "--weights", str(out), "--out", str(out / "b.png")]) == 0
+    assert (out / "b.png").exists()
+    other = tmp_path / "other"
+    options = ["--data", "synthetic", *SMALL, "--steps", "1", "--out", str(other)]
+    assert cli.run_command(["train", *options, "--weights", str(out)]) == 0
 
 
 def test_no_arguments_print_the_help(capsys: pytest.CaptureFixture[str]) -> None:

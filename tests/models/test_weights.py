@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from alexnet_ext.models import AlexNet, alexnet, load_weights
+from alexnet_ext.models.weights import find_variant
 
 SIDE, CLASSES = 67, 5  # the smallest image, 256 values before fc6
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
@@ -205,6 +206,50 @@ def test_own_names(tmp_path: Path, ending: str) -> None:
     model = network("paper")
     assert load_weights(model, file) is None
     assert all(torch.equal(tensor, values[name]) for name, tensor in model.state_dict().items())
+
+
+def prefixed(values: Weights, prefix: str) -> Weights:
+    return {f"{prefix}{name}": tensor for name, tensor in values.items()}
+
+
+CHECKPOINTS: dict[str, Callable[[Weights], Any]] = {
+    "example of ImageNet": lambda w: {"epoch": 3, "arch": "alexnet", "state_dict": w, "optimizer": {"state": {}}},
+    "DataParallel": lambda w: {"model": prefixed(w, "module.")},
+    "compiled": lambda w: prefixed(w, "_orig_mod."),
+    "Lightning": lambda w: {"state_dict": prefixed(w, "model.net."), "pytorch-lightning_version": "2.5"},
+    "parallel convolutions": lambda w: {n.replace("features.", "features.module."): t for n, t in w.items()},
+}
+
+
+@pytest.mark.parametrize("ending", ["pth", "ckpt", "pth.tar"])
+@pytest.mark.parametrize("names", [torchvision_names, dict], ids=["torchvision", "own"])
+@pytest.mark.parametrize("wrap", CHECKPOINTS.values(), ids=CHECKPOINTS)
+def test_checkpoints_of_training_scripts(
+    tmp_path: Path, wrap: Callable[[Weights], Any], names: Callable[[Weights], Weights], ending: str
+) -> None:
+    variant = "torchvision" if names is torchvision_names else "paper"
+    model, file = network(variant), tmp_path / f"model.{ending}"
+    values = {n: torch.full(t.shape, 0.01 * i) for i, (n, t) in enumerate(model.state_dict().items(), 1)}
+    torch.save(wrap(names(values)), file)
+    assert find_variant(file) == variant
+    load_weights(model, file)
+    assert all(torch.equal(tensor, values[name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_variant_is_the_one_whose_convolutions_fit(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    file = tmp_path / "x.caffemodel"
+    for variant, order in (("caffenet", ("pool", "norm")), ("caffe", ("norm", "pool"))):
+        file.write_bytes(caffemodel(weights("caffe"), order, "V1"))
+        assert find_variant(file) == variant
+    convolutions = torchvision_names(network("torchvision").state_dict())
+    save_file(convolutions, tmp_path / "x.safetensors")
+    assert find_variant(tmp_path / "x.safetensors") == "torchvision"
+    torch.save({"features.conv1.weight": torch.ones(7)}, tmp_path / "x.pth")
+    assert find_variant(tmp_path / "x.pth") == "torchvision", "none fits: the usual one, whose refusal is told"
+    with pytest.raises(ValueError, match=r"x\.bin: expected a \.safetensors"):
+        find_variant(tmp_path / "x.bin")
 
 
 def test_own_safetensors_say_their_variant(tmp_path: Path) -> None:

@@ -103,6 +103,20 @@ def test_a_process_that_dies_is_told_whoever_it_is_waited_for() -> None:
         assert time.monotonic() - began < 20
 
 
+def test_a_signal_is_heard_while_processes_start() -> None:
+    asked: list[int] = []
+
+    def look() -> None:
+        asked.append(1)
+        if len(asked) == 3:
+            raise Interrupted
+
+    with Readers(Synthetic(12, 3, 8), 100, look) as readers:
+        with pytest.raises(Interrupted):
+            next(readers([[(0, 1)]]))
+        assert len(readers.processes) == 2
+
+
 def test_processes_live_from_the_first_batch_to_the_end_of_the_block() -> None:
     data = Synthetic(12, 3, 8)
     with Readers(data, 2) as readers:

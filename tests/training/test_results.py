@@ -21,7 +21,7 @@ from alexnet_ext.data.folder import imagenet_preprocessing
 from alexnet_ext.data.images import read_image
 from alexnet_ext.training import checkpoint, pictures
 from alexnet_ext.training.evaluate import Evaluation
-from alexnet_ext.training.files import check_target, new_file, write_file
+from alexnet_ext.training.files import check_outside, check_target, new_file, write_file
 from alexnet_ext.training.results import by_class, picture_of, wrong_images
 from tests.cli.test_cli import fails
 from tests.support import ROOT
@@ -247,6 +247,19 @@ def test_links_lead_to_what_is_written_and_devices_stay(tmp_path: Path) -> None:
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
     assert sorted(os.listdir(tmp_path)) == ["a.txt", "pipe", "real"]
     check_target(link, None)
+
+
+def test_a_link_to_itself_is_one_line(tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    link = tmp_path / "loop.png"
+    link.symlink_to(link.name)
+    sample = tmp_path / "sample.png"
+    Image.new("RGB", (9, 9)).save(sample)
+    for arguments in (["predict", sample], ["evaluate", tmp_path, "--wrong", link], ["export", "--format", "onnx"]):
+        option = "--wrong" if "--wrong" in arguments else "--out"
+        more = [] if option == "--wrong" else [option, link]
+        line = fails(capsys, 2, *arguments, "--weights", weights, *more)
+        assert line == f"alexnet: {option} {link}: Too many levels of symbolic links"
+    check_outside(link, tmp_path / "data")  # refused when the run's folder is made
 
 
 @pytest.mark.parametrize(

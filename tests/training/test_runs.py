@@ -85,7 +85,7 @@ def test_weights_of_other_programs_start_a_run(trained: Path, tmp_path: Path, en
         pytest.importorskip("onnxscript", reason="the extra 'onnx' is not installed")
         assert cli.run_command(["export", "--format", "onnx", "--weights", str(trained), "--out", str(file)]) == 0
     data = striped(tmp_path / "data", 12, 4)
-    options = [*SMALL, "--model", "paper", "--steps", "1", "--lr", "0", "--weights", str(file), "--quiet"]
+    options = [*SMALL, "--steps", "1", "--lr", "0", "--weights", str(file), "--quiet"]
     assert cli.run_command(["train", str(data), *options, "--out", str(tmp_path / "run")]) == 0
     after = given(tmp_path / "run")
     source = checkpoint.read_weights(checkpoint.find_weights(trained, pytest.fail, last=ending == "pth"))[1]
@@ -94,8 +94,12 @@ def test_weights_of_other_programs_start_a_run(trained: Path, tmp_path: Path, en
 
 
 def test_weights_bring_their_preprocessing_and_a_lower_rate(tmp_path: Path) -> None:
-    assert from_weights_of(tmp_path / "net.caffemodel") == {"model": "caffe"}
-    assert from_weights_of(tmp_path / "net.pth") == {"model": "torchvision"}
+    for variant in ("torchvision", "paper"):
+        with torch.device("meta"):
+            shapes = {name: tensor.shape for name, tensor in models.alexnet(variant).state_dict().items()}
+        file = tmp_path / "net.pth"
+        torch.save({name: torch.zeros(shape) for name, shape in shapes.items() if "conv" in name}, file)
+        assert from_weights(file, pytest.fail) == {"weights": str(file), "model": variant}
     assert chosen({"weights": "net.pth"}).lr == 0.001
     assert chosen({"weights": "net.pth", "lr": 0.02}).lr == 0.02
     run = trainer(tmp_path / "run", replace(TINY, image_size=SIZE))
@@ -105,13 +109,6 @@ def test_weights_bring_their_preprocessing_and_a_lower_rate(tmp_path: Path) -> N
     run.start_from(tmp_path / "net.safetensors")
     assert run.split.preprocessing.mean == (0.1, 0.2, 0.3) == run.description.preprocessing.mean
     assert torch.equal(run.start, mean.features.conv1.weight)
-
-
-def from_weights_of(path: Path) -> dict[str, Any]:
-    path.touch()
-    found = from_weights(path, pytest.fail)
-    assert found.pop("weights") == str(path)
-    return found
 
 
 def test_weights_that_do_not_fit_are_told(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,16 +121,16 @@ def test_weights_that_do_not_fit_are_told(trained: Path, tmp_path: Path, capsys:
     assert not out.exists()
 
 
-@pytest.mark.parametrize("name", ["features", "classifier.fc6"])
+@pytest.mark.parametrize("name", ["features", "classifier.fc6", "conv2"])
 def test_frozen_weights_stay(tmp_path: Path, name: str) -> None:
     run = trainer(tmp_path / "run", replace(TINY, freeze=name, steps=2))
     before = {n: p.detach().clone() for n, p in run.model.named_parameters()}
     run.run(reporter())
     changed = {n for n, p in run.model.named_parameters() if not torch.equal(p, before[n])}
-    assert changed == {n for n in before if not n.startswith(f"{name}.")}
+    assert changed == {n for n in before if f".{name}." not in f".{n}"}
     again = resumed(run.out, replace(TINY, freeze=name, steps=2))
     assert len(again.optimizer.state_dict()["state"]) == len(changed)
-    with pytest.raises(ValueError, match=r"freeze must be features, classifier or one of .*fc8, .*, got 'conv'"):
+    with pytest.raises(ValueError, match=r"--freeze conv: expected features, classifier or one of conv1, .*, fc8"):
         trainer(tmp_path / "other", replace(TINY, freeze="conv"))
 
 
@@ -276,12 +273,15 @@ def test_the_best_that_is_the_newest_has_no_second_copy(tmp_path: Path, monkeypa
     run = trainer(tmp_path / "run", replace(TINY, evaluate_every=2, evaluate_limit=4))
     run.run(reporter())
     assert checkpoint.find_weights(run.out, pytest.fail) == saved(run.out)[0] / checkpoint.WEIGHTS
-    assert not (run.out / "best" / "step-00000006" / checkpoint.WEIGHTS).exists()
+    best = run.out / "best" / "step-00000006"
+    assert not (best / checkpoint.WEIGHTS).exists()
+    assert checkpoint.find_weights(best, pytest.fail) == checkpoint.find_weights(run.out, pytest.fail)
     again = resumed(run.out, replace(run.recipe, epochs=3))
     assert (again.best.step, again.best.top1) == (6, 0.75), "of the last evaluation, after the checkpoint was saved"
     scripted(monkeypatch, [0.5, 0.25, 0.25])
     again.run(reporter())
-    assert checkpoint.find_weights(run.out, pytest.fail) == run.out / "best" / "step-00000006" / checkpoint.WEIGHTS
+    assert checkpoint.find_weights(run.out, pytest.fail) == best / checkpoint.WEIGHTS
+    assert checkpoint.find_weights(best, pytest.fail) == best / checkpoint.WEIGHTS
 
 
 def test_patience_ends_a_run_also_one_that_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,7 +308,7 @@ def test_patience_ends_a_run_also_one_that_was_interrupted(tmp_path: Path, monke
 def test_recipes_that_no_run_can_have() -> None:
     for option, value in (
         *(("lr", value) for value in (math.inf, math.nan, -1.0)),
-        *(("momentum", 1.0), ("dropout", 1.0), ("weight_decay", math.inf), ("clip_norm", math.nan)),
+        *(("momentum", 1.0), ("dropout", 1.0), ("weight_decay", math.inf), ("clip_norm", math.nan), ("clip_norm", 0.0)),
         *(("steps", 0), ("accumulate", 0), ("keep", 0), ("patience", 0), ("seed", 2**64), ("batch_size", 1.5)),
     ):
         name = option.replace("_", "-")
