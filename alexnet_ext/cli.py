@@ -193,7 +193,7 @@ def run_command(arguments: list[str]) -> int:
     """Run ``alexnet`` with these arguments; the exit code."""
     try:
         code = app(arguments or ["--help"], prog_name="alexnet", standalone_mode=False)
-        print(end="", flush=True)  # what it cannot take is told here, not by the interpreter at exit
+        print(end="", flush=True)  # a failed write is reported here, not by the interpreter at exit
     except CommandError as error:
         warn(str(error))
         return error.code

@@ -175,7 +175,7 @@ def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     op: Any = getattr(onnxscript, f"opset{OPSET}")
 
     def norm(like: Any, x: Any, size: int, alpha: float, beta: float, k: float) -> Any:
-        """Of x, of which the rank and dtype are known from the op's input alone."""
+        """LRN of x. Its rank and dtype are known from the op's input alone."""
         # An even window of LRN leans to the other side. Of odd ones onnxruntime's takes what follows and no more.
         if size % 2 and len(like.shape) == 4 and str(like.dtype) == "FLOAT" and min(alpha, beta) >= TINY:
             return op.LRN(x, size=size, alpha=alpha, beta=beta, bias=k)

@@ -1,4 +1,4 @@
-"""``python tests/cuda_budget.py``: what every CUDA kernel takes on every architecture, held against a committed file.
+"""``python tests/cuda_budget.py``: what every CUDA kernel takes on every architecture, compared with a file.
 
 Compiles csrc/*/*_cuda.cu with nvcc for each architecture (no GPU is needed), csrc/*/*_cutlass.cu for the two that are
 built by default and csrc/*/*_sm90.cu for 9.0a, and reads ptxas's report: registers must not be more than
@@ -126,7 +126,7 @@ def cutlass_include() -> str:
 
 
 def cutlass_folders() -> tuple[str, ...]:
-    """What the compiler is told of CUTLASS's headers and utilities."""
+    """The folders of CUTLASS's headers and utilities, as options of the compiler."""
     utilities = Path(cutlass_include()).parent / "tools" / "util" / "include"
     return ("-isystem", cutlass_include(), "-isystem", str(utilities))
 

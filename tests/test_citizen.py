@@ -377,7 +377,7 @@ def test_no_graph_without_gradients(case: Case) -> None:
 
 @each_example
 def test_sparse_and_complex_as_stock(case: Case) -> None:
-    """Refused, but for the linear layer's sparse x, which stock takes."""
+    """Refused, except for the linear layer's sparse x, which stock takes."""
     tensors = cases.make(case, requires_grad=False)
     for x in (tensors["x"].to_sparse(), tensors["x"].to(torch.complex64)):
         if case.op == "linear_bias_relu" and x.is_sparse:

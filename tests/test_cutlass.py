@@ -1,4 +1,4 @@
-"""The convolution by CUTLASS, but for its kernels: where it applies, what they are given, and what runs elsewhere."""
+"""The convolution by CUTLASS, except its kernels: where it applies, their arguments, and what runs elsewhere."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ def kernels() -> Iterator[None]:
 
 @pytest.fixture
 def offered(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The names of the candidates of each call, of which the last one runs."""
+    """The names of the candidates of each call; the last one runs."""
     names: list[list[str]] = []
 
     def last(what: str, given: list[Candidate]) -> Candidate:

@@ -163,7 +163,7 @@ def raw(case: Case, tensors: cases.Tensors) -> list[torch.Tensor]:
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """For comparison to the bit, but for which NaN a NaN is, and which layout a tensor has."""
+    """The bytes, for comparison to the bit; a NaN's payload and the tensor's layout do not count."""
     return tensor.nan_to_num(nan=1234.5).contiguous().view(torch.uint8) if tensor.is_floating_point() else tensor
 
 

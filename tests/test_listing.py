@@ -16,7 +16,7 @@ from alexnet_ext.data.listing import FOREIGN, Listing, hold_out, list_images
 
 
 def fill(root: Path, **classes: int) -> Path:
-    """So many images a class, each of a colour of its own."""
+    """Writes that number of images for each class, each of a colour of its own."""
     for name, count in classes.items():
         (root / name).mkdir(parents=True, exist_ok=True)
         for number in range(count):

@@ -1,6 +1,6 @@
 """What the CUTLASS convolutions compute: their launchers as they are, their kernels' PTX by the machine of tests/ptx.
 
-Values are held against float64 of the same inputs, of fp32 rounded to TF32 as the tensor cores' operands are.
+Values are compared with float64 of the same inputs; fp32 is rounded to TF32, as the tensor cores' operands are.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def launch(
 
 
 def taken(program: Program, direction: str, problem: Problem, misplaced: int = 0) -> bool:
-    """Whether the launcher takes a problem whose tensors lie so many bytes behind a multiple of 16; nothing runs."""
+    """Whether the launcher takes a problem with tensors ``misplaced`` bytes after a multiple of 16; nothing runs."""
     program = copy.copy(program)
     program.machine = mock.Mock()
     somewhere = torch.empty(64)
@@ -265,7 +265,7 @@ def test_the_machine_notices(programs: Programs) -> None:
             run("together")
     finally:
         kernel.code[:] = code
-    weight = weight[:-1]  # the launcher is told of one filter more
+    weight = weight[:-1]  # the launcher's arguments name one filter more
     with pytest.raises(PtxError, match=r"is in no buffer: cp\.async"):
         run("together")
 

@@ -25,7 +25,7 @@ from .test_training import SIZE, reporter, split, trainer
 
 
 class Trap(Synthetic):
-    """Synthetic images, before the seventh of which something happens."""
+    """Synthetic images; something happens before the seventh."""
 
     def __init__(self, happens: Callable[[], object]) -> None:
         super().__init__(12, 3, 8)

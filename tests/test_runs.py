@@ -164,7 +164,7 @@ def rates(run: training.Trainer) -> set[float]:
 
 
 def test_a_loss_that_stays_that_of_guessing_is_told_once(tmp_path: Path) -> None:
-    """After 100 steps and the warm-up; a shorter run is told at its end."""
+    """After 100 steps and the warm-up; a shorter run is warned at its end."""
     for number, (steps, loss, told) in enumerate(((300, 1.09, [102]), (60, 1.2, [60]), (300, 0.9, []), (9, 1.1, []))):
         run, heard = trainer(tmp_path / str(number), replace(TINY, init="paper", steps=steps)), []
         for step in range(1, steps + 1):

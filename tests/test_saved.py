@@ -72,7 +72,7 @@ def test_nothing_is_saved_that_no_wanted_gradient_needs(case: Case, wanted: tupl
     ],
 )
 def test_what_is_not_needed_may_change_before_the_backward(case: Case, wanted: tuple[str, ...], changed: str) -> None:
-    """The gradients stay what they were. But for x of a block, what stock lets one change ours does."""
+    """The gradients stay what they were. Ours lets one change whatever stock does, except x of a block."""
 
     def after_a_change(op: Callable[..., Tensor]) -> tuple[Tensor, ...] | None:
         tensors = make(case, wanted)

@@ -30,7 +30,7 @@ LAYOUTS = ("contiguous", "channels_last", "transposed", "sliced")
 
 
 def sampled(values: list[Any], every: int) -> list[Any]:
-    """Of these parameters one in so many in the plain suite, the others with ``pytest -m long``: it is slow here."""
+    """One in ``every`` of these parameters in the plain suite, the others with ``pytest -m long``: it is slow here."""
     return [
         pytest.param(*value.values, id=value.id, marks=[pytest.mark.long] if i % every else [])
         for i, value in enumerate(values)
@@ -170,7 +170,7 @@ def test_blocks_save_what_the_compiled_ops_save(case: Case) -> None:
     ours = getattr(torch.ops.alexnet_ext, f"{case.op}_triton")(*arguments)
     theirs = getattr(torch.ops.alexnet_ext, case.op)(*arguments)
     torch.testing.assert_close(ours[0], theirs[0], equal_nan=True)
-    if case.op == "relu_lrn_max_pool2d":  # a winner may hang on the last bit of the normalized values
+    if case.op == "relu_lrn_max_pool2d":  # a winner may depend on the last bit of the normalized values
         assert (ours[-1] != theirs[-1]).float().mean() < 0.02
     else:
         assert all(identical(a, b) for a, b in zip(ours[1:], theirs[1:], strict=True))

@@ -309,7 +309,7 @@ def test_tune_measures_a_networks_convolutions_and_every_op(file: Path) -> None:
     with_measured = {"conv2d_bias_relu": {"measured", "native", "stock"}}
     for op, row in by_op.items():
         assert row.microseconds.keys() == (without_triton | with_measured).get(op, {"native", "triton", "stock"})
-        if row.choice != "measured":  # of which the CPU has none
+        if row.choice != "measured":  # the CPU has none
             assert _backend.preferred(op, CPU) == row.choice
             assert ax.diagnostics.choice(op, "cpu").reason == "right and fastest here, as `alexnet tune` found"
     info = ax.info()

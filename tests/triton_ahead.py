@@ -194,7 +194,7 @@ def quick() -> Iterator[Work]:
 
 
 def full() -> Iterator[Work]:
-    """Every kernel and every configuration; fp16's code is bf16's but for the products."""
+    """Every kernel and every configuration; the code for fp16 and bf16 differs in the products alone."""
     others = (torch.float32, torch.float64)
     for layout, memory_format in (("channels_last", torch.channels_last), ("contiguous", torch.contiguous_format)):
         for capability in ARCHITECTURES if layout == "channels_last" else (90,):

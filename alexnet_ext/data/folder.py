@@ -59,7 +59,7 @@ class ImageFolder:
 
         Raises CommandError for what ``list_images`` refuses, and for a class none of whose images can be read.
         """
-        require("PIL.Image")  # a missing package is told here, not by a worker process
+        require("PIL.Image")  # a missing package is reported here, not by a worker process
         parts = _parts(root, val, held_out)
         seen: dict[tuple[int, int], str] = {}
         train = list_images(parts.train or root, without=parts.held_out, seen=seen)
@@ -139,7 +139,7 @@ def _parts(root: Path, val: Path | None, held_out: float | None) -> Parts:
 
 
 def check_readable(found: Listing) -> None:
-    """CommandError for a class of which no image can be read."""
+    """Raises CommandError for a class without a readable image."""
     first: dict[int, BadImage | None] = {}  # by class: what is wrong with its first image, None once one was read
     for path, target in found.samples:
         if first.get(target, True):

@@ -261,7 +261,7 @@ class HopperMachine(Machine):
         return self.mbarriers[address]
 
     def change(self, address: int, arrivals: int, expected: int) -> None:
-        """So many arrive and so many more bytes are expected; the last of either completes a phase."""
+        """Counts arrivals and expected bytes; the last of either completes a phase."""
         barrier = self.find(address)
         barrier.left -= arrivals
         barrier.bytes += expected

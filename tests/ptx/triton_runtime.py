@@ -73,7 +73,7 @@ def run(kernel: JITFunction, grid: Any, given: dict[str, Any], capability: int, 
     program = parsed(binary.asm["ptx"])
     program = without(program, missing) if missing else program
     arguments = [argument(value) for value in passed]
-    # Scratch memory, of which none is asked for.
+    # Scratch memory: none is requested.
     hidden = len(program.parameters) - len(arguments)
     if binary.metadata.global_scratch_size or getattr(binary.metadata, "profile_scratch_size", 0):
         raise PtxError("a kernel asks for scratch memory")

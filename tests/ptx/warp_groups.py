@@ -32,7 +32,7 @@ FIELDS = 0x3FFF | 0x3FFF << 16 | 0x3FFF << 32 | 7 << 49 | 3 << 62
 
 
 def layout(descriptor: int, count: int, size: int, across: bool) -> Array:
-    """The addresses of a matrix's elements, of so many bytes, [count, depth], within a block's shared memory.
+    """The addresses of a matrix's elements of ``size`` bytes, [count, depth], within a block's shared memory.
 
     Its lines lie along the products' depth, or across it.
     """
@@ -40,7 +40,7 @@ def layout(descriptor: int, count: int, size: int, across: bool) -> Array:
     if descriptor >> 49 & 7 or descriptor & ~FIELDS:
         raise PtxError("a matrix's base offset, or a descriptor's field, is not known")
     mask = SWIZZLE[descriptor >> 62]
-    line = 16 * (mask + 1) if mask else 16  # bytes of a row of the pattern, of which there are 8
+    line = 16 * (mask + 1) if mask else 16  # bytes of one of the pattern's 8 rows
     n, k = np.arange(count)[:, None], np.arange(WIDTH // size)[None, :]
     if across:
         wide, low, high = line // size, leading, stride

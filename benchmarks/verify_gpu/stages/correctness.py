@@ -1,7 +1,7 @@
 """Values and all gradients of the tests' own cases against float64, on the device, by every backend of ours.
 
-The convolution's candidates (``measured.py``), of which some are no backend, are each held against it on AlexNet's five
-layers. A part that finds too little time for all cases takes a fair sample of them, and says so.
+The convolution's candidates (``measured.py``; some are no backend) are each compared with it on AlexNet's five layers.
+A part with too little time for all cases takes a fair sample of them, and says so.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def cutlass_findings(dtype: torch.dtype) -> Iterator[Finding]:
 
 
 def compare_cutlass(case: Case, dtype: torch.dtype, device: str, sm90: bool = False) -> None:
-    """All values are of bf16, which fp16 and TF32 can say as well: but for sums nothing is rounded. One of x is NaN."""
+    """All values are of bf16, and exact in fp16 and TF32 too: only sums are rounded. One value of x is NaN."""
     from alexnet_ext.ops.conv2d_bias_relu import cutlass
 
     tensors = cases.make(case, torch.bfloat16, "channels_last", requires_grad=False, device=device)

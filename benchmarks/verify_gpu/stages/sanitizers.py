@@ -25,7 +25,7 @@ SEEN = {
     "synccheck": "Barrier error detected",
 }
 """What each says of its planted bug: any other error (a driver that it does not know, say) has the same exit code."""
-# A driver's questions at start, of which some fail and none is ours, count as errors of memcheck otherwise.
+# Otherwise the driver's own calls at start count as errors of memcheck: some fail, and none is ours.
 OPTIONS = {"memcheck": ("--report-api-errors", "no")}
 
 
