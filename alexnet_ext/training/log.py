@@ -1,4 +1,4 @@
-"""What a run writes down as it goes: metrics.jsonl and TensorBoard's events."""
+"""The log of a run: metrics.jsonl and TensorBoard's events."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ METRICS = "metrics.jsonl"
 
 
 class Log:
-    """Appends to both. ``step`` and ``evaluated`` say what a resumed run has done already: lines beyond it, of
-    steps that will be taken again, are removed."""
+    """Appends to both. A resumed run is at ``step``, its last evaluation at ``evaluated``: later lines are removed, as
+    their steps will be taken again."""
 
     def __init__(self, run: Path, step: int = 0, evaluated: int = -1) -> None:
         require("tensorboard")
@@ -52,18 +52,18 @@ class Log:
             self.stream.close()
             self.events.close()
         except OSError as problem:
-            if kind is None:  # else the first error is the one to tell
+            if kind is None:  # else the first error is reported
                 raise os_error(self.path, problem) from problem
 
 
 def json_text(values: dict[str, Any], indent: int | None = None) -> str:
-    """These values as JSON, which has no NaN and no infinities: null takes their place."""
+    """These values as JSON, with null for NaN and infinities, which JSON lacks."""
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
     return json.dumps(finite, indent=indent, allow_nan=False)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, with NaN for null; one that was cut short by a crash is left out."""
+    """The lines of a metrics.jsonl, with NaN for null; a line that a crash cut short is left out."""
     lines = []
     try:
         text = path.read_text(encoding="utf-8")
