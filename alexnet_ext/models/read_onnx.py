@@ -1,4 +1,4 @@
-"""Reads the weights of an ONNX graph of AlexNet: its convolutions and linear layers, in the order they stand in."""
+"""Reads the weights of an ONNX graph of AlexNet: its convolutions and linear layers, in the order of the graph."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
 
 
 def read(file: Path, model: AlexNet) -> Contents:
-    """Weights and biases by their place in the graph: what they are called there does not matter."""
+    """Weights and biases by their place in the graph; their names do not matter."""
     try:
         import onnx
     except ImportError as error:
@@ -74,7 +74,7 @@ def read(file: Path, model: AlexNet) -> Contents:
 
 
 def _added(graph: Any, node: Any, constants: dict[str, Any]) -> str:
-    """The constant that an Add puts on a layer's result."""
+    """The constant that an Add node adds to a layer's result."""
     for other in graph.node:
         if other.op_type == "Add" and node.output[0] in other.input:
             return next((name for name in other.input if name in constants), "")
@@ -94,6 +94,6 @@ def _entry(onnx: Any, constants: dict[str, Any], source: str, turned: bool, file
         value = torch.from_numpy(wide.copy())
         return value.t() if turned else value.view(shape)
 
-    if not turned and len(shape) == 3 and shape[1:] == (1, 1):  # a bias that an Add of its own puts on
+    if not turned and len(shape) == 3 and shape[1:] == (1, 1):  # a (C, 1, 1) bias applied by a separate Add node
         shape = shape[:1]
     return Entry(shape[::-1] if turned else shape, dtypes.get(tensor.data_type, torch.int64), values)
