@@ -79,7 +79,7 @@ def to_rgb(image: Image) -> Image:
 
 
 def crop(image: Image, resize: int, size: int) -> Tensor:
-    """The middle ``size`` x ``size`` pixels of ``image`` with its shorter side scaled to ``resize``: uint8 (3, size, size).
+    """The middle ``size`` x ``size`` pixels of ``image`` once its shorter side is ``resize``: uint8 (3, size, size).
 
     Cropping and scaling are one step, so that a strip of 30,000 x 1 pixels never becomes one of 7,680,000 x 256.
     """
