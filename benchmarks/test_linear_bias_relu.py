@@ -1,4 +1,4 @@
-"""``pytest benchmarks/test_linear_bias_relu.py --benchmark-only``: native beside stock."""
+"""``pytest benchmarks/test_linear_bias_relu.py --benchmark-only``: native and stock."""
 
 from .harness import op_benchmark
 
