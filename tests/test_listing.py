@@ -1,4 +1,4 @@
-"""What of a folder is data: parts, classes, images; what is left out is named, and what is held out stays so."""
+"""The data in a folder: parts, classes, images. Files left out are named; held-out images stay held out."""
 
 from __future__ import annotations
 
