@@ -103,8 +103,8 @@ def config_of(variant: str, num_classes: int, image_size: int | None, dropout: f
 
 
 class Stage(NamedTuple):
-    """A convolution in its place. ``size`` is the side of its square output, ``output`` that behind all of ``after``;
-    ``rounds_up``: pooling leaves a row that only rounding up keeps."""
+    """A convolution and the layers after it. ``size`` is the side of its square output, ``output`` the side after all of
+    ``after``; ``rounds_up``: pooling leaves a row that only rounding up keeps."""
 
     conv: Conv
     in_channels: int

@@ -1,8 +1,8 @@
 """accelerate on drawn modules: their results, and the tensors that others see, are those of the untouched model.
 
 A module is a class whose source is written here, so that torch.fx and accelerate see code as people write it. Each part
-of its forward is one habit: layers in an nn.Sequential or called one by one, functional calls, a skip connection, a
-layer in a list or under a second name, something kept, a hook, a checkpoint, another method.
+of its forward is one habit: layers in an nn.Sequential or called one by one; functional calls; a skip connection; a
+layer in a list or under a second name; a tensor kept; a hook; a checkpoint; another method.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The results of the Triton kernels as compiled for compute capability 8.0 and 9.0: their PTX, run by tests/ptx.
 
-Unlike the interpreter this has products of bf16, TF32 and fp64 as the tensor cores do them, accesses of 16 bytes, and
-approximate instructions that err as far as they may. A process of its own compiles (``tests/ptx_triton.py``);
+Unlike the interpreter this has the tensor cores' products of bf16, TF32 and fp64, and accesses of 16 bytes.
+Approximate instructions err as far as they may. A process of its own compiles (``tests/ptx_triton.py``);
 ``pytest -m ahead`` runs more of them, most of those for 9.0 among them.
 """
 

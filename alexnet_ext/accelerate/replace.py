@@ -88,7 +88,7 @@ def accelerate(
     Returns:
         The report: what was fused, and each Conv2d, LocalResponseNorm and MaxPool2d left alone, with the reason: hooks,
         parametrizations, a shared module or weight, a subclass, ``return_indices``, quantised or scripted modules, an
-        output between that somebody reads, a ``forward`` that cannot be traced.
+        output between that other code reads, a ``forward`` that cannot be traced.
 
     Raises:
         TypeError: model is no module. ValueError: an unknown method.

@@ -36,7 +36,7 @@ class Sample:
 
 
 class Batch(NamedTuple):
-    """The readable images of a batch, uint8 (N, channels, height, width), their classes and places in the data,
+    """The readable images of a batch, uint8 (N, channels, height, width), their classes and places in the data. Then
     the errors of the others, and the random numbers if the images are to be augmented. A broken image is not replaced:
     N is smaller, even 0."""
 
