@@ -103,7 +103,7 @@ def config_of(variant: str, num_classes: int, image_size: int | None, dropout: f
 
 
 class Stage(NamedTuple):
-    """A convolution and the layers after it. ``size`` is the side of its square output, ``output`` the side after all of
+    """A convolution and the layers after it. ``size`` is the side of its square output, ``output`` that after all of
     ``after``; ``rounds_up``: pooling leaves a row that only rounding up keeps."""
 
     conv: Conv
