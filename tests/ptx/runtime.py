@@ -95,7 +95,7 @@ class Program:
         buffers: Sequence[np.ndarray[Any, Any]],
         order: str = "together",
     ) -> int:
-        """Call the one launcher with this word in its name; its kernels may touch these buffers. Gives its cudaError_t."""
+        """Call the one launcher with this word in its name; its kernels may touch these buffers. Its cudaError_t."""
         (symbol,) = [name for name in self.symbols if launcher in name]
 
         def run(name: str, launched: Callable[[Kernel], Launch], grid: tuple[int, int, int]) -> None:
