@@ -1,20 +1,22 @@
 # The build's steps of .ci/run: what is installed where, and every way to build that must work.
 
+cuda_environment() {
+  python3 -m venv "$work/cuda"
+  enter cuda
+  pip install -qq --upgrade pip
+  pip install -qq torch==2.14.1 torchvision==0.29.1
+  pip install -qq 'setuptools>=77' 'cmake>=3.26' 'ninja>=1.11' numpy
+}
+
 environments() {
-  local name
-  for name in cpu cuda; do
-    python3 -m venv "$work/$name"
-    enter $name
-    pip install -qq --upgrade pip
-  done
+  python3 -m venv "$work/cpu"
   enter cpu
-  pip install -qq torch==2.13.0
+  pip install -qq --upgrade pip
+  pip install -qq torch==2.13.0 ${TORCH_CPU_INDEX:+--index-url "$TORCH_CPU_INDEX"}
   pip install -qq 'setuptools>=77' 'cmake>=3.26' 'ninja>=1.11' numpy 'pytest>=8' 'hypothesis>=6.100' 'pytest-benchmark>=4' \
     'pytest-xdist>=3.6'
   python -c 'import torch; assert torch.version.cuda is None, f"{torch.__version__} is no CPU build"'
-  enter cuda
-  pip install -qq torch==2.14.1 torchvision==0.29.1
-  pip install -qq 'setuptools>=77' 'cmake>=3.26' 'ninja>=1.11' numpy
+  cuda_environment
   # CUTLASS's headers, for the steps that need them; an isolated build installs its own.
   pip install -qq --no-deps --target "$work/cutlass" 'nvidia-cutlass>=4.2,<5'
   python -c 'import torch; assert torch.version.cuda, f"{torch.__version__} is no CUDA build"'
@@ -77,20 +79,25 @@ ops_under_the_other_torch() {
     cd "$work/ops"
     python -c 'import alexnet_ext, sys; assert alexnet_ext.__file__.startswith(sys.prefix), alexnet_ext.__file__'
     # One dtype and three layouts of the large grid, and all other tests.
-    pytest tests/test_{local_response_norm,relu_max_pool2d,conv2d_bias_relu,linear_bias_relu,products,blocks,relu_lrn_max_pool2d,relu_max_pool2d_lrn,augment}.py \
+    pytest $(op_tests _ops.cpp) tests/ops/test_{products,blocks}.py \
       -k 'not (values_and_gradients or ties) or (float32 and (contiguous or channels_last or sliced))'
   )
   rm -rf "$work/ops"
 }
 
-without_nvcc() {
-  enter cuda
-  pip uninstall -qq -y alexnet_ext
+# without_nvcc_on_path COMMAND...: runs it where no nvcc is found.
+without_nvcc_on_path() {
   local path="" folder
   local -a folders
   IFS=: read -ra folders <<< "$PATH"
   for folder in "${folders[@]}"; do [ -x "$folder/nvcc" ] || path+=${path:+:}$folder; done
-  PATH=$path pip install -qq -e . --no-build-isolation
+  PATH=$path "$@"
+}
+
+without_nvcc() {
+  enter cuda
+  pip uninstall -qq -y alexnet_ext
+  without_nvcc_on_path pip install -qq -e . --no-build-isolation
   alexnet info | tee "$work/info"
   grep -q 'cuda  *not loaded: PyTorch .* is a CUDA build, but no working nvcc was found' "$work/info"
   grep -q 'to mend it: put the nvcc of a CUDA toolkit on PATH, then: pip install -e . --no-build-isolation' "$work/info"
@@ -142,5 +149,5 @@ rebuild() {
 
 planted_faults() {
   enter cuda
-  PYTHONPATH=$work/cutlass python tests/mutation.py
+  PYTHONPATH=$work/cutlass python -m tests.tools.mutation $third
 }

@@ -13,12 +13,12 @@ emulate() {
   # The ops' own tests, by the emulated kernels. The suite at the end uses this emulator too.
   emulator build/emulator ""
   python -m pytest --emulated=random \
-    tests/test_{local_response_norm,relu_max_pool2d,conv2d_bias_relu,products,blocks,relu_lrn_max_pool2d,relu_max_pool2d_lrn,augment}.py \
+    $(op_tests _cuda_ops.cpp) tests/ops/test_{products,blocks}.py \
     -k 'not (values_and_gradients or ties) or (bfloat16 and (channels_last or sliced))'
   # Under sanitizers, which Python has to load first.
   emulator "$work/emulator" address,undefined
   ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)" \
-    python -m pytest tests/test_emulator.py --emulator "$work/emulator"
+    python -m pytest tests/gpu_on_cpu/test_emulator.py --emulator "$work/emulator"
   rm -rf "$work/emulator"
 }
 
@@ -26,8 +26,8 @@ emulate() {
 # the results of CUTLASS's kernels: the suite at the end lacks its headers.
 budget() {
   enter cuda
-  PYTHONPATH=$work/cutlass python tests/cuda_budget.py --cutlass
-  PYTHONPATH=$work/cutlass python -m pytest tests/test_ptx.py tests/test_ptx_hopper.py
+  PYTHONPATH=$work/cutlass python -m tests.tools.cuda_budget --cutlass
+  PYTHONPATH=$work/cutlass python -m pytest --part $part tests/gpu_on_cpu/test_ptx.py tests/gpu_on_cpu/test_ptx_hopper.py
 }
 
 plain_library() { # the kernels for C++: built, installed, and used by a program, with neither PyTorch nor Python

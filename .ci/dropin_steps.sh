@@ -16,8 +16,8 @@ examples() {
 }
 
 other_packages() {
-  pytest tests/test_accelerate_models.py tests/test_export.py tests/test_weights.py -rs | tee "$work/log"
+  pytest tests/accelerate/test_accelerate_models.py tests/models/test_export.py tests/models/test_weights.py -rs | tee "$work/log"
   ! grep SKIPPED "$work/log" || return 1
 }
 
-compilers() { pytest -m long tests/test_export.py; }
+compilers() { pytest -m long tests/models/test_export.py; }

@@ -18,8 +18,8 @@ from torch import nn
 
 import alexnet_ext as ax
 from alexnet_ext import _library
-from tests import cases
-from tests.cases import Case
+from tests.support import cases
+from tests.support.cases import Case
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture

@@ -10,18 +10,19 @@ import pytest
 import torch
 
 # Triton's interpreter is chosen when Triton is first imported, so for the whole process: without a GPU its kernels run
-# there, on CPU tensors. What is compiled ahead of time is compiled in a process of its own (tests/triton_ahead.py).
+# there, on CPU tensors. What is compiled ahead of time is compiled in a process of its own (triton_ahead.py).
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
 from alexnet_ext import _library
-
-from . import emulated
+from tests.gpu_on_cpu import emulated
+from tests.support import ROOT
 
 # Workers share the cores.
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 
-ROOT = Path(__file__).resolve().parent.parent
+
+pytest_plugins = ["tests.support.parts"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -7,7 +7,7 @@ import math
 import os
 import pickle
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -131,30 +131,42 @@ def _reader(file: Path) -> Reader:
 
 def _difference(contents: Contents, model: AlexNet, state: Mapping[str, Tensor]) -> str:
     """Every reason why these contents do not fit the model, or ""."""
-    table, found, problems = VARIANTS[model.config.variant], contents.entries, []
-    if contents.variant not in (None, model.config.variant):
-        problems.append(f"it is of variant {contents.variant!r}")
-    if contents.order is not None and contents.order != tuple(k for k in table.order if k != "relu"):
-        problems.append(f"conv1 is followed by {' and '.join(contents.order) or 'neither norm nor pool'}")
-    if contents.lrn and not all(
-        math.isclose(a, b, rel_tol=1e-5) for a, b in zip(contents.lrn, table.lrn or (), strict=False)
-    ):
-        problems.append(f"its {contents.lrn}, expected {table.lrn}")
-    if contents.groups is not None and contents.groups != (groups := tuple(conv.groups for conv in table.convs)):
-        problems.append(f"its convolutions have groups {list(contents.groups)}, expected {list(groups)}")
-    for word, names in (("missing", state.keys() - found.keys()), ("unknown", found.keys() - state.keys())):
-        if names:
-            more = f" and {len(names) - 16} more" if len(names) > 16 else ""
-            problems.append(f"{word} {', '.join(ascii(name)[1:-1] for name in sorted(names)[:16])}{more}")
-    for name in (name for name in state if name in found):
-        shape = tuple(state[name].shape)
-        if found[name].shape != shape:
-            problems.append(f"{name} is {list(found[name].shape)}, expected {list(shape)}")
-        elif found[name].dtype not in DTYPES:
-            problems.append(f"{name} is of {found[name].dtype}, expected floating-point numbers")
+    problems = [*_other_network(contents, model), *_other_tensors(contents.entries, state)]
     if any(tensor.is_meta for tensor in state.values()):
         problems.append("the model is on the meta device, where no weights can be kept")
     return "; ".join(problems)
+
+
+def _other_network(contents: Contents, model: AlexNet) -> Iterator[str]:
+    """How the file's network differs from the model's variant, as far as the format tells."""
+    variant = model.config.variant
+    table = VARIANTS[variant]
+    if contents.variant not in (None, variant):
+        yield f"it is of variant {contents.variant!r}"
+    if contents.order is not None and contents.order != tuple(kind for kind in table.order if kind != "relu"):
+        yield f"conv1 is followed by {' and '.join(contents.order) or 'neither norm nor pool'}"
+    pairs = zip(contents.lrn or (), table.lrn or (), strict=False)
+    if not all(math.isclose(found, expected, rel_tol=1e-5) for found, expected in pairs):
+        yield f"its {contents.lrn}, expected {table.lrn}"
+    groups = tuple(conv.groups for conv in table.convs)
+    if contents.groups not in (None, groups):
+        yield f"its convolutions have groups {list(contents.groups or ())}, expected {list(groups)}"
+
+
+def _other_tensors(found: Mapping[str, Entry], state: Mapping[str, Tensor]) -> Iterator[str]:
+    """How the file's tensors differ from the model's, by name, shape and dtype."""
+    for word, names in (("missing", state.keys() - found.keys()), ("unknown", found.keys() - state.keys())):
+        if names:
+            more = f" and {len(names) - 16} more" if len(names) > 16 else ""
+            yield f"{word} {', '.join(ascii(name)[1:-1] for name in sorted(names)[:16])}{more}"
+    for name, tensor in state.items():
+        if name not in found:
+            continue
+        shape = tuple(tensor.shape)
+        if found[name].shape != shape:
+            yield f"{name} is {list(found[name].shape)}, expected {list(shape)}"
+        elif found[name].dtype not in DTYPES:
+            yield f"{name} is of {found[name].dtype}, expected floating-point numbers"
 
 
 def _read_safetensors(file: Path, model: AlexNet) -> Contents:

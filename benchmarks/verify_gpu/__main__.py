@@ -6,7 +6,7 @@
 
 The second needs the build that the first leaves, and adds its stages to the first one's report,
 benchmarks/results/verify-DEVICE-DATE.md and .json. Exit code 1 if a stage did not pass. Needs the packages of the
-build, and pytest, which tests/cases.py imports.
+build, and pytest, which tests/support/cases.py imports.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from alexnet_ext.ops import _backend
 from alexnet_ext.ops._tuning import Candidate
-from tests import cases
-from tests.cases import Case, Tensors
+from tests.support import cases
+from tests.support.cases import Case, Tensors
 
 from .report import Finding
 from .stages import BACKENDS

@@ -10,8 +10,8 @@ from functools import partial
 import torch
 
 from alexnet_ext.ops import _backend
-from tests import cases
-from tests.cases import Case, conv
+from tests.support import cases
+from tests.support.cases import Case, conv
 
 from .common import choosing, examples, gradients
 from .stages.correctness import candidate_names, named

@@ -51,7 +51,7 @@ inline cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int64_t
   kernel<<<static_cast<unsigned>(blocks), kBlockThreads, static_cast<size_t>(shared_bytes),
            static_cast<cudaStream_t>(stream)>>>(arguments...);
   return cudaGetLastError();
-#else  // tests/emulator
+#else  // tests/gpu_on_cpu/emulator
   (void)stream;
   emulator::run({static_cast<unsigned>(blocks)}, {kBlockThreads}, shared_bytes, [&] { kernel(arguments...); });
   return cudaSuccess;

@@ -20,8 +20,8 @@ from alexnet_ext import _library
 from alexnet_ext.ops import _backend
 from alexnet_ext.ops._tuning import Candidate
 from benchmarks import harness
-from tests import cases, oracle
-from tests.cases import Case
+from tests.support import cases, oracle
+from tests.support.cases import Case
 
 from .. import common
 from ..common import attempt, backends, choosing, each_way

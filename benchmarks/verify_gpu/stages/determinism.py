@@ -9,8 +9,8 @@ import torch
 
 from alexnet_ext.ops import _backend
 from benchmarks import harness
-from tests import cases
-from tests.cases import Case
+from tests.support import cases
+from tests.support.cases import Case
 
 from ..common import SIZES, attempt, fused, gradients, ways
 from ..report import Finding

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 import alexnet_ext as ax
-from tests import cases
-from tests.cases import Case
+from tests.support import cases
+from tests.support.cases import Case
 
 from ..common import attempt, captured, each_way, examples, gradients, preferring
 from ..report import Finding

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from benchmarks import harness
-from tests import cases
+from tests.support import cases
 
 from ..common import SIZES, captured, each_way, preferring
 from ..report import Finding

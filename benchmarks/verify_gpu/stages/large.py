@@ -8,8 +8,8 @@ from functools import partial
 
 import torch
 
-from tests import cases
-from tests.cases import Case, augment, block, conv, lrn, pool
+from tests.support import cases
+from tests.support.cases import Case, augment, block, conv, lrn, pool
 
 from ..common import attempt, backends, gradients
 from ..report import Finding
@@ -27,7 +27,7 @@ CASES = (
 
 def run(task: Task) -> Iterator[Finding]:
     if task.device != "cuda":
-        return  # tests/test_runtime.py covers the CPU
+        return  # tests/ops/test_runtime.py covers the CPU
     for case in CASES:
         # The native convolution is cuDNN's, which may use another algorithm for another batch.
         ours = ("triton",) if case.op in cases.PRODUCTS else BACKENDS

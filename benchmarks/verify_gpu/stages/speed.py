@@ -19,8 +19,8 @@ from alexnet_ext import _library
 from alexnet_ext.ops import _backend
 from alexnet_ext.ops._tuning import Candidate
 from benchmarks import harness
-from tests import cases
-from tests.cases import Case, Tensors
+from tests.support import cases
+from tests.support.cases import Case, Tensors
 
 from ..common import SIZES, choosing, fused, ways
 from ..report import Finding

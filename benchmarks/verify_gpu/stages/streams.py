@@ -7,8 +7,8 @@ from functools import partial
 
 import torch
 
-from tests import cases
-from tests.cases import Case
+from tests.support import cases
+from tests.support.cases import Case
 
 from ..common import attempt, examples, gradients
 from ..report import Finding

@@ -1,0 +1,56 @@
+// What the kernels use of CUDA C++, for g++: tests/gpu_on_cpu/emulator/emulator.h runs them.
+#pragma once
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <source_location>
+
+#include "../emulator.h"
+#include "cuda_runtime_api.h"
+
+#define __global__
+#define __device__
+#define __launch_bounds__(...)
+#define __restrict__ __restrict
+
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
+using emulator::blockDim;
+using emulator::blockIdx;
+using emulator::gridDim;
+using emulator::threadIdx;
+
+// The place of the call tells barriers apart: threads that wait at different ones have diverged.
+using CallSite = std::source_location;
+
+inline void __syncthreads(CallSite site = CallSite::current()) { emulator::wait_for_block(site); }
+
+inline void __syncwarp(unsigned mask = 0xffffffff, CallSite site = CallSite::current()) {
+  emulator::exchange(mask, 0, site, [](const uint64_t*, int) { return uint64_t{0}; });
+}
+
+// A lane whose source lies outside its warp keeps its own value.
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, unsigned delta, CallSite site = CallSite::current()) {
+  return emulator::exchange_values(mask, value, site, [=](int lane) { return lane - static_cast<int>(delta); });
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, CallSite site = CallSite::current()) {
+  return emulator::exchange_values(mask, value, site, [=](int lane) { return lane + static_cast<int>(delta); });
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int bits, CallSite site = CallSite::current()) {
+  return emulator::exchange_values(mask, value, site, [=](int lane) { return lane ^ bits; });
+}
+
+inline uint64_t __umul64hi(uint64_t a, uint64_t b) {
+  return static_cast<uint64_t>(static_cast<unsigned __int128>(a) * b >> 64);
+}
+inline float rsqrtf(float v) { return 1 / std::sqrt(v); }
+inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
+inline unsigned __float_as_uint(float v) { return std::bit_cast<unsigned>(v); }
+using std::pow;
+using std::sqrt;
