@@ -1,4 +1,4 @@
-"""``pytest benchmarks/test_augment.py --benchmark-only``: native and stock."""
+"""``pytest benchmarks/test_augment.py --benchmark-only``: native beside stock."""
 
 from .harness import op_benchmark
 

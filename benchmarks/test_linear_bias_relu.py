@@ -1,4 +1,4 @@
-"""``pytest benchmarks/test_linear_bias_relu.py --benchmark-only``: native and stock."""
+"""``pytest benchmarks/test_linear_bias_relu.py --benchmark-only``: native beside stock."""
 
 from .harness import op_benchmark
 

@@ -1,4 +1,4 @@
-"""``pytest benchmarks/test_relu_max_pool2d.py --benchmark-only``: native and stock."""
+"""``pytest benchmarks/test_relu_max_pool2d.py --benchmark-only``: native beside stock."""
 
 from .harness import op_benchmark
 
