@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.resolve()
 
 
 def tool(name: str) -> str:
-    """The cmake or ninja of PyPI where it is installed (a distribution's cmake may be too old), else that on PATH."""
+    """The cmake or ninja of PyPI if installed (a distribution's cmake may be too old), else that on PATH."""
     try:
         module = __import__(name)
         found = Path(module.CMAKE_BIN_DIR if name == "cmake" else module.BIN_DIR) / name
@@ -49,7 +49,7 @@ class CMakeBuild(build_ext):
             ("configure", configure),
             ("compile", [tool("cmake"), "--build", str(build), "--parallel", jobs]),
         ):
-            # The compiler has printed its own message by then; a traceback behind it would only hide it.
+            # The compiler has printed its own message; a traceback after it would only hide it.
             if subprocess.run(command, check=False).returncode:
                 raise CompileError(f"alexnet_ext did not {step}: the message above says why")
 

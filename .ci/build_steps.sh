@@ -17,7 +17,7 @@ environments() {
     'pytest-xdist>=3.6'
   python -c 'import torch; assert torch.version.cuda is None, f"{torch.__version__} is no CPU build"'
   cuda_environment
-  # CUTLASS's headers, which an isolated build has by itself, for the steps that ask for them.
+  # CUTLASS's headers, for the steps that need them; an isolated build installs its own.
   pip install -qq --no-deps --target "$work/cutlass" 'nvidia-cutlass>=4.2,<5'
   python -c 'import torch; assert torch.version.cuda, f"{torch.__version__} is no CUDA build"'
   command -v nvcc > /dev/null || { echo "nvcc is not on PATH: the CUDA kernels cannot be compiled"; return 1; }
@@ -38,7 +38,7 @@ wheel() {
 }
 
 wheels() {
-  # In a folder with nothing of a toolkit beside it.
+  # In a folder without any part of a toolkit.
   mkdir "$work/wrapper"
   printf '#!/bin/sh\nexec "%s" "$@"\n' "$(command -v nvcc)" > "$work/wrapper/nvcc"
   chmod +x "$work/wrapper/nvcc"
@@ -47,7 +47,7 @@ wheels() {
   wheel cuda
   system_path=$before
   diff "$work/wheels/cuda/libraries" <(printf 'alexnet_ext/libalexnet_ext_%s.so\n' cpu cuda)
-  # Built second in the same tree: nothing of the first may be left in it.
+  # Built second in the same tree: no file of the first build may be left in it.
   wheel cpu
   diff "$work/wheels/cpu/libraries" <(printf 'alexnet_ext/libalexnet_ext_%s.so\n' cpu)
 }
@@ -72,13 +72,13 @@ wheels_run() {
 
 ops_under_the_other_torch() {
   enter cpu
-  # Away from the source tree, so that the installed wheel is what is tested.
+  # Away from the source tree, so that the installed wheel is tested.
   mkdir "$work/ops"
   cp -r tests pyproject.toml "$work/ops"
   (
     cd "$work/ops"
     python -c 'import alexnet_ext, sys; assert alexnet_ext.__file__.startswith(sys.prefix), alexnet_ext.__file__'
-    # One dtype and three layouts of the large grid, and all the rest.
+    # One dtype and three layouts of the large grid, and all other tests.
     pytest $(op_tests _ops.cpp) tests/ops/test_{products,blocks}.py \
       -k 'not (values_and_gradients or ties) or (float32 and (contiguous or channels_last or sliced))'
   )
@@ -110,7 +110,7 @@ without_nvcc() {
   grep -A1 'cutlass *not loaded: .*nvidia-cutlass is not installed' "$work/info"
 }
 
-# editable [NAME=VALUE...]: an editable install with ninja's own words, one line a step, into $work/log.
+# editable [NAME=VALUE...]: an editable install; ninja's output, one line a step, goes to $work/log.
 editable() { env "$@" NINJA_STATUS='[%f/%t, %r running] ' pip install -v -e . --no-build-isolation --no-deps > "$work/log" 2>&1; }
 
 compiled() { grep -cE '^ *\[[0-9]+/[0-9]+, [0-9]+ running\] Building' "$work/log" || true; }

@@ -10,7 +10,7 @@ emulator() {
 
 emulate() {
   enter cuda
-  # The ops' own tests, by the emulated kernels. The suite at the end finds the emulator here for its own.
+  # The ops' own tests, by the emulated kernels. The suite at the end uses this emulator too.
   emulator build/emulator ""
   python -m pytest --emulated=random \
     $(op_tests _cuda_ops.cpp) tests/ops/test_{products,blocks}.py \
@@ -23,7 +23,7 @@ emulate() {
 }
 
 # Registers, spills, stack, shared memory, 16-byte accesses and tensor cores of every kernel on every architecture. And
-# what CUTLASS's kernels compute: the suite at the end has not its headers.
+# the results of CUTLASS's kernels: the suite at the end lacks its headers.
 budget() {
   enter cuda
   PYTHONPATH=$work/cutlass python -m tests.tools.cuda_budget --cutlass

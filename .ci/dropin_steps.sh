@@ -1,4 +1,4 @@
-# Steps of .ci/run on what the package is in other people's hands: reference, examples, other packages, compilers.
+# Steps of .ci/run on the package in use: reference, examples, other packages, compilers.
 
 reference() {
   NO_MKDOCS_2_WARNING=1 mkdocs build --quiet --strict --site-dir "$work/site"

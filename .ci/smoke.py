@@ -1,4 +1,4 @@
-"""Runs every op natively, with its gradient, and compares with stock PyTorch: needs an installed wheel, no more."""
+"""Runs every op natively, with its gradient, and compares it with stock PyTorch. Needs an installed wheel only."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def biased(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
 
 block = {"lrn_size": 5, "alpha": 1e-1, "beta": 0.75, "k": 2.0, "kernel_size": 3, "stride": 2}
 
-# Name: shapes of the tensors, the compiled op, the same of stock layers.
+# Name: shapes of the tensors, the compiled op, the same by stock layers.
 OPS: dict[str, tuple[list[tuple[int, ...]], Callable[..., torch.Tensor], Callable[..., torch.Tensor]]] = {
     "local_response_norm": (
         [(2, 17, 9, 7)],
@@ -76,7 +76,7 @@ def main() -> int:
     print(f"torch {torch.__version__}, alexnet_ext from {_library.FOLDER}")
     for library in (cpu, cuda):
         print(f"  {library.name}: {'loaded' if library.loaded else f'not loaded: {library.reason}'}")
-    # What the command line promises of this installation: "cpu" alone, or both.
+    # The arguments name the libraries that this installation must have: "cpu" alone, or both.
     for name in sys.argv[1:]:
         if not next(library for library in (cpu, cuda) if library.name == name).loaded:
             print(f"the {name} library should be loaded")

@@ -1,8 +1,8 @@
-# Steps about the Triton kernels. The plain suite runs them in Triton's interpreter and compiles a sample; here is the rest.
+# Steps about the Triton kernels. The plain suite runs them in Triton's interpreter and compiles a sample; these steps do the rest.
 
 # Every kernel and configuration compiled for compute capability 8.0, 9.0 or 10.0, as the commit picks, with no GPU:
-# tensor cores, no spills, shared memory, 16-byte accesses, and torch.compile seeing the kernels. What those for 8.0 and
-# 9.0 compute, on the CPU.
+# tensor cores, no spills, shared memory, 16-byte accesses, and torch.compile seeing the kernels. The results of those for
+# 8.0 and 9.0, on the CPU.
 triton_ahead() {
   enter cuda
   pytest tests/gpu_on_cpu/test_triton_ahead.py tests/gpu_on_cpu/test_ptx_triton.py -m ahead -n0 --part $part

@@ -1,5 +1,5 @@
-"""Whether this process is the command ``alexnet``. Its help and its errors need no PyTorch, whose import takes longer
-than they do, so that the package then leaves the imports to whoever needs them."""
+"""Whether this process is the command ``alexnet``. If so, the package imports PyTorch only where it is needed: the
+command's help and its errors do without, and the import takes longer than they do."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 
 
 def _is_command() -> bool:
-    if sys.argv[:1] == ["-m"]:  # so it is as long as Python looks for the module
+    if sys.argv[:1] == ["-m"]:  # true while Python looks for the module
         return any(
             first == "-m" and second == __package__
             for first, second in zip(sys.orig_argv, sys.orig_argv[1:], strict=False)
@@ -17,7 +17,7 @@ def _is_command() -> bool:
         return False
     try:
         with open(sys.argv[0], "rb") as script:
-            return f"{__package__}.cli".encode() in script.read(4096)  # and is no one's own script of that name
+            return f"{__package__}.cli".encode() in script.read(4096)  # and not some other script of that name
     except OSError:
         return False
 

@@ -1,6 +1,6 @@
 """Loads the compiled libraries, and remembers why one is missing.
 
-Importing the package never fails: whatever could not be built or loaded is recorded here, the ops run on
+Importing the package never fails: a library that could not be built or loaded is recorded here, the ops run on
 stock PyTorch instead, and ``alexnet info`` prints the record.
 """
 
@@ -20,7 +20,7 @@ REBUILD = "pip install -e . --no-build-isolation --no-deps"
 
 @dataclass(frozen=True)
 class Library:
-    """One compiled library: what it serves, whether it is loaded, and if not why and what mends it."""
+    """One compiled library: its device, whether it is loaded, and if not, the reason and the remedy."""
 
     name: str
     device: str
@@ -30,7 +30,7 @@ class Library:
 
 
 def build_record() -> dict[str, str]:
-    """What the build wrote about itself (torch version, instruction sets, what was left out and why)."""
+    """The build's own record: torch version, instruction sets, parts left out and why."""
     try:
         record = json.loads((FOLDER / "build_info.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -39,7 +39,7 @@ def build_record() -> dict[str, str]:
 
 
 def _load(name: str, device: str, wanted: str) -> Library:
-    """Load one library unless ``wanted`` says why this torch has no use for it."""
+    """Load one library, unless ``wanted`` gives a reason why this torch cannot use it."""
     path = FOLDER / f"libalexnet_ext_{name}.so"
     if wanted:
         return Library(name, device, False, wanted)
@@ -49,7 +49,7 @@ def _load(name: str, device: str, wanted: str) -> Library:
         return Library(name, device, False, reason, record.get(f"{name}_remedy") or REBUILD)
     try:
         torch.ops.load_library(str(path))
-    except Exception as error:  # a library of another machine, an older torch: anything the loader finds wrong
+    except Exception as error:  # a library of another machine, an older torch: any error of the loader
         cause = error.__cause__ or error
         return Library(name, device, False, f"{path.name} does not load: {cause}", REBUILD)
     return Library(name, device, True)
@@ -77,7 +77,7 @@ def _find_triton() -> Library:
         return Library("triton", "cuda", False, "Triton is not installed", "pip install triton")
     try:
         import triton  # noqa: F401
-    except Exception as error:  # whatever an installation that is broken raises
+    except Exception as error:  # a broken installation may raise anything
         return Library("triton", "cuda", False, f"Triton does not import: {error}", "pip install triton")
     return Library("triton", "cuda", True)
 
@@ -88,9 +88,9 @@ INTERPRETED = TRITON.loaded and os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def _find_cutlass(name: str) -> Library:
-    """The convolution by CUTLASS is part of the CUDA library, where that was built with CUTLASS's headers.
+    """The convolution by CUTLASS, part of a CUDA library that was built with CUTLASS's headers.
 
-    ``"cutlass"`` is that for compute capability 8.0 and newer, ``"sm90"`` that for 9.0 alone.
+    ``"cutlass"`` is for compute capability 8.0 and newer, ``"sm90"`` for 9.0 alone.
     """
     if not LIBRARIES[1].loaded:
         return Library(name, "cuda", False, "it is part of the CUDA library")

@@ -1,4 +1,4 @@
-"""Where ``Rewritten`` stood before; pickles of accelerated models name it here."""
+"""The former module of ``Rewritten``: older pickles of accelerated models name it."""
 
 from .accelerate.calls import Rewritten
 

@@ -1,4 +1,4 @@
-"""The command ``alexnet``: options in, one line on stderr and an exit code where something is wrong.
+"""The command ``alexnet``: parses options; an error is one line on stderr and an exit code.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C or SIGTERM.
 """
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(pretty_exceptions_enable=False)
 
-# What torch says, on the CPU and on a GPU.
+# Parts of torch's messages, on the CPU and on a GPU.
 OUT_OF_MEMORY = ("can't allocate memory", "CUDA out of memory")
 
 
@@ -193,7 +193,7 @@ def run_command(arguments: list[str]) -> int:
     """Run ``alexnet`` with these arguments; the exit code."""
     try:
         code = app(arguments or ["--help"], prog_name="alexnet", standalone_mode=False)
-        print(end="", flush=True)  # what it cannot take is told here, not by the interpreter at exit
+        print(end="", flush=True)  # a failed write is reported here, not by the interpreter at exit
     except CommandError as error:
         warn(str(error))
         return error.code
@@ -215,7 +215,7 @@ def run_command(arguments: list[str]) -> int:
         if error.filename is not None:
             warn(str(os_error(error.filename, error)))
         elif error.errno in (errno.EPIPE, errno.ENOSPC):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more to write at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python writes nothing more at exit
             if error.errno == errno.ENOSPC:
                 warn(str(os_error("standard output", error)))
         elif _of_the_system(error):
@@ -223,7 +223,7 @@ def run_command(arguments: list[str]) -> int:
         else:
             raise
         return 1
-    if code == STOPPED:  # so typer answers Ctrl-C, without a word
+    if code == STOPPED:  # typer's exit code for Ctrl-C, which prints nothing
         warn("stopped")
     return code if isinstance(code, int) else 0
 
@@ -236,12 +236,12 @@ def _of_the_system(error: OSError) -> bool:
 
 def main() -> None:
     """Entry point of the console script."""
-    # Huge pages for large tensors: a step allocates its gradients and activations afresh, and page by page that
-    # costs a tenth of it. torch reads the variable at its first allocation.
+    # Huge pages for large tensors: a step allocates its gradients and activations afresh. Page by page that costs a
+    # tenth of the step. torch reads the variable at its first allocation.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     for stream in ("stdout", "stderr"):
         if getattr(sys, stream) is None:  # closed by whoever started the process
             setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115 (open to the end)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # names and bars, where the terminal knows neither
+        sys.stdout.reconfigure(errors="replace")  # for names and bars that the terminal cannot show
     sys.exit(run_command(sys.argv[1:]))

@@ -13,7 +13,7 @@ import typer
 
 from .variants import VARIANTS
 
-# The name of its module differs by typer's version: it is the base of an exception that has always been exported.
+# UsageError is in different modules in different versions of typer; it is the base of the exported BadParameter.
 UsageError: type[Any] = typer.BadParameter.__mro__[1]
 
 Variant = StrEnum("Variant", {name: name for name in VARIANTS})  # type: ignore[misc]
@@ -28,7 +28,7 @@ class Precision(StrEnum):
 
 
 def path(text: str) -> Path:
-    """An argument as a path. An empty one, such as a variable that is not set gives, would be the current folder."""
+    """An argument as a path. An empty one, as from an unset variable, is refused: it would be the current folder."""
     if not text:
         raise typer.BadParameter("expected a path, got an empty one")
     return Path(text)
@@ -48,12 +48,12 @@ Workers = Annotated[
 
 
 def workers_of(given: int | None, device: str) -> int:
-    """A GPU must not wait for JPEGs; on the CPU the readers would take the cores that train."""
+    """The default by device: a GPU must not wait for JPEGs; on the CPU readers would take cores from training."""
     if given is not None:
         return given
     return min(8, len(os.sched_getaffinity(0))) if device == "cuda" else 0
 
 
 def warn(text: str) -> None:
-    with contextlib.suppress(OSError):  # a terminal that has closed
+    with contextlib.suppress(OSError):  # the terminal has closed
         print(f"alexnet: {text}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The commands that look at what a training run made: ``alexnet evaluate`` and ``alexnet predict``."""
+"""The commands that use a trained network: ``alexnet evaluate`` and ``alexnet predict``."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def predict(
 
 
 def _print_bars(found: Sequence[Prediction], console: Console) -> None:
-    """The guesses of one image as bars; of several the best of each."""
+    """Print the guesses of one image as bars, or the best guess of each of several."""
     from .training.run import say
 
     if len(found) != 1:
@@ -158,7 +158,7 @@ def _print_json(value: Any) -> None:
 
 
 def _print_bytes(content: bytes) -> None:
-    """Names as the bytes that they have on the disk, whatever the terminal's encoding."""
+    """Print names as the bytes that they have on the disk, whatever the terminal's encoding."""
     sys.stdout.flush()
     sys.stdout.buffer.write(content)
     sys.stdout.buffer.flush()

@@ -1,4 +1,4 @@
-"""``alexnet train``: its options, which are the fields of a Recipe, and where a run is and goes."""
+"""``alexnet train``: its options are the fields of a Recipe, and the folders of a run."""
 
 from __future__ import annotations
 

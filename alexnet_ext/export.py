@@ -32,9 +32,9 @@ def to_onnx(model: nn.Module, example: Tensor, path: str | os.PathLike[str]) -> 
     """Write ``model`` as an ONNX file, its weights inside, for any batch size.
 
     Every ``LocalResponseNorm`` over (N, C, H, W) in fp32 with an odd window and positive ``alpha`` and ``beta`` is one
-    ``LRN`` node (PyTorch's own exporter takes it to pieces). Any other is Mul, Pad, Slice, Sum and Pow, as an even
-    window of ONNX's leans to the other side, and onnxruntime's has no other rank or constants; everything else is
-    ``Conv``, ``Relu``, ``MaxPool``, ``Gemm`` as the model has them, in evaluation.
+    ``LRN`` node (PyTorch's own exporter splits it). Any other is Mul, Pad, Slice, Sum and Pow: an even window of ONNX's
+    leans to the other side, and onnxruntime's takes no other rank or constants. All other layers are ``Conv``,
+    ``Relu``, ``MaxPool`` and ``Gemm`` as in the model, in evaluation.
 
     Args:
         model: stock, fused or accelerated, on any device; a copy of it on the CPU is exported.
@@ -59,7 +59,7 @@ def to_onnx(model: nn.Module, example: Tensor, path: str | os.PathLike[str]) -> 
 
 def to_torch_export(model: nn.Module, example: Tensor, path: str | os.PathLike[str]) -> None:
     """Write ``model`` with ``torch.export.save``, for any batch size; ``import alexnet_ext`` before it is loaded."""
-    # Here as below by way of memory: PyTorch's writer aborts the process where the disk is full.
+    # Written to memory first, here and below: PyTorch's writer aborts the process if the disk is full.
     with _evaluating(model), io.BytesIO() as whole:
         torch.export.save(_exported(model, example), whole)
         Path(path).write_bytes(whole.getbuffer())
@@ -68,8 +68,8 @@ def to_torch_export(model: nn.Module, example: Tensor, path: str | os.PathLike[s
 def to_aoti(model: nn.Module, example: Tensor, path: str | os.PathLike[str]) -> None:
     """Compile ``model`` with AOTInductor into a ``.pt2`` package, for any batch size.
 
-    It runs where torch is and the compiled library of this package, which ``torch.ops.load_library`` loads; neither
-    this package nor a compiler is needed: ``torch._inductor.aoti_load_package(path)``.
+    ``torch._inductor.aoti_load_package(path)`` loads it. That needs torch and this package's compiled library, which
+    ``torch.ops.load_library`` loads, but neither this package nor a compiler.
     """
     with _evaluating(model), io.BytesIO() as whole:
         torch._inductor.aoti_compile_and_package(_exported(model, example), package_path=whole)
@@ -92,17 +92,17 @@ def write(
     warn: Callable[[str], None] = lambda text: None,
     last: bool = False,
 ) -> None:
-    """What ``alexnet export`` does: build a network, give it weights, write it; whole or not at all.
+    """The work of ``alexnet export``: build a network, load weights, and write it whole or not at all.
 
     Args:
         kind: ``"onnx"``, ``"torch-export"``, ``"aoti"`` or ``"safetensors"``.
         path: the file to write.
         variant: None takes the one of the weights: a run's own, or the first that a file of others fits.
         weights: a run or checkpoint folder, or a file for ``models.load_weights``; None makes a fresh start.
-        warn: hears of damaged checkpoints that were passed over.
+        warn: called for each damaged checkpoint that was passed over.
         last: of a run its newest checkpoint, not its best.
 
-    Raises CommandError, one sentence on what the user can mend.
+    Raises CommandError, with one sentence, for an error that the user can fix.
     """
     from .training import checkpoint
     from .training.files import check_target, new_file
@@ -150,7 +150,7 @@ def _network(
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation inside, each module's own mode again afterwards."""
+    """Evaluation mode inside the block; afterwards each module has its own mode again."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -174,8 +174,8 @@ def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     op: Any = getattr(onnxscript, f"opset{OPSET}")
 
     def norm(like: Any, x: Any, size: int, alpha: float, beta: float, k: float) -> Any:
-        """Of x, of which the rank and dtype are known from the op's input alone."""
-        # An even window of LRN leans to the other side. Of odd ones onnxruntime's takes what follows and no more.
+        """LRN of x. Its rank and dtype are known from the op's input alone."""
+        # An even window of LRN leans to the other side. onnxruntime takes odd windows under these conditions only.
         if size % 2 and len(like.shape) == 4 and str(like.dtype) == "FLOAT" and min(alpha, beta) >= TINY:
             return op.LRN(x, size=size, alpha=alpha, beta=beta, bias=k)
         window = op.Constant(value_ints=[size // 2, (size - 1) // 2])
@@ -204,7 +204,7 @@ def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         return x if bias is None else op.Add(x, op.Unsqueeze(bias, op.Constant(value_ints=[1, 2])))
 
     def winners(y: Any) -> Any:
-        return op.Cast(y, to=2)  # uint8; for the backward alone, so that nothing reads it and it is removed
+        return op.Cast(y, to=2)  # uint8; only a backward reads it, so the exporter removes it
 
     def local_response_norm(x: Any, size: int, alpha: float, beta: float, k: float) -> Any:
         return norm(x, x, size, alpha, beta, k)

@@ -17,7 +17,7 @@ KINDS = {"relu": "ReLU", "norm": "LRN", "pool": "max pooling, overlapping"}
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One line of the table; sizes that a layer does not have are None, ``output`` is without the batch."""
+    """One line of the table. Sizes that a layer does not have are None; ``output`` is without the batch."""
 
     layer: str
     kind: str
@@ -31,9 +31,9 @@ class LayerRow:
 
 
 def layer_rows(config: AlexNetConfig) -> list[LayerRow]:
-    """A row for each convolution, pooling and linear layer with what follows it, for one image.
+    """A row for each convolution, pooling and linear layer with the layers that follow it, for one image.
 
-    Each weight is used once at each output position; additions of biases are not counted.
+    Each weight is used once at each output position; bias additions are not counted.
     """
     table, found = VARIANTS[config.variant], stages(config)
     rows = []

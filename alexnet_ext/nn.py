@@ -14,10 +14,10 @@ Layer = TypeVar("Layer", bound=nn.Module)
 
 
 def sharing(kind: type[Layer], stock: nn.Module, **attributes: Any) -> Layer:
-    """A layer of ``kind`` that is ``stock`` in another form: its settings, and its very dictionaries of parameters,
-    buffers and hooks, so that whatever replaces a parameter or registers a hook in one has done so in both.
+    """A layer of ``kind`` with the settings of ``stock`` and its very dictionaries of parameters, buffers and hooks: a
+    parameter replaced or a hook registered in one is so in both.
 
-    ``attributes`` are what ``kind`` has besides.
+    ``attributes`` are those that only ``kind`` has.
     """
     layer = kind.__new__(kind)
     layer.__dict__.update(vars(stock) | attributes)
@@ -25,12 +25,12 @@ def sharing(kind: type[Layer], stock: nn.Module, **attributes: Any) -> Layer:
 
 
 def stock_kind(layer: nn.Module) -> type[nn.Module]:
-    """The class of ``torch.nn`` whose arguments and parameters a layer has: its own, if it is none of ours."""
+    """The class of ``torch.nn`` with a layer's arguments and parameters: its own class, unless it is one of ours."""
     return getattr(type(layer), "stock", type(layer))
 
 
 def not_scriptable(what: str) -> str:
-    """What ``torch.jit.script`` is to say, whose own words would be about some line of ours that it cannot read."""
+    """The message for ``torch.jit.script``, whose own would name a line of ours that it cannot read."""
     return (
         f"torch.jit.script cannot compile {what}: use torch.jit.trace, torch.compile or torch.export, or stock layers "
         "(alexnet_ext.restore brings them back)"
@@ -38,22 +38,22 @@ def not_scriptable(what: str) -> str:
 
 
 class _Fused(nn.Module):
-    """What all layers here share."""
+    """The base of all layers here."""
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """Asked for by ``torch.jit.script``."""
+        """Called by ``torch.jit.script``."""
         raise RuntimeError(not_scriptable(type(self).__name__))
 
     @classmethod
     def takes(cls, *layers: nn.Module) -> dict[str, Any]:
         """The attributes of a fused layer that the second and further layers of its pattern decide.
 
-        Raises ValueError for a layer that it cannot stand for.
+        Raises ValueError for a layer that it cannot replace.
         """
         return {}
 
     def gives(self, *layers: nn.Module) -> None:
-        """Write into those layers what ``takes`` took of them, as it is now."""
+        """Write the present values of the attributes from ``takes`` back into those layers."""
 
 
 class LocalResponseNorm(_Fused, nn.LocalResponseNorm):
@@ -66,8 +66,8 @@ class LocalResponseNorm(_Fused, nn.LocalResponseNorm):
 class _Compound(_Fused):
     """A layer that computes more than ``stock``, and has its arguments, attributes, state_dict and repr.
 
-    It is no instance of ``stock``: code that looks for such layers, to convert them or to fold others into them, would
-    lose the rest of what this one computes.
+    It is no instance of ``stock``: code that converts such layers, or folds others into them, would lose the rest of
+    its computation.
     """
 
     stock: type[Any]
@@ -88,8 +88,8 @@ class _Compound(_Fused):
 class ReLUMaxPool2d(_Compound):
     """``nn.Sequential(nn.ReLU(), nn.MaxPool2d(...))`` by ``ops.relu_max_pool2d``.
 
-    Takes ``nn.MaxPool2d``'s arguments; ``return_indices=True`` raises ValueError, as the winners are kept as
-    one byte each, not as indices.
+    Takes ``nn.MaxPool2d``'s arguments; ``return_indices=True`` raises ValueError, as a winner is stored as
+    one byte and not as an index.
     """
 
     stock = nn.MaxPool2d
@@ -120,18 +120,18 @@ class ReLUMaxPool2d(_Compound):
 
 
 class _WithParameters(_Compound):
-    """What the layers with a weight share."""
+    """The base of the layers with a weight."""
 
     weight: Tensor
     bias: Tensor | None
 
     def reset_parameters(self) -> None:
-        """Draw weight and bias afresh, as the layer of ``torch.nn`` does."""
+        """Initialize weight and bias as the layer of ``torch.nn`` does."""
         self.stock.reset_parameters(self)
 
 
 class _FusedConv2d(_WithParameters):
-    """What the layers with a convolution share: ``ops.conv2d_bias_relu``, every padding_mode included."""
+    """The base of the layers with a convolution: ``ops.conv2d_bias_relu``, in every padding_mode."""
 
     stock = nn.Conv2d
     stride: Any
@@ -141,7 +141,7 @@ class _FusedConv2d(_WithParameters):
     padding_mode: str
     _reversed_padding_repeated_twice: list[int]
     relu = True
-    """Whether bias and ReLU are the convolution's; else they are those of the op behind it."""
+    """Whether the convolution adds the bias and applies ReLU; else the op after it does."""
 
     def convolution(self, input: Tensor) -> Tensor:
         padding: Any = self.padding
@@ -170,7 +170,7 @@ class LinearReLU(_WithParameters):
 
 
 class _Conv2dBlock(_FusedConv2d):
-    """A convolution and the fused block behind it; subclasses name the block's op and its order."""
+    """A convolution and the fused block after it; subclasses name the block's op and its order."""
 
     relu = False
     norm: tuple[int, float, float, float]
@@ -190,7 +190,7 @@ class _Conv2dBlock(_FusedConv2d):
 
     @staticmethod
     def block_settings(norm: nn.LocalResponseNorm, pool: nn.MaxPool2d) -> dict[str, Any]:
-        """The attributes of a block besides its convolution's; ValueError for a pool that no block does."""
+        """The attributes that a block adds to its convolution's. Raises ValueError for an unsupported pool."""
         plain = (pool.padding, pool.dilation, pool.ceil_mode, pool.return_indices)
         if plain not in ((0, 1, False, False), ((0, 0), (1, 1), False, False)):
             raise ValueError(f"pool must have no padding, dilation, ceil_mode or return_indices, got {pool}")
@@ -207,7 +207,7 @@ class _Conv2dBlock(_FusedConv2d):
 
     @staticmethod
     def _ordered(layers: tuple[nn.Module, ...]) -> tuple[nn.LocalResponseNorm, nn.MaxPool2d]:
-        """(norm, pool) of the layers behind the convolution."""
+        """(norm, pool) of the layers after the convolution."""
         (norm,) = (layer for layer in layers if isinstance(layer, nn.LocalResponseNorm))
         (pool,) = (layer for layer in layers if isinstance(layer, nn.MaxPool2d))
         return norm, pool

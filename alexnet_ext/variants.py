@@ -26,9 +26,9 @@ class LRN(NamedTuple):
 
 
 class Variant(NamedTuple):
-    """One row of the table: the convolutions and what differs around them.
+    """One row of the table: the convolutions, and where the variants differ around them.
 
-    ``order`` is what follows conv1 and conv2. conv3 and conv4 are followed by ReLU, conv5 by ReLU and pooling.
+    ``order`` lists the layers after conv1 and conv2. conv3 and conv4 are followed by ReLU, conv5 by ReLU and pooling.
     """
 
     convs: tuple[Conv, ...]
@@ -36,8 +36,8 @@ class Variant(NamedTuple):
     lrn: LRN | None = None
     ceil_mode: bool = False  # pooled sizes round up, as Caffe rounds them
     image_size: int = 227
-    any_size: bool = False  # an average pool brings every image to 6 x 6 before fc6
-    dropout_first: bool = False  # dropout before fc6 and fc7, not behind them
+    any_size: bool = False  # an average pool scales every image to 6 x 6 before fc6
+    dropout_first: bool = False  # dropout before fc6 and fc7, not after them
 
 
 # The two GPUs of 2012 each held half of the kernels: groups=2 where a layer saw its own tower only.
@@ -71,10 +71,10 @@ VARIANTS: dict[str, Variant] = {
 # Overlapping pooling, window 3 and stride 2, in every variant.
 WINDOW, STRIDE = 3, 2
 
-ANY_SIZE = 6  # what the average pool of a variant of any size puts out
+ANY_SIZE = 6  # side of the average pool's output, in a variant of any size
 HIDDEN = 4096  # outputs of fc6 and fc7
 INIT_NAMES = ("paper", "kaiming", "torch")
-LARGEST = 2**24  # of image_size and num_classes: beyond, bytes are more than 63 bits can count
+LARGEST = 2**24  # of image_size and num_classes: larger byte counts overflow 63 bits
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,8 @@ def config_of(variant: str, num_classes: int, image_size: int | None, dropout: f
 
 
 class Stage(NamedTuple):
-    """A convolution in its place. ``size`` is the side of its square output, ``output`` that behind all of ``after``;
-    ``rounds_up``: pooling leaves a row that only rounding up keeps."""
+    """A convolution and the layers after it. ``size`` is the side of its square output, ``output`` that after all of
+    ``after``; ``rounds_up``: pooling leaves a row that only rounding up keeps."""
 
     conv: Conv
     in_channels: int

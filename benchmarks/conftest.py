@@ -1,4 +1,4 @@
-"""Says what the times were measured on."""
+"""Prints the machine and the versions of a measurement."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from alexnet_ext import _library
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """Times are taken alone: no workers beside (the tests' ``-n auto`` is in pyproject.toml)."""
+    """Times are measured alone, without parallel workers (the tests' ``-n auto`` is in pyproject.toml)."""
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What is timed: each op at AlexNet's shapes and the whole network, ours and stock, from the tests' cases."""
+"""The timed functions: each op at AlexNet's shapes and the whole network, ours and stock, from the tests' cases."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def alexnet_cases(op: str, batch: int = BATCH) -> tuple[Case, ...]:
 
 
 def layer_name(case: Case) -> str:
-    """``32x96x55x55``; a convolution's kernel behind it, and whether space becomes depth."""
+    """``32x96x55x55``; then a convolution's kernel, and whether space becomes depth."""
     name = "x".join(map(str, next(shape for shape in case.shapes.values() if shape)))
     if case.constants.get("space_to_depth", 1) > 1:
         return f"{name} to depth"
@@ -65,7 +65,7 @@ def directions(op: str) -> tuple[str, ...]:
 
 
 def layouts(op: str) -> tuple[str, ...]:
-    """Of x where it is images; rows have one, and bytes are as they are decoded, one pixel after the other."""
+    """The layouts of x: two for images, one for rows and for bytes, which decoders write pixel by pixel."""
     return LAYOUTS if all(len(case.shapes.get("x") or ()) == 4 for case in cases.ALEXNET[op]) else LAYOUTS[:1]
 
 
@@ -104,10 +104,10 @@ def network_run(
 ) -> Run:
     """One step of the paper's SGD on the paper's network with random images, or one inference.
 
-    bf16 and fp16 are autocast's; ``compiled(model)`` is called in the model's place.
+    bf16 and fp16 are autocast's; ``compiled(model)`` is called instead of the model.
     """
     torch.manual_seed(0)
-    with torch.device(device):  # a CPU takes a second to draw 61 million weights
+    with torch.device(device):  # drawing 61 million weights on a CPU takes a second
         model = ax.models.alexnet("paper", fused=fused)
         images, labels = torch.randn(batch, 3, 227, 227), torch.randint(0, 1000, (batch,))
     if layout == "channels_last":
@@ -134,7 +134,7 @@ def network_run(
 
 
 def bytes_moved(case: Case) -> int | None:
-    """Bytes that forward and backward must read and write at least (fp32), or None where arithmetic bounds."""
+    """The fewest bytes that forward and backward must read and write (fp32); None if arithmetic is the bound."""
     if case.op == "augment":  # each crop read, y written in its dtype
         crops = 3 * case.shapes["images"][0] * case.constants["size"] ** 2
         return crops + crops * case.constants["dtype"].itemsize
@@ -156,7 +156,7 @@ def bytes_moved(case: Case) -> int | None:
 
 
 def op_benchmark(op: str) -> Callable[..., None]:
-    """A pytest-benchmark test of the op: native beside stock in one group for each layer and direction."""
+    """A pytest-benchmark test of the op: native and stock in one group for each layer and direction."""
 
     @pytest.mark.parametrize("backend", ["native", "stock"])
     @pytest.mark.parametrize("direction", directions(op))

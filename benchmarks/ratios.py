@@ -1,6 +1,6 @@
 """``python -m benchmarks.ratios``: how many times faster than stock PyTorch, fp32, on this machine's CPU.
 
-Ours and stock take turns, so that what else the machine does hits both; a time is the median of its rounds. Prints
+Ours and stock take turns, so that other load on the machine slows both; a time is the median of its rounds. Prints
 the table and writes it to benchmarks/results/DEVICE-DATE.md and .json.
 """
 
@@ -52,7 +52,7 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One contest. ``floor_ms`` is what copying the bytes that must move would take; ``target`` a ratio."""
+    """One comparison. ``floor_ms`` is the time to copy the bytes that must move; ``target`` is a ratio."""
 
     name: str
     layout: str
@@ -108,7 +108,7 @@ def copy_rate() -> float:
 
 
 def op_rows(batch: int, seconds: float, rate: float) -> Iterator[Row]:
-    """A row for each of an op's layers, then their sum, which the target is for."""
+    """A row for each of an op's layers, then their sum; the target is for the sum."""
     for op, layout in [(name, layout) for name in OPS for layout in harness.layouts(name)]:
         rows = []
         for case in harness.alexnet_cases(op, batch):
@@ -134,7 +134,7 @@ def op_rows(batch: int, seconds: float, rate: float) -> Iterator[Row]:
 
 
 def network_rows(batch: int, seconds: float) -> Iterator[Row]:
-    """The network in one loop with one optimizer, then `alexnet train` beside a loop as tutorials show it."""
+    """The network in one loop with one optimizer, then `alexnet train` compared with a loop as in tutorials."""
     shape = f"{batch}x3x227x227"
     for kind, layout in itertools.product(harness.NETWORK, harness.LAYOUTS):
         runs = (harness.network_run(kind, fused, batch, layout) for fused in (True, False))
@@ -178,7 +178,7 @@ def markdown(facts: dict[str, Any], rows: list[Row]) -> str:
 
 
 def write(folder: Path, facts: dict[str, Any], rows: list[Row]) -> Path:
-    """Both files, named by device, date and, where that run is not the first, number; returns the readable one."""
+    """Write both files, named by device, date and, after the first run, number. Returns the path of the .md."""
     folder.mkdir(parents=True, exist_ok=True)
     slug = re.sub(r"[^a-z0-9]+", "-", f"{facts['device']} {facts['threads']} threads".lower()).strip("-")
     names = (f"{slug}-{facts['date']}{f'-{run}' if run > 1 else ''}.md" for run in itertools.count(1))

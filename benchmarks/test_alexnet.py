@@ -1,4 +1,4 @@
-"""``pytest benchmarks/test_alexnet.py --benchmark-only``: the paper's network, fused layers beside torch.nn's."""
+"""``pytest benchmarks/test_alexnet.py --benchmark-only``: the paper's network, fused layers and torch.nn's."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A contestant in a process of its own, since how malloc behaves belongs to the process.
+"""A contestant in a process of its own, since malloc's settings belong to the process.
 
 ``python -m benchmarks.worker train|plain BATCH THREADS`` runs a training step for each line of its input and answers
-with a line. ``train`` has the settings of ``alexnet train`` on the CPU, ``plain`` PyTorch's defaults and stock layers.
+with a line. ``train`` uses the settings of ``alexnet train`` on the CPU, ``plain`` PyTorch's defaults and stock layers.
 """
 
 from __future__ import annotations

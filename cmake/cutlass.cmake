@@ -33,7 +33,7 @@ else()
   file(GLOB CUTLASS_OPS CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/csrc/*/*_cutlass_ops.cpp)
   target_sources(cuda PRIVATE ${CUTLASS_OPS} $<TARGET_OBJECTS:cutlass_kernels>)
 
-  # For compute capability 9.0 alone (csrc/*/*_sm90.cu): wgmma and TMA, by headers of which one is CUTLASS's utility.
+  # For compute capability 9.0 alone (csrc/*/*_sm90.cu): wgmma and TMA. One of the headers is a utility of CUTLASS.
   find_path(UTILITIES cutlass/util/packed_stride.hpp PATHS ${INCLUDE} ${INCLUDE}/../tools/util/include
     NO_CACHE NO_DEFAULT_PATH)
   list(FILTER ARCHITECTURES INCLUDE REGEX "^90")

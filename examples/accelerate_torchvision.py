@@ -1,4 +1,4 @@
-"""Accelerate torchvision's AlexNet: one line, the same results, and how long a training step takes with and without.
+"""Accelerate torchvision's AlexNet: one line, the same results, and the time of a training step with and without.
 
 python examples/accelerate_torchvision.py [--model vgg11] [--batch-size 32] [--steps 10]
 """
@@ -49,7 +49,7 @@ def main() -> None:
 
     times: dict[str, list[float]] = {"stock": [], "accelerated": []}
     for i in range(options.steps):
-        for name in times:  # in turns, so that a busy machine is busy for both
+        for name in times:  # in turns, so that other load on the machine slows both
             if name == "accelerated":
                 ax.accelerate(model)
             began = time.perf_counter()

@@ -15,7 +15,7 @@ from alexnet_ext.data import Digits
 
 
 def network() -> nn.Sequential:
-    """Two convolutions in the manner of 2012: each layer here is two or four of torch.nn's."""
+    """Two convolutions as in 2012: each layer here is two or four of torch.nn's."""
     return nn.Sequential(
         ax.nn.Conv2dReLULRNMaxPool2d(
             *(1, 32, 5),  # nn.Conv2d(1, 32, 5), ReLU,

@@ -2,8 +2,8 @@
 
     python examples/lpips_loss.py [--backbone alexnet-owt-7be5be79.pth] [--steps 200] [--out lpips.png]
 
-The layers' weights come with the package. Without ``--backbone``, torchvision's weights as a file, AlexNet's own are
-random: the loss is a distance still, of other features.
+The layers' weights come with the package. ``--backbone`` is a file of torchvision's weights. Without it AlexNet's own
+weights are random: the loss is still a distance, of other features.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Fused layers for anybody's model: put in, proven on request, taken out again."""
+"""Puts fused layers into any model, proves them on request, and takes them out again."""
 
 from .replace import accelerate, accelerated, restore
 from .report import Report, Row

@@ -1,4 +1,4 @@
-"""Calls of ``torch.nn.functional`` in a module's ``forward``: fused in a traced copy, which stands in for it."""
+"""Fuses calls of ``torch.nn.functional`` in a traced copy of a module's ``forward``, which then replaces it."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ RELUS = (F.relu, F.relu_, torch.relu, torch.relu_)
 class Rewritten:
     """Takes the place of ``owner.forward``: the same code as ``torch.fx`` saw it, with fused calls.
 
-    It looks everything up in ``owner`` as the original does, so a layer or a parameter replaced later is the one used.
-    The original runs instead where the trace does not hold: a call that gives an argument which may be left out, or one
-    that is no tensor, and an attribute, a global or a forward that is another than it was.
+    It looks everything up in ``owner`` as the original does, so it uses a layer or a parameter that is replaced later.
+    The original runs instead where the trace does not hold: if a call gives an optional argument or one that is no
+    tensor, or if an attribute, a global or a forward has changed.
     """
 
     stands_in = True
@@ -41,21 +41,21 @@ class Rewritten:
             self.prepare(training, next((one for one in traces if one.training == training), None))
 
     def prepare(self, training: bool, known: Trace | None = None) -> None:
-        """Make the function for this mode, of a trace if there is one with nothing given that may be left out.
+        """Make the function for this mode, from a trace without optional arguments if there is one.
 
-        Raises whatever the owner's code raises when it is traced.
+        Raises any error that the owner's code raises when it is traced.
         """
         able = optional(self.owner)
         self.forward = type(self.owner).forward
         self.arguments = len(self.__signature__.parameters) - len(able)
         _, graph, self.reads[training], _ = known or trace(self.owner, training, left_out=able)
         self.found[training], self.left[training] = fuse_calls(graph, self.owner, self.options)
-        # A method of a class of its own, which takes any self: here the owner.
+        # GraphModule generates a class; take its forward unbound, and call it with the owner as self.
         self.functions[training] = type(fx.GraphModule(self.owner, graph)).forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         training = self.owner.training
-        if training not in self.functions:  # read from a pickle, which holds no code
+        if training not in self.functions:  # unpickled: a pickle holds no code
             self.prepare(training)
         as_traced = (
             len(args) + len(kwargs) == self.arguments
@@ -68,7 +68,7 @@ class Rewritten:
         return self.functions[training](self.owner, *args, **kwargs)
 
     def attach(self) -> None:
-        """Stand in for the owner's forward from here on."""
+        """Replace the owner's forward from here on."""
         self.owner.forward = self
         self.owner._replicate_for_data_parallel = self.replicate  # type: ignore[method-assign]
 
@@ -76,7 +76,7 @@ class Rewritten:
         del self.owner.forward, self.owner._replicate_for_data_parallel
 
     def replicate(self) -> nn.Module:
-        """What ``nn.DataParallel`` asks a module for: a copy of its dictionary, here with a forward of its own."""
+        """For ``nn.DataParallel``: a copy of the module's dictionary, here with a forward of its own."""
         replica = type(self.owner)._replicate_for_data_parallel(self.owner)
         twin = self._of(replica)
         vars(replica).update(forward=twin, _replicate_for_data_parallel=twin.replicate)
@@ -93,12 +93,12 @@ class Rewritten:
 
     @property
     def __code__(self) -> CodeType:
-        """Where the code stands, which ``torch.export`` asks a forward for."""
+        """The original's code, as ``torch.export`` asks a forward where its code is."""
         return type(self.owner).forward.__code__
 
     @property
     def __globals__(self) -> Any:
-        """What names in the code stand for: ``torch.jit.script`` insists on it, others ask whether it is there."""
+        """Refused: ``torch.jit.script`` requires the globals of a forward, others only look whether it has them."""
         raise AttributeError(not_scriptable(f"the traced forward of {type(self.owner).__name__}"))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Rewritten:
@@ -115,7 +115,7 @@ class Rewritten:
 
 
 def fuse_calls(graph: fx.Graph, owner: nn.Module, options: dict[str, bool]) -> tuple[list[str], list[tuple[str, str]]]:
-    """Fuse in place what there is to fuse: (a pattern for each, (pattern, reason) for each that is left alone)."""
+    """Fuse calls in place. Returns (the patterns fused, (pattern, reason) for each one left alone)."""
     found, left = [], []
     for node in list(graph.nodes):
         if node.op != "call_function":
@@ -136,7 +136,7 @@ def fuse_calls(graph: fx.Graph, owner: nn.Module, options: dict[str, bool]) -> t
         plain = node.target is F.max_pool2d and node.kwargs.get("return_indices") is False and len(node.args) < 7
         if options["relu_pool"] and fixed and plain and isinstance(relu, fx.Node) and _is_relu(relu, owner):
             settings = {name: value for name, value in node.kwargs.items() if name != "return_indices"}
-            # Where the ReLU stood: what it reads may be written into between it and the pooling.
+            # At the ReLU: its input may be written into between it and the pooling.
             with graph.inserting_before(relu):
                 fused = graph.call_function(ops.relu_max_pool2d, (relu.args[0], *node.args[1:]), settings)
             node.replace_all_uses_with(fused)
@@ -147,13 +147,13 @@ def fuse_calls(graph: fx.Graph, owner: nn.Module, options: dict[str, bool]) -> t
 
 
 def _with_x(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A call's arguments, with its input in front, which the op here names otherwise."""
+    """A call's arguments, with its input first: our op has another name for it."""
     kwargs = dict(node.kwargs)
     return (node.args if node.args else (kwargs.pop("input"),)), kwargs
 
 
 def _is_relu(node: fx.Node, owner: nn.Module) -> bool:
-    """Whether a node is a ReLU that one other node alone reads, and writes nothing that a third one could see."""
+    """Whether a node is a ReLU that only one other node reads, and that writes nothing a third one could see."""
     given = node.args[0] if len(node.args) == 1 else None
     if len(node.users) != 1 or not isinstance(given, fx.Node):
         return False
@@ -172,8 +172,8 @@ def _is_relu(node: fx.Node, owner: nn.Module) -> bool:
 
 
 def rewrite(owner: nn.Module, options: dict[str, bool], traces: Sequence[Trace] = ()) -> Rewritten | str:
-    """A forward for ``owner`` with its calls fused, or why it cannot be traced; ``traces`` are those of it, if any."""
+    """A forward for ``owner`` with its calls fused, or why it cannot be traced; ``traces`` are its traces, if any."""
     try:
         return Rewritten(owner, options, traces)
-    except Exception as error:  # whatever its code raises when it is given proxies
+    except Exception as error:  # its code may raise anything on proxies
         return first_line(error)

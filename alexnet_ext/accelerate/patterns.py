@@ -1,4 +1,4 @@
-"""The patterns that fused layers replace, and where a model has them."""
+"""The patterns that fused layers replace, and their places in a model."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from .. import nn as fused_nn
 from .places import Place
 from .survey import FUSED, Survey, obstacle
 
-REPLACES = "_replaces"  # attribute of a fused layer: ((key in its parent, the layer that stood there), ...)
+REPLACES = "_replaces"  # attribute of a fused layer: ((key in its parent, the layer that was there), ...)
 
 
 class Pattern(NamedTuple):
-    """Layers that one fused layer replaces where they run one right after another."""
+    """Layers that one fused layer replaces if they run one right after another."""
 
     option: str
     kinds: tuple[type[nn.Module], ...]
@@ -25,12 +25,12 @@ class Pattern(NamedTuple):
         return " -> ".join(kind.__name__ for kind in self.kinds)
 
     def fuse(self, *layers: nn.Module) -> nn.Module:
-        """The fused layer: the first of these in another form. ValueError for settings that it does not do."""
+        """The fused layer, which shares the first layer's state. Raises ValueError for unsupported settings."""
         return fused_nn.sharing(self.fused, layers[0], **self.fused.takes(*layers[1:]))
 
 
-# The first that applies is taken. ReLU goes with pooling rather than with the convolution before it: there the
-# activation is read and written once less, while a convolution's time is its own arithmetic.
+# The first that applies is taken. ReLU is fused with the pooling and not with the convolution before it: this saves one
+# pass over the activation, while a convolution's time is its own arithmetic.
 PATTERNS = (
     Pattern("fused_block", (nn.Conv2d, nn.ReLU, nn.LocalResponseNorm, nn.MaxPool2d), fused_nn.Conv2dReLULRNMaxPool2d),
     Pattern("fused_block", (nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.LocalResponseNorm), fused_nn.Conv2dReLUMaxPool2dLRN),
@@ -58,7 +58,7 @@ class Step(NamedTuple):
         )
         for place, module in zip(self.places, stock, strict=True):
             first = place is self.places[0]
-            # What is set on a placeholder, a hook say, is set on the layer whose place it keeps.
+            # A hook set on a placeholder, for example, is also set on the layer whose place it keeps.
             place.parent._modules[place.key] = self.layer if first else fused_nn.sharing(nn.Identity, module)
 
     def take_back(self) -> None:
@@ -67,7 +67,7 @@ class Step(NamedTuple):
 
 
 class Refusal(NamedTuple):
-    """A pattern that is there and is left alone, and whether strict=True minds."""
+    """A pattern that is present and left alone, and whether strict=True raises for it."""
 
     pattern: Pattern
     reason: str
@@ -77,9 +77,9 @@ class Refusal(NamedTuple):
 def match(
     known: Survey, options: dict[str, bool], asked: Callable[[Place], bool]
 ) -> tuple[list[Step], dict[Place, Refusal]]:
-    """(replacements to make, by place the first pattern that was there and was refused).
+    """(the replacements to make, the first pattern refused at each place).
 
-    ``options`` say which patterns to replace, ``asked`` whether a place may be.
+    ``options`` select the patterns to replace, ``asked`` decides whether a place may be replaced.
     """
     steps: list[Step] = []
     taken: dict[Place, Pattern] = {}
@@ -103,7 +103,7 @@ def match(
                 else:
                     try:
                         layer = pattern.fuse(*(place.module for place in places))
-                    except ValueError as error:  # a pool that no block does
+                    except ValueError as error:  # a pool that no block supports
                         reason = str(error)
                 if layer is not None:
                     steps.append(Step(pattern, places, layer))

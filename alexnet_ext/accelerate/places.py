@@ -1,4 +1,4 @@
-"""Where modules stand in a model, and which of them are known to run one right after another."""
+"""The places of modules in a model, and the modules known to run one right after another."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 Chain = list["Place"]
-"""Places of one parent whose modules run in this order, each one's output read by the next one alone, as its input."""
+"""Places of one parent whose modules run in this order. Only the next one reads each output, as its input."""
 
 Flow = tuple[str, str]
-"""(source, reader): names of places, the output of the first one's module being the input of the second one's. "" at
-either end is anything else: several readers, other code, the model's own input."""
+"""(source, reader): names of places; the output of the first module is the input of the second. "" at either end is
+anything else: several readers, other code, the model's own input."""
 
 
 class Place(NamedTuple):
@@ -33,7 +33,7 @@ class Place(NamedTuple):
 
 
 def every_place(model: nn.Module) -> Iterator[Place]:
-    """Each place below ``model`` once, in the order of ``named_modules``; not inside of what is sealed."""
+    """Each place below ``model`` once, in the order of ``named_modules``; nothing inside of sealed modules."""
     seen: set[int] = set()
 
     def walk(parent: nn.Module, prefix: str) -> Iterator[Place]:
@@ -49,7 +49,7 @@ def every_place(model: nn.Module) -> Iterator[Place]:
 
 
 def by_parent(places: Iterable[Place]) -> dict[nn.Module, list[Place]]:
-    """These places, those of one parent together."""
+    """These places, grouped by parent."""
     found: dict[nn.Module, list[Place]] = defaultdict(list)
     for place in places:
         found[place.parent].append(place)
@@ -57,12 +57,12 @@ def by_parent(places: Iterable[Place]) -> dict[nn.Module, list[Place]]:
 
 
 def is_sealed(module: nn.Module) -> bool:
-    """Whether another tool owns what is inside: TorchScript, quantisation."""
+    """Whether another tool owns the inside of a module: TorchScript, quantisation."""
     return isinstance(module, torch.jit.ScriptModule) or type(module).__module__.startswith("torch.ao.")
 
 
 def runs_in_order(module: nn.Module) -> bool:
-    """Whether a module's forward is that of ``nn.Sequential``, which says itself who follows whom."""
+    """Whether a module's forward is that of ``nn.Sequential``, which runs its layers in their order."""
     return (
         isinstance(module, nn.Sequential)
         and type(module).forward is nn.Sequential.forward

@@ -18,12 +18,12 @@ from .tracing import first_line
 
 TOLERANCE = {torch.float64: (1e-9, 1e-6), torch.float32: (1e-4, 1e-2), torch.float16: (1e-2, 1e-1)}
 TOLERANCE[torch.bfloat16] = (5e-2, 2e-1)
-"""By dtype, the largest difference of (values, gradients): the norm of the difference over that of what stock PyTorch
-gives. A rounding may turn a ReLU or a pooling window, and send a gradient elsewhere: those have more."""
+"""By dtype, the largest relative difference of (values, gradients): the norm of the difference over the norm of stock
+PyTorch's result. Gradients have more: a rounding may change the winner of a ReLU or a pooling window."""
 
 SMALL = 1e-2
-"""A gradient's norm counts as at least this part of the largest one's, per element: a bias before a BatchNorm has a
-gradient of rounding errors alone."""
+"""A gradient's norm per element counts as at least this part of the largest one's: a bias before a BatchNorm has a
+gradient of rounding errors only."""
 
 CONTAINERS = (list, dict, set, deque, bytearray)
 OPAQUE = (Tensor, nn.Module, type, ModuleType, FunctionType, BuiltinFunctionType, MethodType, str, bytes, int, float)
@@ -41,7 +41,7 @@ Some = TypeVar("Some", bound=Change)
 
 
 class Result(NamedTuple):
-    """What a model gives, each tensor with a name for messages."""
+    """The results of a model, each tensor with a name for messages."""
 
     values: list[tuple[str, Tensor]]
     gradients: list[tuple[str, Tensor | None]]
@@ -50,9 +50,9 @@ class Result(NamedTuple):
 def prove(model: nn.Module, changes: Sequence[Some], example_inputs: Any) -> dict[Some, str]:
     """Compare ``model``, whose ``changes`` are all in place, with itself without them.
 
-    Those that change a result beyond ``TOLERANCE`` are taken back; returns them, and what differs. The model is left as
-    it was otherwise. Raises TypeError for ``example_inputs`` without a tensor, and whatever the model raises on them
-    without the changes.
+    Changes that alter a result beyond ``TOLERANCE`` are taken back; returns them, each with the difference in words.
+    Otherwise the model stays as it was. Raises TypeError for ``example_inputs`` without a tensor, and any error that
+    the model raises on them without the changes.
     """
     args, kwargs = _arguments(example_inputs)
     inside = list(changes)
@@ -79,7 +79,7 @@ def prove(model: nn.Module, changes: Sequence[Some], example_inputs: Any) -> dic
 
     right = list(changes)
     while (found := difference(right)) and right:
-        # The shortest beginning of the list that differs: one change fewer does not.
+        # Find the shortest head of the list that differs; with one change fewer it does not.
         some, most = 0, len(right)
         while most - some > 1:
             middle = (some + most) // 2
@@ -117,7 +117,7 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Res
 
             with torch.set_grad_enabled(training):
                 given, named = tree_map(copied, (args, kwargs))
-                # In-place layers may begin the model, and may not write into a leaf.
+                # The model may begin with an in-place layer, and autograd forbids writing into a leaf.
                 given, named = tree_map(lambda v: v.view_as(v) if isinstance(v, Tensor) else v, (given, named))
                 outputs = [v for v in tree_flatten(model(*given, **named))[0] if isinstance(v, Tensor)]
             mode = "in training" if training else "in evaluation"
@@ -142,7 +142,7 @@ def _gradients(outputs: list[Tensor], leaves: list[tuple[str, Tensor]]) -> list[
 
 @contextmanager
 def _without_gradients(leaves: list[Tensor]) -> Iterator[None]:
-    """No gradients and nobody who waits for them; afterwards those that were there."""
+    """No gradients and no gradient hooks inside the block; afterwards the earlier ones are back."""
     before = [(leaf, leaf.grad) for leaf in leaves]
     waiting = [(hooks, dict(hooks)) for leaf in leaves if (hooks := leaf._post_accumulate_grad_hooks)]
     try:
@@ -160,7 +160,7 @@ def _without_gradients(leaves: list[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def _hearing(model: nn.Module) -> Iterator[list[tuple[str, Tensor]]]:
-    """Yields what the model's forward hooks are given, the very tensors: in-place layers may write into them later."""
+    """Yields the very tensors that the model's forward hooks get: in-place layers may write into them later."""
     heard: list[tuple[str, Tensor]] = []
     handles = []
     for name, module in model.named_modules():
@@ -193,7 +193,7 @@ def _held(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _difference(stock: Result, ours: Result) -> str:
-    """What differs most beyond tolerance, in words, or ""."""
+    """The largest difference beyond tolerance, in words, or ""."""
     if [name for name, _ in stock.values] != [name for name, _ in ours.values]:
         return "other outputs"
     worst, found = 1.0, ""
@@ -217,7 +217,7 @@ def _difference(stock: Result, ours: Result) -> str:
 
 
 def _share(expected: Tensor, tensor: Tensor, is_gradient: bool, least: float) -> float:
-    """How much of its tolerance a difference takes."""
+    """A difference as a share of its tolerance."""
     if not expected.is_floating_point():
         return 0.0 if torch.equal(expected, tensor) else float("inf")
     a, b = expected.double(), tensor.double()
@@ -234,7 +234,7 @@ def _share(expected: Tensor, tensor: Tensor, is_gradient: bool, least: float) ->
 
 @contextmanager
 def _put_back(model: nn.Module) -> Iterator[None]:
-    """What a run does to the model and to random generators is undone: modes, attributes, buffers, what they hold."""
+    """Undoes the effects of a run on the model and on random generators: modes, attributes, buffers, their contents."""
     states = (random.getstate(), np.random.get_state())
     seen: set[int] = set()
     saved = [_Saved(vars(module), seen) for module in model.modules()]
@@ -258,7 +258,7 @@ def _put_back(model: nn.Module) -> Iterator[None]:
 
 
 class _Saved:
-    """A container, and those that it holds, as they are now."""
+    """The present contents of a container, and of the containers in it."""
 
     def __init__(self, container: Any, seen: set[int]) -> None:
         self.container, self.copy = container, container.copy()

@@ -1,8 +1,7 @@
-"""Which code of a model may run some layers of a container alone, and so read what is between them.
+"""Finds code of a model that may run some layers of a container alone, and so read the tensors between them.
 
-Nobody runs the code for this: its source is read. A container is safe where every method of the modules around it
-calls it as a whole, ``self.features(x)``. What iterates over it, takes layers out of it, or hands it to others may do
-anything.
+The code is not run: its source is read. A container is safe if every method of the modules around it calls it as a
+whole, ``self.features(x)``. A method that iterates over it, takes layers out of it, or passes it on may do anything.
 """
 
 from __future__ import annotations
@@ -22,22 +21,22 @@ from .watch import Identity, identity
 Path = tuple[str, ...]
 
 ANY, DEEP = "*", "**"
-"""In a path: some child; some module below."""
+"""In a path: any child; any module below."""
 
 CHILDREN = {"children", "named_children", "items", "values", "__iter__", "__getitem__"}
 MODULES = {"modules", "named_modules", "get_submodule", "_modules", "__dict__"}
 PASSES_ON = {"enumerate", "reversed", "list", "tuple", "zip", "iter", "next", "sorted", "set"}
-"""Functions whose result holds the very modules that they are given."""
+"""Functions whose result holds the modules in their arguments."""
 ASKS = {"isinstance", "issubclass", "hasattr", "len", "type", "id", "repr", "str", "print", "super", "bool", "callable"}
 RUNS_WHOLE = {"checkpoint", "checkpoint_sequential"}
-"""Functions that run the module that they are given as a whole."""
+"""Functions that run a module, their argument, as a whole."""
 
 
 class Use(NamedTuple):
-    """What a method does with modules that it reaches from ``self`` by a path."""
+    """A method's use of the modules that it reaches from ``self`` by a path."""
 
     runs: bool
-    """It calls them; else it may do anything with them."""
+    """True if it calls them; else it may do anything with them."""
     path: Path
 
 
@@ -45,30 +44,30 @@ class Method(NamedTuple):
     name: str
     function: FunctionType
     is_of_owner: bool = True
-    """Its first argument is the owner; else nobody knows what it was given."""
+    """Whether its first argument is the owner; else the argument is unknown."""
 
     def uses(self) -> frozenset[Use] | None:
-        """What it does with modules below its owner; None where that cannot be read."""
+        """Its uses of modules below its owner; None if its source cannot be read."""
         return _uses(self.function) if self.is_of_owner else None
 
 
 def is_own_code(module: nn.Module) -> bool:
-    """Whether a module's class is neither PyTorch's nor this package's layers'."""
+    """Whether a module's class is neither of PyTorch nor one of this package's layers."""
     return not type(module).__module__.startswith(("torch.", "alexnet_ext."))
 
 
 STANDS_IN = "stands_in"
-"""Attribute of a forward of ours: it does what the forward of the owner's class does."""
+"""Attribute of our own forwards: they do the same as the forward of the owner's class."""
 
 
 def replaced_forward(owner: nn.Module) -> object:
-    """What runs in the place of the forward of the owner's class, or None."""
+    """The function that replaces the forward of the owner's class, or None."""
     forward = vars(owner).get("forward")
     return None if hasattr(forward, STANDS_IN) else forward
 
 
 def methods(owner: nn.Module) -> Iterator[Method]:
-    """The functions of the owner's classes that somebody may call with data: not those that nn.Module has too."""
+    """The functions of the owner's classes that may be called with data: all that nn.Module does not have."""
     derived: dict[str, FunctionType] = {}
     for kind in type(owner).__mro__:
         if kind.__module__.startswith("torch.") or kind is object:
@@ -79,7 +78,7 @@ def methods(owner: nn.Module) -> Iterator[Method]:
             if not ours or not isinstance(function, FunctionType):
                 continue
             function = inspect.unwrap(function)
-            # What a class further down replaces runs where that one asks for it.
+            # A method that a derived class overrides runs only if that class calls super.
             if name not in derived or "super" in _names(derived[name].__code__):
                 derived[name] = function
                 yield Method(name, function)
@@ -90,7 +89,7 @@ def methods(owner: nn.Module) -> Iterator[Method]:
 
 
 def mentioned(method: Method, keys: set[str]) -> set[str]:
-    """Which of these children of its owner a method may use; all of them where its source cannot be read."""
+    """The children of its owner, among ``keys``, that a method may use; all if its source cannot be read."""
     if not _names(method.function.__code__) & (keys | CHILDREN | MODULES | {"getattr"}):
         return set()
     found = method.uses()
@@ -101,10 +100,10 @@ def mentioned(method: Method, keys: set[str]) -> set[str]:
 
 
 def taken_apart(model: nn.Module, traced: Mapping[nn.Module, set[Identity]]) -> dict[nn.Module, str]:
-    """The containers some of whose layers may be run alone, and by which code.
+    """The containers with layers that may be run alone, and the code that may do so.
 
-    ``traced`` are the functions that a trace of a module's forward went through: it shows what they do. A module that
-    names the outputs that it reads in ``feature_info``, as timm's do, is believed.
+    ``traced`` are the functions that a trace of a module's forward went through: their effect is known. A module that
+    lists the outputs that it reads in ``feature_info``, as timm's do, is believed.
     """
     found: dict[nn.Module, str] = {}
 
@@ -136,7 +135,7 @@ def taken_apart(model: nn.Module, traced: Mapping[nn.Module, set[Identity]]) -> 
 
 
 def _opened(owner: nn.Module, use: Use) -> set[nn.Module]:
-    """The containers whose layers a use reaches one by one; none where the path ends at something that is no module."""
+    """The containers whose layers a use reaches one by one; none if the path does not end at a module."""
     reached, opened = [owner], set[nn.Module]()
     for depth, step in enumerate(use.path):
         after: list[nn.Module] = []
@@ -147,7 +146,7 @@ def _opened(owner: nn.Module, use: Use) -> set[nn.Module]:
                 continue
             below = module._modules.values() if step == ANY else [module._modules.get(step)]
             children = [child for child in below if child is not None]
-            lists = isinstance(module, (nn.ModuleList, nn.ModuleDict))  # nobody runs those
+            lists = isinstance(module, (nn.ModuleList, nn.ModuleDict))  # these have no forward
             if children and not lists and (depth or isinstance(module, nn.Sequential)):
                 opened.add(module)
             after += children
@@ -163,7 +162,7 @@ def _names(code: CodeType) -> set[str]:
 
 
 def _may_reach(owner: nn.Module, code: CodeType) -> bool:
-    """Whether the code names anything by which it could reach a module; most methods do not, and are not read."""
+    """Whether the code has a name that could lead to a module; most methods have none, and are not read."""
     return isinstance(owner, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) or bool(
         _names(code) & (owner._modules.keys() | CHILDREN | MODULES | {"getattr"})
     )
@@ -171,7 +170,7 @@ def _may_reach(owner: nn.Module, code: CodeType) -> bool:
 
 @lru_cache(maxsize=4096)
 def _uses(function: FunctionType) -> frozenset[Use] | None:
-    """What a method does with modules below its ``self``; None where its source cannot be read."""
+    """A method's uses of modules below its ``self``; None if its source cannot be read."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError, ValueError):
@@ -180,7 +179,7 @@ def _uses(function: FunctionType) -> frozenset[Use] | None:
     if definition is None or not (definition.args.posonlyargs or definition.args.args):
         return None if definition is None else frozenset()
     reader = _Reader((definition.args.posonlyargs + definition.args.args)[0].arg)
-    # Twice, as a loop's body may use what is named further down.
+    # Twice, as a loop's body may use a name that is bound further down.
     for _ in range(2):
         for statement in definition.body:
             reader.visit(statement)
@@ -188,14 +187,14 @@ def _uses(function: FunctionType) -> frozenset[Use] | None:
 
 
 class _Reader(ast.NodeVisitor):
-    """Follows ``self``, and the names that are given modules, through a function."""
+    """Follows ``self``, and the names bound to modules, through a function."""
 
     def __init__(self, owner: str) -> None:
         self.names: dict[str, set[Path]] = {owner: {()}}
         self.found: set[Use] = set()
 
     def paths(self, node: ast.AST | None) -> set[Path]:
-        """The modules, by paths from ``self``, that an expression may stand for or hold; none where it is no module."""
+        """The modules, by paths from ``self``, that an expression may be or contain; empty if it is no module."""
         if isinstance(node, ast.Name):
             return self.names.get(node.id, set())
         if isinstance(node, ast.Attribute):
@@ -230,7 +229,7 @@ class _Reader(ast.NodeVisitor):
         return set()
 
     def _hand(self, node: ast.AST | None) -> None:
-        """A place where modules go to code that is not followed."""
+        """Record that modules go to code that is not followed."""
         if node is None:
             return
         self.found |= {Use(False, path) for path in self.paths(node)}
@@ -244,7 +243,7 @@ class _Reader(ast.NodeVisitor):
                 self._bind(part, paths)
         elif isinstance(target, ast.Starred):
             self._bind(target.value, paths)
-        elif paths:  # an attribute, an item: kept where nobody follows it
+        elif paths:  # an attribute or item: it is not followed
             self.found |= {Use(False, path) for path in paths}
 
     def _iterate(self, target: ast.AST, over: ast.AST) -> None:

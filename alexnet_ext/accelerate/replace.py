@@ -1,9 +1,9 @@
-"""Puts the fused layers into anybody's model, in place, and takes them out again.
+"""Puts the fused layers into any model, in place, and takes them out again.
 
-A fused layer stands where the first of its layers stood and ``nn.Identity`` in the places of the rest, so indices,
-lengths, state_dict keys and the Parameter objects stay what they were: optimizers, checkpoints and DDP do not
-notice. The layers it replaces lie in the fused layer itself, out of sight of ``modules()``, and so a copy or a
-pickle of an accelerated model can be restored too.
+A fused layer takes the place of the first of its layers, and ``nn.Identity`` the places of the rest. So indices,
+lengths, state_dict keys and the Parameter objects stay what they were: optimizers, checkpoints and DDP do not notice.
+The fused layer keeps the layers that it replaces, hidden from ``modules()``. So a copy or a pickle of an accelerated
+model can be restored too.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from .survey import FUSED, STOCK, Survey, no_pattern, sealed, survey
 FilterFn = Callable[[nn.Module, str], bool]
 
 BOUND = ("forward", "_compiled_call_impl", REPLACES)
-"""Attributes of a fused layer that are of no use to the layer it stands for."""
+"""Attributes of a fused layer that the layer it replaces does not need back."""
 
 
 class Forward(NamedTuple):
-    """A forward to put in the place of a module's own."""
+    """A forward that replaces a module's own."""
 
     name: str
     rewritten: Rewritten
@@ -60,39 +60,39 @@ def accelerate(
     """Replace stock layers of ``model`` by fused ones, in place; ``restore`` undoes it.
 
     ``LocalResponseNorm`` anywhere; ``ReLU -> MaxPool2d``, ``Conv2d -> ReLU`` and both orders of ``Conv2d -> ReLU ->
-    LocalResponseNorm -> MaxPool2d`` where one layer's output is the next one's input and nobody else's. Results and
-    gradients stay what they were, except for the differences that the README names. Twice is as once.
+    LocalResponseNorm -> MaxPool2d`` where only the next layer reads a layer's output. Results and gradients stay what
+    they were, except for the differences that the README names. A second call changes nothing more.
 
-    A pattern is left alone where somebody may read what is between its layers: a hook, a method of the model that runs
+    A pattern is left alone if any code may read a tensor between its layers: a hook, a method of the model that runs
     a part of them, code that iterates over their ``nn.Sequential``, a ReLU in place whose input others may hold. Hooks
-    that are set later see the fused layer's output, and its input as the layer before put it out.
+    that are set later see the fused layer's output, and its input as the layer before returned it.
 
     Args:
         model: any module, on any device, in training or not, wrapped (DDP, FSDP2) or not.
-        lrn, relu_pool, conv_relu, fused_block: what to replace; ``fused_block`` are the two of four layers.
-        filter_fn: ``filter_fn(module, name)`` is asked for each layer of a pattern; False leaves the pattern alone.
-        strict: raise where a pattern is there and is left alone for a reason that is not an argument's, and where
-            ``example_inputs`` show a difference.
-        method: ``"modules"`` takes layers for neighbours that stand side by side in one ``nn.Sequential``. Code outside
-            the model that runs such layers one by one it cannot see: exclude them by ``filter_fn``. ``"fx"`` also
-            traces each other module's own ``forward`` with ``torch.fx``, in training and in evaluation. It takes layers
-            of that module for neighbours that it calls one after the other. Where it calls ``F.local_response_norm``,
-            or ``F.relu`` and then ``F.max_pool2d``, a traced copy with fused calls stands in for it. A forward that
-            does anything besides calling PyTorch, which no trace shows, is left alone.
+        lrn, relu_pool, conv_relu, fused_block: the patterns to replace; ``fused_block`` are the two of four layers.
+        filter_fn: ``filter_fn(module, name)`` is called for each layer of a pattern; False leaves the pattern alone.
+        strict: raise if a pattern is left alone for any reason but an argument, or if ``example_inputs`` show a
+            difference.
+        method: with ``"modules"``, neighbours are layers side by side in one ``nn.Sequential``. It cannot see code
+            outside the model that runs such layers one by one: exclude them by ``filter_fn``. ``"fx"`` also traces each
+            other module's own ``forward`` with ``torch.fx``, in training and in evaluation. Layers that it calls one
+            after the other are neighbours then. If it calls ``F.local_response_norm``, or ``F.relu`` and then
+            ``F.max_pool2d``, a traced copy with fused calls replaces it. A forward that does anything except calling
+            PyTorch is left alone, as no trace shows it.
         example_inputs: a tensor, a tuple of arguments or a dictionary of keyword arguments, to prove the result on. The
             model runs without and with the fused layers, from the same random state: in training, with gradients of
-            inputs and parameters, and in evaluation. What its hooks see is compared too. What differs beyond
-            ``proof.TOLERANCE`` is put back, place by place, and named in the report. Buffers, attributes, gradients and
-            random generators are as before afterwards. Where all agrees it costs four forwards and two backwards.
+            inputs and parameters, and in evaluation. The tensors that its hooks see are compared too. A layer that
+            differs beyond ``proof.TOLERANCE`` is put back, and named in the report. Afterwards buffers, attributes,
+            gradients and random generators are as before. Without a difference it costs four forwards, two backwards.
 
     Returns:
         The report: what was fused, and each Conv2d, LocalResponseNorm and MaxPool2d left alone, with the reason: hooks,
         parametrizations, a shared module or weight, a subclass, ``return_indices``, quantised or scripted modules, an
-        output between that somebody reads, a ``forward`` that cannot be traced.
+        output between that other code reads, a ``forward`` that cannot be traced.
 
     Raises:
         TypeError: model is no module. ValueError: an unknown method.
-        RuntimeError: ``strict`` and something is left alone or differs; nothing is replaced then.
+        RuntimeError: ``strict``, and a pattern is left alone or differs; nothing is replaced then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -136,7 +136,7 @@ def accelerate(
 def _forwards(
     model: nn.Module, known: Survey, options: dict[str, bool], filter_fn: FilterFn | None
 ) -> tuple[list[Forward], list[Row]]:
-    """The forwards of the model's own code that call functions to fuse, and a row for each and each left alone."""
+    """The forwards that call functions to fuse, and a row for each, and for each one left alone."""
     found, rows = [], []
     for name, owner in model.named_modules():
         if not is_own_code(owner) or (filter_fn is not None and not filter_fn(owner, name)):
@@ -159,11 +159,11 @@ def _forwards(
 
 
 def restore(model: nn.Module) -> Report:
-    """Put the very modules back that ``accelerate`` replaced in ``model`` (or in what it was copied from).
+    """Put the very modules back that ``accelerate`` replaced in ``model`` (or in the model that it is a copy of).
 
-    What was set on a replacement since is theirs then: training or not, settings such as ``stride``, and hooks, each at
-    its place. Returns a row for each pattern restored, whose ``reason`` names what could not be taken over. Raises
-    RuntimeError, with nothing restored, where a replacement was itself replaced or parametrized since.
+    They take over changes to their replacements: training or not, settings such as ``stride``, and hooks, each at its
+    place. Returns a row for each pattern restored; its ``reason`` names changes that could not be taken over. Raises
+    RuntimeError, with nothing restored, if a replacement was itself replaced or parametrized since.
     """
     return _restore(model, keep={})
 
@@ -172,7 +172,7 @@ def restore(model: nn.Module) -> Report:
 def accelerated(model: nn.Module, **options: Any) -> Iterator[Report]:
     """``accelerate(model, **options)`` for the length of a ``with`` block; gives the report.
 
-    At its end what this block replaced is restored, not what was fused before.
+    At the end of the block only its own replacements are restored, not earlier ones.
     """
     before = {id(found): found for module in model.modules() for found in (module, vars(module).get("forward"))}
     report = accelerate(model, **options)
@@ -183,7 +183,7 @@ def accelerated(model: nn.Module, **options: Any) -> Iterator[Report]:
 
 
 def _restore(model: nn.Module, keep: dict[int, object]) -> Report:
-    """Undo everything but the layers and forwards in ``keep``, which has them by id."""
+    """Undo all replacements except the layers and forwards in ``keep``, by id."""
     back: list[tuple[str, nn.Module, Any]] = []
     for name, parent in model.named_modules():
         for key, fused in parent._modules.items():
@@ -211,7 +211,7 @@ def _restore(model: nn.Module, keep: dict[int, object]) -> Report:
 
 
 def _check_in_place(parent: nn.Module, key: str, fused: nn.Module) -> None:
-    """Raises RuntimeError where what accelerate put there does not stand as it did."""
+    """Raises RuntimeError if the modules that accelerate put there were moved or changed."""
     places = vars(fused)[REPLACES]
     if key != places[0][0]:
         raise RuntimeError(f"cannot restore {places[0][0]!r}: its layer was moved to {key!r} since")
@@ -224,10 +224,10 @@ def _check_in_place(parent: nn.Module, key: str, fused: nn.Module) -> None:
 
 
 def _hand_back(replacement: nn.Module | None, stock: nn.Module, taken: dict[str, Any]) -> list[str]:
-    """Give a layer what was set on its replacement meanwhile; what cannot be given, in words."""
+    """Give a layer the changes made to its replacement; returns those that it cannot take, in words."""
     now = vars(replacement)
     for name, value in now.items():
-        unset = name == "_is_full_backward_hook" and value is None  # of several places of one layer another may have it
+        unset = name == "_is_full_backward_hook" and value is None  # another place of the same layer may have it
         if name not in taken and name not in BOUND and not unset:
             vars(stock)[name] = value
     replaced = "forward" in now or now.get("_compiled_call_impl") is not None

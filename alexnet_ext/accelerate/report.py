@@ -1,4 +1,4 @@
-"""What ``accelerate`` and ``restore`` say that they did."""
+"""The reports of ``accelerate`` and ``restore``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class Row(NamedTuple):
     name: str
     """The first of the layers, as ``named_modules`` calls it."""
     pattern: str
-    """What was looked at, as in ``"Conv2d -> ReLU"``."""
+    """The pattern, as in ``"Conv2d -> ReLU"``."""
     action: str
     """``"fused"``, ``"already fused"`` or ``"left alone"``."""
     reason: str

@@ -1,4 +1,4 @@
-"""A model looked over: which of its layers run one after another, and what forbids to fuse them."""
+"""Surveys a model: which layers run one after another, and what forbids fusing them."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ RETURN_NEW = {
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.InstanceNorm2d, nn.GroupNorm, nn.LayerNorm),
     *(nn.LocalResponseNorm, nn.MaxPool2d, nn.AvgPool2d, *FUSED),
 }
-"""Layers whose output is memory of its own, which they do not keep. A subclass may keep it; any other's output may be
-what it was given, or a view of it, and what writes into the one then writes into the other."""
+"""Layers whose output is fresh memory that they do not keep. A subclass may keep it. Any other layer may return its
+input or a view of it; a write into the one is then a write into the other."""
 
 
 class Survey(NamedTuple):
-    """What is known of a model before anything is replaced."""
+    """The facts about a model before anything is replaced."""
 
     chains: list[Chain]
     untraceable: dict[nn.Module, str]
-    """Modules whose forward ``torch.fx`` cannot show, and why."""
+    """Modules whose forward ``torch.fx`` cannot trace, and why."""
     opened: dict[nn.Module, str]
-    """Modules some of whose layers may be run alone, and by which code."""
+    """Modules with layers that may be run alone, and the code that may do so."""
     traces: dict[nn.Module, list[Trace]]
     """For each module whose forward was traced, ``every_trace`` of it."""
     shared: dict[int, str]
-    """By id, the modules that stand in several places or hold a parameter that another module holds too: which."""
+    """By id, the modules with several places, or with a parameter of another module: where it is shared, in words."""
     read: set[str]
-    """Names of modules whose outputs the model gives out, in timm's convention ``feature_info``."""
+    """Names of modules whose outputs the model returns, by timm's convention ``feature_info``."""
 
 
 def survey(model: nn.Module, trace: bool) -> Survey:
-    """Look over ``model``; with ``trace``, also at what the forwards of its own code do."""
+    """Survey ``model``; with ``trace``, also by tracing the forwards of its own code."""
     places = list(every_place(model))
     names = {(place.parent, place.key): place.name for place in places}
     found: list[Flow] = []
@@ -58,12 +58,12 @@ def survey(model: nn.Module, trace: bool) -> Survey:
         elif trace:
             try:
                 traces = every_trace(owner)
-            except Exception as error:  # whatever the module's own code raises when it is given proxies
+            except Exception as error:  # the module's own code may raise anything on proxies
                 untraceable[owner] = first_line(error)
                 continue
 
             def name_of(target: str, owner: nn.Module = owner) -> str:
-                # A module below two parents has its place, and its name, once.
+                # A module below two parents has one place only, and one name.
                 parent, _, key = target.rpartition(".")
                 return names[owner.get_submodule(parent), key]
 
@@ -74,19 +74,19 @@ def survey(model: nn.Module, trace: bool) -> Survey:
 
 
 def functions(traces: list[Trace]) -> set[Identity]:
-    """Those that ran in any of these traces."""
+    """The functions that ran in any of these traces."""
     return {function for one in traces for function in one.methods}
 
 
 def obstacle(known: Survey, chain: Chain, places: tuple[Place, ...]) -> str:
-    """Why layers that make a pattern must stay as they are, or "" where nothing speaks against it."""
+    """Why layers that form a pattern must stay as they are, or "" if nothing forbids to fuse them."""
     if _has_any_global_hook():
         return "hooks on all modules are set"
     for place in places:
         if reason := _untouchable(place.module, known.shared):
             return f"{place.name}: {reason}"
-    # A layer that begins a pattern gives the fused layer all that it holds; of the others only settings are taken over,
-    # and what else they hold would be missing from state_dict. A ReLU that holds something is somebody's own.
+    # The fused layer takes all contents of a pattern's first layer, but only the settings of the others: their other
+    # contents would be missing from state_dict. A ReLU with contents is a class of the user's own.
     begins = isinstance(places[0].module, (nn.Conv2d, nn.LocalResponseNorm))
     for place in places[1:] if begins else places:
         if place.module._parameters or place.module._buffers or place.module._modules:
@@ -102,7 +102,7 @@ def obstacle(known: Survey, chain: Chain, places: tuple[Place, ...]) -> str:
 
 
 def _used_elsewhere(known: Survey, places: tuple[Place, ...]) -> str:
-    """Why other methods of the parent than its forward may run a part of these layers."""
+    """Why a method of the parent, other than its forward, may run a part of these layers."""
     parent = places[0].parent
     if runs_in_order(parent) or not is_own_code(parent):
         return ""
@@ -117,14 +117,14 @@ def _used_elsewhere(known: Survey, places: tuple[Place, ...]) -> str:
             argument.default is argument.empty and argument.kind is argument.POSITIONAL_OR_KEYWORD
             for argument in arguments
         )
-        # One that the forward calls, and that runs all of them whatever it is given, is in the trace as it is.
+        # A method that the forward calls, and that runs all of them for any arguments, is fully in the trace.
         if some and not (some == keys and all_given and identity(code) in functions(known.traces.get(parent, []))):
             return f"{type(parent).__name__}.{method.name} may use {min(some)!r} alone"
     return ""
 
 
 def _overwritten(chain: Chain, first: Place) -> str:
-    """Why somebody may hold the tensor that a ReLU in place writes into, which a fused layer leaves as it is."""
+    """Why other code may hold the tensor that a ReLU in place writes into; a fused layer does not write into it."""
     if not (isinstance(first.module, nn.ReLU) and first.module.inplace):
         return ""
     at = chain.index(first)
@@ -137,7 +137,7 @@ def _overwritten(chain: Chain, first: Place) -> str:
 
 
 def _untouchable(module: nn.Module, shared: dict[int, str]) -> str:
-    """Why this layer cannot be replaced by one that is equal on paper, or ""."""
+    """Why this layer cannot be replaced by a nominally equal one, or ""."""
     if parametrize.is_parametrized(module):
         return "it has parametrizations"
     if is_sealed(module) or getattr(module, "qconfig", None) is not None:
@@ -156,12 +156,12 @@ def _untouchable(module: nn.Module, shared: dict[int, str]) -> str:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody is called, or may be, when a module runs."""
+    """Whether a module has hooks, which are called when it runs."""
     return any(value for name, value in vars(module).items() if "hooks" in name)
 
 
 def is_replaced(module: nn.Module) -> bool:
-    """Whether something else than its class's forward runs."""
+    """Whether another function replaces the forward of a module's class."""
     return "forward" in vars(module) or module._compiled_call_impl is not None
 
 
@@ -195,7 +195,7 @@ def _read_outputs(model: nn.Module) -> set[str]:
 
 
 def sealed(module: nn.Module) -> str:
-    """By which other tool a module is owned, in words; "" for none."""
+    """The other tool that owns a module, in words; "" for none."""
     if isinstance(module, torch.jit.ScriptModule):
         return "it is scripted or traced by torch.jit"
     return "it is quantised or prepared for it" if is_sealed(module) else ""

@@ -1,4 +1,4 @@
-"""A module's own forward as ``torch.fx`` sees it, where it does nothing that a trace cannot show."""
+"""Traces a module's own forward with ``torch.fx``, if it does nothing that a trace cannot show."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from .places import Flow, every_place, is_sealed
 from .watch import Identity, Read, Untraceable, Watch
 
 WATCHES_TENSORS = {"backward", "register_hook", "register_post_accumulate_grad_hook", "requires_grad_", "retain_grad"}
-"""Methods of a tensor that let others see it, or its gradient, later."""
+"""Methods of a tensor that expose it, or its gradient, to later code."""
 
 
 class Trace(NamedTuple):
-    """A forward's graph, and what else decided it."""
+    """A forward's graph, and the constants and functions that it depends on."""
 
     training: bool
     graph: fx.Graph
     reads: tuple[Read, ...]
-    """Constants of the owner and of globals: the graph holds while they do."""
+    """Constants of the owner and of globals: the graph is valid while they are unchanged."""
     methods: frozenset[Identity]
     """The functions that ran."""
 
 
 @contextmanager
 def _stand_ins(owner: nn.Module) -> Iterator[dict[int, str]]:
-    """Another object in each place below the owner, of the same class and state; yields their names by ``id``.
+    """Puts another object of the same class and state into each place below the owner; yields their names by ``id``.
 
-    So a trace tells a module that is reached by the name of its place, as a replacement will be, from one that is
-    reached by a list, an attribute or a variable, which no replacement would change.
+    So a trace shows how the forward reaches a module. By the name of its place it will reach a replacement; by a list,
+    an attribute or a variable it will not.
     """
     names, back = {}, []
     for place in list(every_place(owner)):
@@ -54,8 +54,8 @@ def _stand_ins(owner: nn.Module) -> Iterator[dict[int, str]]:
 
 
 class _Shallow(fx.Tracer):
-    """Sees one module's own code: the modules it calls are leaves. ``left_out`` are arguments, by fx's name for them,
-    that are not given: forward is run with these values."""
+    """Traces one module's own code: the modules it calls are leaves. ``left_out`` are optional arguments, by fx's name:
+    forward is run with these values."""
 
     def __init__(self, left_out: dict[str, Any], names: dict[int, str]) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class _Shallow(fx.Tracer):
         return function, given
 
     def outlived(self) -> bool:
-        """Whether somebody holds a proxy still."""
+        """Whether any code still holds a proxy."""
         for generation in (1, 2):  # fx itself leaves cycles; a full collection takes a tenth of a second
             if not any(made() is not None for made in self.proxies):
                 return False
@@ -98,7 +98,7 @@ class _Shallow(fx.Tracer):
 
 
 def optional(owner: nn.Module) -> dict[str, Any]:
-    """The arguments that a call of ``owner`` may leave out, by fx's name for them, and what they are then."""
+    """The optional arguments of ``owner``'s forward, by fx's names, and their defaults."""
     found: dict[str, Any] = {}
     for name, parameter in inspect.signature(type(owner).forward).parameters.items():
         if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
@@ -111,9 +111,9 @@ def optional(owner: nn.Module) -> dict[str, Any]:
 
 
 def trace(owner: nn.Module, training: bool, left_out: dict[str, Any]) -> Trace:
-    """``owner.forward`` of its class, in training or in evaluation; the owner is left as it was.
+    """Trace the forward of ``owner``'s class, in training or in evaluation; the owner is left as it was.
 
-    Raises Untraceable for what a graph would not do, and whatever that code raises when it is given proxies.
+    Raises Untraceable for an effect that a graph would not have, and any error that the code raises on proxies.
     """
     if readers.replaced_forward(owner) is not None:
         raise Untraceable("it was replaced")
@@ -129,7 +129,7 @@ def trace(owner: nn.Module, training: bool, left_out: dict[str, Any]) -> Trace:
             stack.enter_context(watch.over(type(owner).forward))
             graph = tracer.trace(owner)
         now = vars(owner)
-        if now.keys() - before.keys():  # the tracer keeps the tensors that forward makes in the owner
+        if now.keys() - before.keys():  # the tracer stores tensors that forward makes in the owner
             raise Untraceable("it makes or keeps tensors of its own")
         kept = all(now[name] is value for name, value in before.items()) and all(
             owner._buffers[name] is copy and (copy is None or copy._version == 0) for name, copy in copies.items()
@@ -147,15 +147,15 @@ def trace(owner: nn.Module, training: bool, left_out: dict[str, Any]) -> Trace:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
+    """The first line of an error's message."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def every_trace(owner: nn.Module) -> list[Trace]:
-    """The owner's forward in training and in evaluation, with each argument that a call may leave out there, not there,
-    and there alone, and with each of its attributes that is a bool as it is and the other way."""
+    """Trace the owner's forward in training and in evaluation: with no optional argument, with all, and with each one
+    alone. Each of its attributes that is a bool is also tried with the opposite value."""
     able = optional(owner)
-    # The first is what most calls do, and the one that a rewritten forward is made of.
+    # The first is how most calls are made; a rewritten forward is made from it.
     ways = [able, {}, *({other: able[other] for other in able if other != name} for name in able)]
     different = {tuple(way): way for way in ways}.values()
     found = [trace(owner, training, left_out) for left_out in different for training in (True, False)]
@@ -167,7 +167,7 @@ def every_trace(owner: nn.Module) -> list[Trace]:
             found += [trace(owner, training, able) for training in (True, False)]
         except Untraceable:
             raise
-        except Exception:  # what this flag would turn on is not there
+        except Exception:  # the model lacks the parts that this flag turns on
             continue
         finally:
             vars(owner)[name] = value
@@ -175,7 +175,7 @@ def every_trace(owner: nn.Module) -> list[Trace]:
 
 
 def flows(graph: fx.Graph, name_of: Callable[[str], str]) -> list[Flow]:
-    """The flows between the modules that a forward calls; ``name_of`` says the name of a place by fx's name for it."""
+    """The flows between the modules that a forward calls; ``name_of`` maps fx's name of a place to its name."""
 
     def called(node: object) -> str:
         return name_of(str(node.target)) if isinstance(node, fx.Node) and node.op == "call_module" else ""

@@ -1,7 +1,7 @@
-"""Watches a forward while ``torch.fx`` traces it, and stops at the first thing that a traced copy would not do again.
+"""Watches a forward while ``torch.fx`` traces it, and stops at the first effect that a traced copy would not repeat.
 
-A trace runs the code once, on proxies. What that code does besides calling PyTorch on them would happen now, to the
-user's objects, and never again: so each function is looked at before it runs, and only what has no such effect may.
+A trace runs the code once, on proxies. Any effect except calling PyTorch on them would happen now, to the user's
+objects, and never again. So each function is examined before it runs, and only those without such an effect may run.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ARITHMETIC = {"math", "_operator", "torch._C._nn", "torch._C._special", "torch._
 """Modules of C functions that change nothing, or are in the graph."""
 
 QUESTIONS = {"is_grad_enabled", "is_autocast_enabled", "is_inference_mode_enabled"}
-"""Functions of ``torch._C`` whose answer a trace would keep."""
+"""Functions of ``torch._C`` whose result a trace would freeze."""
 
 OPEN = ("torch.fx", "torch.nn.functional", "torch.functional", "torch._jit_internal", "torch.nn.modules.container")
 """Modules of PyTorch whose Python functions a forward may call."""
@@ -53,7 +53,7 @@ FORBIDDEN = {
     **dict.fromkeys(("IMPORT_NAME", "IMPORT_STAR"), "it imports a module"),
     "PUSH_EXC_INFO": "it has a try statement",
 }
-"""Instructions of a forward that no trace shows."""
+"""Instructions whose effect no trace shows."""
 
 CONSTANTS = (
     bool,
@@ -76,14 +76,14 @@ Identity = tuple[str, int, str]
 
 
 class Untraceable(RuntimeError):
-    """Why a forward is not taken for what its trace shows."""
+    """A forward does something that its trace does not show; the message says what."""
 
 
 class Read(NamedTuple):
-    """A value that a forward took from elsewhere than its arguments and layers, as it was then."""
+    """A value that a forward read from outside its arguments and layers, as it was then."""
 
     scope: dict[str, Any] | None
-    """The globals that it stood in, or None for an attribute of the owner."""
+    """The globals that contain it, or None for an attribute of the owner."""
     name: str
     value: Any
 
@@ -137,7 +137,7 @@ class Watch:
                 yield
         finally:
             sys.setprofile(before)
-        if self.refusal:  # some code on the way has caught it
+        if self.refusal:  # the traced code has caught the exception
             raise Untraceable(self.refusal)
 
     def _check(self, reason: str) -> None:
@@ -163,7 +163,7 @@ class Watch:
 
     def _read(self, scope: dict[str, Any] | None, name: str, value: object, shown: str) -> str:
         if value is None and scope is None and name not in vars(self.owner):
-            return ""  # the name is another object's
+            return ""  # another object's attribute has this name
         if is_constant(value) or isinstance(value, FUNCTIONS):
             self.reads[id(scope), name] = Read(scope, name, value)
             return ""
@@ -173,12 +173,12 @@ class Watch:
 
 
 def identity(code: types.CodeType) -> Identity:
-    """What torch.fx keeps of a function's code when it changes how arguments are passed."""
+    """The part of a function's code that torch.fx keeps when it changes how arguments are passed."""
     return (code.co_filename, code.co_firstlineno, code.co_qualname)
 
 
 def _name(frame: types.FrameType) -> str:
-    """The full name of the function that is about to run; of a wrapper of torch._compile, that of what it wraps."""
+    """The full name of the function that is about to run; for a wrapper of torch._compile, of the wrapped one."""
     wrapped = frame.f_locals.get("fn") if frame.f_code.co_name == "inner" else None
     if isinstance(wrapped, types.FunctionType):
         return f"{wrapped.__module__}.{wrapped.__qualname__}"
@@ -232,7 +232,7 @@ def _refused_built_in(function: Any) -> str:
 
 
 class _NothingNew(TorchFunctionMode):
-    """Stops what would be computed while tracing, and be a constant ever after: PyTorch called on no proxy."""
+    """Stops calls of PyTorch without a proxy: their result would be a constant in the graph."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -1,4 +1,4 @@
-"""Batches in an order that seed and epoch fix, from any place in the epoch on, with broken images left out."""
+"""Batches in an order that depends on seed and epoch alone, from any place in the epoch; broken images left out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .errors import BadImage
 
 
 class Drawn(NamedTuple):
-    """What is drawn by chance for an image, or (stacked) for each of a batch: what ``ops.augment`` takes."""
+    """The random numbers of an image, or (stacked) of a batch: arguments of ``ops.augment``."""
 
     offsets: Tensor
     flips: Tensor
@@ -25,7 +25,7 @@ class Drawn(NamedTuple):
 class Sample:
     """One image, uint8 (channels, height, width), and its class; or None and the ``error`` of its file.
 
-    ``drawn`` is how the image is yet to be augmented; None where it is ready.
+    ``drawn`` says how to augment the image; None if it is ready.
     """
 
     index: int
@@ -36,9 +36,9 @@ class Sample:
 
 
 class Batch(NamedTuple):
-    """The readable images of a batch, uint8 (N, channels, height, width), their classes and places in the data,
-    the errors of the others, and what is drawn for the images where they are to be augmented. Nothing takes the place
-    of an image that is left out: N is smaller, even 0."""
+    """The readable images of a batch, uint8 (N, channels, height, width), their classes and places in the data. Then
+    the errors of the others, and the random numbers if the images are to be augmented. A broken image is not replaced:
+    N is smaller, even 0."""
 
     images: Tensor
     targets: Tensor
@@ -82,14 +82,14 @@ def read_batch(dataset: Dataset, keys: Sequence[Key]) -> Batch:
 
 
 def permutation(length: int, seed: int, epoch: int) -> list[int]:
-    """The order of an epoch: a pure function, so that a checkpoint need only record where it stands."""
+    """The order of an epoch: a pure function, so a checkpoint need only record the place in it."""
     of_epoch = seed * 1_000_003 + epoch if seed < 2**32 else narrowed(seed, epoch)
     generator = torch.Generator().manual_seed(of_epoch % 2**32)
     return torch.randperm(length, generator=generator).tolist()
 
 
 def narrowed(seed: int, *rest: int) -> int:
-    """``seed`` in 32 bits: torch's and NumPy's generators leave out the others, and 0 would be 2**32."""
+    """``seed`` in 32 bits: torch's and NumPy's generators ignore the others, so 0 and 2**32 would be the same."""
     if seed < 2**32:
         return seed
     return int.from_bytes(hashlib.sha256(repr((seed, *rest)).encode()).digest()[:4], "little")

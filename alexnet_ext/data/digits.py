@@ -39,7 +39,7 @@ class Digits:
 
     @staticmethod
     def preprocessing(size: int) -> Preprocessing:
-        """The whole image, scaled; mean and deviation are those of MNIST's 60,000."""
+        """The whole image, scaled; mean and deviation are those of MNIST's 60,000 images."""
         return Preprocessing(size, size, (0.1307,) * 3, (0.3081,) * 3)
 
     def __len__(self) -> int:

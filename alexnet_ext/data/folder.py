@@ -31,11 +31,11 @@ class FolderSplit(NamedTuple):
 
 
 class ImageFolder:
-    """Images of ``root/CLASS/*`` scaled and cropped. With ``augment`` as the paper trains: the square from the middle,
-    and for it what is drawn of a crop, of mirroring half of the time, and of a shift of colour (``ops.augment``).
+    """Images of ``root/CLASS/*`` scaled and cropped. With ``augment``, as the paper trains: the square from the middle,
+    and random numbers for a crop, for mirroring half of the time, and for a shift of colour (``ops.augment``).
 
-    What is random depends on seed, epoch and index alone, never on which process or in which order images are
-    read. A file that is no image comes back as a Sample with its ``error``.
+    Random numbers depend on seed, epoch and index alone, never on the process or order in which images are read. A
+    file that is no image gives a Sample with its ``error``.
     """
 
     def __init__(
@@ -54,12 +54,12 @@ class ImageFolder:
     def split(
         cls, root: Path, size: int, seed: int, val: Path | None = None, held_out: float | None = None
     ) -> FolderSplit:
-        """The images to train on and those held out: of ``val``, or of the parts of ``root`` where it has them, else
-        all but the share ``held_out`` (a tenth) of each class, and that share.
+        """The images to train on and those held out: those of ``val``, or of the held-out part of ``root`` if it has
+        one, else the share ``held_out`` (a tenth) of each class.
 
         Raises CommandError for what ``list_images`` refuses, and for a class none of whose images can be read.
         """
-        require("PIL.Image")  # a missing package is told here, not by a worker process
+        require("PIL.Image")  # a missing package is reported here, not by a worker process
         parts = _parts(root, val, held_out)
         seen: dict[tuple[int, int], str] = {}
         train = list_images(parts.train or root, without=parts.held_out, seen=seen)
@@ -85,8 +85,8 @@ class ImageFolder:
     def held_out(
         cls, root: Path, preprocessing: Preprocessing, classes: tuple[str, ...]
     ) -> tuple[ImageFolder, tuple[str, ...]]:
-        """The images of ``root``, or of its held-out part where there is one, to evaluate a network of ``classes``;
-        and what was left out."""
+        """The images of ``root``, or of its held-out part if it has one, to evaluate a network of ``classes``. Returns
+        also notes: the part taken, and what was left out."""
         require("PIL.Image")
         parts = find_parts(root) if root.is_dir() else Parts(None, None, ())
         part = parts.held_out
@@ -123,7 +123,7 @@ class ImageFolder:
 
 
 def _parts(root: Path, val: Path | None, held_out: float | None) -> Parts:
-    """Where the images of each part lie, as the user or the names of folders say."""
+    """The folder of each part, by the user's options or by the names of folders."""
     parts = find_parts(root) if root.is_dir() else Parts(None, None, ())
     if val is not None:
         if not val.is_dir():
@@ -139,8 +139,8 @@ def _parts(root: Path, val: Path | None, held_out: float | None) -> Parts:
 
 
 def check_readable(found: Listing) -> None:
-    """CommandError for a class of which no image can be read."""
-    first: dict[int, BadImage | None] = {}  # by class: what is wrong with its first image, None once one was read
+    """Raises CommandError for a class without a readable image."""
+    first: dict[int, BadImage | None] = {}  # by class: the error of its first image, None once one was read
     for path, target in found.samples:
         if first.get(target, True):
             try:
@@ -161,5 +161,5 @@ def imagenet_preprocessing(size: int) -> Preprocessing:
 
 
 def colour_shift(factors: list[float]) -> Tensor:
-    """What a multiple of each principal component adds to RGB of 0 to 255: fp32 (3,)."""
+    """The shift of RGB (0 to 255) by a multiple of each principal component: fp32 (3,)."""
     return COMPONENTS @ (DEVIATIONS * torch.tensor(factors)) * 255

@@ -17,19 +17,19 @@ from .errors import BadImage, require
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# What photographs come in. Pillow's other readers are rarely used, and where its security holes have been.
+# The formats of photographs. Pillow's other readers are rarely used, and had most of its security holes.
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF")
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".gif")
-# Where Pillow begins to warn of a decompression bomb: 268 MB once decoded.
+# Pillow warns of a decompression bomb above this: 268 MB once decoded.
 MAX_PIXELS = 89_478_485
-NOT_ITS_FAULT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # the system's: the image may well be whole
+NOT_ITS_FAULT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # errors of the system: the image may well be whole
 
 
 def read_image(path: str | os.PathLike[str]) -> Image:
-    """The image of a file in RGB, turned as its EXIF data says; of an animation the first frame.
+    """The image of a file in RGB, turned as its EXIF data says. An animation gives its first frame.
 
-    Raises BadImage for whatever is no whole image of ``FORMATS`` with at most ``MAX_PIXELS`` pixels; OSError and
-    MemoryError where this process may open no more files or has no more memory.
+    Raises BadImage for a file that is no whole image of ``FORMATS`` with at most ``MAX_PIXELS`` pixels. Raises
+    OSError or MemoryError if this process may open no more files or has no more memory.
     """
     images, operations = require("PIL.Image"), require("PIL.ImageOps")
     try:
@@ -45,7 +45,7 @@ def read_image(path: str | os.PathLike[str]) -> Image:
         raise BadImage(path, "an empty file" if stat.S_ISREG(status.st_mode) else "not a file")
     with open(file, "rb") as stream, warnings.catch_warnings():
         warnings.simplefilter("error", images.DecompressionBombWarning)
-        # Half-known EXIF blocks and odd palettes: the pixels are all that matters here.
+        # Half-known EXIF blocks and odd palettes: only the pixels matter here.
         warnings.simplefilter("ignore", UserWarning)
         try:
             with images.open(stream, formats=FORMATS) as image:
@@ -59,15 +59,15 @@ def read_image(path: str | os.PathLike[str]) -> Image:
             raise BadImage(path, f"more than {MAX_PIXELS:,} pixels") from error
         except images.UnidentifiedImageError as error:
             raise BadImage(path, f"not an image ({', '.join(FORMATS)})") from error
-        except Exception as error:  # Pillow's readers meet broken data with half of Python's exceptions
+        except Exception as error:  # Pillow's readers raise many kinds of exceptions for broken data
             raise BadImage(path, f"a damaged image ({str(error) or type(error).__name__})") from error
 
 
 def to_rgb(image: Image) -> Image:
     """Any mode to RGB, on white where it is transparent.
 
-    16-bit grey is scaled: Pillow's own conversion cuts everything above 255 off. Programs leave to chance which colour
-    a transparent pixel has."""
+    16-bit grey is scaled: Pillow's own conversion clips above 255. The stored colour of a transparent pixel is
+    arbitrary."""
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.float32)
         image = require("PIL.Image").fromarray((values / 257).clip(0, 255).round().astype(np.uint8))
@@ -79,7 +79,7 @@ def to_rgb(image: Image) -> Image:
 
 
 def crop(image: Image, resize: int, size: int) -> Tensor:
-    """The middle ``size`` of ``image`` with its shorter side brought to ``resize``: uint8, (3, size, size).
+    """The middle ``size`` x ``size`` pixels of ``image`` once its shorter side is ``resize``: uint8 (3, size, size).
 
     Cropping and scaling are one step, so that a strip of 30,000 x 1 pixels never becomes one of 7,680,000 x 256.
     """

@@ -1,4 +1,4 @@
-"""What of a folder is data: its parts, its classes, their images. What is left out is counted and named."""
+"""Finds the data in a folder: its parts, its classes, their images. Everything left out is counted and named."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .images import EXTENSIONS
 
 TRAINING_NAMES = ("train", "training")
 HELD_OUT_NAMES = ("val", "validation", "valid", "test", "testing")
-# What archives, cameras and file systems leave in a folder; names that begin with a dot are left out too.
+# Folders made by archives, cameras and file systems; names that begin with a dot are left out too.
 FOREIGN = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information")
-HELD_OUT = 0.1  # of the images, where nothing else is said
-# Any salt holds out a tenth of a large class; this one does so of small classes of numbered files, by choice.
+HELD_OUT = 0.1  # of the images, by default
+# Any salt holds out a tenth of a large class. This one was chosen to do so for small classes of numbered files.
 SPLIT_SALT = b"32212"
 
 Sample = tuple[str, int]
@@ -25,7 +25,7 @@ Sample = tuple[str, int]
 
 
 class Listing(NamedTuple):
-    """The images of a folder in the order of their names, the names of the classes, and what was left out."""
+    """The images of a folder in the order of their names, the names of the classes, and notes on files left out."""
 
     samples: list[Sample]
     classes: tuple[str, ...]
@@ -33,7 +33,7 @@ class Listing(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """The folders of the images to train on and of those held out, None where a folder has no such part."""
+    """The folders of the images to train on and of those held out; None if a folder has no such part."""
 
     train: Path | None
     held_out: Path | None
@@ -41,7 +41,7 @@ class Parts(NamedTuple):
 
 
 def find_parts(root: Path) -> Parts:
-    """``train`` and ``val`` of ``root``, or what else such folders are called, in capitals or not."""
+    """``train`` and ``val`` of ``root``, or folders of similar names, in capitals or not."""
     folders = {entry.name: entry.name.casefold() for entry in _visible(root) if entry.is_dir()}
     train, held_out = (
         [name for known in names for name in sorted(folders) if folders[name] == known]
@@ -66,8 +66,8 @@ def list_images(
     """Every image below ``root``, whose folders are the classes; those below the folder ``without`` left out.
 
     With ``classes`` given the folders must be among them, and may be empty. ``seen`` are the folders of an earlier
-    listing, none of which may turn up again. Raises CommandError for a folder that is missing, cannot be listed, has no
-    classes or a class without images, or leads to another folder of the data, or upwards, by a link.
+    listing; none may occur again. Raises CommandError for a folder that is missing, cannot be listed, has no classes or
+    a class without images. So does a link to another folder of the data, or upwards.
     """
     shown = path_text(root)
     if not root.exists():
@@ -100,7 +100,7 @@ def list_images(
 
 
 def find_images(folder: Path) -> list[str]:
-    """Every image below a folder, in the order of their names; what is no data in ``list_images`` is none here."""
+    """Every image below a folder, in the order of their names; it leaves out the same files as ``list_images``."""
     try:
         return _Walk(folder, None, {}).images(os.fspath(folder))
     except OSError as error:
@@ -118,7 +118,7 @@ class _Walk:
         self.without = None if without is None else _identity(without)
         for parent in (root.resolve(), *root.resolve().parents):
             self.seen.setdefault(_identity(parent), os.fspath(parent))
-        self.left_out: dict[str, Counter[str]] = {}  # by class, "" for what is beside them: endings
+        self.left_out: dict[str, Counter[str]] = {}  # endings by class; "" for files next to the classes
         self.runs: list[str] = []
 
     def classes(self) -> dict[str, list[str]]:
@@ -146,7 +146,7 @@ class _Walk:
             if _identity(folder) == self.without:
                 continue
             first = self.seen.setdefault(_identity(folder), folder)
-            if first != folder and folder != self.root:  # its images would count twice, or without end
+            if first != folder and folder != self.root:  # its images would count twice or endlessly
                 raise CommandError(f"{path_text(folder)}: is {path_text(first)} once more, by a link", 2)
             entries = _visible(folder)
             if _is_run({entry.name for entry in entries}):
@@ -162,12 +162,12 @@ class _Walk:
         return sorted(found, key=os.path.split)
 
     def instead(self, name: str | None = None) -> str:
-        """What there is in place of images in a class, or in all of them."""
+        """The other files in a class, or in all classes, for the message that it has no images."""
         counts = sum((count for key, count in self.left_out.items() if name is None or key == name), Counter[str]())
         return f", but {_counted(counts)}" if counts else ""
 
     def notes(self) -> list[str]:
-        """A sentence for each kind of what was left out."""
+        """A sentence for each kind of file that was left out."""
         shown = path_text(self.root)
         beside = self.left_out[""]
         inside = sum((count for name, count in self.left_out.items() if name), Counter[str]())
@@ -191,7 +191,7 @@ def _identity(folder: str | os.PathLike[str]) -> tuple[int, int]:
 
 
 def _is_run(names: set[str]) -> bool:
-    """Whether a folder of these names is what ``alexnet train`` writes."""
+    """Whether a folder of these names was written by ``alexnet train``."""
     return "recipe.json" in names and not names.isdisjoint(("metrics.jsonl", "checkpoints"))
 
 
@@ -212,7 +212,7 @@ def _names(names: Sequence[str]) -> str:
 
 
 def _alike(root: Path, found: dict[str, list[str]]) -> list[str]:
-    """A word where all classes hold the same folders and nothing else: they may be parts of the data."""
+    """A note if all classes hold the same folders and nothing else: they may be parts of the data."""
     inner = [
         {relative(root / name, path).rpartition(os.sep)[0].partition(os.sep)[0] for path in images}
         for name, images in found.items()
@@ -254,13 +254,13 @@ def hold_out(root: Path, samples: list[Sample], fraction: float) -> tuple[list[S
 
 
 def _place(name: str) -> float:
-    """Where in 0 to 1 a name stands."""
+    """The hash of a name, as a number in 0 to 1."""
     stem = os.path.splitext(name)[0]  # a picture saved as .jpg and as .png is on one side
     return int.from_bytes(hashlib.sha256(SPLIT_SALT + os.fsencode(stem)).digest()[:8]) / 2**64
 
 
 def digest(parts: Iterable[tuple[Path, list[Sample]]], classes: Sequence[str]) -> str:
-    """A checksum of the names of classes and images, and of which part holds which."""
+    """A checksum of the names of classes and images, and of the part of each image."""
     found = hashlib.sha256()
     for root, samples in parts:
         for path, target in samples:

@@ -1,4 +1,4 @@
-"""From the bytes of a batch of images to what the network takes."""
+"""From the bytes of a batch of images to the network's input."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-"""Of ImageNet's colours, in 0 to 1: the numbers that torchvision's models are trained with."""
+"""Mean and deviation of ImageNet's colours, in 0 to 1, as torchvision's models are trained with."""
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How images are brought to the network; a checkpoint records it, so that prediction does the same.
+    """How images are prepared for the network; a checkpoint records it, so that prediction does the same.
 
     size: side of the network's input. resize: side that an image file's shorter side is scaled to before the
-    square is cut out. mean, std: of each colour, in 0 to 1. Raises ValueError for what no image can be brought by.
+    square is cut out. mean, std: of each colour, in 0 to 1. Raises ValueError for an impossible number.
     """
 
     size: int
@@ -37,7 +37,7 @@ class Preprocessing:
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 (N, 1 or 3, height, width) to normalized fp32 (N, 3, size, size), on the images' device.
 
-        A grey image stands for three equal colours, and is normalized as the first.
+        A grey image counts as three equal colours, normalized like the first.
         """
         channels = images.shape[1]
         mean, std = (

@@ -1,5 +1,5 @@
-"""Processes that read images ahead of who trains. What they read comes back by a pipe: no shared memory that may be
-full, no names in a temporary folder, no descriptor that is passed on."""
+"""Processes that read images ahead of the trainer. Images come back by a pipe: no shared memory that may be full, no
+names in a temporary folder, no descriptor that is passed on."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ LOOK_EVERY = 0.1  # seconds of waiting
 
 
 class Readers:
-    """Context manager: ``count`` processes that read batches of ``dataset``, from the first that is asked for to the
-    end of the block; 0 reads in this process. They serve any number of epochs, one after another.
+    """Context manager: ``count`` processes that read batches of ``dataset``, from the first request to the end of the
+    block; 0 reads in this process. They serve any number of epochs, one after another.
 
-    Whatever is raised while a batch is read is raised here. Raises CommandError where a process cannot be started or
-    has died. ``look`` is called again and again during a wait, which ends with what it raises.
+    An exception raised while a batch is read is raised here. Raises CommandError if a process cannot be started or
+    has died. ``look`` is called again and again during a wait; its exception ends the wait.
     """
 
     def __init__(self, dataset: Dataset, count: int = 0, look: Callable[[], None] = lambda: None) -> None:
@@ -35,7 +35,7 @@ class Readers:
         self.asked: list[bool] = []  # whether a process owes an answer
 
     def __call__(self, keys: Sequence[Sequence[Key]]) -> Iterator[Batch]:
-        """The batch of each of ``keys``, in their order. What an earlier call has not fetched is dropped."""
+        """The batch of each of ``keys``, in their order. Batches that an earlier call has not fetched are dropped."""
         if not self.count:
             for key in keys:
                 yield read_batch(self.dataset, key)
@@ -57,7 +57,7 @@ class Readers:
             yield batch
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("fork")  # the data are there already, and nothing of them is copied
+        context = multiprocessing.get_context("fork")  # the dataset is in memory already, and is not copied
         try:
             for _ in range(self.count):
                 self.look()
@@ -66,7 +66,7 @@ class Readers:
                 try:
                     process.start()
                 finally:
-                    theirs.close()  # so that the end of a process is the end of its pipe
+                    theirs.close()  # so that the pipe ends when its process does
                 self.processes.append(process)
                 self.pipes.append(ours)
                 self.asked.append(False)
@@ -85,7 +85,7 @@ class Readers:
         self.asked[number] = True
 
     def _answer(self, number: int) -> Batch | Exception:
-        """What process ``number`` has read, or what was raised there."""
+        """The batch that process ``number`` has read, or the exception raised there."""
         pipe = self.pipes[number]
         try:
             while not pipe.poll(LOOK_EVERY):
@@ -113,7 +113,7 @@ class Readers:
         )
 
     def close(self) -> None:
-        """End the processes, whatever they wait for."""
+        """End the processes, even if they wait."""
         for process in self.processes:
             process.kill()
         for process, pipe in zip(self.processes, self.pipes, strict=True):
@@ -131,8 +131,8 @@ class Readers:
 
 
 def _serve(dataset: Dataset, trainers: Connection, pipe: Connection) -> None:
-    """A reading process: it ends when the trainer does, which its own copy of the trainer's end would hide."""
-    # Ctrl-C reaches every process of the terminal: the trainer alone answers it, and ends its readers.
+    """A reading process. It closes its copy of the trainer's end, so that it notices when the trainer ends."""
+    # Ctrl-C reaches every process of the terminal. Only the trainer handles it, and ends its readers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     trainers.close()
@@ -145,8 +145,8 @@ def _serve(dataset: Dataset, trainers: Connection, pipe: Connection) -> None:
             except Exception as error:
                 pipe.send_bytes(pickle.dumps((None, _told(error))))
                 continue
-            # The images by themselves: pickled, they would be copied once more. Nothing goes by ``Connection.send``,
-            # where torch puts tensors into shared memory and passes descriptors on.
+            # The images go as bytes: pickled, they would be copied once more. ``Connection.send`` is not used, as there
+            # torch puts tensors into shared memory and passes descriptors on.
             rest = batch._replace(images=torch.empty(0, dtype=torch.uint8))
             pipe.send_bytes(pickle.dumps((batch.images.shape, rest)))
             if batch.images.numel():
@@ -156,7 +156,7 @@ def _serve(dataset: Dataset, trainers: Connection, pipe: Connection) -> None:
 
 
 def _told(error: Exception) -> Exception:
-    """An exception as it may cross to the trainer: what the user can mend as it is, the others with their traceback."""
+    """An exception as sent to the trainer: errors that the user can fix as they are, others with a traceback."""
     if isinstance(error, (CommandError, OSError, MemoryError)):
         return error
     return RuntimeError("".join(traceback.format_exception(error)))

@@ -1,4 +1,4 @@
-"""What the name of some data means: the images to train on, those held out, and how to prepare both."""
+"""The data of a name: the images to train on, those held out, and how to prepare both."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SYNTHETIC_CLASSES, SYNTHETIC_IMAGES, SYNTHETIC_HELD_OUT = 10, 4000, 200
 
 
 class Split(NamedTuple):
-    """Training and held-out images of the same classes; of a folder what was left out, and a checksum of the names."""
+    """Training and held-out images of the same classes; for a folder also notes and a checksum of the names."""
 
     train: Dataset
     held_out: Dataset
@@ -25,8 +25,8 @@ class Split(NamedTuple):
     listing: str = ""
 
     def brought_as(self, given: Preprocessing) -> Split:
-        """The same images brought to the network as ``given`` has it: of folders the crops too; of others, which
-        come in one size, the colours alone."""
+        """The same images prepared as ``given`` says. Folders take its crops and colours; other data, which have one
+        size, take its colours alone."""
         if not isinstance(self.train, ImageFolder) or not isinstance(self.held_out, ImageFolder):
             given = dataclasses.replace(self.preprocessing, mean=given.mean, std=given.std)
         else:

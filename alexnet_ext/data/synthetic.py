@@ -12,7 +12,7 @@ from .preprocessing import Preprocessing
 
 
 class Synthetic:
-    """``length`` images of ``num_classes`` kinds, made when asked for, the same for the same ``seed``."""
+    """``length`` images of ``num_classes`` kinds, made on request, the same for the same ``seed``."""
 
     def __init__(self, length: int, num_classes: int, size: int, seed: int = 0) -> None:
         self.length, self.size, self.seed = length, size, seed

@@ -1,7 +1,7 @@
 """AlexNet (Krizhevsky, Sutskever, Hinton 2012) and its relatives: one table, one class, fused or stock.
 
-``fused=True`` and ``fused=False`` have the same module names and the same state_dict: where a fused layer
-does the work of the ones behind it, ``nn.Identity`` stands in their places.
+``fused=True`` and ``fused=False`` have the same module names and the same state_dict. A fused layer also computes the
+layers after it; ``nn.Identity`` takes their places.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _init_kaiming(name: str, layer: Weighted) -> None:
 
 
 def _init_torch(name: str, layer: Weighted) -> None:
-    """PyTorch's own start, which the layers' constructors have made."""
+    """PyTorch's own start: the layers' constructors have made it."""
 
 
 INITS: dict[str, Callable[[str, Weighted], None]] = {
@@ -91,7 +91,7 @@ class AlexNet(nn.Module):
 
 
 def _convolution(table: Variant, stage: Stage, fused: bool) -> dict[str, nn.Module]:
-    """A convolution and what follows it, by kind."""
+    """A convolution and the layers that follow it, by kind."""
     conv, after = stage.conv, stage.after
     arguments = (stage.in_channels, conv.channels, conv.kernel, conv.stride, stage.padding, 1, conv.groups)
     pool = nn.MaxPool2d(WINDOW, STRIDE, ceil_mode=table.ceil_mode)
@@ -109,7 +109,7 @@ def _convolution(table: Variant, stage: Stage, fused: bool) -> dict[str, nn.Modu
     elif after[0] == "relu":
         convolution = fused_nn.Conv2dReLU(*arguments)
         layers["relu"] = nn.Identity()
-        if after[1:2] == ("pool",):  # ReLU twice is ReLU; its winners take one byte where stock pooling's take eight
+        if after[1:2] == ("pool",):  # ReLU twice is ReLU; a winner is one byte, and eight in stock pooling
             layers["pool"] = fused_nn.ReLUMaxPool2d(WINDOW, STRIDE, ceil_mode=table.ceil_mode)
     else:  # the tutorial's order: normalization sees negative values, so no ReLU can move before it
         convolution = nn.Conv2d(*arguments)
@@ -147,7 +147,7 @@ def alexnet(
             the same state_dict.
         num_classes: outputs of fc8.
         image_size: side of the input; None is the variant's own (227, torchvision 224). At 224 conv1 pads by 2,
-            so that it too puts out 55 x 55. fc6 has as many inputs as the size needs.
+            so that its output is 55 x 55 too. fc6 has as many inputs as the size needs.
         dropout: probability on fc6 and fc7 in training.
         init: ``"paper"`` (N(0, 0.01), biases 1 in conv2, conv4, conv5, fc6, fc7 and 0 elsewhere), ``"kaiming"``
             (N(0, 2 / inputs), biases 0) or ``"torch"`` (PyTorch's own).

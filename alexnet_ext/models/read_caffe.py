@@ -17,7 +17,7 @@ from .alexnet import AlexNet
 from .weights import Contents, Entry, linear_or_conv, missing
 
 # The part of Caffe's schema that holds weights: message, field, number, type ("*" before it: repeated). A packed
-# repeated float has the encoding of bytes, and as bytes 61 million numbers need no Python object each.
+# repeated float is encoded like bytes. Read as bytes, 61 million numbers do not each become a Python object.
 SCHEMA = (
     ("BlobShape", (("dim", 1, "*int64"),)),
     (
@@ -48,7 +48,7 @@ SCHEMA = (
 KINDS = {15: "norm", "LRN": "norm", 17: "pool", "Pooling": "pool", 4: "conv", "Convolution": "conv"}
 LRN_DEFAULTS = {"local_size": 5, "alpha": 1.0, "beta": 0.75, "k": 1.0}
 
-# The colours' means of ImageNet, which Caffe subtracts from values of 0 to 255; red, green, blue.
+# ImageNet's mean colour, which Caffe subtracts from values of 0 to 255: red, green, blue.
 MEAN = (122.6789143406786, 116.66876761696767, 104.0069879317889)
 
 
@@ -77,7 +77,7 @@ def net_message() -> Any:
 
 
 def read(file: Path, model: AlexNet) -> Contents:
-    """The blobs of each layer that has some, weight and bias.
+    """The blobs of each layer that has any: weight and bias.
 
     Caffe's InnerProduct flattens (C, H, W) in that order, as ``torch.flatten`` does: fc6 needs no reordering.
     """
@@ -106,7 +106,7 @@ def read(file: Path, model: AlexNet) -> Contents:
     red, green, blue = (mean / 255 for mean in MEAN)
     size = model.config.image_size
     preprocessing = Preprocessing(size, max(256, size), (red, green, blue), (1 / 255, 1 / 255, 1 / 255))
-    # A file of bare weights has no norm and no pool, and none of the five convolutions' settings.
+    # A file of bare weights has no norm, no pool and no settings of the five convolutions.
     return Contents(
         entries,
         order=tuple(behind[:2]) if behind else None,
@@ -131,7 +131,7 @@ def _entry(blob: Any, model: AlexNet, name: str, shown: str) -> Entry:
     width = np.dtype(dtype).itemsize
     if any(side < 0 for side in shape) or math.prod(shape) * width != len(data):
         raise ValueError(f"{shown}: {ascii(name)[1:-1]} holds {len(data):,} bytes, {list(shape)} has another size")
-    # The old format has four dimensions always: 1 x 1 x outputs x inputs, 1 x 1 x 1 x outputs.
+    # The old format always has four dimensions: 1 x 1 x outputs x inputs, 1 x 1 x 1 x outputs.
     rank = 1 if name.endswith("bias") else 2 if name.startswith("classifier") else 4
     while len(shape) > rank and shape[0] == 1:
         shape = shape[1:]

@@ -1,4 +1,4 @@
-"""Reads the weights of an ONNX graph of AlexNet: its convolutions and linear layers, in the order they stand in."""
+"""Reads the weights of an ONNX graph of AlexNet: its convolutions and linear layers, in the order of the graph."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KINDS = {"LRN": "norm", "MaxPool": "pool"}
 
 
 def read(file: Path, model: AlexNet) -> Contents:
-    """Weights and biases by their place in the graph: what they are called there does not matter."""
+    """Weights and biases by their place in the graph; their names do not matter."""
     try:
         import onnx
     except ImportError as error:

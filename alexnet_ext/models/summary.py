@@ -1,4 +1,4 @@
-"""The layer table of a model, as ``alexnet_ext.layers`` has it of the arguments that make one."""
+"""The layer table of a model; ``alexnet_ext.layers`` makes the same table from a model's arguments."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["LayerRow", "render", "summary", "total", "training_flops"]
 
 
 def summary(model: AlexNet) -> list[LayerRow]:
-    """The rows of ``model`` for one image: each convolution, pooling and linear layer with what follows it.
+    """The rows of ``model`` for one image: each convolution, pooling and linear layer with the layers that follow it.
 
     A fused model, whose layers run several at once, has the same table as its stock twin; parameters are counted in
     ``model`` itself.

@@ -1,4 +1,4 @@
-"""Weights that other programs wrote, into ``alexnet_ext.models.alexnet``: checked as a whole before any is copied."""
+"""Loads weights of other programs into ``alexnet_ext.models.alexnet``; all are checked before any is copied."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ class Entry(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """What a reader finds in a file, under this package's names."""
+    """The contents of a file, under this package's names."""
 
     entries: dict[str, Entry]
     order: tuple[str, ...] | None = None
-    """The kinds behind conv1 as ``Variant.order`` has them, where the format tells."""
+    """The kinds of layers after conv1, as in ``Variant.order``, if the format records them."""
     variant: str | None = None
-    """The variant, where the format names it."""
+    """The variant, if the format records it."""
     groups: tuple[int, ...] | None = None
-    """The groups of each convolution, where the format tells."""
+    """The groups of each convolution, if the format records them."""
     lrn: LRN | None = None
-    """The constants of the normalization, where the format tells."""
+    """The constants of the normalization, if the format records them."""
     preprocessing: Preprocessing | None = None
     bgr: bool = False
     """Whether conv1 takes blue, green, red."""
@@ -64,7 +64,7 @@ def load_weights(
 ) -> Preprocessing | None:
     """Copy the weights of a file into ``model``, a network of ``alexnet_ext.models.alexnet``, fused or not.
 
-    The ending of ``path`` tells the format:
+    The ending of ``path`` selects the format:
 
     - ``.safetensors``, this package's own;
     - ``.pth``, ``.pt``, ``.ckpt`` or ``.pth.tar``, a state_dict under torchvision's names (``alexnet-owt-*.pth``, for
@@ -80,16 +80,16 @@ def load_weights(
         path: the file.
         bgr: whether the file's conv1 takes blue, green, red; its weights are then turned around, so that ``model``
             takes red, green, blue. None: Caffe's do, others do not.
-        new_last: whether the last layer of ``model`` stays as it is, to learn other classes than the file's. None: it
-            does where the file's is of another shape.
+        new_last: whether the last layer of ``model`` stays as it is, to learn other classes than the file's. None: only
+            if the file's has another shape.
 
     Returns:
-        How images were brought to the network when it was trained, where the format tells: for Caffe colours from 0
-        to 255 less their means, for torchvision its own normalization, None for ONNX and files of bare weights.
+        How images were prepared when the network was trained, if the format records it: for Caffe colours from 0 to
+        255 less their means, for torchvision its own normalization, None for ONNX and files of bare weights.
 
     Raises:
-        ValueError: the file is damaged, of another variant, or its tensors are not the model's: one sentence that lists
-            what is missing, unknown, of the wrong shape or no floating-point numbers. Nothing has been copied then.
+        ValueError: the file is damaged, of another variant, or its tensors are not the model's. One sentence lists the
+            tensors that are missing, unknown, of the wrong shape or not floating-point. Nothing has been copied then.
         OSError: the file cannot be read. ImportError: a package to read it with is not installed.
         TypeError: model is not an AlexNet.
     """
@@ -98,7 +98,7 @@ def load_weights(
     file = Path(path)
     reader = _reader(file)
     with file.open("rb"):
-        pass  # what is missing or may not be read is an OSError, whichever library would read it
+        pass  # a missing or unreadable file is an OSError, whichever library would read it
     contents = reader(file, model)
     state = model.state_dict()
     if new_last is None:
@@ -245,13 +245,13 @@ def _read_torch(file: Path, model: AlexNet) -> Contents:
         if zipped:
             with zipfile.ZipFile(file) as archive:
                 size = sum(member.file_size for member in archive.infolist())
-            if size > file.stat().st_size:  # torch stores without compressing: more is a bomb
+            if size > file.stat().st_size:  # torch does not compress: a larger size is a bomb
                 raise ValueError(f"declares {size:,} bytes, more than it has")
-        # Mapped, so that a tensor costs memory when its values are read and not before its shape has been looked at.
+        # Mapped, so that a tensor costs memory only when its values are read, after its shape has been checked.
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped or None)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{shown}: damaged, or more than tensors: weights_only=True refuses it") from error
-    except Exception as error:  # zipfile, pickle and torch each have their own for a broken file
+    except Exception as error:  # zipfile, pickle and torch each raise errors of their own
         if isinstance(error, OSError):
             raise
         raise ValueError(f"{shown}: a damaged file ({first_line(error)})") from error
@@ -308,10 +308,10 @@ def _own_names(contents: Contents, shown: str) -> Contents:
 
 
 def missing(package: str, extra: str, what: str) -> ImportError:
-    """The error for a reader or a writer whose package is not there."""
+    """The error for a reader or a writer whose package is not installed."""
     return ImportError(f"{what} needs {package}: pip install 'alexnet_ext[{extra}]'")
 
 
 def linear_or_conv(name: str) -> str:
-    """The module of a layer called conv1 ... fc8."""
+    """The module of a layer named conv1 ... fc8."""
     return f"{'features' if name.startswith('conv') else 'classifier'}.{name}"

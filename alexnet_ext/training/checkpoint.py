@@ -38,8 +38,8 @@ OTHERS = tuple(VARIANTS_OF.keys() - {".safetensors"})  # weights that load_weigh
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """What a weights file says of itself: enough to build the network and to bring images to it, and where the run's
-    held-out images are: ``val`` and ``held_out`` as in a recipe, ``listing`` the checksum of the names."""
+    """What a weights file records: enough to build the network and prepare its images, and where the held-out images
+    are. ``val`` and ``held_out`` are those of the recipe, ``listing`` is the checksum of the names."""
 
     config: models.AlexNetConfig
     classes: tuple[str, ...]
@@ -55,7 +55,7 @@ class Description:
 
     @classmethod
     def from_json(cls, text: str) -> Description:
-        """Raises one of ``NO_DESCRIPTION`` for anything but ``to_json``'s text."""
+        """Raises one of ``NO_DESCRIPTION`` for a text that ``to_json`` did not write."""
         values = json.loads(text)
         config = models.AlexNetConfig(**values["config"])
         preprocessing = values["preprocessing"] | {k: tuple(values["preprocessing"][k]) for k in ("mean", "std")}
@@ -69,10 +69,10 @@ class Description:
 
 
 def save(run: Path, model: nn.Module, description: Description, state: Mapping[str, Any], keep: int = KEEP) -> Path:
-    """Write the generation of ``description.step`` and remove all but the last ``keep``; the folder written.
+    """Write the generation of ``description.step``, remove all but the last ``keep``, and return the folder written.
 
-    Raises CommandError naming the folder where the disk is full or not writable: nothing is left half written,
-    and earlier generations stay.
+    Raises CommandError, naming the folder, if the disk is full or not writable: nothing is left half written, and
+    earlier generations stay.
     """
     path = run / CHECKPOINTS / _name(description.step)
     if path.exists():
@@ -94,8 +94,8 @@ def save_best(
 ) -> None:
     """Write ``RUN/best/step-N/`` and remove the best so far. Raises as ``save`` does.
 
-    It holds weights only where ``whole``: those of the newest generation need no second copy. ``weights`` None: the
-    generation of this step has them.
+    The folder holds weights only if ``whole``: weights of the newest generation need no second copy. ``weights`` is
+    None if the generation of this step has them.
     """
     path = run / BEST / _name(description.step)
     generation = run / CHECKPOINTS / path.name
@@ -118,7 +118,7 @@ def _holder(best: Path) -> Path:
 
 
 def read_best(run: Path) -> tuple[int, float] | None:
-    """Step and top-1 of a run's best weights; None where they are not there or damaged."""
+    """Step and top-1 of a run's best weights; None if they are missing or damaged."""
     for path in generations(run, BEST):
         if damage(_holder(path), (WEIGHTS,)) is None:
             try:
@@ -140,12 +140,12 @@ def _write_record(folder: Path, values: dict[str, Any], names: tuple[str, ...]) 
 
 
 def write_weights(path: Path, model: nn.Module | Mapping[str, Tensor], description: Description) -> None:
-    """Write a weights file: the tensors, and in the header what builds the network again."""
+    """Write a weights file: the tensors, and a header that suffices to build the network again."""
     from safetensors.torch import save_file
 
     tensors = model.state_dict() if isinstance(model, nn.Module) else model
     path.touch()
-    mode = path.stat().st_mode  # safetensors puts a file of its own in the place, which its owner alone may read
+    mode = path.stat().st_mode  # safetensors replaces the file by one that only its owner may read
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(weights, path, metadata={"format": "pt", HEADER: description.to_json()})
     path.chmod(mode)
@@ -180,7 +180,7 @@ def damage(path: Path, names: tuple[str, ...] = (WEIGHTS, STATE)) -> str | None:
 
 
 def newest(run: Path, warn: Callable[[str], None], names: tuple[str, ...] = (WEIGHTS, STATE)) -> Path:
-    """The newest checkpoint folder of a run whose files are whole; ``warn`` hears of damaged newer ones."""
+    """The newest checkpoint folder of a run whose files are whole; ``warn`` is called for damaged newer ones."""
     problems: list[str] = []
     for path in generations(run):
         problem = damage(path, names)
@@ -197,9 +197,9 @@ def newest(run: Path, warn: Callable[[str], None], names: tuple[str, ...] = (WEI
 
 
 def to_resume(path: Path, warn: Callable[[str], None]) -> tuple[Path, Path]:
-    """The run folder and the checkpoint folder that ``path`` means: a run, with its newest, or a checkpoint folder.
+    """The run folder and the checkpoint folder of ``path``: a run (its newest is taken) or a checkpoint folder.
 
-    Raises CommandError for a checkpoint with newer ones beside it, which would come to be of another run than it.
+    Raises CommandError for a checkpoint with newer ones next to it: they would come to be of another run than it.
     """
     if not (path / RECORD).exists() and not (path / WEIGHTS).exists():
         return path, newest(path, warn)
@@ -217,8 +217,8 @@ def to_resume(path: Path, warn: Callable[[str], None]) -> tuple[Path, Path]:
 
 
 def find_weights(path: Path, warn: Callable[[str], None], last: bool = False) -> Path:
-    """The weights file that ``path`` means: itself, or the one of a checkpoint folder, or of a run's best evaluation
-    (``last``: of its newest checkpoint)."""
+    """The weights file of ``path``: itself, that of a checkpoint folder, or that of a run's best evaluation (``last``:
+    of its newest checkpoint)."""
     if path.is_file():
         if path.suffix in OTHERS:
             raise CommandError(
@@ -242,7 +242,7 @@ def find_weights(path: Path, warn: Callable[[str], None], last: bool = False) ->
 
 
 def read_description(path: Path) -> Description | None:
-    """What a weights file says of itself; None where another program wrote it.
+    """The Description in a weights file; None if another program wrote it.
 
     Raises CommandError for a damaged file.
     """
@@ -251,8 +251,8 @@ def read_description(path: Path) -> Description | None:
 
 
 def read_weights(path: Path) -> tuple[Description, dict[str, Tensor]]:
-    """The description and the tensors (fp32, on the CPU) of a weights file, once its header has been checked:
-    every name, shape and dtype against the network it claims to hold, before a byte of a tensor is read."""
+    """The description and the tensors (fp32, on the CPU) of a weights file. Before a byte of a tensor is read, every
+    name, shape and dtype in the header is compared with the network that the file claims to hold."""
     shown = path_text(path)
     with _opened(path) as file:
         description = _described(path, file)
@@ -295,11 +295,11 @@ def _described(path: Path, file: Any) -> Description | None:
 
 
 def load_model(path: Path, variant: str | None, fused: bool) -> tuple[models.AlexNet, Description]:
-    """Build the network of a weights file; CommandError where it is of another variant than ``variant``."""
+    """Build the network of a weights file. Raises CommandError if its variant is not ``variant``."""
     description, weights = read_weights(path)
     if variant is not None and variant != description.config.variant:
         raise CommandError(f"{path_text(path)}: weights of variant {description.config.variant!r}, not {variant!r}")
-    with torch.device("meta"):  # no time goes into a random start that is overwritten
+    with torch.device("meta"):  # a random start would cost time, and be overwritten
         model = models.alexnet(**dataclasses.asdict(description.config), fused=fused, init="torch")
     model.load_state_dict(weights, assign=True)
     return model, description
@@ -314,14 +314,14 @@ def read_state(path: Path) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(path) as archive:
             size = sum(member.file_size for member in archive.infolist())
-        if size > path.stat().st_size:  # torch stores without compressing: more is a bomb
+        if size > path.stat().st_size:  # torch does not compress: a larger size is a bomb
             raise CommandError(f"{shown}: declares {size:,} bytes, more than it has")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise os_error(path, error) from error
     except CommandError:
         raise
-    except Exception as error:  # zipfile, pickle and torch each have their own for a broken file
+    except Exception as error:  # zipfile, pickle and torch each raise errors of their own
         raise CommandError(f"{shown}: a damaged checkpoint ({first_line(error)})") from error
     if not isinstance(state, dict):
         raise CommandError(f"{shown}: not a trainer's state")
@@ -329,7 +329,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def check_optimizer(path: Path, saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
-    """CommandError unless each saved tensor has its parameter's shape: looked at before anything is copied."""
+    """Raises CommandError unless each saved tensor has its parameter's shape. Nothing has been copied then."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     try:
         count = sum(len(group["params"]) for group in saved["param_groups"])

@@ -1,4 +1,4 @@
-"""How well a network does on held-out images, and what it says of one image."""
+"""Accuracy of a network on held-out images, and its prediction for one image."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Evaluation:
     """Sums over the images evaluated, and for each image its five best classes.
 
-    ``guesses`` and ``probabilities`` are (N, 5 or fewer classes), best first; ``truth`` is the probability that
-    the right class got; ``indices`` are the images' places in the data, ``targets`` their classes.
+    ``guesses`` and ``probabilities`` are (N, 5 or fewer classes), best first; ``truth`` is the probability of the
+    right class; ``indices`` are the images' places in the data, ``targets`` their classes.
     """
 
     loss: float
@@ -67,8 +67,8 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
 
 
 def to_device(images: Tensor, preprocessing: Preprocessing, device: torch.device, drawn: Drawn | None = None) -> Tensor:
-    """A batch as the network takes it: moved as bytes, augmented where ``drawn`` says how, normalized there, laid out
-    channels-last."""
+    """A batch as the network takes it: moved to ``device`` as bytes, augmented as ``drawn`` says, normalized, and laid
+    out channels-last."""
     images = images.to(device, non_blocking=True)
     if drawn is None:
         return preprocessing(images).contiguous(memory_format=torch.channels_last)
@@ -91,9 +91,9 @@ def evaluate(
     on_batch: Callable[[int, int], None] = lambda _done, _total: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
-    """Evaluate on the first ``limit`` images. ``read`` is as for ``batches``; ``on_batch(done, total)`` hears of
-    progress; unreadable images are left out and listed. Raises Interrupted when ``stop()`` turns true. Leaves
-    ``model`` in the mode it was in."""
+    """Evaluate on the first ``limit`` images; unreadable ones are left out and listed. ``read`` is as for ``batches``;
+    ``on_batch(done, total)`` is called after each batch. Raises Interrupted when ``stop()`` turns true. ``model``
+    keeps its mode."""
     was_training = model.training
     model.eval()
     start, loss, errors = time.perf_counter(), 0.0, []

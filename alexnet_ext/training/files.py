@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whenever the power goes."""
+"""Files that are written whole or not at all, even if the power fails."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..data.errors import CommandError, os_error, path_text
 
 
 def sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk."""
+    """Flush a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -41,8 +41,8 @@ def check_target(path: Path, source: Path | None = None, option: str = "--out") 
 
 
 def is_special(path: Path) -> bool:
-    """Whether a name stands for no file to put another in the place of: a device, a pipe, or what a process has open,
-    as /dev/stdout is, whatever that may be."""
+    """Whether a name is no file that another could replace: a device, a pipe, or an open file of a process, such as
+    /dev/stdout."""
     if path.exists() and not path.is_file():
         return True
     for _ in range(40):  # as many links as Linux follows
@@ -55,14 +55,14 @@ def is_special(path: Path) -> bool:
 
 
 def _place(path: Path) -> Path:
-    """Where a file ``path`` is to be: behind a link at what it leads to. CommandError where no file can take it."""
+    """Where to write the file ``path``: the target of a link. Raises CommandError if no file can be there."""
     if is_special(path):
         raise CommandError(f"{path_text(path)}: no regular file, and nothing takes its place")
     return path.resolve() if path.is_symlink() else path
 
 
 def _beside(path: Path) -> Path:
-    """A name in the same folder for what is not yet whole, of the same ending, short enough for every file system."""
+    """A name in the same folder for the unfinished file: the same ending, short enough for every file system."""
     number = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]
     return path.with_name(f".{number}.tmp-{os.getpid()}{path.suffix if len(path.suffix) < 20 else ''}")
 
@@ -76,7 +76,7 @@ def check_outside(out: Path, data: Path) -> None:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file beside ``path`` and rename it there: a reader finds the old content or the new. A link stays one."""
+    """Write a file next to ``path`` and rename it: a reader finds the old content or the new. A link stays a link."""
     path = _place(path)
     beside = _beside(path)
     try:
@@ -93,9 +93,9 @@ def write_file(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A file of the same ending beside ``path``, which takes its place when the block has ended well.
+    """A file of the same ending next to ``path``, which replaces it when the block ends without an error.
 
-    A link stays one: the file that it leads to is replaced."""
+    A link stays a link: its target is replaced."""
     path = _place(path)
     beside = _beside(path)
     try:
@@ -116,9 +116,9 @@ def new_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder that gets its name ``path`` when the block has ended well and its files are on the disk.
+    """A folder that is renamed to ``path`` when the block has ended without an error and its files are on the disk.
 
-    ``path`` must not exist. What an earlier process left half made beside it is removed.
+    ``path`` must not exist. Unfinished folders of earlier processes next to it are removed.
     """
     beside = _beside(path)
     try:
@@ -142,7 +142,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def _system_error(error: BaseException | None) -> OSError | None:
-    """What the system said, also where safetensors put it into words or torch met it on the way to its own error."""
+    """The system's error, even if safetensors put it into words or torch raised its own error after it."""
     while error is not None:
         if isinstance(error, OSError):
             return error

@@ -33,12 +33,12 @@ class Interrupted(Exception):
 
 
 class Interrupt:
-    """Context manager: ``requested`` turns true with the first signal, which says so; the second ends the process at
-    once. A signal that was ignored, as nohup has SIGHUP ignored, stays so."""
+    """Context manager. The first signal sets ``requested`` and prints a line; the second ends the process at once. A
+    signal that was ignored before, as SIGHUP is under nohup, stays ignored."""
 
     def __init__(self) -> None:
         self.requested = False
-        self.process = os.getpid()  # processes that read images inherit the handlers, and have nothing to say
+        self.process = os.getpid()  # processes that read images inherit the handlers, and must print nothing
 
     def __enter__(self) -> Interrupt:
         numbers = [number for number in SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
@@ -46,7 +46,7 @@ class Interrupt:
         return self
 
     def look(self) -> None:
-        """Raise Interrupted once a stop is requested: for whoever waits."""
+        """Raise Interrupted once a stop is requested; for loops that wait."""
         if self.requested:
             raise Interrupted
 
@@ -70,15 +70,15 @@ class Interrupt:
 
 
 def begin() -> None:
-    """From here on Ctrl-C ends the process with one line: within an import the exception that it else is can come out
-    anywhere, and so far there is nothing to save."""
+    """From here on Ctrl-C ends the process with one line. Within an import a KeyboardInterrupt could surface anywhere,
+    and there is nothing to save yet."""
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, _stop_at_start)
 
 
 @contextlib.contextmanager
 def starting() -> Iterator[None]:
-    """Around imports, which ``begin`` is for; behind them Ctrl-C is a KeyboardInterrupt."""
+    """Context manager around imports: ``begin`` inside; after them Ctrl-C is a KeyboardInterrupt again."""
     begin()
     try:
         yield
@@ -97,6 +97,6 @@ def end_at_once(text: str) -> None:
 
 
 def tell(text: str) -> None:
-    """A line on stderr out of a signal's handler, if anybody still reads it."""
+    """Print a line on stderr from a signal's handler; no error if nobody reads it any longer."""
     with contextlib.suppress(OSError):
         os.write(2, f"alexnet: {text}\n".encode())

@@ -16,8 +16,8 @@ METRICS = "metrics.jsonl"
 
 
 class Log:
-    """Appends to both. ``step`` and ``evaluated`` say what a resumed run has done already: lines beyond it, of
-    steps that will be taken again, are removed."""
+    """Appends to both. A resumed run is at ``step``, its last evaluation at ``evaluated``: later lines are removed, as
+    their steps will be taken again."""
 
     def __init__(self, run: Path, step: int = 0, evaluated: int = -1) -> None:
         self.path = run / METRICS
@@ -55,7 +55,7 @@ class Log:
             if self.events is not None:
                 self.events.close()
         except OSError as problem:
-            if kind is None:  # else the first error is the one to tell
+            if kind is None:  # else the first error is reported
                 raise os_error(self.path, problem) from problem
 
 
@@ -69,13 +69,13 @@ def has_events(run: Path) -> bool:
 
 
 def json_text(values: dict[str, Any], indent: int | None = None) -> str:
-    """These values as JSON, which has no NaN and no infinities: null takes their place."""
+    """These values as JSON, with null for NaN and infinities, which JSON lacks."""
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
     return json.dumps(finite, indent=indent, allow_nan=False)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, with NaN for null; one that was cut short by a crash is left out."""
+    """The lines of a metrics.jsonl, with NaN for null; a line that a crash cut short is left out."""
     lines = []
     try:
         text = path.read_text(encoding="utf-8")

@@ -10,11 +10,11 @@ _LARGEST = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc's malloc to keep what is freed; returns whether it took the advice (False on another libc).
+    """Make glibc's malloc keep freed memory; returns whether it does (False on another libc).
 
-    A training step frees and takes the same blocks over and over. By default glibc returns those above 32 MiB
-    to the kernel, which hands them back a page at a time, zeroed: on two cores a fifth of AlexNet's step. It
-    suits a process that does nothing but train; a library must not decide it for its user.
+    A training step frees and allocates the same blocks over and over. By default glibc returns those above 32 MiB
+    to the kernel, which hands them back a page at a time, zeroed: on two cores a fifth of AlexNet's step. Keeping
+    them suits a process that only trains; a library must not decide that for its user.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

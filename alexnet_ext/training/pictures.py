@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# matplotlib complains at length about a home that cannot be written to, which changes nothing here.
+# matplotlib warns at length about a home that is not writable, which does not matter here.
 logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
 FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".pdf": "pdf", ".svg": "svg", "": "png"}
@@ -80,7 +80,7 @@ def curves(path: Path, lines: Sequence[dict[str, Any]]) -> None:
                 axes.set_ylim(0, 102)
                 axes.yaxis.set_major_formatter("{x:.0f} %")
             else:
-                # A first step before warm-up can be far off: the axis shows where the run went.
+                # The loss before warm-up can be far off: the axis covers the rest of the run.
                 finite = values[np.isfinite(values)]
                 axes.set_ylim(0, max(0.1, float(np.percentile(finite, 99)) * 1.05) if len(finite) else 1)
             axes.legend(frameon=False, fontsize=9)
@@ -90,7 +90,7 @@ def curves(path: Path, lines: Sequence[dict[str, Any]]) -> None:
 def kernels(path: Path, weight: Tensor, start: Tensor) -> None:
     """Every kernel of the first convolution as a small image.
 
-    After a short run they still look like their random ``start``; what training added is then drawn below.
+    After a short run they still look like their random ``start``; the difference is then drawn below.
     """
     weight, start = weight.detach().float().cpu(), start.detach().float().cpu()
     count, _, height, width = weight.shape
@@ -121,8 +121,8 @@ def _sheet(weight: Tensor, columns: int) -> np.ndarray:
 
 
 def guesses(path: Path, dataset: Dataset, result: Evaluation, classes: Sequence[str], seed: int = 0) -> None:
-    """Held-out images with their five best guesses: four drawn by chance, of different classes as far as there are, and
-    below them the four that the network got most wrong; or all of fewer than eight."""
+    """Held-out images with their five best guesses: four drawn by chance, of different classes if possible, and below
+    them the four that the network got most wrong. Fewer than eight images are all drawn."""
     chosen = list(range(result.images))
     title = "Held-out images and their five best guesses, the right class in green"
     if result.images >= 8:
@@ -136,7 +136,7 @@ def guesses(path: Path, dataset: Dataset, result: Evaluation, classes: Sequence[
         cells = figure.subfigures(rows, min(4, len(chosen)), squeeze=False)
         for cell, i in zip(cells.flat, chosen, strict=False):
             image = dataset[0, int(result.indices[i])].image
-            if image is None:  # readable a minute ago: the files change under us
+            if image is None:  # readable a minute ago: another program changed the file
                 continue
             picture, bars = cell.subplots(2, 1, height_ratios=[1.5, 1])
             _show(picture, image)
@@ -191,7 +191,7 @@ def confusion(path: Path, result: Evaluation, classes: Sequence[str]) -> None:
 def prediction(
     path: Path, image: Any, probabilities: Tensor, classes: Sequence[str], title: str, of: Path | None = None
 ) -> None:
-    """One image (a PIL image) and its best classes; as a PNG it says that it is of the file ``of``."""
+    """One image (a PIL image) and its best classes. A PNG records the file ``of`` that it shows."""
     best = probabilities.topk(min(5, len(classes)))
     with require("matplotlib").rc_context(STYLE):
         figure = _figure(8, 3.6)
@@ -205,14 +205,14 @@ def prediction(
 
 
 def check_format(path: Path) -> None:
-    """CommandError where a picture's ending names no format that it can be written in."""
+    """Raises CommandError if a picture's ending is not that of a known format."""
     if path.suffix.lower() not in FORMATS:
         known = ", ".join(filter(None, FORMATS))
         raise CommandError(f"{path_text(path)}: expected a name with one of the endings {known}", 2)
 
 
 def source(image: Path) -> str:
-    """What a picture says of the image that it shows: its whole path, in ASCII."""
+    """A picture's record of the image that it shows: the whole path, in ASCII."""
     return ascii(os.path.abspath(image))[1:-1]
 
 
@@ -263,7 +263,7 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 
 def _figure(width: float, height: float) -> Figure:
-    """A figure that no window system and no global state of pyplot has a part in."""
+    """A figure that uses no window system and no global state of pyplot."""
     return require("matplotlib.figure").Figure(figsize=(width, height), layout="constrained", dpi=130)
 
 
@@ -272,7 +272,7 @@ def _write(figure: Figure, path: Path) -> None:
     kind = FORMATS[path.suffix.lower()]
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        # Of a name in a script that the font lacks, boxes stand in the picture.
+        # A name in a script that the font lacks is drawn as boxes.
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         metadata = {"Source": str(figure.get_label())} if kind == "png" else None
         figure.savefig(buffer, format=kind, facecolor="white", metadata=metadata)

@@ -1,4 +1,4 @@
-"""A run as it goes: a live bar on a terminal, a line now and then anywhere else."""
+"""The progress of a run: a live bar on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LINE_EVERY = 10.0  # seconds
 
 
 class _Unread:
-    """A stream that nobody need read: where its reader or its terminal goes away, the rest goes nowhere."""
+    """A stream whose reader or terminal may go away: the rest is then dropped."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -41,12 +41,12 @@ class _Unread:
 
 
 def lasting_console(quiet: bool = False) -> Console:
-    """A console on stdout for a run that goes on when nobody reads it any longer."""
+    """A console on stdout for a run that goes on even if nobody reads it any longer."""
     return Console(file=cast(TextIO, _Unread(sys.stdout)), quiet=quiet)
 
 
 class Reporter:
-    """Context manager. ``start`` of ``total`` steps were taken by the run that this one goes on from."""
+    """Context manager. A resumed run has taken ``start`` of ``total`` steps already."""
 
     def __init__(self, total: int, start: int = 0, console: Console | None = None) -> None:
         self.console = console or Console()

@@ -1,4 +1,4 @@
-"""Recipes: everything that decides how a run goes, and the defaults for each kind of data."""
+"""Recipes: all settings of a run, and the defaults for each kind of data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "schedule": SCHEDULES,
     "precision": PRECISIONS,
 }
-# The least that a number may be, and what it must stay below.
+# The smallest value of a number, and the bound that it must stay below.
 RANGES = {
     "held_out": (0, 1),
     "image_size": (1, math.inf),
@@ -40,12 +40,12 @@ RANGES = {
     "keep": (1, math.inf),
 }
 TYPES: dict[str, Any] = {"str": str, "int": int, "float": (int, float), "bool": bool, "None": type(None)}
-# What a resumed run may have otherwise: how long it goes on and what it keeps, not how it learns.
+# Fields that a resumed run may change: how long it goes on and what it keeps, not how it learns.
 CHANGEABLE = ("epochs", "steps", "patience", "save_every", "keep")
 
 
 def _expected(name: str, kinds: str, value: Any) -> str:
-    """What the field ``name`` of a Recipe expects instead of ``value``; "" where that is right."""
+    """What the field ``name`` of a Recipe expects instead of ``value``; "" if the value is allowed."""
     allowed = kinds.split(" | ")
     if value is None and "None" in allowed:
         return ""
@@ -125,7 +125,7 @@ class Recipe:
         return self.epochs * self.epoch_steps(images) if self.steps is None else self.steps
 
     def lr_at(self, step: int, total: int) -> float:
-        """The learning rate of step number ``step`` (from 0); for ``"plateau"`` as long as nothing has divided it."""
+        """The learning rate of step number ``step`` (from 0); for ``"plateau"`` before its first division."""
         if step < self.warmup:
             return self.lr * (step + 1) / (self.warmup + 1)
         done = (step - self.warmup) / max(1, total - self.warmup)
@@ -135,11 +135,11 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Recipe:
-        """Raises TypeError or ValueError for what another version of the package wrote."""
+        """Raises TypeError or ValueError for a dictionary that another version of the package wrote."""
         return cls(**values)
 
     def changed(self, given: dict[str, Any]) -> Recipe:
-        """This recipe with what is given; epochs take the place of a number of steps."""
+        """This recipe with the given fields; epochs replace a number of steps."""
         return replace(self, **({"steps": None} if "epochs" in given else {}) | given)
 
     def differences(self, given: dict[str, Any]) -> list[str]:
@@ -151,8 +151,8 @@ class Recipe:
         ]
 
 
-# The paper's start N(0, 0.01) learns nothing on digits in as few steps as five minutes on two cores allow; Kaiming's
-# does. So little training does not overfit: dropout at 0.5 would only slow it down.
+# On digits the paper's start N(0, 0.01) learns nothing in five minutes on two cores; Kaiming's does. So little training
+# does not overfit: dropout at 0.5 would only slow it down.
 DIGITS = Recipe(
     data="digits",
     init="kaiming",
@@ -167,8 +167,8 @@ DIGITS = Recipe(
     evaluate_limit=200,
 )
 SYNTHETIC = replace(DIGITS, data="synthetic")
-# The paper's start stays at chance for as long as a few hundred images have steps, and a rate that falls by itself
-# needs no held-out error that means something: 40 images are right or wrong by chance.
+# With a few hundred images the paper's start stays at chance for the whole run. The rate falls by itself, because the
+# held-out error of 40 images is mostly chance.
 FOLDER = Recipe(data="", init="kaiming", warmup=20, schedule="cosine")
 # Section 5 of the paper: "reduced three times prior to termination", "roughly 90 cycles".
 IMAGENET = Recipe(data="")
@@ -177,7 +177,7 @@ RECIPES = {"digits": DIGITS, "folder": FOLDER, "paper": IMAGENET}
 
 
 def chosen(given: dict[str, Any], name: str | None = None) -> Recipe:
-    """The recipe ``name`` of ``RECIPES``, or the default for ``given["data"]`` (digits), with what is given.
+    """The recipe ``name`` of ``RECIPES``, or the default for ``given["data"]`` (digits), with the given fields.
 
     Raises CommandError, naming the option, for a value that no run can have.
     """

@@ -1,4 +1,4 @@
-"""What a trained network says of images: what ``alexnet evaluate`` and ``predict`` do."""
+"""A trained network's guesses for images: the work of ``alexnet evaluate`` and ``predict``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from .evaluate import Evaluation, evaluate, predict
 from .files import check_outside, check_target
 from .progress import Reporter
 
-TABLE_CLASSES = 20  # more than fit on a screen are not listed
+TABLE_CLASSES = 20  # more classes do not fit on a screen, and are not listed
 
 
 def load(
@@ -40,8 +40,8 @@ def load(
     warn: Callable[[str], None],
     last: bool = False,
 ) -> tuple[models.AlexNet, checkpoint.Description]:
-    """The network of a run, checkpoint folder or weights file, ready to evaluate; of a run the best weights, or
-    (``last``) those of its newest checkpoint. CommandError where a weight is no finite number."""
+    """The network of a run, checkpoint folder or weights file, ready to evaluate. A run gives its best weights, or with
+    ``last`` those of its newest checkpoint. Raises CommandError if a weight is not finite."""
     path = checkpoint.find_weights(weights, warn, last)
     model, description = checkpoint.load_model(path, variant and str(variant), fused=not stock)
     for name, value in model.state_dict().items():
@@ -61,7 +61,7 @@ def evaluate_weights(
     console: Console,
     warn: Callable[[str], None],
 ) -> tuple[Evaluation, Dataset]:
-    """Evaluate on the images of ``folder``, or on those that the run held out; those images too."""
+    """Evaluate on the images of ``folder``, or on those that the run held out. Returns the images too."""
     if folder is not None:
         dataset: Dataset
         dataset, notes = ImageFolder.held_out(folder, description.preprocessing, description.classes)
@@ -94,7 +94,7 @@ def evaluate_weights(
 
 
 def by_class(result: Evaluation, classes: Sequence[str]) -> Table | None:
-    """How many images of each class are right, of few enough classes."""
+    """A table of right images by class; None for more than ``TABLE_CLASSES``."""
     if len(classes) > TABLE_CLASSES:
         return None
     table = Table("class", "right", "images", "accuracy")
@@ -120,7 +120,7 @@ def as_json(result: Evaluation, classes: Sequence[str]) -> dict[str, Any]:
 
 
 def wrong_images(result: Evaluation, dataset: Dataset) -> bytes:
-    """A CSV of the images whose best guess is wrong: the file, or the place of one that comes from none."""
+    """A CSV of the images whose best guess is wrong: the file, or the index of an image without one."""
     files = dataset.samples if isinstance(dataset, ImageFolder) else None
     rows = [["image", "class", "guess", "probability", "probability of class"]]
     for i in (~result.right).nonzero()[:, 0].tolist():
@@ -132,14 +132,14 @@ def wrong_images(result: Evaluation, dataset: Dataset) -> bytes:
 
 
 def as_csv(rows: Sequence[Sequence[object]]) -> bytes:
-    """Rows as a CSV file; a name comes out as the bytes that it has on the disk."""
+    """Rows as a CSV file; a name keeps the bytes that it has on the disk."""
     stream = io.StringIO()
     csv.writer(stream, lineterminator="\n").writerows(rows)
     return os.fsencode(stream.getvalue())
 
 
 class Prediction(NamedTuple):
-    """An image, its (class, probability) of the best five, best first, and the picture of both, if there is one."""
+    """An image, the (class, probability) of its five best guesses, best first, and their picture, if drawn."""
 
     image: Path
     best: list[tuple[str, float]]
@@ -156,7 +156,7 @@ def prediction_json(found: Prediction) -> dict[str, Any]:
 
 
 def find_files(given: Sequence[Path]) -> list[Path]:
-    """The images that are meant: a file is itself, a folder every image in it."""
+    """The images of these paths: a file itself, a folder's images."""
     found = [Path(path) for one in given for path in (find_images(one) if one.is_dir() else [one])]
     if not found:
         raise CommandError(f"{path_text(given[0])}: no images in it", 2)
@@ -201,7 +201,7 @@ def predict_files(
     folder: Path | None,
     device: torch.device,
 ) -> list[Prediction | BadImage]:
-    """Classify image files, drawing each into ``folder``; for one that cannot be read, why."""
+    """Classify image files and draw each into ``folder``; an unreadable file gives its error."""
     found: list[Prediction | BadImage] = []
     for path in paths:
         try:
@@ -213,7 +213,7 @@ def predict_files(
 
 
 def picture_of(image: Path, folder: Path) -> Path:
-    """Where the picture of an image goes: ``STEM.png``, or with a number where that is of another image."""
+    """The path of an image's picture: ``STEM.png``, with a number if that is the picture of another image."""
     plain = folder / f"{_cut(image.stem, 250)}.png"
     is_itself = image.exists() and plain.exists() and plain.samefile(image)
     if not plain.exists() or is_itself or pictures.drawn_of(plain) == pictures.source(image):
@@ -227,7 +227,7 @@ def _cut(name: str, length: int) -> str:
 
 
 def light_on_dark(image: Any) -> Any:
-    """A digit as MNIST has it, grey and light on a dark ground: turned round where its rim is light."""
+    """A digit as in MNIST, grey and light on dark: inverted if its rim is light."""
     grey = image.convert("L")
     width, height = grey.size
     rim = [grey.getpixel((x, y)) for x in range(width) for y in {0, height - 1}]

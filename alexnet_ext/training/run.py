@@ -33,7 +33,7 @@ from .results import by_class
 from .trainer import Trainer, first_kernels
 
 RESULT = "result.json"
-NEEDED = ("matplotlib", "tensorboard")  # asked for before the first step, not after the last
+NEEDED = ("matplotlib", "tensorboard")  # looked for before the first step, not after the last
 
 
 def start(recipe: Recipe, out: Path, device: torch.device, workers: int, console: Console) -> Evaluation:
@@ -58,7 +58,7 @@ def start(recipe: Recipe, out: Path, device: torch.device, workers: int, console
 
 
 def from_weights(path: Path, warn: Callable[[str], None]) -> dict[str, Any]:
-    """What the weights that ``path`` means say of a recipe: their file, variant and input."""
+    """The fields of a recipe that the weights of ``path`` decide: file, variant and input."""
     file = path if path.is_file() else checkpoint.find_weights(path, warn)
     found: dict[str, Any] = {"weights": os.path.abspath(file)}
     description = checkpoint.read_description(file) if file.suffix == ".safetensors" else None
@@ -81,8 +81,8 @@ def resume(
     warn: Callable[[str], None],
 ) -> Evaluation:
     """Go on from a run's newest whole checkpoint, or from the checkpoint folder ``run``. ``given`` are the options that
-    the user named: those of ``CHANGEABLE`` may be other than the run's, ``data`` and ``val`` say where its images are
-    now, the others must be its own."""
+    the user named. Those of ``CHANGEABLE`` may differ from the run's, ``data`` and ``val`` say where its images are
+    now, the others must equal the run's."""
     began = time.monotonic()
     run, path = checkpoint.to_resume(run, warn)
     _check_needs()
@@ -130,7 +130,7 @@ def _check_needs() -> None:
 
 
 def _refusal(name: str, given: Any, own: Any, run: str) -> str:
-    """Why an option cannot be other than the run's."""
+    """The message for an option that differs from the run's."""
     option = f"--{name.replace('_', '-')}"
     if isinstance(own, bool):
         return f"{option if given else f'--no-{name}'}: the run in {run} was begun without it"
@@ -138,7 +138,7 @@ def _refusal(name: str, given: Any, own: Any, run: str) -> str:
 
 
 def _seconds(result: Path) -> float:
-    """What a result.json says that its run took; 0 where there is none."""
+    """The seconds of a run by its result.json; 0 without one."""
     try:
         seconds = json.loads(result.read_text(encoding="utf-8"))["seconds"]
         return float(seconds) if 0 <= seconds < 1e12 else 0.0
@@ -157,12 +157,12 @@ def _split(recipe: Recipe) -> Split:
 def _trainer(recipe: Recipe, split: Split, out: Path, device: torch.device, workers: int) -> Trainer:
     try:
         return Trainer(recipe, split, out, device, workers)
-    except ValueError as error:  # an image too small for the variant: the message says it
+    except ValueError as error:  # an image too small for the variant, by the message
         raise CommandError(str(error), 2) from error
 
 
 def _train(trainer: Trainer, console: Console) -> Evaluation:
-    """Run, then write the pictures and say how it went."""
+    """Run, then write the pictures and print the result."""
     recipe, split, out = trainer.recipe, trainer.split, trainer.out
     parameters = sum(p.numel() for p in trainer.model.parameters())
     kind = "stock layers" if recipe.stock else "fused layers"
@@ -223,7 +223,7 @@ def _train(trainer: Trainer, console: Console) -> Evaluation:
 
 
 def say(console: Console, text: str, style: str | None = None) -> None:
-    """A line as it is: no markup in file names, no breaking at the terminal's width."""
+    """Print a line as it is: no markup in file names, no breaking at the terminal's width."""
     console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -233,7 +233,7 @@ def count(number: int, noun: str) -> str:
 
 
 def draw(trainer: Trainer, result: Evaluation) -> list[str]:
-    """Write a run's pictures; their names."""
+    """Write a run's pictures and return their names."""
     out, split = trainer.out, trainer.split
     classes = split.train.classes
     pictures.curves(out / "curves.png", read_metrics(out / METRICS))
@@ -247,7 +247,7 @@ def draw(trainer: Trainer, result: Evaluation) -> list[str]:
 
 
 def save_samples(folder: Path, digits: Digits) -> None:
-    """One held-out digit of each class as a PNG to try ``alexnet predict`` on."""
+    """Save one held-out digit of each class as a PNG, to try ``alexnet predict`` on."""
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:

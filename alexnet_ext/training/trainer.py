@@ -1,4 +1,4 @@
-"""The training loop: steps, evaluations, checkpoints, and going on from one as if nothing had happened."""
+"""The training loop: steps, evaluations and checkpoints; a resumed run continues as if it had not stopped."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ from .memory import keep_freed_memory
 from .progress import Reporter
 from .recipe import Recipe
 
-MAX_SKIPPED = 0.05  # of the training images: more unreadable ones end the run
+MAX_SKIPPED = 0.05  # share of the training images: more unreadable ones end the run
 CHECKPOINT_SECONDS = 600.0
 FLUSH_EVERY_CUDA = 20  # steps between readings of the loss, each of which waits for the GPU
-# The paper's patience of some epochs is of epochs of a million images: the rate of a small folder, whose epochs are a
-# few steps, would fall before anything can have been learnt.
+# The paper's patience is some epochs of a million images each. The epochs of a small folder are a few steps: its rate
+# would fall before anything is learnt.
 PLATEAU_IMAGES = 12_800
-# After this number of steps a mean loss that is still that of guessing is reported.
+# A mean loss that is still that of guessing after this number of steps is reported.
 CHANCE_STEPS, CHANCE_WINDOW, CHANCE = 100, 50, 0.98
 
 
 class Trainer:
-    """Trains ``recipe`` on ``split`` into the folder ``out``; ``run()`` does it all.
+    """Trains ``recipe`` on ``split`` into the folder ``out``; ``run()`` is the whole run.
 
     On the CPU a run is a function of recipe, data and thread count: interrupted and resumed at any step, it
     ends with the same weights, bit for bit.
@@ -57,14 +57,14 @@ class Trainer:
         self.epoch_steps = recipe.epoch_steps(len(split.train))
         self.step = self.epoch = self.batch = 0  # batch: the step within the epoch
         self.evaluated = -1  # the step of the last evaluation
-        self.plateau_step, self.plateau_error = 0, math.inf  # since when the plateau has not looked, and what it missed
+        self.plateau_step, self.plateau_error = 0, math.inf  # the plateau's last look, and the least error since
         self.best = Best(recipe.evaluate_limit)
         self.seconds = 0.0  # spent on steps, over all of the run's processes
-        self.began, self.before = time.monotonic(), 0.0  # of this process, and what the ones before it took
+        self.began, self.before = time.monotonic(), 0.0  # this process's start, and the seconds of those before
         self.recent: deque[float] = deque(maxlen=CHANCE_WINDOW)
         self.last: tuple[Tensor, Tensor] | None = None  # the last step's images and classes
         self.skipped: list[str] = []  # paths of training images that could not be read
-        # Steps whose loss has not been read: (step, loss, right, images, values), and since when they count.
+        # Steps whose loss has not been read yet: (step, loss, right, images, values); then the time of their start.
         self.pending: list[tuple[int, Tensor, Tensor, int, dict[str, Any]]] = []
         self.mark = time.perf_counter()
         self.flush_every = FLUSH_EVERY_CUDA if device.type == "cuda" else 1
@@ -81,7 +81,7 @@ class Trainer:
             init=recipe.init,
         )
         self.model.to(device).to(memory_format=torch.channels_last)
-        self.start = first_kernels(self.model).detach().clone()  # for the picture of what training adds to it
+        self.start = first_kernels(self.model).detach().clone()  # for the picture of the difference to it
         if recipe.freeze is not None:
             freeze(self.model, recipe.freeze)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -112,7 +112,7 @@ class Trainer:
         return self.before + time.monotonic() - self.began
 
     def run(self, reporter: Reporter, stop_at: int | None = None) -> Evaluation:
-        """Train to the last step, or to where patience ends, and evaluate on every held-out image.
+        """Train to the last step, or until patience ends, and evaluate on every held-out image.
 
         Raises Interrupted, with a checkpoint written, on a signal (``Interrupt``), and before step ``stop_at``.
         """
@@ -163,10 +163,10 @@ class Trainer:
                     self.epoch, self.batch, loader = self.epoch + 1, 0, None
 
     def start_from(self, file: Path) -> str:
-        """Copy the weights of a file, in whatever format ``models.load_weights`` reads, and bring images to the network
-        as they were brought to it before. A last layer of other classes stays new: what is to be said of it, or "".
+        """Copy the weights of a file, in any format that ``models.load_weights`` reads, and prepare images as they were
+        prepared for those weights. A last layer of other classes stays new: returns the words to report that, or "".
 
-        Raises CommandError where the file does not fit.
+        Raises CommandError if the file does not fit.
         """
         last = self.model.get_parameter("classifier.fc8.weight")
         fresh = last.detach().clone()
@@ -212,7 +212,7 @@ class Trainer:
             return logits.detach(), F.cross_entropy(logits, targets, label_smoothing=self.recipe.label_smoothing)
 
     def _train(self, group: list[Batch], reporter: Reporter) -> None:
-        """One step on the images of some batches, or none where none of them could be read."""
+        """One step on the images of some batches, or none if none of the images could be read."""
         for batch in group:
             self._count_skipped(batch.errors, reporter)
         group = [batch for batch in group if len(batch.targets)]
@@ -253,7 +253,7 @@ class Trainer:
                 )
 
     def _flush(self, log: Log, reporter: Reporter) -> None:
-        """Read, check and write down the losses of the steps since the last time."""
+        """Read, check and log the losses of the steps since the last call."""
         read = [(step, float(loss), int(right) / count, values) for step, loss, right, count, values in self.pending]
         now = time.perf_counter()
         self.seconds += now - self.mark
@@ -268,7 +268,7 @@ class Trainer:
             self._tell_chance(loss, step, reporter)
 
     def _tell_chance(self, loss: float, step: int, reporter: Reporter) -> None:
-        """Say once that nothing has been learnt, where steps enough have been taken."""
+        """Warn once if nothing has been learnt after enough steps."""
         self.recent.append(loss)
         classes = len(self.split.train.classes)
         mean = sum(self.recent) / len(self.recent)
@@ -295,7 +295,7 @@ class Trainer:
         return self.step % every == 0 if every else self.batch == 0
 
     def _evaluate(self, log: Log, reporter: Reporter, interrupt: Interrupt, last: bool = False) -> Evaluation | None:
-        """Evaluate and write it down, on all held-out images the last time; None when interrupted."""
+        """Evaluate and log the result, on all held-out images at the end of the run; None when interrupted."""
         limit = None if last else self.recipe.evaluate_limit
         try:
             result = evaluate(
@@ -317,14 +317,14 @@ class Trainer:
         self.evaluated = self.step
         values = {"loss": result.loss, "top1": result.top1, "top5": result.top5, "images": result.images}
         log.write("evaluate", self.step, values)
-        self._check_finite(result.loss, self.step)  # a step's own loss is of the weights before it
+        self._check_finite(result.loss, self.step)  # a step's own loss comes from the weights before it
         self.best.see(self.step, result, self.model)
         if not last:
             reporter.note(f"step {self.step}: {result.top1:.1%} of {result.images} held-out images right")
         return result
 
     def _follow_plateau(self, error: float) -> None:
-        """Let the plateau see the least held-out error of each ``PLATEAU_IMAGES`` images or more."""
+        """Show the plateau the least held-out error after every ``PLATEAU_IMAGES`` training images or more."""
         self.plateau_error = min(self.plateau_error, error)
         seen = (
             (self.step - max(self.plateau_step, self.recipe.warmup)) * self.recipe.batch_size * self.recipe.accumulate
@@ -334,8 +334,8 @@ class Trainer:
             self.plateau_step, self.plateau_error = self.step, math.inf
 
     def _check_weights(self) -> None:
-        """End the run where its weights give no loss: they must not become the newest checkpoint, and the loss of the
-        last step is of the weights before it."""
+        """End the run if its weights give no finite loss: they must not become the newest checkpoint, and the loss of
+        the last step comes from the weights before it."""
         if self.last is None:
             return
         self.model.eval()
@@ -347,7 +347,7 @@ class Trainer:
     def save(self) -> Path:
         """Write a checkpoint of this step, and the best weights so far."""
         self._check_weights()
-        if self.best.step != self.step:  # whose weights would be lost with this process
+        if self.best.step != self.step:  # only this process has those weights
             self.best.write(self.out, self.description)
         state = {
             "recipe": dataclasses.asdict(self.recipe),
@@ -375,8 +375,8 @@ class Trainer:
     def load(self, path: Path, state: dict[str, Any], weights: dict[str, Tensor]) -> None:
         """Go on from the checkpoint folder ``path``, read into ``state`` and ``weights``.
 
-        Raises CommandError for a state of other data, of an optimizer of other shapes or without its step, before
-        anything has changed; for what else is no trainer's state, when some of it may have been taken over.
+        Raises CommandError. For a state of other data, of an optimizer of other shapes or without its step, nothing
+        has changed then; for any other state that is not a trainer's, part of it may have been taken over.
         """
         shown = path_text(path)
         try:
@@ -394,17 +394,17 @@ class Trainer:
             self.seconds = _number(state, "seconds")
             self.before = _number(state, "elapsed") if "elapsed" in state else self.seconds
             self.skipped = [str(name) for name in state["skipped"]]
-            if "best" in state:  # not in those of earlier versions
+            if "best" in state:  # earlier versions have none
                 self.best.load(state["best"], self.out, self.step, self.model)
                 self.plateau_step, self.plateau_error = int(state["plateau_since"][0]), float(state["plateau_since"][1])
-            set_random_state(state["random"])  # last: whatever was drawn on the way here does not count
+            set_random_state(state["random"])  # last, as the lines above may draw numbers
         except CommandError:
             raise
-        except Exception as error:  # values of any kind meet torch, NumPy and Python, each of which has its own
+        except Exception as error:  # torch, NumPy and Python each raise errors of their own
             raise CommandError(f"{shown}: not a trainer's state of this version ({first_line(error)})") from error
 
     def check_data(self, path: Path, state: dict[str, Any]) -> None:
-        """CommandError in words unless the data are those that the checkpoint ``path`` has been trained on."""
+        """Raises CommandError unless the data are those that the checkpoint ``path`` was trained on."""
         shown = path_text(path)
         now, images, data = self.split.train.classes, len(self.split.train), path_text(self.recipe.data)
         try:
@@ -425,7 +425,7 @@ class Trainer:
             )
 
     def _place(self, state: dict[str, Any]) -> list[int]:
-        """Step, epoch, step within it and last evaluation. Raises ValueError for what no run comes to."""
+        """Step, epoch, step within it and last evaluation. Raises ValueError for a place that no run reaches."""
         place = step, epoch, batch, evaluated = [int(state[name]) for name in ("step", "epoch", "batch", "evaluated")]
         if not (0 <= batch < self.epoch_steps and epoch >= 0 and step == epoch * self.epoch_steps + batch):
             raise ValueError(f"step {step} is not step {batch} of {self.epoch_steps} in epoch {epoch}")
@@ -434,7 +434,7 @@ class Trainer:
         return place
 
     def _load_optimizer(self, state: dict[str, Any]) -> None:
-        """The momenta and the rate; everything else is the recipe's. Raises ValueError for impossible numbers."""
+        """Load the momenta and the rate; the rest comes from the recipe. Raises ValueError for impossible numbers."""
         own = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, values in zip(self.optimizer.param_groups, own, strict=True):
@@ -491,7 +491,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Restore what ``random_state`` returned; a GPU's state only where there are as many GPUs as then."""
+    """Restore what ``random_state`` returned; the GPUs' states only if their number is the same."""
     name, keys, position, has_gauss, gauss = state["numpy"]
     random.setstate(state["python"])
     np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))

@@ -1,1 +1,1 @@
-"""``python -m benchmarks.verify_gpu``: everything that only a GPU can prove, in ten minutes, into one report."""
+"""``python -m benchmarks.verify_gpu``: proves in ten minutes what only a GPU can prove, and writes one report."""

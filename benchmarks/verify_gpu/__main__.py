@@ -1,12 +1,12 @@
 """Runs the stages one after another, each in processes of its own and within its time, and writes the report.
 
     python -m benchmarks.verify_gpu                    # the GPU, ten minutes
-    python -m benchmarks.verify_gpu --stage images --stage sanitizers --stage tune --stage compiled    # what is left
-    python -m benchmarks.verify_gpu --device cpu       # what applies without one, at small sizes
+    python -m benchmarks.verify_gpu --stage images --stage sanitizers --stage tune --stage compiled    # the rest
+    python -m benchmarks.verify_gpu --device cpu       # the stages that apply to a CPU, at small sizes
 
-The second needs the build that the first leaves, and adds its stages to the report that is there, which is
-benchmarks/results/verify-DEVICE-DATE.md and .json. Exit code 1 when a stage did not pass. Needs what the build
-needs, and pytest, whose name tests/support/cases.py uses.
+The second needs the build that the first leaves, and adds its stages to the first one's report,
+benchmarks/results/verify-DEVICE-DATE.md and .json. Exit code 1 if a stage did not pass. Needs the packages of the
+build, and pytest, which tests/support/cases.py imports.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .report import Finding, Outcome
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 KEPT = 20_000
-"""Characters of what a part printed: its end."""
+"""Characters kept of a part's output: its end."""
 VERDICTS = ("not applicable", "passed", "not reached", "failed", "timed out", "crashed")
 """From the best to the worst: a stage is as good as its worst part."""
 
@@ -45,7 +45,7 @@ class Part(NamedTuple):
 
 
 def circumstances(device: str) -> dict[str, Any]:
-    """Asked of a fresh process: this one must not hold the GPU, nor a library that the first stage builds anew."""
+    """Facts from a fresh process: this one must not hold the GPU, nor a library that the first stage rebuilds."""
     asked = subprocess.run(
         [sys.executable, "-m", "benchmarks.verify_gpu.facts", device], cwd=ROOT, capture_output=True, text=True
     )
@@ -61,7 +61,7 @@ def circumstances(device: str) -> dict[str, Any]:
 
 
 def run_part(stage: stages.Stage, part: str, device: str, seconds: float, threads: int | None) -> Part:
-    """The findings come line by line through a file, so that those before a crash or a time limit count."""
+    """Run one part. Findings come line by line through a file, so those before a crash or a time limit count."""
     with tempfile.TemporaryDirectory() as folder:
         lines, said = Path(folder, "findings"), Path(folder, "output")
         command = [sys.executable, "-m", "benchmarks.verify_gpu.stages", stage.name, part, device, str(seconds)]
@@ -81,11 +81,11 @@ def run_part(stage: stages.Stage, part: str, device: str, seconds: float, thread
                 code: int | None = process.wait(seconds)
             except subprocess.TimeoutExpired:
                 code = None
-            except BaseException:  # interrupted: nothing of it stays on the GPU
+            except BaseException:  # interrupted: leave no process on the GPU
                 os.killpg(process.pid, signal.SIGKILL)
                 raise
             if code is None:
-                os.killpg(process.pid, signal.SIGKILL)  # and whatever it has started
+                os.killpg(process.pid, signal.SIGKILL)  # and all that it has started
                 process.wait()
         found = lines.read_text(encoding="utf-8").splitlines() if lines.exists() else []
         text = said.read_text(encoding="utf-8", errors="replace")[-KEPT:]
@@ -104,7 +104,7 @@ def run_part(stage: stages.Stage, part: str, device: str, seconds: float, thread
 def run_stage(
     stage: stages.Stage, device: str, seconds: float, tell: Callable[[Outcome], None] = lambda outcome: None
 ) -> Outcome:
-    """All parts within ``seconds``; ``tell`` is given what is known so far, each time that a part has ended."""
+    """Run all parts within ``seconds``; ``tell`` gets the outcome so far each time a part has ended."""
     start = time.monotonic()
     parts = stage.parts if device == "cuda" else ("",)
     cores = os.cpu_count() or 1
@@ -113,7 +113,7 @@ def run_stage(
     done: dict[str, Part] = {}
 
     def one(part: str) -> Part:
-        """What is left of the time is shared evenly among the parts that are left."""
+        """The remaining parts share the remaining time evenly."""
         left = start + seconds - time.monotonic()
         share = left * workers / (len(parts) - len(done)) if stage.parallel else left
         return run_part(stage, part, device, min(left, share), threads) if left >= 1 else Part("not reached")
@@ -149,7 +149,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(given: Sequence[str] | None = None) -> int:
-    """Prove the kernels on a GPU: right, fast, capturable, deterministic; into one report."""
+    """Prove the kernels on a GPU: correct, fast, capturable, deterministic. Writes one report."""
     asked = arguments(given)
     end = time.monotonic() + asked.seconds
     try:

@@ -1,4 +1,4 @@
-"""What stages share: the ways there are to run an op, sizes by device, cases with their gradients, CUDA graphs."""
+"""Shared by the stages: the ways to run an op, sizes by device, cases with their gradients, CUDA graphs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .stages import BACKENDS
 
 
 class Sizes(NamedTuple):
-    """What the CPU cannot do in the time is smaller there."""
+    """Sizes by device: smaller on a CPU, which needs more time."""
 
     batch: int
     training_steps: int
@@ -31,17 +31,17 @@ SIZES = {
     "cuda": Sizes(256, 50, (torch.bfloat16, torch.float32), 100),
     "cpu": Sizes(2, 3, (torch.float32,), 5),
 }
-# What "auto" would prefer were it all proven, by what is looked at; what has no kernel there runs stock.
+# What "auto" would prefer if all were proven, by the way that is examined; an op without such a kernel runs stock.
 PREFERRED = {"native": ("native",), "triton": ("triton",), "measured": ("measured", *BACKENDS), "stock": ()}
 
 
 def backends(op: str, device: str) -> list[str]:
-    """Ours, that have kernels for the op on this device and can be asked for by name."""
+    """Our backends with kernels for the op on this device, which can be selected by name."""
     return [name for name in BACKENDS if _backend.has_kernel(name, op, device)]
 
 
 def ways(op: str, device: str) -> list[str]:
-    """The same, and by measurement where the op has that."""
+    """The same, and ``measured`` if the op has it."""
     return backends(op, device) + ["measured"] * _backend.has_kernel("measured", op, device)
 
 
@@ -50,13 +50,13 @@ def each_way(device: str) -> list[str]:
 
 
 def preferring(way: str, device: str) -> AbstractContextManager[None]:
-    """``backend="auto"`` as it would be were this way proven and preferred; stock where it has no kernel."""
+    """``backend="auto"`` as if this way were proven and preferred; stock for an op without its kernel."""
     return _backend.preferring(PREFERRED[way], device)
 
 
 @contextmanager
 def choosing(choose: Callable[[str, Sequence[Candidate]], Candidate], device: str) -> Iterator[None]:
-    """The convolution by what is measured, with ``choose(the call in words, candidates)`` for a measurement."""
+    """The measured convolution, with ``choose(the call in words, candidates)`` instead of a measurement."""
     from alexnet_ext.ops.conv2d_bias_relu import measured
 
     fastest = measured.fastest
@@ -69,7 +69,7 @@ def choosing(choose: Callable[[str, Sequence[Candidate]], Candidate], device: st
 
 
 def fused(case: Case, tensors: Tensors, way: str) -> Tensor:
-    """The op by our kernels: another answer than stock's, or RuntimeError where there is none."""
+    """Run the op by our kernels. Raises RuntimeError if stock would run."""
     if way in BACKENDS:
         return cases.fused(case, tensors, way)
     device = next(tensor.device.type for tensor in tensors.values() if tensor is not None)
@@ -80,7 +80,7 @@ def fused(case: Case, tensors: Tensors, way: str) -> Tensor:
 
 
 def gradients(case: Case, tensors: Tensors, way: str, dy: Tensor | None = None) -> list[Tensor]:
-    """[y, gradients of all that want one]."""
+    """[y, the gradient of each tensor that requires one]."""
     y = fused(case, tensors, way)
     wanted = list(cases.wanting_grad(tensors).values())
     if not wanted:
@@ -94,7 +94,7 @@ def synchronize(device: str) -> None:
 
 
 def attempt(name: str, check: Callable[[], Any], **about: str) -> Finding:
-    """Whatever ``check`` raises is a finding that failed, asynchronous errors too; what it returns is the detail."""
+    """A finding that failed if ``check`` raises, asynchronous errors included; its result is the detail."""
     try:
         detail = check()
         if torch.cuda.is_initialized():
@@ -112,7 +112,7 @@ def examples(device: str, wanted: Callable[[str], bool] = lambda way: True) -> I
 
 
 def captured(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """``work`` warmed up beside, as PyTorch asks, then captured."""
+    """``work`` captured, after a warm-up on a side stream, as PyTorch requires."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

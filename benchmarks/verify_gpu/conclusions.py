@@ -1,4 +1,4 @@
-"""What follows from the findings: which kernels ``backend="auto"`` may run, in which order, which targets are met."""
+"""Conclusions of the findings: the kernels that ``backend="auto"`` may run, their order, the targets met."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def tables(outcomes: Iterable[Outcome]) -> Iterator[Table]:
 
 
 def unproven(way: str, known: dict[str, Outcome]) -> list[Any]:
-    """One entry: it may go where every proof was finished and nothing about it failed."""
+    """One entry of UNPROVEN: it may go if every proof was finished and none about it failed."""
     failed, passed, open_proofs = [], 0, []
     for stage in PROOFS:
         outcome = known.get(stage)
@@ -50,7 +50,7 @@ def unproven(way: str, known: dict[str, Outcome]) -> list[Any]:
         open_proofs += [
             f"{stage}: {part}" for part in outcome.unfinished if not any(other in part.split() for other in others)
         ]
-        # A tool that does not see a planted bug proves nothing by silence.
+        # The silence of a tool that does not see a planted bug proves nothing.
         failed += [f"{stage}: {f.name}" for f in outcome.findings if f.ok is False and "planted" in f.name]
     if failed:
         says = f"stays: {len(failed)} failed, {'; '.join(failed[:3])}"
@@ -62,7 +62,7 @@ def unproven(way: str, known: dict[str, Outcome]) -> list[Any]:
 
 
 def preferences(findings: list[Finding]) -> list[list[Any]]:
-    """A row an op, dtype and layout, and one for all of an op: the sum of what all contestants there have run."""
+    """A row an op, dtype and layout, and one for all of an op: sums over the layers that every contestant ran."""
     groups: dict[tuple[str, str, str], list[Finding]] = {}
     for finding in findings:
         about = finding.about
@@ -76,7 +76,7 @@ def preferences(findings: list[Finding]) -> list[list[Any]]:
 
 
 def sums(findings: list[Finding]) -> list[Any]:
-    """Each contestant's ms, None for one that some layer lacks, and their names from the fastest on."""
+    """Each contestant's ms (None if a layer lacks it), and their names, fastest first."""
     totals: dict[str, float | None] = {}
     for name in CONTESTANTS:
         values = [finding.numbers.get(f"{name} ms") for finding in findings]
@@ -86,11 +86,11 @@ def sums(findings: list[Finding]) -> list[Any]:
 
 
 def missed(findings: list[Finding]) -> list[list[Any]]:
-    """Slower than the copy allows, or than compiled stock."""
+    """Rows of ops that miss their target against a copy, or are slower than compiled stock."""
     rows = []
     for finding in findings:
         rate, target, times = (finding.numbers.get(name) for name in ("% of floor", "target", "times compiled"))
-        # Written so that a NaN, of what did not run, misses.
+        # Written so that a NaN, which means that it did not run, misses.
         if (target is not None and not rate >= target) or (times is not None and not times > 1):
             rows.append([finding.name, rate, target, times])
     return rows or [["none", None, None, None]]

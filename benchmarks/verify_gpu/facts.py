@@ -39,7 +39,7 @@ def facts(device: str) -> dict[str, str]:
 
 
 def told(what: str, program: str, option: str) -> dict[str, str]:
-    """The last line that a program prints, where it is there."""
+    """The last line that a program prints, or a note that it is not installed."""
     if shutil.which(program) is None:
         return {what: f"{program} is not on PATH"}
     options = [option, "--format=csv,noheader"] if program == "nvidia-smi" else [option]

@@ -1,4 +1,4 @@
-"""What stages find, and the report: written anew after every part, so that an interrupted run loses nothing."""
+"""Findings and the report, which is rewritten after every part, so that an interrupted run loses nothing."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from . import conclusions
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that a stage saw. ``ok`` is None for a measurement, which cannot fail; ``numbers`` make a table.
+    """One result of a stage. ``ok`` is None for a measurement, which cannot fail; ``numbers`` become a table.
 
-    ``about`` is what conclusions are drawn by: the backend that was checked, or what was measured.
+    ``about`` has the keys of the conclusions: the backend checked, or the thing measured.
     """
 
     name: str
@@ -26,7 +26,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A stage's end: ``verdict`` is passed, failed, crashed, timed out, not applicable or not reached.
+    """A stage's result: ``verdict`` is passed, failed, crashed, timed out, not applicable or not reached.
 
     ``unfinished`` names the parts that crashed, timed out or were not reached.
     """
@@ -94,7 +94,7 @@ def details(outcome: Outcome) -> list[str]:
 
 
 def write(path: Path, facts: dict[str, Any], outcomes: list[Outcome]) -> None:
-    """``path`` (.md) and its .json, each whole or as it was before."""
+    """Write ``path`` (.md) and its .json, each whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     data = {**facts, "stages": [asdict(outcome) for outcome in outcomes]}
     for file, text in ((path, markdown(facts, outcomes)), (path.with_suffix(".json"), json.dumps(data, indent=2))):
@@ -104,7 +104,7 @@ def write(path: Path, facts: dict[str, Any], outcomes: list[Outcome]) -> None:
 
 
 def read(path: Path) -> list[Outcome]:
-    """What was written to ``path`` (.md) and its .json; empty where nothing was."""
+    """Read the outcomes that were written to ``path`` (.md) and its .json; empty without them."""
     try:
         data = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     except FileNotFoundError:

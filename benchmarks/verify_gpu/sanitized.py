@@ -1,6 +1,6 @@
 """``python -m benchmarks.verify_gpu.sanitized WAY``, under compute-sanitizer: each op once forward and backward.
 
-By ``native`` and ``triton`` in both layouts; by ``measured`` each candidate of the convolution but cuDNN.
+``native`` and ``triton`` run in both layouts; ``measured`` runs each candidate of the convolution except cuDNN.
 """
 
 import sys
@@ -16,7 +16,7 @@ from tests.support.cases import Case, conv
 from .common import choosing, examples, gradients
 from .stages.correctness import candidate_names, named
 
-# Channels that CUTLASS's 16-byte accesses divide, in two towers; a first layer.
+# Two towers whose channels fit CUTLASS's 16-byte accesses; a first layer.
 CONVOLUTIONS = (conv((2, 32, 9, 9), 64, (3, 3), padding=1, groups=2), conv((2, 3, 35, 39), 32, (11, 11), stride=4))
 
 

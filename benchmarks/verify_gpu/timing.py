@@ -1,4 +1,4 @@
-"""How stages measure: a GPU's time alone for an op, and what a user would wait for a network."""
+"""The stages' clocks: a GPU's own time for an op, and a user's waiting time for a network."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from .common import synchronize
 Run = Callable[[], Any]
 TURNS, ROUNDS = 15, 5
 FLUSHED = 2**28
-"""Bytes read between turns: more than an H100's 50 MB of L2. Written, they would be on their way to memory still."""
+"""Bytes read between turns: more than an H100's 50 MB of L2. Written bytes would still be on their way to memory."""
 HEAD_START = 4_000_000
-"""Clock cycles, some 2 ms, that the GPU waits for: by then all of a turn's kernels stand in its queue."""
+"""Clock cycles, some 2 ms, that the GPU waits: by then all of a turn's kernels are in its queue."""
 ROUND = 0.2
-"""Seconds that a round of a network takes at least."""
+"""The shortest round of a network, in seconds."""
 
 
 @dataclass(frozen=True)
 class Backward:
-    """A contestant whose forward runs, untimed, in every turn anew: compiled functions keep nothing for a second."""
+    """Times the backward only. The forward reruns, untimed, before each turn: compiled code frees what it saved."""
 
     forward: Callable[[], Tensor]
     wanted: list[Tensor]
@@ -38,7 +38,7 @@ class Backward:
 
 
 def warm_up(device: str, seconds: float = 0.5) -> None:
-    """Work until the clocks are where they stay."""
+    """Work until the clocks are stable."""
     if device != "cuda":
         return
     matrix = torch.randn(4096, 4096, dtype=torch.bfloat16, device=device)
@@ -49,9 +49,9 @@ def warm_up(device: str, seconds: float = 0.5) -> None:
 
 
 def median_ms(contestants: dict[str, Run | Backward], device: str) -> dict[str, float]:
-    """The median of turns that all take one after another, caches flushed between; what raises is left out.
+    """The median time of each contestant, which take turns, with caches flushed between. Those that raise are left out.
 
-    On a GPU a time is its own: from one event to the next, with no gap in which it waits for the CPU.
+    On a GPU it is the GPU's own time, from one event to the next, without gaps in which it waits for the CPU.
     """
     running = {}
     for name, run in contestants.items():
@@ -59,7 +59,7 @@ def median_ms(contestants: dict[str, Run | Backward], device: str) -> dict[str, 
             for _ in range(3):
                 prepared(run)()
             synchronize(device)
-        except Exception as error:  # no kernel, no memory, a compiler's failure: the others are measured
+        except Exception as error:  # no kernel, no memory, a compiler's failure: measure the others
             print(f"{name} does not run: {type(error).__name__}: {str(error)[:1000]}", flush=True)
             continue
         running[name] = run
@@ -120,7 +120,7 @@ def product_rate(device: str, dtype: torch.dtype) -> float:
 
 
 def images_per_second(steps: dict[str, Run], batch: int, device: str) -> dict[str, float]:
-    """Of steps one after another as a loop runs them, waiting for the GPU at its end: the median of rounds in turns."""
+    """The median over rounds, in turns. A round is a loop of steps that waits for the GPU at its end."""
     counts, rates = {}, {}
     for name, step in steps.items():
         try:

@@ -240,7 +240,7 @@ def test_a_forward_that_makes_tensors_is_left_alone() -> None:
 
 
 class Optional(nn.Module):
-    """What its code does hangs on arguments that a call may leave out, which are no tensors for fx to look into."""
+    """Its code depends on arguments that a call may leave out; they are no tensors that fx could trace."""
 
     def __init__(self) -> None:
         super().__init__()

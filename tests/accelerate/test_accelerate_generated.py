@@ -1,8 +1,8 @@
-"""accelerate on modules that are drawn: what they compute and let others see is that of the untouched model.
+"""accelerate on drawn modules: their results, and the tensors that others see, are those of the untouched model.
 
 A module is a class whose source is written here, so that torch.fx and accelerate see code as people write it. Each part
-of its forward is one habit: layers in an nn.Sequential or called one by one, functional calls, a skip connection, a
-layer in a list or under a second name, something kept, a hook, a checkpoint, another method.
+of its forward is one habit: layers in an nn.Sequential or called one by one; functional calls; a skip connection; a
+layer in a list or under a second name; a tensor kept; a hook; a checkpoint; another method.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ ORDERS = (
 )
 orders = st.sampled_from(ORDERS) | st.lists(st.sampled_from(sorted(LAYERS)), min_size=1, max_size=4).map(tuple)
 
-# What a part does with its Sequential {b}, whose first layer is {b}[0]: lines of forward, and of methods behind it.
+# A part's use of its Sequential {b}, whose first layer is {b}[0]: lines of forward, and of further methods.
 OF_A_SEQUENTIAL: dict[str, tuple[str, str]] = {
     "whole": ("x = self.{b}(x)", ""),
     "skip": ("y = x.sin()\nx = self.{b}(y)\nx = x + y[..., : x.shape[-2], : x.shape[-1]]", ""),
@@ -108,7 +108,7 @@ CALLS: dict[str, tuple[str, str]] = {
     "noted": ("note()\nx = F.local_response_norm(x, 3, 0.5)", ""),
 }
 HOOKS = ("none", "before a relu", "on a layer", "on a sequential")
-# A Sequential that runs as a whole more often than each other part: it is where most is fused.
+# A Sequential that runs as a whole is drawn more often than the others: most patterns are fused there.
 kinds = st.just("whole") | st.sampled_from(list(OF_A_SEQUENTIAL)) | st.sampled_from([*ONE_BY_ONE, *CALLS])
 parts = st.tuples(kinds, orders, st.sampled_from(HOOKS))
 programs = st.tuples(st.lists(parts, min_size=1, max_size=3), st.booleans())
@@ -140,7 +140,7 @@ def source(program: Any) -> str:
 
 
 class Run:
-    """A drawn module and what it lets others see."""
+    """A drawn module and the tensors that others see."""
 
     def __init__(self, program: Any) -> None:
         text, name = source(program), f"<drawn {next(numbers)}>"
@@ -168,7 +168,7 @@ class Run:
         del linecache.cache[self.name]
 
     def results(self) -> list[Tensor]:
-        """Values, what was seen of them, and gradients, in training and in evaluation."""
+        """Values, the tensors seen, and gradients, in training and in evaluation."""
         found: list[Any] = []
         for training in (True, False):
             self.model.train(training)
@@ -191,11 +191,11 @@ class Run:
 
 
 def compare(program: Any, method: str) -> ax.Report:
-    """Compare the accelerated module with the untouched one, and what is restored with both."""
+    """Compare the accelerated module with the untouched one, and the restored one with both."""
     with Run(program) as run:
         try:
             expected = run.results()
-        except RuntimeError as error:  # stock PyTorch cannot: a ReLU in place behind a layer that keeps its output
+        except RuntimeError as error:  # stock PyTorch raises: a ReLU in place after a layer that keeps its output
             if "modified by an inplace operation" not in str(error):
                 raise
             return ax.Report()
@@ -211,7 +211,7 @@ def compare(program: Any, method: str) -> ax.Report:
 
 
 def counted(examples: int) -> Any:
-    """The same examples every time where they are few, new ones where they are many."""
+    """A few examples are the same every time; many are new ones."""
     few = examples <= 300
     return settings(
         max_examples=examples,

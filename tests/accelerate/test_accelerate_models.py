@@ -1,4 +1,4 @@
-"""accelerate on other people's models: values, gradients and a training step as before, and what is left alone."""
+"""accelerate on other people's models: values, gradients and a training step as before; layers left alone."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def torchvision_model(name: str, **options: Any) -> nn.Module:
 
 def torchvision_alexnet() -> nn.Module:
     model = torchvision_model("alexnet", num_classes=10)
-    model.classifier[1], model.classifier[4] = nn.Linear(9216, 32), nn.Linear(32, 32)  # fc6 would be all the time
+    model.classifier[1], model.classifier[4] = nn.Linear(9216, 32), nn.Linear(32, 32)  # fc6 would take all the time
     model.classifier[6] = nn.Linear(32, 10)
     return model
 
@@ -54,13 +54,13 @@ class Distance(nn.Module):
         with pytest.warns(UserWarning, match="deprecated"):
             self.lpips = lpips.LPIPS(net="alex", pretrained=False, pnet_rand=True, pnet_tune=True, verbose=False)
         for layer in self.lpips.lins:
-            nn.init.uniform_(layer.model[-1].weight)  # they weigh squares: all positive, as the trained ones are
+            nn.init.uniform_(layer.model[-1].weight)  # weights of squares: all positive, like the trained ones
 
     def forward(self, x: Tensor) -> Tensor:
         return self.lpips(x, x.flip(-1)).flatten(1)
 
 
-# model, side of its image, what is fused by method="modules"
+# model, side of its image, the patterns that method="modules" fuses
 MODELS: dict[str, tuple[Callable[[], nn.Module], int, dict[str, int]]] = {
     "alexnet": (torchvision_alexnet, 95, {CONV: 2, POOL: 3}),
     "vgg16": (torchvision_vgg16, 32, {CONV: 8, POOL: 5}),
@@ -105,7 +105,7 @@ def assert_same(ours: dict[str, Tensor], exact: dict[str, Tensor], terms: int) -
     [*((name, "modules") for name in MODELS), *((name, "fx") for name in (*MORE_BY_FX, "lpips"))],
 )
 def test_models_compute_what_they_did(name: str, method: str) -> None:
-    """In float64, so that rounding turns no ReLU and no window; terms: the longest sum there is, through 25 layers."""
+    """In float64, so that rounding changes no ReLU and no winner; terms: the longest sum, through 25 layers."""
     build, side, expected = MODELS[name]
     model = build().double().train()
     stock, original = copy.deepcopy(model), list(model.modules())

@@ -1,4 +1,4 @@
-"""accelerate(example_inputs=...): what a fused layer changes is found, put back and named, the rest left as it was."""
+"""accelerate(example_inputs=...): a fused layer that changes a result is found, put back and named."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_a_wrong_forward_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class OnceRemoved(nn.Module):
-    """Code outside of the model runs its layers one by one: what accelerate cannot see, example_inputs show."""
+    """Code outside of the model runs its layers one by one: accelerate cannot see it, example_inputs show it."""
 
     def __init__(self, run: Any) -> None:
         super().__init__()
@@ -234,10 +234,10 @@ def test_hooks_of_parameters_and_checkpoints_inside() -> None:
 
 
 def test_what_hooks_see_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hook on a layer behind a fused one."""
+    """A hook on a layer after a fused one."""
     model, seen = sequential(*BLOCK, nn.Tanh(), nn.Flatten()), []
     model[4].register_forward_pre_hook(lambda module, given: seen.append(given))
-    model.append(nn.Threshold(10.0, 0.0))  # the output tells nothing
+    model.append(nn.Threshold(10.0, 0.0))  # the output is constant
     break_layer(monkeypatch, ax.nn.Conv2dReLULRNMaxPool2d, lambda y, layer: y * 1.01)
     report = ax.accelerate(model, example_inputs=X)
     assert "what hooks of 4 see in training by" in report[0].reason

@@ -1,4 +1,4 @@
-"""accelerate where somebody reads what is between two layers, or a forward does more than a trace shows: left alone."""
+"""accelerate leaves layers alone if code reads between them, or if a forward does more than a trace shows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.accelerate.test_accelerate_models import torchvision_model
 from tests.support.networks import LRN, fused
 
 SEEN: list[Any] = []
-"""What a case's code keeps outside of its model."""
+"""Tensors that a case's code keeps outside of its model."""
 
 
 def convolution() -> nn.Conv2d:
@@ -25,7 +25,7 @@ def convolution() -> nn.Conv2d:
 
 
 class Net(nn.Module):
-    """A convolution, a ReLU and a pooling that a case's forward calls as it likes."""
+    """A convolution, a ReLU and a pooling; each case's forward calls them in its own way."""
 
     def __init__(self, inplace: bool = False) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Net(nn.Module):
         self.kept: Any = None
 
     def see(self, x: Tensor) -> Any:
-        """What the user of this model looks at."""
+        """The tensors that the user of this model looks at."""
         return self(x)
 
     def forward(self, x: Tensor) -> Any:
@@ -84,7 +84,7 @@ class KeptBySubclass(Tapped):
 
 
 class Skips(Net):
-    """The ReLU in place that begins a Sequential writes into what is added afterwards."""
+    """The ReLU in place that begins a Sequential writes into a tensor that is added afterwards."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What is set on an accelerated model is there after restore, or named; other tools take no part of a layer away."""
+"""Changes to an accelerated model survive restore, or are named; other tools lose no part of a layer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ each_pattern = pytest.mark.parametrize("pattern", PATTERNS)
 
 
 def accelerated(pattern: str) -> tuple[nn.Sequential, int]:
-    """A model with this pattern fused, and where."""
+    """A model with this pattern fused, and its place."""
     model = sequential(*PATTERNS[pattern])
     assert fused(ax.accelerate(model)) == {pattern: 1}
     return model, int(isinstance(model[0], nn.Tanh))
@@ -117,7 +117,7 @@ def test_what_cannot_be_taken_over_is_named() -> None:
 
 
 def test_pickles_of_before_load_and_restore() -> None:
-    """Placeholders shared no hooks with the layers behind them, and ReLU -> MaxPool2d took the pool's dictionary."""
+    """In them placeholders share no hooks with their layers, and ReLU -> MaxPool2d has the pool's dictionary."""
     model = sequential(nn.Tanh(), nn.ReLU(), nn.MaxPool2d(2))
     relu, pool = model[1], model[2]
     model[1] = ax.nn.sharing(ax.nn.ReLUMaxPool2d, pool, _replaces=(("1", relu), ("2", pool)))
@@ -137,7 +137,7 @@ def two() -> nn.Sequential:
 
 
 def test_tools_that_look_for_convolutions_do_not_take_a_fused_layer_for_one() -> None:
-    """They would convert or change the convolution, and the ReLU in it would be gone."""
+    """They would convert or change the convolution, and the ReLU in it would be lost."""
     model, x = two().eval(), torch.randn(2, 3, 9, 9)
     model.append(ax.nn.LinearReLU(2, 3))
     ax.accelerate(model)
@@ -146,14 +146,14 @@ def test_tools_that_look_for_convolutions_do_not_take_a_fused_layer_for_one() ->
         expected = model(x)
         try:
             found = to_mkldnn(copy.deepcopy(model))(x.to_mkldnn()).to_dense()
-        except RuntimeError as error:  # our op refuses, or what it runs does
+        except RuntimeError as error:  # our op refuses, or the stock function in it
             assert "mkldnn" in str(error).lower()  # noqa: PT017
         else:
             torch.testing.assert_close(found, expected)
 
 
 def test_low_rank_adapters_put_on_afterwards() -> None:
-    """As such libraries do: each layer of a class is wrapped, and something is added to its output."""
+    """As such libraries do: wrap each layer of a class, and add a low-rank product to its output."""
 
     class Adapter(nn.Module):
         def __init__(self, base: nn.Module) -> None:
@@ -189,7 +189,7 @@ def test_a_convolution_and_its_norm_are_folded_where_they_are_neighbours_alone()
 
 
 def replica(model: nn.Module, scale: float) -> nn.Module:
-    """What ``nn.DataParallel`` makes of a model for another device, with other parameters."""
+    """A replica as ``nn.DataParallel`` makes it for another device, with other parameters."""
     copies = {module: module._replicate_for_data_parallel() for module in model.modules()}
     for module, twin in copies.items():
         for key, child in module._modules.items():

@@ -335,7 +335,7 @@ class WrittenBetween(Net):
 
 
 class Flagged(Net):
-    """An attribute that is changed later decides what is read."""
+    """An attribute that is changed later decides which tensor is read."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -374,7 +374,7 @@ BY_FX: dict[str, Callable[[], nn.Module]] = {
     **{kind.__name__: kind for kind in (CountsByAFunction, Decorated, Draws, Checkpoints, Packs, HooksATensor)},
     **{kind.__name__: kind for kind in (Embeds, EmbedsOnRequest, Learned, WrittenBetween, Flagged, Scaled)},
 }
-"""A trace must not lie about these."""
+"""No trace shows all effects of these."""
 
 
 @pytest.mark.parametrize("name", BY_FX)
@@ -385,7 +385,7 @@ def test_a_trace_does_not_lie(name: str) -> None:
 
 
 def test_what_a_trace_shows_is_fused_all_the_same() -> None:
-    """So the refusals above are not of everything."""
+    """The refusals above do not cover every forward."""
 
     class Plain(Net):
         def __init__(self) -> None:

@@ -62,7 +62,7 @@ def test_checkpoint(use_reentrant: bool) -> None:
     expected = gradients(stock, x, stock(x))
     for segments in (2, 3, len(ours)):
         y = checkpoint_sequential(ours, segments, x, use_reentrant=use_reentrant)
-        if use_reentrant:  # torch.autograd.grad is not for these
+        if use_reentrant:  # torch.autograd.grad does not support these
             found = []
             y.square().sum().backward()
             for tensor in (x, *ours.parameters()):
@@ -137,14 +137,14 @@ def test_autocast_and_channels_last() -> None:
 
 @pytest.fixture
 def mesh() -> Iterator[DeviceMesh]:
-    """Of this process alone."""
+    """With a group of this process alone."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     dist.destroy_process_group()
 
 
 def test_dtensors_run_stock(mesh: DeviceMesh) -> None:
-    """They have rules for PyTorch's operators alone."""
+    """They have rules for PyTorch's operators only."""
     convolution = nn.Conv2d(4, 6, 3, padding=1)  # PyTorch 2.11 has no rule for one without padding, nor for pooling
     ours = nn.Sequential(convolution, nn.ReLU(), nn.Flatten(), ax.nn.LinearReLU(858, 3))
     assert ax.accelerate(ours)[0].action == "fused"

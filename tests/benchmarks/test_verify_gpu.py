@@ -1,4 +1,4 @@
-"""The GPU verification, driven without a GPU: what a stage finds is kept, whatever ends it."""
+"""The GPU verification, driven without a GPU: a stage's findings are kept, however it ends."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_lists_that_must_not_be_asked_of_the_package_are_its_own() -> None:
 
 
 def test_it_needs_no_more_than_the_build_does() -> None:
-    """PyTorch and pytest alone: what the command line and the benchmarks of the CPU need may be missing."""
+    """PyTorch and pytest alone: packages of the command line and of the CPU's benchmarks may be missing."""
     code = (
         "import sys\n"
         "for name in ('typer', 'rich', 'pytest_benchmark', 'matplotlib', 'mlxtend', 'PIL'): sys.modules[name] = None\n"
@@ -156,7 +156,7 @@ def test_the_command_writes_after_each_stage_and_fails_with_one(
     assert seen == list(range(len(stages.STAGES)))
     path = tmp_path / "verify-my-gpu-x-2026-01-01.md"
     assert path.exists()
-    # Stages that are run later are added to the report; those that are there stay.
+    # Stages that run later are added to the report; earlier ones stay.
     assert verify.main(["--stage", "build", "--out", str(tmp_path)]) == 0
     assert [outcome.stage for outcome in report.read(path)] == [stage.name for stage in stages.STAGES]
     with pytest.raises(SystemExit, match="2"):
@@ -195,7 +195,7 @@ def test_what_a_report_says_is_read_back(tmp_path: Path) -> None:
     assert report.read(tmp_path / "it.md") == outcomes
 
 
-# ---- what the report concludes
+# ---- the report's conclusions
 
 
 def proofs(**verdicts: str) -> list[Outcome]:
@@ -273,7 +273,7 @@ def test_the_convolution_that_won_stands_beside_stock() -> None:
     assert row == ["forward", "triton", 2.0, "cudnn contiguous", 3.0, "stock", 2.5]
 
 
-# ---- what is measured
+# ---- measurements
 
 
 def test_bytes_that_must_move() -> None:
@@ -360,7 +360,7 @@ def test_the_time_limit_leaves_a_fair_sample(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_each_candidate_of_the_convolution_is_held_against_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """cuDNN's place is taken by PyTorch's convolution; a candidate that is wrong in one direction is seen."""
+    """PyTorch's convolution plays cuDNN's; a candidate that is wrong in one direction is found."""
     measured = importlib.import_module("alexnet_ext.ops.conv2d_bias_relu.measured")
     case = cases.conv((2, 8, 7, 6), 8, (3, 3), padding=1, groups=2)
     monkeypatch.setitem(_backend.MEASURED, "conv2d_bias_relu", {"cpu": True, "cuda": True})

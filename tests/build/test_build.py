@@ -1,4 +1,4 @@
-"""The build, as far as seconds can show it: what the libraries link, what setup.py passes on, what a missing one does.
+"""The build, in tests of seconds: linked libraries, the options that setup.py passes on, a missing library.
 
 The slow half (virtual environments, wheels, other torch versions, incremental rebuilds) is in .ci/.
 """
@@ -34,7 +34,7 @@ def needs(program: str) -> None:
         pytest.skip(f"{program} (binutils) is not installed")
 
 
-# ---- what is linked
+# ---- linked libraries
 
 
 @pytest.mark.parametrize("name", ["cpu", "cuda"])
@@ -78,14 +78,14 @@ def test_no_inline_function_of_a_wide_instruction_set_can_serve_a_narrow_one(isa
     assert leaking_symbols(isa, listing) == []
 
 
-# ---- CMake: what is left out, why, and what mends it
+# ---- CMake: parts left out, the reason and the remedy
 
 CPU_BUILD = "/no/torch;2.99.0;;"
 CUDA_BUILD = "/no/torch;2.99.0;13.0;"
 
 
 def configured(folder: Path, torch_facts: str, *options: str, with_nvcc: bool = False) -> tuple[str, dict[str, str]]:
-    """Configures a copy of the tree for a torch of these facts, nvcc or not; CMake's words and the build record."""
+    """Configures a copy of the tree for such a torch, with or without nvcc. Returns CMake's output and the record."""
     tools = Path(sys.executable).parent
     entries = [entry for entry in os.environ["PATH"].split(os.pathsep) if with_nvcc or not nvcc(entry)]
     path = os.pathsep.join([str(tools), *entries])
@@ -137,7 +137,7 @@ def test_without_its_headers_cutlass_is_left_out_and_said_so(tmp_path: Path) -> 
 
 
 def cuda_commands(folder: Path) -> dict[str, str]:
-    """The compiler's command for each CUDA file of what was configured there."""
+    """The compiler's command for each CUDA file of the tree configured there."""
     said = run(["ninja", "-C", str(folder / "build"), "-t", "compdb"], folder, PATH=os.environ["PATH"]).stdout
     return {Path(entry["file"]).name: entry["command"] for entry in json.loads(said) if entry["file"].endswith(".cu")}
 
@@ -195,7 +195,7 @@ def test_info_repeats_reason_and_remedy(tmp_path: Path, monkeypatch: pytest.Monk
     assert f"to mend it: {_library.REBUILD}" in text
 
 
-# ---- setup.py: what it passes on to CMake, and back
+# ---- setup.py: options for CMake, and errors from it
 
 
 def build_with(cmake: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -239,7 +239,7 @@ def test_a_compile_error_is_the_compilers_own_message_and_no_traceback(tmp_path:
     assert "Traceback" not in done.stderr
 
 
-# ---- import without a library, or with one that is none
+# ---- import without a library, or with a broken one
 
 STOCK_ONLY = """
 import json

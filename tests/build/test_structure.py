@@ -71,7 +71,7 @@ def test_every_op_and_its_backward_has_a_cuda_kernel(op: str) -> None:
 
 
 def test_kernels_are_launched_in_one_place_and_declare_no_shared_memory() -> None:
-    """So that the emulator runs what nvcc compiles, and knows the size of a block's shared memory."""
+    """So the emulator runs the same code as nvcc compiles, and knows the size of a block's shared memory."""
     sources = {path: path.read_text("utf-8") for path in (ROOT / "csrc").rglob("*.cu*")}
     assert len(sources) > len(_backend.OPS)
     launch = ROOT / "csrc/common/launch.cuh"
@@ -90,12 +90,12 @@ def test_the_reference_has_every_public_name() -> None:
     named = {line.split(".")[-1] for line in re.findall(r"^::: (\S+)$", pages, re.MULTILINE)}
     layers = {name for name, value in vars(nn).items() if isinstance(value, type) and value.__module__ == nn.__name__}
     public = {*ops.__all__, *models.__all__, *alexnet_ext.__all__, *(n for n in layers if not n.startswith("_"))}
-    tables = {"VARIANTS", "INITS", "AlexNetConfig", "summary"}  # data, and what the command line prints
+    tables = {"VARIANTS", "INITS", "AlexNetConfig", "summary"}  # data, and output of the command line
     assert public - named - tables - {"__version__", "models", "nn", "ops"} == set()
 
 
 def test_kernels_know_no_pytorch() -> None:
-    """Only the bindings, *_ops.cpp, library.cpp and what they share include torch's headers."""
+    """Only the bindings, *_ops.cpp, library.cpp and their common headers include torch's headers."""
     kernels = [
         path
         for path in (ROOT / "csrc").rglob("*")
@@ -108,7 +108,7 @@ def test_kernels_know_no_pytorch() -> None:
 
 
 def test_what_public_headers_include_is_installed() -> None:
-    """cmake --install takes <op>/<op>.h and what cmake/plain_library.cmake names of csrc/common."""
+    """cmake --install takes <op>/<op>.h and the headers of csrc/common that cmake/plain_library.cmake names."""
     listed = re.search(r"set\(HEADERS (.+)\)", (ROOT / "cmake/plain_library.cmake").read_text(encoding="utf-8"))
     assert listed is not None
     installed = {ROOT / "csrc" / name for name in (*listed[1].split(), *(f"{op}/{op}.h" for op in _backend.OPS))}

@@ -1,4 +1,4 @@
-"""The command line: what each command does, and one line and an exit code where something is wrong."""
+"""The command line: the result of each command; one line and an exit code for each error."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SMALL = ["--image-size", "67", "--batch-size", "2"]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two steps on digits; the tests that spoil it work on a copy."""
+    """A run of two steps on digits; tests that damage it work on a copy."""
     out = tmp_path_factory.mktemp("cli") / "run"
     assert cli.run_command(["train", *SMALL, "--steps", "2", "--out", str(out)]) == 0
     return out
@@ -46,7 +46,7 @@ def images(tmp_path: Path) -> Path:
 
 
 def fails(capsys: pytest.CaptureFixture[str], code: int, *arguments: str | Path) -> str:
-    """Run a command that must fail with ``code`` and one line on stderr; the line."""
+    """Run a command that must fail with ``code`` and one line on stderr. Returns the line."""
     capsys.readouterr()
     assert cli.run_command([str(argument) for argument in arguments]) == code
     lines = capsys.readouterr().err.splitlines()
@@ -85,7 +85,7 @@ def test_train_says_how_well_it_did(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_train_says_that_the_kernels_wait_for_tune(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The CPU in the place of a GPU that nothing has been proven on."""
+    """The CPU plays a GPU on which no kernel has been proven."""
     monkeypatch.setattr(_backend, "TUNED", ("cpu",))
     monkeypatch.setattr(_backend, "UNPROVEN", {("native", "cpu")})
     monkeypatch.setattr(_backend, "tuned", lambda *_: "")
@@ -143,7 +143,7 @@ def test_evaluate_a_folder(run: Path, images: Path, capsys: pytest.CaptureFixtur
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights of two classes that say of no data, as `alexnet export` writes them."""
+    """Weights of two classes that record no data, as `alexnet export` writes them."""
     path = tmp_path_factory.mktemp("bare") / "net.safetensors"
     model = models.alexnet("paper", num_classes=2, image_size=67, init="kaiming")
     checkpoint.write_weights(
@@ -153,7 +153,7 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_names_are_printed_letter_by_letter(bare: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What is markup to rich is a name here."""
+    """Names may look like rich's markup."""
     (tmp_path / "images" / "[red]y").mkdir(parents=True)
     Image.new("RGB", (9, 9)).save(tmp_path / "images" / "[red]y" / "a.png")
     assert cli.run_command(["evaluate", "--weights", str(bare), str(tmp_path / "images")]) == 0
@@ -343,7 +343,7 @@ def test_a_loss_that_is_no_number_exits_1(tmp_path: Path, capsys: pytest.Capture
 def test_a_reading_process_that_dies_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the kernel ends one where memory runs out."""
+    """As the kernel kills one when memory runs out."""
     monkeypatch.setattr(Synthetic, "__getitem__", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     arguments = ["train", "--data", "synthetic", *SMALL, "--workers", "1", "--out", tmp_path / "run"]
     line = fails(capsys, 1, *arguments)
@@ -381,7 +381,7 @@ def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_from_it(tmp_path: Path,
     deadline = time.monotonic() + 120
     while len(read_metrics(out / "metrics.jsonl")) < 3 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
-    # As a terminal does it: to the trainer and to the processes that read images.
+    # As from a terminal: to the trainer and to the processes that read images.
     os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130

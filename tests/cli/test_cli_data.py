@@ -1,4 +1,4 @@
-"""The command line and its data: where images are, may be, and may not be."""
+"""The command line and its data: allowed and refused places of images."""
 
 from __future__ import annotations
 

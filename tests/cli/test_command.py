@@ -1,4 +1,4 @@
-"""The command as a process: how soon it answers, and what signals and readers that go away do to it."""
+"""The command as a process: its time to answer, and the effect of signals and of readers that go away."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``info`` says what is there; ``check`` passes where all is right, and fails for every planted fault."""
+"""``info`` reports the installation; ``check`` passes if all is correct, and fails for every planted fault."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OPS = _backend.OPS
 
 @pytest.fixture
 def untuned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever `alexnet tune` has found on this machine."""
+    """As if `alexnet tune` had found nothing on this machine."""
     monkeypatch.setattr(_backend, "TUNED", ())
 
 
@@ -123,7 +123,7 @@ def test_every_op_passes(op_rows: list[_check.CheckRow]) -> None:
 
 
 def test_tolerances_are_tight(op_rows: list[_check.CheckRow]) -> None:
-    """Within a few roundings of the dtype: what a wrong constant, window or order cannot meet."""
+    """A few roundings of the dtype, which a wrong constant, window or order exceeds."""
     for row in op_rows:
         limit = {"fp32": 3e-6, "bf16": 4e-2, "fp16": 5e-3}[row.dtype]
         assert 0 < row.tolerance < limit
@@ -236,7 +236,7 @@ def test_a_wrong_normalization_fails(name: str, wrong: Callable[..., Tensor], mo
 
 
 def test_a_fault_in_half_precision_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Right in fp32, and in bf16 a second rounding to 5 bits: what only the bf16 rows can show."""
+    """Correct in fp32, with a second rounding to 5 bits in bf16: only the bf16 rows can show it."""
     right = ops.local_response_norm
 
     def coarse(x: Tensor, *args: Any) -> Tensor:
@@ -356,7 +356,7 @@ def test_check_leaves_the_random_state_alone() -> None:
 
 @pytest.mark.parametrize("variant", ["paper", "tutorial"])
 def test_no_decision_of_the_networks_is_left_to_rounding(variant: str) -> None:
-    """What _check.IMAGE_SEEDS claims: the nearest ReLU or window is 9e-6 standard deviations from a tie."""
+    """The claim of _check.IMAGE_SEEDS: the nearest ReLU or window is 9e-6 standard deviations from a tie."""
     model = _check._build(variant, fused=False)
     weights = {name: w.double() for name, w in _check.network_weights(model).items()}
     model.load_state_dict(weights, assign=True)

@@ -1,6 +1,6 @@
-"""Our own CUDA kernels as nvcc compiles them: the ops on CPU tensors, their launches run by the machine.
+"""Our own CUDA kernels as nvcc compiles them: the ops run on CPU tensors, and the machine runs their launches.
 
-Launchers and bindings are as they are, under another name, so that they load beside the package's.
+Launchers and bindings are unchanged, but have another name, so that they load next to the package's.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NAME = "alexnet_ext_ptx"
 
 
 class CompiledOps:
-    """The library, compiled into the folder if it is not there, and its kernels by the op whose file they are in."""
+    """The library, compiled into the folder if missing, and its kernels by the op of their file."""
 
     def __init__(self, folder: Path) -> None:
         library = folder / "library.so"
@@ -43,7 +43,7 @@ class CompiledOps:
 
     @contextmanager
     def in_place(self, order: str = "together") -> Iterator[set[str]]:
-        """Within, ``torch.ops.alexnet_ext`` runs the CUDA kernels on CPU tensors; gives the names of those launched."""
+        """In the block ``torch.ops.alexnet_ext`` runs the CUDA kernels on CPU tensors; yields the names launched."""
         launched: set[str] = set()
 
         def run(kernel: Any, *arguments: Any) -> Any:
@@ -61,7 +61,7 @@ class CompiledOps:
 
 
 class Made(TorchDispatchMode):
-    """What a binding allocates: results and workspaces, of bytes that are NaN."""
+    """Records the tensors that a binding allocates, results and workspaces, and fills them with NaN."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class Made(TorchDispatchMode):
 
 
 def compile_into(library: Path) -> None:
-    """nvcc, whose PTX stays beside the library."""
+    """Compile by nvcc; the PTX stays next to the library."""
     torch_root = Path(torch.__file__).parent
     sources = [*ROOT.glob("csrc/*/*_cuda.cu"), *ROOT.glob("csrc/*/*_cuda_ops.cpp"), ROOT / "csrc" / "library.cpp"]
     sources += [

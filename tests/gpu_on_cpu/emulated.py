@@ -1,4 +1,4 @@
-"""The compiled ops on the CPU, run by their CUDA kernels: emulator/ loaded, and put in the CPU kernels' place."""
+"""Runs the ops on the CPU by their CUDA kernels: loads emulator/, which replaces the CPU kernels."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def operators(namespace: str) -> Iterator[str]:
 
 @contextmanager
 def in_place_of_the_cpu_kernels(namespace: str, run: Callable[..., Any]) -> Iterator[None]:
-    """Within, ``torch.ops.alexnet_ext`` on CPU tensors is run(the CUDA kernel of that namespace, *arguments)."""
+    """In the block ``torch.ops.alexnet_ext`` on CPU tensors is run(the CUDA kernel of that namespace, *arguments)."""
     cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 
     def of_cuda(name: str) -> Any:
@@ -46,7 +46,7 @@ def in_place_of_the_cpu_kernels(namespace: str, run: Callable[..., Any]) -> Iter
 
     place = torch.library.Library("alexnet_ext", "IMPL", "CPU")
     try:
-        with warnings.catch_warnings():  # some versions of PyTorch warn of what is meant here
+        with warnings.catch_warnings():  # some versions of PyTorch warn, but this is intended
             warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
             for name in operators(namespace):
                 place.impl(name, of_cuda(name), allow_override=True)
@@ -57,7 +57,7 @@ def in_place_of_the_cpu_kernels(namespace: str, run: Callable[..., Any]) -> Iter
 
 @contextmanager
 def kernels_emulated(folder: Path, order: str = "forward") -> Iterator[ctypes.CDLL]:
-    """Within, ``torch.ops.alexnet_ext`` runs the CUDA kernels on CPU tensors, lanes in the given order."""
+    """In the block ``torch.ops.alexnet_ext`` runs the CUDA kernels on CPU tensors, lanes in the given order."""
     emulator = library(folder)
     emulator.alexnet_emulator_order(ORDERS.index(order))
     try:

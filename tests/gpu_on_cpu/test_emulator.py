@@ -1,6 +1,6 @@
 """The CUDA kernels' own source, run on the CPU by tests/gpu_on_cpu/emulator, against float64.
 
-Sizes are small and odd: an emulated kernel is slow. What is true of an op on any device is in its own test.
+Sizes are small and odd: an emulated kernel is slow. Properties on any device are tested in the op's own test.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ BLOCK_CASES = tuple(
         *(block(op, (2, channels, 5, 7)) for channels in (1, 7, 8, 9, 24, 40)),
         *(block(op, (2, 8, 5, 7), lrn_size=size) for size in (1, 2, 3, 4, 7, 15)),
         *(block(op, (2, 16, 5, 7), beta=beta) for beta in (0.0, 0.3, 0.5, 1.0)),
-        # Where threads share their neighbours' parts: about 16 and 64 channels a block, windows beyond the channels.
+        # Threads share their neighbours' parts: around 16 and 64 channels a block, windows beyond the channels.
         *(block(op, (1, channels, 5, 7), lrn_size=4) for channels in (15, 16, 17, 63, 64, 65)),
         *(block(op, (1, 70, 4, 5), lrn_size=size, kernel_size=2) for size in (2, 7, 15, 100, 300)),
         block(op, (2, 8, 6, 9), kernel_size=(2, 3), stride=(1, 2)),
@@ -101,7 +101,7 @@ def test_values_and_gradients(case: Case, dtype: torch.dtype, layout: str) -> No
     oracle.assert_matches_float64(case, cases.make(case, dtype, layout), "native")
 
 
-# Many blocks, tiles of several pixels that images end within, threads and blocks that take more than one turn.
+# Many blocks, images that end within a tile of several pixels, threads and blocks that take more than one turn.
 LARGE_CASES = (
     pool((70_000, 1, 2, 3), 2, 1),
     lrn((70_000, 1, 1, 1)),
@@ -164,7 +164,7 @@ def raw(case: Case, tensors: cases.Tensors) -> list[torch.Tensor]:
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """For comparison to the bit, but for which NaN a NaN is, and which layout a tensor has."""
+    """The bytes, for comparison to the bit; a NaN's payload and the tensor's layout do not count."""
     return tensor.nan_to_num(nan=1234.5).contiguous().view(torch.uint8) if tensor.is_floating_point() else tensor
 
 
@@ -199,7 +199,7 @@ def test_pooling_equals_the_cpu_kernels_to_the_bit(folder: Path, case: Case, lay
         found = raw(case, tensors)
     for one, other in zip(ours, found, strict=True):
         assert one.stride() == other.stride()
-        # The CPU kernel for contiguous tensors takes padding for a first value, and its zero is +0.
+        # The CPU kernel for contiguous tensors counts padding as the first value, and its zero is +0.
         signless = case.constants["padding"] != 0 and one.is_floating_point()
         assert torch.equal(bits(one + 0 if signless else one), bits(other + 0 if signless else other))
 
@@ -232,14 +232,14 @@ def test_lrn_at_the_edges_equals_the_cpu_kernels(
 
 @pytest.mark.usefixtures("emulator")
 def test_what_a_kernel_cannot_count_is_refused() -> None:
-    """A window whose reach passes 2^30, which only a stride as long lets into the image."""
+    """A window that reaches beyond 2^30: it fits into the image only with an equally large stride."""
     with pytest.raises(RuntimeError, match="relu_max_pool2d did not launch: invalid argument"):
         torch.ops.alexnet_ext.relu_max_pool2d(
             torch.zeros(1, 1, 4, 4), [200, 1], [1 << 40, 1], [0, 0], [(1 << 31) - 1, 1], True
         )
 
 
-# ---- what the emulator must notice
+# ---- faults that the emulator must notice
 
 DATA = torch.arange(1.0, 65.0)
 OUTCOMES = {
@@ -278,7 +278,7 @@ def test_a_planted_fault_is_noticed(emulator: ctypes.CDLL, fault: int) -> None:
         assert all(str(value).startswith(OUTCOMES[fault]) for value in found), found
 
 
-# The last of 64 values stands before a page that cannot be read, or at the end of a tensor's memory.
+# The last of 64 values is before a page that cannot be read, or at the end of a tensor's memory.
 MEMORY = {
     "page": """
 import mmap

@@ -1,6 +1,6 @@
-"""What the CUTLASS convolutions compute: their launchers as they are, their kernels' PTX by the machine of ptx.
+"""The results of the CUTLASS convolutions: their own launchers, and their kernels' PTX run by ptx.
 
-Values are held against float64 of the same inputs, of fp32 rounded to TF32 as the tensor cores' operands are.
+Values are compared with float64 of the same inputs; fp32 is rounded to TF32, as the tensor cores' operands are.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ PROBLEMS = (
     Problem((2, 16, 25, 23), 32, (3, 3), padding=(1, 1), groups=2),  # the weight gradient's pixels in two parts
 )
 
-# At batch 128, the first one with its space brought to depth.
+# At batch 128; the first one after space-to-depth.
 ALEXNET = (
     Problem((128, 48, 57, 57), 96, (3, 3)),
     Problem((128, 96, 27, 27), 256, (5, 5), padding=(2, 2), groups=2),
@@ -90,12 +90,12 @@ def made(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
 
 
 def in_tf32(x: Tensor) -> Tensor:
-    """The nearest TF32, of two the one further from zero."""
+    """The nearest TF32; a tie goes away from zero."""
     return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32) if x.dtype == torch.float32 else x
 
 
 def memory(x: Tensor) -> np.ndarray[Any, Any]:
-    """The numbers of a channels-last tensor, as integers, where they lie."""
+    """A view of a channels-last tensor's memory as integers."""
     flat = x.permute(0, 2, 3, 1) if x.dim() == 4 else x
     assert flat.is_contiguous()
     return flat.view(INTEGERS[x.dtype]).numpy()
@@ -106,7 +106,7 @@ def unwritten(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def described(problem: Problem) -> ctypes.Array[ctypes.c_int64]:
-    """Conv2d of conv2d_cutlass.h."""
+    """The problem as Conv2d of conv2d_cutlass.h."""
     sizes = [*problem.x, problem.filters, *problem.kernel, *problem.y[2:], *problem.stride, *problem.padding]
     return (ctypes.c_int64 * 16)(*sizes, *problem.dilation, problem.groups)
 
@@ -114,7 +114,7 @@ def described(problem: Problem) -> ctypes.Array[ctypes.c_int64]:
 def launch(
     program: Program, launcher: str, problem: Problem, *arguments: Tensor | bool | None, order: str = "together"
 ) -> None:
-    """Call the launcher with the problem and these; tensors are all the memory that its kernels may touch."""
+    """Call the launcher with the problem and these arguments; its kernels may touch no memory except the tensors'."""
     given: list[Any] = [described(problem)]
     for value in arguments:
         pointer = value.data_ptr() if isinstance(value, Tensor) else None
@@ -124,7 +124,7 @@ def launch(
 
 
 def taken(program: Program, direction: str, problem: Problem, misplaced: int = 0) -> bool:
-    """Whether the launcher takes a problem whose tensors lie so many bytes behind a multiple of 16; nothing runs."""
+    """Whether the launcher takes a problem with tensors ``misplaced`` bytes after a multiple of 16; nothing runs."""
     program = copy.copy(program)
     program.machine = mock.Mock()
     somewhere = torch.empty(64)
@@ -141,7 +141,7 @@ def taken(program: Program, direction: str, problem: Problem, misplaced: int = 0
 
 
 def assert_near(ours: Tensor, exact: Tensor) -> None:
-    """Within fp32's sum and one rounding to the dtype; NaN where it must be, and nowhere else."""
+    """Within the error of fp32's sum and one rounding to the dtype; NaN in the expected places only."""
     eps = torch.finfo(ours.dtype).eps if ours.dtype != torch.float32 else 2**-18
     assert torch.equal(ours.isnan(), exact.isnan())
     largest = exact.nan_to_num(0, 0, 0).abs().max().item()
@@ -170,7 +170,7 @@ def forward(
 
 
 def workspace(problem: Problem) -> int:
-    """weight_gradient_workspace of conv2d_cutlass.h: a result for each part of the pixels."""
+    """The size by weight_gradient_workspace of conv2d_cutlass.h: a result for each part of the pixels."""
     taps, filters = problem.weight[1] * problem.kernel[0] * problem.kernel[1], problem.filters // problem.groups
     blocks, pixels = -(-filters // 128) * -(-taps // 128), problem.pixels
     return max(1, min(264 // blocks, -(-pixels // 1024))) * problem.filters * taps
@@ -207,7 +207,7 @@ Programs = Callable[[str, str], Program]
 
 
 def compiled_by(kind: str, architecture: str, base: Path) -> Programs:
-    """By direction and dtype. A direction is compiled once, whichever worker comes first, for all dtypes."""
+    """Programs by direction and dtype. The first worker compiles a direction, for all dtypes."""
     include = cuda_budget.cutlass_include()
     if shutil.which("nvcc") is None or not include:
         pytest.skip("nvcc or CUTLASS's headers (nvidia-cutlass) are missing")
@@ -243,7 +243,7 @@ def test_forward(name: str, programs: Programs) -> None:
 
 
 def test_the_machine_notices(programs: Programs) -> None:
-    """The same bits whichever warp goes first; and none without a barrier, or without waiting for copies."""
+    """The same bits whichever warp goes first; a failure without a barrier, or without waiting for copies."""
     program, problem = programs("forward", "f16"), PROBLEMS[4]
     x, weight = (made(*shape, dtype=torch.float16) for shape in (problem.x, problem.weight))
     expected = problem.convolve(x.double(), weight.double())
@@ -267,7 +267,7 @@ def test_the_machine_notices(programs: Programs) -> None:
             run("together")
     finally:
         kernel.code[:] = code
-    weight = weight[:-1]  # the launcher is told of one filter more
+    weight = weight[:-1]  # the launcher's arguments name one filter more
     with pytest.raises(PtxError, match=r"is in no buffer: cp\.async"):
         run("together")
 
@@ -300,5 +300,5 @@ def test_what_is_taken(direction: str, name: str, programs: Programs) -> None:
         assert not taken(program, direction, problem)
     assert taken(program, direction, replace(PLAIN, stride=(2, 2))) == (direction != "input_gradient")
     assert taken(program, direction, Problem((1, 32, 70, 70), 32, (32, 32)))
-    if direction != "weight_gradient":  # whose kernel has no mask of taps
+    if direction != "weight_gradient":  # the weight gradient's kernel has no mask of taps
         assert not taken(program, direction, Problem((1, 32, 70, 70), 32, (33, 33)))

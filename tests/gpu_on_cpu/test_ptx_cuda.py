@@ -1,7 +1,7 @@
 """Our own CUDA kernels as nvcc compiles them for compute capability 8.0, run by the machine of ptx.
 
-test_emulator.py runs their source at more sizes; here are the compiler's own division, powers, accesses of 16
-bytes and shuffles, and approximate instructions that err as far as they may.
+test_emulator.py runs their source at more sizes. These tests cover the compiler's own division, powers, accesses
+of 16 bytes and shuffles, and approximate instructions that err as far as they may.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def test_augment_equals_the_cpu_kernel_to_the_bit(ops: CompiledOps) -> None:
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("op", cases.BLOCKS)
 def test_the_machine_notices(op: str, ops: CompiledOps) -> None:
-    """The same bits whichever warp goes first; and others, or an error, without the barriers."""
+    """The same bits whichever warp goes first; other bits, or an error, without the barriers."""
     case = block(op, (3, 24, 11, 13))  # several blocks, and rows of bias sums
     tensors = cases.make(case, layout="channels_last")
     upstream = torch.randn(cases.stock(case, tensors).shape)

@@ -1,4 +1,4 @@
-"""What the convolutions for compute capability 9.0 compute: launchers as they are, kernels' PTX by ptx."""
+"""The results of the convolutions for compute capability 9.0: their own launchers, kernels' PTX by ptx."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Programs:
 
 
 def workspace(problem: Problem) -> int:
-    """sm90_weight_gradient_workspace of conv2d_cutlass.h: a result for each split of the pixels."""
+    """The size by sm90_weight_gradient_workspace of conv2d_cutlass.h: a result for each split of the pixels."""
     filters, channels, taps = (
         problem.filters // problem.groups,
         problem.weight[1],
@@ -93,7 +93,7 @@ def test_nan_of_a_gradient(wanted: str, programs: Programs) -> None:
     ("direction", "name"), [("forward", "tf32"), *((direction, name) for direction in DIRECTIONS for name in DTYPES)]
 )
 def test_what_is_taken(direction: str, name: str, programs: Programs) -> None:
-    """As ``alexnet_ext/ops/conv2d_bias_relu/cutlass.py`` says; the last that it lets through, and beyond."""
+    """As ``alexnet_ext/ops/conv2d_bias_relu/cutlass.py`` says, at the limit and beyond it."""
     program, odd = programs(direction, name), 8 // (DTYPES | TF32)[name].itemsize
     far, padded = Problem((1, 32, 256, 256), 32, (128, 128)), replace(PLAIN, padding=(127, 127))
     assert all(taken(program, direction, problem) for problem in (*ALEXNET, PLAIN, far, padded))
@@ -110,7 +110,7 @@ def test_what_is_taken(direction: str, name: str, programs: Programs) -> None:
         assert not taken(program, direction, problem)
 
 
-# What keeps threads, copies and products in order.
+# The instructions that order threads, copies and products.
 WAITS = (
     *("bar.sync", "mbarrier.init", "mbarrier.try_wait", "mbarrier.arrive.expect_tx", "mbarrier.arrive.shared::cluster"),
     *("wgmma.fence", "wgmma.wait_group"),
@@ -131,7 +131,7 @@ def passes(i: Instruction) -> Instruction:
 
 @pytest.mark.parametrize("direction", ORDERED_BY)
 def test_the_machine_notices(direction: str, programs: Programs) -> None:
-    """The same bits whichever warp goes first; and none without one of what keeps threads and copies in order."""
+    """The same bits whichever warp goes first; a failure without any one of the instructions that order them."""
     program, dtype = programs(direction, "f16"), torch.float16
     problem = SMALL if direction == "forward" else SPLIT
     x, weight, dz = (made(*shape, dtype=dtype) for shape in (problem.x, problem.weight, problem.y))

@@ -1,7 +1,7 @@
-"""What the Triton kernels compute as compiled for compute capability 8.0 and 9.0: their PTX, run by ptx.
+"""The results of the Triton kernels as compiled for compute capability 8.0 and 9.0: their PTX, run by ptx.
 
-Unlike the interpreter this has products of bf16, TF32 and fp64 as the tensor cores do them, accesses of 16 bytes, and
-approximate instructions that err as far as they may. A process of its own compiles (``triton_compiled.py``);
+Unlike the interpreter this has the tensor cores' products of bf16, TF32 and fp64, and accesses of 16 bytes.
+Approximate instructions err as far as they may. A process of its own compiles (``triton_compiled.py``);
 ``pytest -m ahead`` runs more of them, most of those for 9.0 among them.
 """
 
@@ -36,7 +36,7 @@ PRODUCTS = {
 KERNELS = {
     "augment": {"augment_forward_kernel"},
     "conv2d_bias_relu": {f"conv2d_bias_relu_{name}_kernel" for name in ("product", "weight", "mask")},
-    # The gradient of pooling, then normalization, is that of each.
+    # The gradient of pooling, then normalization, uses the kernels of both.
     "relu_max_pool2d_lrn": {
         "relu_max_pool2d_lrn_forward_kernel",
         "local_response_norm_backward_kernel",

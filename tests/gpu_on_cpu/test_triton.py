@@ -1,6 +1,6 @@
-"""The Triton kernels in Triton's interpreter: against float64, and against the compiled ops to the bit where due.
+"""The Triton kernels in Triton's interpreter: compared with float64, and with the compiled ops to the bit if possible.
 
-The interpreter runs what the kernels say, not what a GPU makes of it; test_triton_ahead.py looks at that.
+The interpreter runs the kernels' source, not compiled code; test_triton_ahead.py checks that.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.support.cases import Case, block, lrn, pool
 _triton = pytest.importorskip("alexnet_ext.ops._triton", reason="Triton is not installed", exc_type=ImportError)
 pytestmark = pytest.mark.usefixtures("interpreter")
 
-# The interpreter takes its time.
+# The interpreter is slow.
 EXAMPLES = [case for case in cases.EXAMPLES if case.op in cases.ON_GPU and case.shapes.get("bias", True)]
 each_example = pytest.mark.parametrize("case", cases.params(EXAMPLES))
 
@@ -29,7 +29,7 @@ LAYOUTS = ("contiguous", "channels_last", "transposed", "sliced")
 
 
 def sampled(values: list[Any], every: int) -> list[Any]:
-    """Of these parameters one in so many in the plain suite, the others with ``pytest -m long``: it is slow here."""
+    """One in ``every`` of these parameters in the plain suite, the others with ``pytest -m long``: it is slow here."""
     return [
         pytest.param(*value.values, id=value.id, marks=[pytest.mark.long] if i % every else [])
         for i, value in enumerate(values)
@@ -93,7 +93,7 @@ SPLIT = (
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("case", cases.params(SPLIT))
 def test_channels_that_do_not_fit_one_tile(case: Case, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of channels overlap by what a window reaches."""
+    """Blocks of channels overlap by the reach of a window."""
     monkeypatch.setattr(_triton, "CHANNELS", 16)
     oracle.assert_matches_float64(case, cases.make(case, layout=layout), "triton")
 
@@ -163,13 +163,13 @@ def test_pooling_is_the_compiled_op_to_the_bit(case: Case, dtype: torch.dtype, l
 @pytest.mark.usefixtures("native", "poisoned")
 @pytest.mark.parametrize("case", cases.params(block(op, (2, 9, 7, 9)) for op in cases.BLOCKS))
 def test_blocks_save_what_the_compiled_ops_save(case: Case) -> None:
-    """Saved tensors pass from one to the other: winners, and what is pooled before it is normalized."""
+    """Both backends save the same tensors: winners, and the pooled values before normalization."""
     x, bias = awkward(case.shapes["x"], torch.float32), torch.zeros(case.shapes["bias"])
     arguments = cases.raw_forward(case, {"x": x, "bias": bias})
     ours = getattr(torch.ops.alexnet_ext, f"{case.op}_triton")(*arguments)
     theirs = getattr(torch.ops.alexnet_ext, case.op)(*arguments)
     torch.testing.assert_close(ours[0], theirs[0], equal_nan=True)
-    if case.op == "relu_lrn_max_pool2d":  # a winner may hang on the last bit of the normalized values
+    if case.op == "relu_lrn_max_pool2d":  # a winner may depend on the last bit of the normalized values
         assert (ours[-1] != theirs[-1]).float().mean() < 0.02
     else:
         assert all(identical(a, b) for a, b in zip(ours[1:], theirs[1:], strict=True))
@@ -179,7 +179,7 @@ def test_blocks_save_what_the_compiled_ops_save(case: Case) -> None:
     ("x", "size"), [([1, torch.inf, 2, 3, 4], 3), ([1, torch.nan, 2, 3, 4], 3), ([1e20] * 5, 5), ([-0.0, 1e-40, 0], 2)]
 )
 def test_normalization_of_inf_nan_and_what_overflows(x: list[float], size: int) -> None:
-    """Inf and NaN stay inside their windows; where the square overflows the gradient is 0, not NaN."""
+    """Inf and NaN stay inside their windows; if the square overflows, the gradient is 0, not NaN."""
     results = []
     for backend in ("triton", "stock"):
         values = torch.tensor(x).view(1, -1, 1).requires_grad_()
@@ -208,7 +208,7 @@ def test_schemas_are_the_compiled_ops(op: str, suffix: str) -> None:
 
 @each_example
 def test_opcheck(case: Case) -> None:
-    """Schema, autograd and fake; tracing goes through a compiler that the interpreter has not (test_triton_ahead)."""
+    """Schema, autograd and fake; tracing needs a compiler, which the interpreter lacks (test_triton_ahead)."""
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     tensors = cases.make(case)
     torch.library.opcheck(

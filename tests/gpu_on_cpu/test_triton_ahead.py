@@ -1,4 +1,4 @@
-"""What Triton's compiler makes of the kernels, with no GPU: tensor cores, 16-byte accesses, no spills, shared memory.
+"""The Triton kernels' compiled code, with no GPU: tensor cores, 16-byte accesses, no spills, shared memory.
 
 A process of its own compiles, as this one may be under Triton's interpreter. ``pytest -m ahead --whole`` compiles every
 kernel and configuration for compute capability 8.0, 9.0 and 10.0 (10 minutes on one core), without ``--whole`` for one
@@ -78,7 +78,7 @@ def test_nothing_spills_and_shared_memory_suffices(grid: str) -> None:
 
 @grids
 def test_memory_bound_kernels_move_16_bytes_at_a_time(grid: str) -> None:
-    """Channels-last; a contiguous plane of 55 x 55 has no 16-byte rows, nor have 17 channels or a crop."""
+    """Channels-last only: a contiguous plane of 55 x 55, 17 channels and a crop have no 16-byte rows."""
     rows = [row for row in compiled(grid) if row["kernel"] not in CONVOLUTION and row["layout"] == "channels_last"]
     rows = [row for row in rows if row["channels"] % 16 == 0]
     assert len(rows) >= 8
@@ -89,7 +89,7 @@ def test_memory_bound_kernels_move_16_bytes_at_a_time(grid: str) -> None:
 
 @pytest.mark.ahead
 def test_torch_compile_sees_the_kernels() -> None:
-    """The graph a backend is handed has the kernels in it and no op it cannot see into."""
+    """The backend's graph contains the kernels, and no opaque op."""
     rows = compiled("traced")
     with_gradient = [case for case in cases.EXAMPLES if case.op in cases.ON_GPU]
     assert len(rows) == 2 * len(with_gradient) + len(cases.AUGMENT_EXAMPLES)

@@ -15,7 +15,7 @@ kernels = pytest.importorskip(
 )
 pytestmark = pytest.mark.usefixtures("interpreter")
 
-# AlexNet's five at reduced size and width, then what else a convolution may be.
+# AlexNet's five layers at reduced size and width, then other kinds of convolutions.
 LAYERS = (
     conv((2, 3, 35, 39), 24, (11, 11), stride=4),
     conv((1, 48, 9, 7), 32, (5, 5), padding=2, groups=2),
@@ -56,7 +56,7 @@ def test_other_dtypes(case: Case, dtype: torch.dtype) -> None:
 def test_the_persistent_forward_is_the_other_one_to_the_bit(
     case: Case, programs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Few programs share out the blocks of y: each has several, and not all as many."""
+    """Few programs share the blocks of y: each has several, and some have more than others."""
     blocks = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 64, "num_warps": 4, "num_stages": 1}
     monkeypatch.setattr(kernels.configs, "known", lambda *_: blocks)
     monkeypatch.setattr(kernels.configs, "resident", lambda _: programs)
@@ -80,7 +80,7 @@ def test_weights_of_any_layout(weight_layout: str) -> None:
 
 
 def test_small_integers_are_exact() -> None:
-    """Every direction, each sum in any order."""
+    """Every direction; each sum is exact in any order."""
     for case in (LAYERS[0], LAYERS[3], OTHERS[2]):
         generator = torch.Generator().manual_seed(0)
         tensors = {
@@ -125,7 +125,7 @@ def test_parts_cover_the_pixels(shape: tuple[int, int, int, int]) -> None:
 
 @pytest.fixture
 def precisions(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """What each product was asked to be, and PyTorch's flags as before afterwards."""
+    """The precision requested of each product; afterwards PyTorch's flags are as before."""
     asked: list[str] = []
     monkeypatch.setattr(
         kernels, "precision", lambda dtype, read=kernels.precision: asked.append(read(dtype)) or asked[-1]
@@ -171,7 +171,7 @@ def test_only_what_is_wanted_is_computed(wanted: str, monkeypatch: pytest.Monkey
 
 
 def test_every_architecture_has_an_entry_for_each_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()  # of the fixture's blocks
+    monkeypatch.undo()  # undoes the fixture's blocks
     table = kernels.configs.TABLE
     assert set(table) == {8, 9, 10}
     for entries in table.values():

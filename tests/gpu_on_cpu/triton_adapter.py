@@ -1,6 +1,6 @@
 """Runs Triton kernels, compiled for compute capability 8.0 or 9.0, in its machine: on CPU tensors, with no GPU.
 
-The host code runs as it is; each kernel that it launches is compiled for the arguments given and run at once.
+The host code is unchanged; each kernel that it launches is compiled for its arguments and run at once.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def parsed(ptx: str) -> Kernel:
 
 
 def memory(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
-    """The bytes that a kernel may touch: from the tensor's first to its last, strides included, and no others."""
+    """The bytes that a kernel may touch: from the tensor's first to its last, gaps included."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     span = tensor.detach().as_strided((last + 1,), (1,))
     return span.view(torch.uint8).numpy()
@@ -50,7 +50,7 @@ def argument(value: Any) -> bytes:
 
 
 def without(program: Kernel, instruction: str) -> Kernel:
-    """The kernel with every such instruction left out; of two, the second where it is the next after the first."""
+    """The kernel without an instruction, or for ``"A B"`` without the first B after each A."""
     *after, name = (words.split(".") for words in instruction.split())
     code, leaves = [], not after
     for i in program.code:
@@ -72,7 +72,7 @@ def run(kernel: JITFunction, grid: Any, given: dict[str, Any], capability: int, 
     program = parsed(binary.asm["ptx"])
     program = without(program, missing) if missing else program
     arguments = [argument(value) for value in passed]
-    # Scratch memory, of which none is asked for.
+    # Scratch memory: none is requested.
     hidden = len(program.parameters) - len(arguments)
     if binary.metadata.global_scratch_size or getattr(binary.metadata, "profile_scratch_size", 0):
         raise PtxError("a kernel asks for scratch memory")
@@ -88,9 +88,9 @@ def run(kernel: JITFunction, grid: Any, given: dict[str, Any], capability: int, 
 
 @contextmanager
 def compiled_kernels(capability: int, order: str = "together", missing: str = "") -> Iterator[list[tuple[str, Kernel]]]:
-    """Inside, ``backend="triton"`` runs CPU tensors in the machine; gives what was launched, by op and kernel.
+    """In the block ``backend="triton"`` runs CPU tensors in the machine; yields the launches, as (op, kernel).
 
-    ``missing``: the instructions that are left out of the kernels.
+    ``missing``: the instructions to leave out of the kernels.
     """
     launched: list[tuple[str, Kernel]] = []
 

@@ -195,7 +195,7 @@ def quick() -> Iterator[Work]:
 
 
 def full(capability: int) -> Iterator[Work]:
-    """Every kernel and every configuration; fp16's code is bf16's except for the products."""
+    """Every kernel and every configuration; the code for fp16 and bf16 differs in the products alone."""
     others = (torch.float32, torch.float64)
     layouts = {"channels_last": torch.channels_last} | (
         {"contiguous": torch.contiguous_format} if capability == 90 else {}

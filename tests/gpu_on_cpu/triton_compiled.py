@@ -27,7 +27,7 @@ from tests.support.cases import Case, augment, block, conv, lrn, pool
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
-# 48 channels a group; two parts of the weight gradient, the last a pixel shorter; a stride, of which the gradient is
+# 48 channels a group; two parts of the weight gradient, the last a pixel shorter; a stride, whose gradient is
 # spread; dilation; a first layer, which is rewritten; no bias and no ReLU.
 LAYERS = (
     conv((1, 96, 7, 9), 32, (5, 5), padding=2, groups=2),

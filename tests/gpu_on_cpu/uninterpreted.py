@@ -1,4 +1,4 @@
-"""Triton's compiler, which a process under Triton's interpreter has not."""
+"""Runs Triton's compiler, which a process under Triton's interpreter lacks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support import ROOT
 
 
 def printed(*module: str) -> list[dict[str, Any]]:
-    """The lines of JSON that ``python -m module...`` prints, in a process of its own, whose Triton compiles."""
+    """The lines of JSON that ``python -m module...`` prints, in a process of its own with Triton's compiler."""
     result = subprocess.run(
         [sys.executable, "-m", *module],
         cwd=ROOT,

@@ -151,7 +151,7 @@ def test_lrn_of_any_rank_and_constants_runs_in_onnxruntime(
 
 
 def test_every_op_of_a_network_has_a_translation() -> None:
-    """augment makes a network's input, and is no part of one."""
+    """augment makes a network's input, and is not part of a network."""
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
     table = export.onnx_translations()
     assert {op._schema.name.split("::")[1] for op in table} == set(ax.ops.__all__) - {"augment", "use_backend"}
@@ -167,7 +167,7 @@ def test_onnx_without_the_library_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small network's safetensors file, as a run leaves them."""
+    """A small network's safetensors file, as a run writes it."""
     from alexnet_ext.data.preprocessing import Preprocessing
 
     path = tmp_path_factory.mktemp("weights") / "a.safetensors"
@@ -227,7 +227,7 @@ def test_the_command_says_what_is_wrong(
 
 @pytest.mark.parametrize("kind", ["torch-export", "safetensors"])
 def test_a_file_that_cannot_be_whole_leaves_the_old_one(tmp_path: Path, weights: Path, kind: str) -> None:
-    """In a process of its own: PyTorch's writer of archives aborts the process that it fails in."""
+    """In a process of its own: PyTorch's archive writer aborts the process if it fails."""
     out = tmp_path / "net.pt2"
     out.write_text("old")
     result = subprocess.run(

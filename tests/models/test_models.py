@@ -1,4 +1,4 @@
-"""The network: the paper's numbers, fused against stock, and what a checkpoint, a compiler and a copy need of it."""
+"""The network: the paper's numbers, fused compared with stock, checkpoints, compilers and copies."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def meta(*args: object, **kwargs: object) -> AlexNet:
 
 
 def small(variant: str = "paper", image_size: int = 67) -> tuple[AlexNet, AlexNet]:
-    """(fused, stock) on a small image, sharing their weights; fp64, so that rounding turns no ReLU and no window."""
+    """(fused, stock) on a small image, sharing their weights; fp64, so that rounding changes no ReLU and no winner."""
     stock = alexnet(variant, False, num_classes=10, image_size=image_size, init="kaiming").double().eval()
     fused = meta(variant, num_classes=10, image_size=image_size).eval()
     fused.load_state_dict(stock.state_dict(), assign=True)
@@ -58,7 +58,7 @@ def small(variant: str = "paper", image_size: int = 67) -> tuple[AlexNet, AlexNe
 
 
 def run(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
-    """The result and the gradients of the image and of all parameters but the matrices of fc6 and fc7."""
+    """The result and the gradients of the image and of all parameters except the matrices of fc6 and fc7."""
     x = x.clone().requires_grad_()
     y = model(x)
     dy = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
@@ -96,7 +96,7 @@ def test_summary_counts_the_model_itself(variant: str) -> None:
 @pytest.mark.parametrize("image_size", [None, 224, 67, 71])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_layer_table_is_what_the_layers_put_out(variant: str, image_size: int | None) -> None:
-    """The table is arithmetic: PyTorch's own layers say the shapes here."""
+    """The table is computed; here PyTorch's own layers give the shapes."""
     stock = meta(variant, False, image_size=image_size, num_classes=10).eval()
     shapes: dict[str, tuple[int, ...]] = {}
     for name, layer in stock.named_modules():
@@ -136,7 +136,7 @@ def test_summary_renders_and_refuses() -> None:
         summary.summary(nn.Linear(2, 2))  # type: ignore[arg-type]
 
 
-# 71 is a size at which rounding pooling up and down differ.
+# At size 71 pooling rounded up differs from pooling rounded down.
 @pytest.mark.parametrize("image_size", [None, 227, 224, 71])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_fused_and_stock_have_one_structure(variant: str, image_size: int | None) -> None:
@@ -209,7 +209,7 @@ def test_full_size(variant: str) -> None:
 
 
 def test_caffe_rounds_pooling_up() -> None:
-    """At 71 conv1 puts out 16: pooling makes 7 of it rounding down, 8 rounding up, and no fused block does that."""
+    """At 71 conv1 returns 16; pooling makes 7 of it rounding down and 8 rounding up, which no fused block supports."""
     fused, stock = small("caffe", image_size=71)
     assert type(fused.features.conv1) is ax.nn.Conv2dReLU
     assert type(fused.features.norm1) is ax.nn.LocalResponseNorm

@@ -38,7 +38,7 @@ def network(variant: str, image_size: int | None = SIDE, fused: bool = True) -> 
 
 @cache
 def weights(variant: str) -> Weights:
-    """Values of its own for each tensor, cheap to make."""
+    """Distinct values for each tensor, cheap to make."""
     with torch.device("meta"):
         model = alexnet(variant, num_classes=CLASSES, image_size=SIDE)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -118,7 +118,7 @@ def caffemodel(values: Weights, order: tuple[str, str], form: str, alpha: float 
 @pytest.mark.parametrize("form", ["V1", "new"])
 @pytest.mark.parametrize(("variant", "order"), [("caffe", ("norm", "pool")), ("caffenet", ("pool", "norm"))])
 def test_caffemodel(tmp_path: Path, variant: str, order: tuple[str, str], form: str) -> None:
-    """The network on red, green, blue does what Caffe's does on blue, green, red."""
+    """The network on red, green, blue equals Caffe's on blue, green, red."""
     pytest.importorskip("google.protobuf", reason="protobuf is not installed")
     values = weights(variant)
     file = tmp_path / "bvlc.caffemodel"
@@ -158,7 +158,7 @@ def test_caffe_refuses_another_variant_and_broken_files(tmp_path: Path) -> None:
 
 
 def refuses(model: AlexNet, file: Path, message: str, error: type[Exception] = ValueError) -> None:
-    """The error says so on one line, and every value of the model (of ``network``) is zero still."""
+    """The error is one line with ``message``, and every value of the model (of ``network``) is still zero."""
     with pytest.raises(error) as caught:
         load_weights(model, file)
     assert message in str(caught.value)
@@ -355,7 +355,7 @@ def test_a_missing_package_is_named(
 
 
 def onnx_graph(values: Weights, form: str) -> Any:
-    """AlexNet's weighted layers with what lies between them, in the forms exporters write: ``transB``, weights
+    """AlexNet's layers with weights and the nodes between them, in the forms that exporters write: ``transB``, weights
     transposed beforehand, or MatMul and Add."""
     onnx = pytest.importorskip("onnx", reason="onnx is not installed")
     make, nodes, constants, last = onnx.helper.make_node, [], [], "x"

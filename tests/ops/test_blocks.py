@@ -1,4 +1,4 @@
-"""What relu_lrn_max_pool2d and relu_max_pool2d_lrn share: bias, ReLU's edge, constants, errors."""
+"""relu_lrn_max_pool2d and relu_max_pool2d_lrn together: bias, ReLU's edge, constants, errors."""
 
 from __future__ import annotations
 

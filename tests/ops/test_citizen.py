@@ -1,4 +1,4 @@
-"""What every op owes PyTorch: opcheck, compile, gradients of any layout, double backward, vmap, autocast."""
+"""PyTorch's contracts for every op: opcheck, compile, gradients of any layout, double backward, vmap, autocast."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def values(tensors: cases.Tensors) -> list[Tensor]:
 
 
 def run_with(case: Case, tensors: cases.Tensors) -> Callable[..., Tensor]:
-    """The op as a function of just those of its tensors that want a gradient."""
+    """The op as a function of only those of its tensors that require a gradient."""
     names = list(cases.wanting_grad(tensors))
     return lambda *given: cases.fused(case, tensors | dict(zip(names, given, strict=True)))
 
 
-# What opcheck costs is compiling: every layout without gradients, and one with them.
+# opcheck spends its time compiling: every layout without gradients, and one with them.
 opcheck_samples = pytest.mark.parametrize(
     ("case", "layout", "requires_grad"),
     [
@@ -127,7 +127,7 @@ AFTERWARDS: dict[str, oracle.Apply] = {
 def test_whatever_follows_the_op_its_gradient_is_right(
     case: Case, afterwards: str, dtype: torch.dtype, layout: str
 ) -> None:
-    """The op after it decides the strides of the gradient that comes back: sum sends one of stride 0."""
+    """The next op decides the strides of the gradient that comes back: that of sum has stride 0."""
     oracle.assert_matches_float64(case, cases.make(case, dtype, layout), then=AFTERWARDS[afterwards])
 
 
@@ -172,7 +172,7 @@ def test_double_backward_as_stock(case: Case) -> None:
 
 @each_example
 def test_vectorized_second_derivatives_as_stock(case: Case) -> None:
-    """As ``torch.autograd.functional.hessian(..., vectorize=True)`` takes them: many vectors through one graph."""
+    """As in ``torch.autograd.functional.hessian(..., vectorize=True)``: many vectors through one graph."""
     tensors = cases.make(case, torch.float64)
     exact = oracle.widened(tensors)
     seeds = [torch.randn(3, *tensor.shape, dtype=torch.float64) for tensor in values(tensors)]
@@ -245,7 +245,7 @@ def test_vmap_over_x_is_one_call_where_x_has_a_batch(case: Case) -> None:
 
 @each_example
 def test_gradients_through_vmap(case: Case) -> None:
-    """vmap(grad) and grad(vmap), against one backward an item."""
+    """vmap(grad) and grad(vmap), compared with one backward an item."""
     many = [cases.make(case, torch.float64, seed=seed) for seed in range(3)]
     names = list(cases.wanting_grad(many[0]))
     stacked = [torch.stack([tensors[name].detach() for tensors in many]) for name in names]
@@ -287,7 +287,7 @@ def test_gradient_transforms_inside_torch_compile(case: Case) -> None:
 
 @each_example
 def test_forward_mode_runs_stock_and_native_says_that_it_cannot(case: Case) -> None:
-    """The tangent of a compiled op would be zero in silence."""
+    """A compiled op would silently return a tangent of zero."""
     tensors = cases.make(case, torch.float64, requires_grad=False)
     x, tangent = tensors["x"], torch.randn(case.shapes["x"], dtype=torch.float64)
 
@@ -377,7 +377,7 @@ def test_no_graph_without_gradients(case: Case) -> None:
 
 @each_example
 def test_sparse_and_complex_as_stock(case: Case) -> None:
-    """Refused, but for the linear layer's sparse x, which stock takes."""
+    """Refused, except for the linear layer's sparse x, which stock takes."""
     tensors = cases.make(case, requires_grad=False)
     for x in (tensors["x"].to_sparse(), tensors["x"].to(torch.complex64)):
         if case.op == "linear_bias_relu" and x.is_sparse:
@@ -389,7 +389,7 @@ def test_sparse_and_complex_as_stock(case: Case) -> None:
 
 @each_example
 def test_without_anything_in_a_dimension_as_stock(case: Case, capfd: pytest.CaptureFixture[str]) -> None:
-    """Stock's result and gradients, or an exception of its type, of one line and no trace of C++ beside it."""
+    """Stock's result and gradients, or an exception of stock's type: one line, without a C++ trace."""
 
     def results(op: Callable[..., Tensor], tensors: cases.Tensors) -> tuple[Tensor, ...]:
         y = op(case, tensors)

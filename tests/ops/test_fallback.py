@@ -1,4 +1,4 @@
-"""What no compiled kernel covers runs stock PyTorch with the same results; ``native`` says what it does not cover.
+"""A call that no compiled kernel covers runs stock PyTorch with the same results; ``native`` refuses it by name.
 
 That importing the package never fails, whatever the library's state, is in test_build.py.
 """

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.support import cases, oracle
 from tests.support.cases import Case, block, conv, linear, lrn, pool
 
-# With it oneDNN's bf16 convolutions of few channels and pixels crash or give what lay in memory, in stock PyTorch too:
+# With it oneDNN's bf16 convolutions of few channels and pixels crash or return stray memory, in stock PyTorch too:
 # F.conv2d of (1, 4, 5, 3) with (1, 4, 1, 3) at stride (1, 2), or the weight's gradient at a tap in the padding alone.
 AMX = torch.cpu._is_amx_tile_supported()
 
@@ -67,7 +67,7 @@ def conv_cases(draw: Draw) -> Case:
     kernel = pair_within(draw, 1, (5, 5))
     padding, sizes = [], [height, width]
     for i in (0, 1):
-        # Every window must touch the image: of one in the padding alone oneDNN's convolution with a bias crashes on
+        # Every window must touch the image. For one in the padding alone oneDNN's convolution with a bias crashes on
         # channels-last inputs, under torch.nn as well (oneDNN#5942, pytorch#195394).
         reach = dilation[i] * (kernel[i] - 1)
         padding.append(draw(st.integers(0, min(3, reach))))
@@ -114,7 +114,7 @@ CASES: dict[str, st.SearchStrategy[Case]] = {
 @pytest.mark.parametrize("examples", [500, pytest.param(20_000, marks=pytest.mark.long)])
 @pytest.mark.parametrize("op", cases.OPS)
 def test_fuzz(op: str, examples: int) -> None:
-    """500 are the same ones every time; the long run draws new ones and prints how to repeat a failure."""
+    """The 500 cases are the same every time; the long run draws new ones and prints how to repeat a failure."""
 
     @settings(
         max_examples=examples,
@@ -134,7 +134,7 @@ def test_fuzz(op: str, examples: int) -> None:
     def run(case: Case, dtype: torch.dtype, layout: str, dy_layout: str, seed: int) -> None:
         assume(case.op != "conv2d_bias_relu" or dtype != torch.bfloat16 or not AMX)
         if len(case.shapes["x"]) > 4 and layout in ("transposed", "sliced", "expanded"):
-            layout = "offset"  # stock, the yardstick, cannot view these strides
+            layout = "offset"  # stock, our reference, cannot view these strides
         oracle.assert_matches_float64(case, cases.make(case, dtype, layout, seed=seed), dy_layout=dy_layout)
 
     run()

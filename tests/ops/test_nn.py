@@ -1,4 +1,4 @@
-"""alexnet_ext.nn: the constructors, state_dict, repr and results of the torch.nn layers they stand for."""
+"""alexnet_ext.nn: the constructors, state_dict, repr and results of the torch.nn layers that they replace."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ each_pair = pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
 
 
 def layer(stock: nn.Module) -> nn.Module:
-    """The torch.nn layer that ours takes the name, the arguments and the parameters of."""
+    """The torch.nn layer whose name, arguments and parameters ours has."""
     if not isinstance(stock, nn.Sequential):
         return stock
     return next(part for part in stock if isinstance(part, (nn.Conv2d, nn.Linear, nn.MaxPool2d)))
@@ -111,7 +111,7 @@ def test_state_dict_loads_both_ways(pair: Pair) -> None:
 @each_pair
 def test_is_a_layer_of_its_kind_and_says_so(pair: Pair) -> None:
     ours, stock = pair[0](), layer(pair[1]())
-    # One that computes more is no such layer, as whoever converts or folds those would lose the rest.
+    # A layer that computes more is no instance: code that converts or folds instances would lose the rest.
     assert isinstance(ours, type(stock)) == isinstance(stock, nn.LocalResponseNorm)
     assert stock_kind(ours) is (type(ours) if isinstance(stock, nn.LocalResponseNorm) else type(stock))
     assert repr(ours).startswith(repr(stock).replace(type(stock).__name__, type(ours).__name__)[:-1])
@@ -173,7 +173,7 @@ def test_unbatched_input(pair: Pair) -> None:
     ours.load_state_dict(layer(stock).state_dict())
     x = torch.randn(4, 9, 11)
     torch.testing.assert_close(ours(x), stock(x))
-    if not hasattr(ours, "norm"):  # an LRN takes three dimensions for (N, C, L)
+    if not hasattr(ours, "norm"):  # LRN reads three dimensions as (N, C, L)
         assert torch.equal(ours(x), ours(x[None])[0])
 
 
@@ -201,7 +201,7 @@ def block_with(pool: nn.MaxPool2d) -> nn.Module:
 
 
 def test_relu_in_place_may_follow_the_fused_layers() -> None:
-    """An in-place layer behind one of ours finds the output unsaved or raises; it never spoils a gradient."""
+    """An in-place layer after one of ours finds the output unsaved or raises; it never corrupts a gradient."""
     x = torch.randn(2, 4, 9, 11, requires_grad=True)
     for build in (PAIRS["lrn"][0], PAIRS["pool"][0], PAIRS["conv_relu_lrn_pool"][0]):
         module = build()
@@ -240,7 +240,7 @@ def test_use_backend_holds_inside_modules(pair: Pair) -> None:
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("kind", [ax.nn.Conv2dReLULRNMaxPool2d, ax.nn.Conv2dReLUMaxPool2dLRN])
 def test_the_convolution_of_a_block_is_ours_too(kind: type[nn.Conv2d]) -> None:
-    """And it saves its input and weight alone, not its result, for a gradient that no ReLU of its own masks."""
+    """It saves its input and weight only, not its result: it has no ReLU whose mask the gradient would need."""
     block = kind(4, 6, 3, groups=2, norm=nn.LocalResponseNorm(5), pool=nn.MaxPool2d(2))
     x, saved = torch.randn(2, 4, 9, 8, requires_grad=True), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
@@ -259,7 +259,7 @@ def test_use_backend_is_undone_by_an_error() -> None:
 
 
 def test_a_small_network_learns_the_same_with_and_without() -> None:
-    """Ten steps of SGD in float64: fused and stock layers walk the same path."""
+    """Ten steps of SGD in float64: fused and stock layers give the same weights."""
 
     def losses(convolution: nn.Module) -> list[float]:
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""What conv2d_bias_relu and linear_bias_relu share: which gradients are asked for, and the output that is saved."""
+"""conv2d_bias_relu and linear_bias_relu together: the requested gradients, and the saved output."""
 
 from __future__ import annotations
 

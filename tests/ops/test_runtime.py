@@ -1,4 +1,4 @@
-"""How every op behaves at run time: memory, threads, instruction sets, hooks, and calls of the raw ops gone wrong."""
+"""Every op at run time: memory, threads, instruction sets, hooks, and wrong calls of the raw ops."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_inputs_are_left_alone(case: Case, layout: str) -> None:
 
 
 def storage_bytes(tensor: Tensor) -> Tensor:
-    """A copy of all the memory behind a tensor, what lies between its values included."""
+    """A copy of all the memory of a tensor, including the gaps between its values."""
     return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).clone()
 
 
@@ -73,7 +73,7 @@ def test_nothing_is_left_unwritten_in_memory_used_before(case: Case, dtype: torc
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.dtype_id)
 @pytest.mark.parametrize("case", cases.params(LARGE))
 def test_the_same_bits_every_time_on_any_number_of_threads(case: Case, dtype: torch.dtype, layout: str) -> None:
-    """The threads of oneDNN's convolution split the sums of a weight's gradient: there only reruns are equal."""
+    """The threads of oneDNN's convolution split the sums of a weight's gradient: for it only reruns are equal."""
     tensors = cases.make(case, dtype, layout)
     torch.set_num_threads(2)
     expected = forward_backward(case, tensors)
@@ -88,7 +88,7 @@ def test_the_same_bits_every_time_on_any_number_of_threads(case: Case, dtype: to
             assert_same_bits(found, expected)
 
 
-# Bytes saved for the backward, besides parameters, from the input and the output.
+# Bytes saved for the backward, not counting parameters, as a function of input and output.
 SAVED: dict[str, Callable[[Tensor, Tensor], int]] = {
     "local_response_norm": lambda x, y: x.nbytes,
     "relu_max_pool2d": lambda x, y: y.numel(),
@@ -177,13 +177,13 @@ def test_nothing_is_kept_alive(case: Case) -> None:
     y = cases.fused(case, tensors)
     y.sum().backward()
     watched = [weakref.ref(y), *(weakref.ref(t) for t in tensors.values() if t is not None)]
-    del y, tensors  # no cycle holds them, so they go at once
+    del y, tensors  # no cycle holds them, so they are freed at once
     assert all(reference() is None for reference in watched)
 
 
 def bytes_left(run: Callable[[], object]) -> int:
-    """What PyTorch's allocator gives while this runs, less what comes back: workspaces of kernels are in it too."""
-    run()  # what is made once, at the first call
+    """Bytes that PyTorch's allocator hands out during this, less those returned; kernels' workspaces count too."""
+    run()  # for allocations that only the first call makes
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     events = profiler.profiler.kineto_results.events()
@@ -210,7 +210,7 @@ def test_writing_into_what_was_saved_raises(case: Case) -> None:
     y = cases.fused(case, tensors)
     saves_y = case.op in cases.PRODUCTS and case.constants.get("relu", True)
     (y if saves_y else tensors["x"]).detach().add_(1)
-    if case.op == "relu_max_pool2d_lrn":  # keeps its own copy of what it needs
+    if case.op == "relu_max_pool2d_lrn":  # it keeps its own copy
         y.sum().backward()
         untouched = cases.make(case)
         cases.fused(case, untouched).sum().backward()
@@ -258,7 +258,7 @@ def test_more_than_2_to_31_elements() -> None:
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("instructions", ["default", "avx2", "avx512"])
 def test_every_instruction_set_computes_right(instructions: str) -> None:
-    """The library chooses its kernels by the variable that torch chooses its own by."""
+    """The library chooses its kernels by the same variable as torch."""
     order = ["default", "avx2", "avx512"]
     best = torch.backends.cpu.get_cpu_capability().lower()
     available = order[: order.index(best) + 1] if best in order else ["default"]

@@ -1,4 +1,4 @@
-"""What ops save for the backward: what a gradient that is wanted needs, so that the rest may change meanwhile."""
+"""The tensors saved for the backward: those that the required gradients need. Others may change meanwhile."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.support import cases, oracle
 from tests.support.cases import Case
 
-# Which of its arguments and whether its result an op needs, by the gradient wanted. What else it saves is its own.
+# The arguments, and perhaps the result, that an op needs for each gradient. Other saved tensors are its own.
 NEEDS: dict[str, dict[str, set[str]]] = {
     "local_response_norm": {"x": {"x"}},
     "relu_max_pool2d": {"x": set()},
@@ -72,7 +72,7 @@ def test_nothing_is_saved_that_no_wanted_gradient_needs(case: Case, wanted: tupl
     ],
 )
 def test_what_is_not_needed_may_change_before_the_backward(case: Case, wanted: tuple[str, ...], changed: str) -> None:
-    """The gradients stay what they were. But for x of a block, what stock lets one change ours does."""
+    """The gradients stay what they were. Ours lets one change whatever stock does, except x of a block."""
 
     def after_a_change(op: Callable[..., Tensor]) -> tuple[Tensor, ...] | None:
         tensors = make(case, wanted)
@@ -122,7 +122,7 @@ def second_order(op: Callable[..., Tensor], case: Case, tensors: cases.Tensors, 
 def test_gradients_are_right_without_the_rest(
     case: Case, wanted: tuple[str, ...], layout: str, how: Callable[..., tuple[Tensor, ...]]
 ) -> None:
-    """What stands in for a tensor that was not saved is full of NaN here."""
+    """The placeholder of a tensor that was not saved is full of NaN here."""
     tensors = make(case, wanted, layout)
     exact = oracle.widened(tensors)
     other = how if how is second_order else in_one_go

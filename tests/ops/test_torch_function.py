@@ -22,7 +22,7 @@ def unwrapped(value: Any) -> Any:
 
 
 class Thing:
-    """No Tensor, and without any of its attributes: PyTorch's functions know it, as they know any array of others."""
+    """No Tensor, and without a Tensor's attributes; PyTorch's functions take it, like other libraries' arrays."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
@@ -34,7 +34,7 @@ class Thing:
 
 
 class Strict(Tensor):
-    """Refuses what is no function of PyTorch's own."""
+    """Refuses any function that is not PyTorch's own."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

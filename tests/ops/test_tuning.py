@@ -1,4 +1,4 @@
-"""Measured choices: the fastest right candidate, remembered by key, whatever happens to the file."""
+"""Measured choices: the fastest correct candidate, remembered by key, even if the file is damaged."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def anew() -> None:
-    """As in another process: only the file is left."""
+    """Forget all but the file, as in another process."""
     _tuning.choices.cache_clear()
 
 
@@ -85,7 +85,7 @@ def test_the_fastest_is_picked_and_measured_once(clock: FakeTime, file: Path) ->
 
 
 def test_a_disturbance_does_not_decide(clock: FakeTime) -> None:
-    """The least of the rounds counts: one slow round of the fastest changes nothing."""
+    """The fastest round counts: one slow round of the best candidate changes nothing."""
     slow = iter([1.0] * 15 + [100.0] * 5 + [1.0] * 1000)
 
     def run() -> list[Tensor]:
@@ -203,7 +203,7 @@ LAYER = conv((2, 4, 6, 5), 6, (3, 3), padding=1, groups=2)
 
 
 def convolve_by(pick: Callable[[str, list[Candidate]], Candidate], monkeypatch: pytest.MonkeyPatch) -> None:
-    """``conv2d_bias_relu`` is the measured one, ``pick(the call in words, candidates)`` in place of a measurement."""
+    """Make ``conv2d_bias_relu`` the measured one, with ``pick(the call in words, candidates)`` as the measurement."""
     folder = "alexnet_ext.ops.conv2d_bias_relu"
     measured = importlib.import_module(f"{folder}.measured")
     monkeypatch.setattr(measured, "fastest", lambda what, device, given: pick(what, given))
@@ -214,7 +214,7 @@ def convolve_by(pick: Callable[[str, list[Candidate]], Candidate], monkeypatch: 
 @interpreted
 @pytest.mark.parametrize("winner", ["triton", "cudnn contiguous", "cudnn channels_last", "cudnn per tower"])
 def test_every_candidate_computes_the_convolution(winner: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch's convolution on the CPU stands for cuDNN's."""
+    """PyTorch's convolution on the CPU plays cuDNN's."""
     taken = []
 
     def pick(what: str, given: list[Candidate]) -> Candidate:
@@ -262,11 +262,11 @@ SMALL = {"local_response_norm": (2, 9, 7, 5), "conv2d_bias_relu": (2, 4, 6, 5), 
 
 @pytest.fixture
 def quick_tune(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU in a GPU's place: the compiled kernels and the interpreted ones, on small tensors, timed once."""
+    """The CPU plays a GPU: the compiled kernels and the interpreted ones, on small tensors, timed once."""
     monkeypatch.setattr(_backend, "TUNED", ("cpu",))
     monkeypatch.setattr(_tuning, "ROUNDS", 1)
     monkeypatch.setattr(_tuning, "REPEATS", 1)
-    monkeypatch.setitem(_backend.TRITON["augment"], "cpu", False)  # its images are no smaller
+    monkeypatch.setitem(_backend.TRITON["augment"], "cpu", False)  # its images are not made smaller here
     small = []
     for case in _check.CASES:
         x = SMALL.get(case.op, SMALL["local_response_norm"])
@@ -292,7 +292,7 @@ def small_network() -> nn.Module:
 def test_tune_measures_a_networks_convolutions_and_every_op(file: Path) -> None:
     with pytest.warns(
         UserWarning, match="conv2d_bias_relu by triton is not used, as in bf16"
-    ):  # the interpreter's fault
+    ):  # the interpreter gets bf16 products wrong
         rows = ax.tune(small_network(), (2, 3, 9, 8), device=CPU)
     directions = ("input gradient", "weight gradient")
     assert [(row.layer, row.direction) for row in rows[:7]] == [
@@ -308,7 +308,7 @@ def test_tune_measures_a_networks_convolutions_and_every_op(file: Path) -> None:
     with_measured = {"conv2d_bias_relu": {"measured", "native", "stock"}}
     for op, row in by_op.items():
         assert row.microseconds.keys() == (without_triton | with_measured).get(op, {"native", "triton", "stock"})
-        if row.choice != "measured":  # of which the CPU has none
+        if row.choice != "measured":  # the CPU has none
             assert _backend.preferred(op, CPU) == row.choice
             assert ax.diagnostics.choice(op, "cpu").reason == "right and fastest here, as `alexnet tune` found"
     info = ax.info()
@@ -334,7 +334,7 @@ def test_what_is_wrong_here_is_no_candidate(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.usefixtures("native", "quick_tune")
 def test_what_does_not_run_at_the_models_shapes_is_no_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where memory does not suffice for it."""
+    """For example, because memory does not suffice."""
     monkeypatch.setattr(_backend, "TRITON", {op: {"cpu": False} for op in _backend.OPS})
     run = tuning.Call.run
 
@@ -383,7 +383,7 @@ def test_auto_follows_what_was_found_on_this_device(monkeypatch: pytest.MonkeyPa
         return module.forward
 
     def runs(found: str, dtype: torch.dtype = torch.float32) -> str:
-        """What runs, eager and compiled, once this is found."""
+        """Store ``found`` as tune's choice; returns the backend that runs, the same eager and compiled."""
         _tuning.choices().remember(_tuning.key_of("local_response_norm", CPU), {found: 1.0, "another": 2.0})
         torch.compiler.reset()
         torch.compile(lambda x: ax.ops.local_response_norm(x, 5), backend=backend, fullgraph=True)(x.to(dtype))

@@ -1,4 +1,4 @@
-"""use_backend: what holds while blocks are open, and that nothing is left of them in whatever order they end."""
+"""use_backend: the backend while blocks are open; afterwards no effect is left, in whatever order they end."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_tasks_and_generators_that_take_turns() -> None:
 
 @pytest.mark.usefixtures("native")
 def test_worker_threads_follow_the_open_block() -> None:
-    """As DataParallel's do, and autograd's when they recompute a checkpoint."""
+    """For example those of DataParallel, and of autograd when it recomputes a checkpoint."""
     found: list[bool] = []
     with ax.use_backend("stock"):
         thread = threading.Thread(target=lambda: found.append(runs_ours()))

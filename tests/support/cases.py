@@ -24,7 +24,7 @@ OPS = (
     "relu_lrn_max_pool2d",
     "relu_max_pool2d_lrn",
 )
-# Those above have a gradient, and are held against float64 by one oracle. These have none and take no floating tensor.
+# The ops above have a gradient; one oracle compares them with float64. These have none and take no floating tensor.
 WITHOUT_GRADIENT = ("augment",)
 # The linear layer is for the CPU alone: on a GPU stock PyTorch's library is what there is to beat.
 ON_GPU = tuple(op for op in OPS if op != "linear_bias_relu")
@@ -198,7 +198,7 @@ CASES: dict[str, tuple[Case, ...]] = {
     **{op: _block_cases(op) for op in BLOCKS},
 }
 
-# One plain case an op, and the same without its bias, for what does not hang on the numbers. (Sizes that may vary
+# One plain case an op, and the same without its bias, for tests that do not depend on the numbers. (Sizes that may vary
 # differ from sizes that may not: torch.compile takes equal ones for one and the same.)
 EXAMPLES = (
     lrn((2, 6, 5, 7), size=4),

@@ -1,4 +1,4 @@
-"""Networks of 2012 to 2014 as people write them, of stock layers alone, for what must work in somebody else's model."""
+"""Networks of 2012 to 2014 as people write them, of stock layers only, for tests of other people's models."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def assert_matches_float64(
 
     ``then`` is applied to the output before the gradient flows back (a slice, a sum: what changes the layout of
     the gradient the op sees), ``dy_layout`` lays out that gradient itself. Stock in the same dtype is the
-    yardstick where it has a kernel: our error may be twice its error. Outputs whose gradient hangs on a
+    yardstick where it has a kernel: our error may be twice its error. Outputs whose gradient depends on a
     rounding get none, see ``settled``. Of an op without a gradient the output alone is compared.
     """
     if case.op in cases.WITHOUT_GRADIENT:
@@ -76,7 +76,7 @@ def assert_matches_float64(
         terms = terms_of_gradients(case, expected, dy)
     for name, result in results.items():
         magnitude = terms[name].max().item() if name in terms and result.numel() else 0.0
-        # How near stock's products come hangs on the order that this CPU's oneDNN adds them up in.
+        # oneDNN's order of summation, and so stock's error, differs by CPU: allow products at least 3 ulps.
         least = 3 if case.op in cases.PRODUCTS else 0
         assert_accurate(name, result, expected[name], stock.get(name), summands(case, name), magnitude, least)
         if name != "y":

@@ -127,7 +127,7 @@ def cutlass_include() -> str:
 
 
 def cutlass_folders() -> tuple[str, ...]:
-    """What the compiler is told of CUTLASS's headers and utilities."""
+    """The folders of CUTLASS's headers and utilities, as options of the compiler."""
     utilities = Path(cutlass_include()).parent / "tools" / "util" / "include"
     return ("-isystem", cutlass_include(), "-isystem", str(utilities))
 

@@ -1,9 +1,9 @@
 """``python -m tests.tools.mutation``: do the tests notice a fault? Plants faults in the kernels.
 
-Each fault is an exact replacement of text in a temporary copy of the tree, alone there. What depends on it is rebuilt
-(for the portable instruction set alone, which holds the same code), and the op's plain C++ test must fail, or, where
-the fault lies in front of the kernels or in CUDA's, the named tests of pytest. Exit code 1 when a fault survives, or
-can no longer be planted.
+Each fault is an exact replacement of text in a temporary copy of the tree, alone there. The files that depend on it are
+rebuilt, for the portable instruction set alone, which has the same code. Then the op's plain C++ test must fail. For a
+fault before the kernels, or in CUDA's, the named tests of pytest must fail. Exit code 1 when a fault survives, or can
+no longer be planted.
 
     python -m tests.tools.mutation [NAME ...]     # only the faults whose name holds one of the words
     python -m tests.tools.mutation --third        # the third of them that the commit picks

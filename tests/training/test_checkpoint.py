@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, checked before anything is loaded, safe to read from anywhere."""
+"""Checkpoints: whole or absent, checked before anything is loaded, safe to read from any source."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def small(value: float, count: int = 500_000) -> nn.Module:
 
 
 def save(run: Path, step: int, count: int = 500_000) -> Path:
-    """A generation whose weights and state both say its step."""
+    """A generation whose weights and state both record its step."""
     state = {"step": step, "filled": torch.full((count,), float(step))}
     return checkpoint.save(run, small(step, count), replace(DESCRIPTION, step=step), state)
 
 
 def step_of(path: Path) -> int:
-    """The step of a generation, the same in all that it holds."""
+    """The step of a generation, the same in all its files."""
     state = checkpoint.read_state(path / STATE)
     weights = load_file(path / WEIGHTS)["weight"]
     assert (weights == state["step"]).all()
@@ -88,7 +88,7 @@ def test_damage_is_told_and_the_generation_before_serves(tmp_path: Path, name: s
     save(tmp_path, 1)
     file = save(tmp_path, 2) / name
     content = bytearray(file.read_bytes())
-    if how == "flipped":  # one bit in the middle of the numbers, where every parser would believe it
+    if how == "flipped":  # one bit in the middle of the numbers, where no parser would notice
         content[len(content) // 2] ^= 1
     file.unlink()
     if how != "missing":
@@ -133,7 +133,7 @@ def test_killed_at_any_moment_a_whole_checkpoint_is_there(tmp_path: Path) -> Non
         writer = context.Process(target=_save_forever, args=(tmp_path,))
         writer.start()
         deadline = time.monotonic() + 20
-        # From the first rename on, at a moment of its own each time.
+        # After the first rename, at a different moment each time.
         while not checkpoint.generations(tmp_path) and time.monotonic() < deadline:
             time.sleep(0.001)
         time.sleep(chance.uniform(0, 0.15))
@@ -142,7 +142,7 @@ def test_killed_at_any_moment_a_whole_checkpoint_is_there(tmp_path: Path) -> Non
         assert writer.exitcode == -signal.SIGKILL
         last = step_of(checkpoint.newest(tmp_path, silent))
         reached.add(last)
-        if chance.random() < 0.5:  # the next writer starts afresh, beside what this one left half made
+        if chance.random() < 0.5:  # the next writer starts afresh, next to this one's unfinished folder
             for path in checkpoint.generations(tmp_path):
                 shutil.rmtree(path)
     assert len(reached) > 1, "the writer was killed at different steps"
@@ -160,7 +160,7 @@ def full_disk_by_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def full_disk_by_limit(_monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel refuses to let any file grow past 1 MB: torch's and safetensors' writers meet it, not Python."""
+    """The kernel lets no file grow past 1 MB: torch's and safetensors' writers fail, not Python."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, resource.RLIM_INFINITY))
 
 
@@ -193,7 +193,7 @@ def test_a_failed_write_leaves_the_old_checkpoint_and_nothing_else(
 
 @pytest.fixture
 def full_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 5 MB, where this process may mount one."""
+    """A file system of 5 MB, if this process may mount one."""
     path = tmp_path / "small"
     path.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", path], capture_output=True, check=False)
@@ -250,7 +250,7 @@ def test_weights_of_another_variant_are_refused(weights: Path) -> None:
 
 
 def rewrite(weights: Path, out: Path, change: Callable[[dict[str, torch.Tensor]], Any], header: str | None) -> Path:
-    """The first weights under a changed set of tensors: all small, as only names, shapes and types are looked at."""
+    """The first weights with a changed set of tensors: all small, as only names, shapes and types are checked."""
     tensors = {name: torch.zeros(()).expand(value.shape) for name, value in load_file(weights).items()}
     change(tensors)
     small_ones = {
@@ -304,7 +304,7 @@ def test_truncated_weights_name_the_file(weights: Path, tmp_path: Path, keep: in
 
 
 class Payload:
-    """What a hostile pickle does when it is opened."""
+    """The effect of opening a hostile pickle."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

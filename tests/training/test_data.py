@@ -25,7 +25,7 @@ from alexnet_ext.training.evaluate import to_device
 
 
 def picture(width: int = 40, height: int = 30, seed: int = 0) -> Image.Image:
-    """A smooth random image, which JPEG keeps nearly as it is."""
+    """A smooth random image, which JPEG hardly changes."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -128,7 +128,7 @@ def test_formats(tmp_path: Path, suffix: str) -> None:
 
 def test_exif_orientation_is_obeyed(tmp_path: Path) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown turned clockwise by a quarter
+    exif[0x0112] = 6  # shown turned by a quarter, clockwise
     path = tmp_path / "turned.jpg"
     picture().save(path, exif=exif, quality=95)
     turned = np.asarray(picture().transpose(Image.Transpose.ROTATE_270), dtype=float)
@@ -147,7 +147,7 @@ def bomb(side: int) -> bytes:
 
 
 def spoil(path: Path, kind: str) -> None:
-    """Make ``path`` one of the files that a folder of images should not hold."""
+    """Make ``path`` a file that a folder of images should not contain."""
     if kind == "empty":
         path.write_bytes(b"")
     elif kind == "half":

@@ -36,7 +36,7 @@ def network() -> nn.Module:
 
 
 def shard(model: nn.Module) -> nn.Module:
-    """Each layer that has weights by itself, then the rest."""
+    """Shard each layer with weights by itself, then the rest."""
     mesh = init_device_mesh("cpu", (RANKS,))
     for layer in list(model.modules()):
         if next(layer.parameters(recurse=False), None) is not None:
@@ -53,7 +53,7 @@ def accelerated(model: nn.Module) -> nn.Module:
     return model
 
 
-# How a model is made ready in each process, from the stock one (or the network).
+# How each process prepares its model from the stock one (or the network).
 WAYS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], nn.Module]]] = {
     "accelerate, DDP": (stock, lambda model: DistributedDataParallel(accelerated(model))),
     "DDP, accelerate": (stock, lambda model: accelerated(DistributedDataParallel(model))),
@@ -81,7 +81,7 @@ def weights(model: nn.Module) -> list[Tensor]:
 
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    meet, patience = f"file://{folder}/meet", timedelta(minutes=3)  # a rank that died must not hang the other
+    meet, patience = f"file://{folder}/meet", timedelta(minutes=3)  # if one rank dies, the other must not wait for ever
     dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=RANKS, timeout=patience)
     try:
         for name, (build, prepare) in WAYS.items():
@@ -99,17 +99,17 @@ def worker(rank: int, folder: str) -> None:
             if rank == 0:
                 torch.save(weights(model), f"{folder}/{name}.pt")
             else:
-                weights(model)  # gathering needs both
+                weights(model)  # gathering needs both ranks
     finally:
         dist.destroy_process_group()
-    # FSDP keeps the group alive, and a gloo thread that lets go of a tensor while the interpreter shuts down aborts the
-    # process (pytorch/pytorch#179291): leave without shutting down.
+    # FSDP keeps the group alive. A gloo thread that frees a tensor while the interpreter shuts down aborts the process
+    # (pytorch/pytorch#179291): leave without shutting down.
     os._exit(0)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where two processes left the weights of each way after two steps."""
+    """The folder with the weights of each way after two steps in two processes."""
     if not dist.is_available() or not dist.is_gloo_available():
         pytest.skip("this torch has no gloo")
     path = tmp_path_factory.mktemp("ranks")

@@ -1,4 +1,4 @@
-"""What of a folder is data: parts, classes, images; what is left out is named, and what is held out stays so."""
+"""The data in a folder: parts, classes, images. Files left out are named; held-out images stay held out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from alexnet_ext.data.listing import FOREIGN, Listing, hold_out, list_images
 
 
 def fill(root: Path, **classes: int) -> Path:
-    """So many images a class, each of a colour of its own."""
+    """Writes that number of images for each class, each of a colour of its own."""
     for name, count in classes.items():
         (root / name).mkdir(parents=True, exist_ok=True)
         for number in range(count):

@@ -1,4 +1,4 @@
-"""Processes that read images: nothing that goes wrong in one of them makes the trainer wait for ever."""
+"""Processes that read images: no failure in one of them makes the trainer wait for ever."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.training.test_training import SIZE, reporter, split, trainer
 
 
 class Trap(Synthetic):
-    """Synthetic images, before the seventh of which something happens."""
+    """Synthetic images; something happens before the seventh."""
 
     def __init__(self, happens: Callable[[], object]) -> None:
         super().__init__(12, 3, 8)
@@ -44,7 +44,7 @@ def raising(error: Exception) -> Callable[[], None]:
 
 
 def runs(pid: int) -> bool:
-    """Whether a process is there, and not only what nobody has waited for yet."""
+    """Whether a process runs and is no zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")")[1].split()[0] != "Z"
     except FileNotFoundError:
@@ -87,7 +87,7 @@ def test_what_is_raised_while_reading_is_raised_where_the_batch_is_wanted(
 
 
 def test_a_process_that_dies_is_told_whoever_it_is_waited_for() -> None:
-    """The fourth of five batches is read by another process than the one that sleeps over the first."""
+    """The process that reads the fourth of five batches is not the one that sleeps over the first."""
     data = Trap(lambda: os.kill(os.getpid(), signal.SIGKILL))
     plain = Synthetic.__getitem__
 
@@ -125,7 +125,7 @@ def test_processes_live_from_the_first_batch_to_the_end_of_the_block() -> None:
         next(first)
         known = pids(readers)
         assert len(known) == 2
-        for epoch in range(3):  # the first one was left in the middle: none of its batches is taken for another's
+        for epoch in range(3):  # the first one was left in the middle: its batches must not appear later
             found = torch.cat([batch.indices for batch in batches(data, 2, seed=1, epoch=epoch, read=readers)])
             assert torch.equal(
                 found, torch.cat([batch.indices for batch in batches(data, 2, seed=1, epoch=epoch, read=None)])

@@ -1,4 +1,4 @@
-"""What evaluate and predict say and write: of one image and of many, for people and for programs."""
+"""The output of evaluate and predict: for one image and for many, for people and for programs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CLASSES = ("cat", "dog", "eel")
 
 
 def write_weights(path: Path, change: Callable[[torch.Tensor], object] = lambda _: None) -> Path:
-    """Weights of three classes that say of no data; ``change`` is given the last bias."""
+    """Weights of three classes that record no data; ``change`` is called with the last bias."""
     torch.manual_seed(0)
     model = models.alexnet("paper", num_classes=3, image_size=67, init="kaiming")
     with torch.no_grad():
@@ -48,7 +48,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two images of the same name in each of three classes; what is written without a place goes beside them."""
+    """Two images of the same name in each of three classes; output without a path goes next to them."""
     for number in range(6):
         path = tmp_path / "images" / CLASSES[number % 3] / f"{number // 3}.png"
         path.parent.mkdir(parents=True, exist_ok=True)

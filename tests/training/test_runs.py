@@ -1,4 +1,4 @@
-"""How a run goes: what it starts from and keeps, when it ends, and what it refuses to go on from."""
+"""The course of a run: its start, the files it keeps, its end, and resumptions that it refuses."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.training.test_training import SIZE, TINY, reporter, resumed, same, tr
 
 
 def striped(root: Path, count: int, classes: int) -> Path:
-    """Stripes of a direction and a colour for each class, as files."""
+    """Image files with stripes; each class has a direction and a colour."""
     for i in range(count):
         path = root / f"kind {i % classes}" / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,7 +52,7 @@ def given(path: Path) -> dict[str, torch.Tensor]:
     return checkpoint.read_weights(checkpoint.find_weights(path, pytest.fail, last=True))[1]
 
 
-# What a run starts from.
+# The start of a run.
 
 
 def test_a_small_folder_is_learnt_by_default(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_frozen_weights_stay(tmp_path: Path, name: str) -> None:
         trainer(tmp_path / "other", replace(TINY, freeze="conv"))
 
 
-# How it goes.
+# Its course.
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -146,8 +146,8 @@ def test_every_schedule_warms_up(tmp_path: Path, schedule: str) -> None:
 
 
 def test_a_plateau_is_of_images_and_not_of_tiny_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its paper's patience is of epochs of 1.2 million images; here 12 epochs of 5 go by, then the 4 images of a step
-    are enough."""
+    """The paper's patience is for epochs of 1.2 million images. Here 12 epochs of 5 images pass; then the 4 images of a
+    step are enough."""
     recipe = replace(TINY, schedule="plateau", warmup=0, lr=1e-6, epochs=12)
     assert rates(trainer(tmp_path / "run", recipe)) == {1e-6}
     monkeypatch.setattr(training, "PLATEAU_IMAGES", 4)
@@ -160,7 +160,7 @@ def rates(run: training.Trainer) -> set[float]:
 
 
 def test_a_loss_that_stays_that_of_guessing_is_told_once(tmp_path: Path) -> None:
-    """After 100 steps and the warm-up; a shorter run is told at its end."""
+    """After 100 steps and the warm-up; a shorter run is warned at its end."""
     for number, (steps, loss, told) in enumerate(((300, 1.09, [102]), (60, 1.2, [60]), (300, 0.9, []), (9, 1.1, []))):
         run, heard = trainer(tmp_path / str(number), replace(TINY, init="paper", steps=steps)), []
         for step in range(1, steps + 1):
@@ -213,7 +213,7 @@ def test_seeds_that_differ_give_runs_that_differ(tmp_path: Path) -> None:
     assert len(losses) == 4
 
 
-# What it keeps, and where it ends.
+# The files that it keeps, and its end.
 
 
 def test_weights_that_give_no_loss_become_no_checkpoint(tmp_path: Path) -> None:
@@ -302,7 +302,7 @@ def test_patience_ends_a_run_also_one_that_was_interrupted(tmp_path: Path, monke
     assert same(straight, again)
 
 
-# What it refuses.
+# Refusals.
 
 
 def test_recipes_that_no_run_can_have() -> None:

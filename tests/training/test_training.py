@@ -33,7 +33,7 @@ from alexnet_ext.training.progress import Reporter
 from alexnet_ext.training.recipe import DIGITS, IMAGENET, SCHEDULES, Recipe, chosen, default
 from alexnet_ext.training.trainer import Trainer, random_state, set_random_state
 
-SIZE = 67  # the smallest input that the paper's five stages can take
+SIZE = 67  # the smallest input for the paper's five stages
 TINY = Recipe(
     "synthetic", init="kaiming", image_size=SIZE, batch_size=2, epochs=2, lr=0.01, warmup=2, schedule="cosine"
 )
@@ -68,7 +68,7 @@ def same(one: Trainer, other: Trainer) -> bool:
 
 
 def augmented_split(root: Path) -> Split:
-    """As above, of files whose crop, mirroring and colour are drawn."""
+    """The same with files, with random crops, mirroring and colours."""
     names = [f"{index}.png" for index in range(8)]
     for index, name in enumerate(names):
         Image.fromarray(Synthetic(8, 3, 80).image(index).permute(1, 2, 0).numpy()).save(root / name)
@@ -237,7 +237,7 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path, steps: int, ends_
 
 
 class Fixed(nn.Module):
-    """Scores that fall with a class's distance from the image's first value, and no two of which are equal."""
+    """Scores that fall with a class's distance from the image's first value; no two are equal."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -420,7 +420,7 @@ def test_pictures_are_written_and_show_what_they_are_given(tmp_path: Path) -> No
 
 @pytest.mark.filterwarnings("error")
 def test_names_are_drawn_letter_by_letter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither mathematics between dollars nor lines, and no warning of a script that the font lacks."""
+    """No mathematics between dollars, no line breaks, and no warning about a script that the font lacks."""
     written, right = [], pictures._write
     monkeypatch.setattr(pictures, "_write", lambda figure, path: (right(figure, path), written.append(figure)))
     names, shares = ["$x_{$", "a\nb", "猫"], torch.tensor([0.5, 0.3, 0.2])

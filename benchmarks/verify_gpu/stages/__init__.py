@@ -1,4 +1,4 @@
-"""The stages, most valuable first: a module each, whose ``run(task)`` yields what it finds."""
+"""The stages, most valuable first: a module each, whose ``run(task)`` yields its findings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..report import Finding
 
 
 class Task(NamedTuple):
-    """What a stage's process is to do: all of it on this device, or one of its parts; by ``end``, a monotonic time."""
+    """The task of a stage's process: the whole stage on this device, or one part; by ``end``, a monotonic time."""
 
     device: str
     part: str = ""
@@ -27,8 +27,8 @@ class Task(NamedTuple):
 class Stage:
     """``seconds`` is its time limit. Together they are more than ten minutes: the last stages are for a second command.
 
-    On a GPU each part is a process of its own, so that what spoils one CUDA context spoils one part; ``parallel`` parts
-    run together, as many as there are cores. What is timed runs alone.
+    On a GPU each part is a process of its own, so a broken CUDA context spoils one part only. ``parallel`` parts run
+    together, one for each core. Timed parts run alone.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Stage:
         return found
 
 
-# Named here and not asked of the package: this process must not load a library that the first stage builds anew.
+# Named here, not imported: this process must not load a library that the first stage rebuilds.
 BLOCKS = ("relu_lrn_max_pool2d", "relu_max_pool2d_lrn")
 OPS = (*BLOCKS, "local_response_norm", "relu_max_pool2d", "conv2d_bias_relu", "linear_bias_relu", "augment")
 DTYPES = ("bfloat16", "float32", "float16", "float64")

@@ -10,12 +10,12 @@ from pathlib import Path
 from . import STAGES, Task
 
 MARGIN = 6
-"""Seconds before the time limit at which a part that can stop by itself does."""
+"""A part that can stop by itself does so this many seconds before the time limit."""
 
 
 def main(name: str, part: str, device: str, seconds: str, file: str) -> int:
     end = time.monotonic() + float(seconds) - MARGIN
-    faulthandler.dump_traceback_later(max(1.0, float(seconds) - 1))  # where it hangs, before it is killed
+    faulthandler.dump_traceback_later(max(1.0, float(seconds) - 1))  # shows where it hangs, before it is killed
     stage = next(stage for stage in STAGES if stage.name == name)
     with Path(file).open("w", encoding="utf-8") as lines:
         for finding in stage.run(Task(device, part, end)):
@@ -29,8 +29,8 @@ def main(name: str, part: str, device: str, seconds: str, file: str) -> int:
 
 
 def broken(device: str) -> str:
-    """An error that stays: every later call of this process would fail with it, and prove nothing."""
-    torch = sys.modules.get("torch")  # the stage that builds does not load it
+    """A lasting CUDA error: every later call of this process would fail with it, and prove nothing."""
+    torch = sys.modules.get("torch")  # the build stage does not load it
     if device != "cuda" or torch is None:
         return ""
     try:

@@ -1,4 +1,4 @@
-"""Builds from this tree as a user without network does, and loads the result in a fresh process."""
+"""Builds from this tree without network, and loads the result in a fresh process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from . import Task
 
 ROOT = Path(__file__).resolve().parents[3]
 INSTALL = [sys.executable, "-m", "pip", "install", "-e", ".", "--no-build-isolation", "--no-deps"]
-# What follows is worth little without a library: should pip or CUTLASS be what fails, the rest is built.
+# Later stages prove little without a library: if pip or CUTLASS fails, the rest is built anyway.
 CONFIGURE = [
     *("cmake", "-G", "Ninja", "-S", ".", "-B", "build/editable", "-DCUTLASS_INCLUDE=none"),
     *(f"-DPython_EXECUTABLE={sys.executable}", f"-DALEXNET_EXT_OUTPUT={ROOT / 'alexnet_ext'}"),

@@ -1,4 +1,4 @@
-"""The network beside ``torch.compile(mode="max-autotune")`` of stock, which takes a minute or two to tune itself."""
+"""The network compared with stock under ``torch.compile(mode="max-autotune")``, which tunes for a minute or two."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def run(task: Task) -> Iterator[Finding]:
     for name, kind, batch in networks(task):
         eager = {layout: step(kind, batch, task.device, layout=layout) for layout in harness.LAYOUTS}
         rates = images_per_second(eager, batch, task.device)
-        layout = max(rates, key=rates.__getitem__)  # compiled is what is faster as it is
+        layout = max(rates, key=rates.__getitem__)  # the layout that is faster uncompiled is compiled
         print(f"stock {name}: {rates}", flush=True)
         compiled = partial(torch.compile, mode="max-autotune", dynamic=False)
         steps = {

@@ -1,7 +1,7 @@
-"""Values and all gradients of the tests' own cases against float64, on the device, by every backend of ours.
+"""Compares values and all gradients of the tests' own cases with float64, on the device, for each of our backends.
 
-The convolution's candidates (``measured.py``), of which some are no backend, are each held against it on AlexNet's five
-layers. A part that finds too little time for all cases takes a fair sample of them, and says so.
+The convolution's candidates (``measured.py``; some are no backend) are each compared with it on AlexNet's five layers.
+A part with too little time for all cases takes a fair sample of them, and says so.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from ..report import Finding
 from . import Task
 
 LAYOUTS = {"native": ("channels_last", "contiguous", "sliced", "offset"), "triton": ("channels_last", "contiguous")}
-"""Triton compiles each new set of constants for a second: there the layouts that it treats alike are left out."""
+"""Triton compiles a second for each new set of constants: layouts that it treats alike are left out."""
 DTYPES = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
 EXAMPLES = cases.EXAMPLES + cases.AUGMENT_EXAMPLES
 SHOWN = 5
 SIDES = {227: 35, 27: 9, 13: 7}
-"""Of AlexNet's images: what a block of a product is made of is channels, groups and taps; float64 takes its time."""
+"""Smaller sides of AlexNet's images, as float64 is slow. A product's blocks depend on channels, groups and taps."""
 
 
 def run(task: Task) -> Iterator[Finding]:
-    """A finding an op, backend and dtype, and one for each of the first failures in it."""
+    """A finding for each op, backend and dtype, and one for each of its first failures."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     device = task.device
     asked = [way for way in each_way(device) if way in LAYOUTS]
@@ -86,7 +86,7 @@ def compare(case: Case, dtype: torch.dtype, layout: str, backend: str, device: s
 
 
 def layers() -> list[Case]:
-    """AlexNet's convolutions, of two small images."""
+    """AlexNet's convolutions, on two small images."""
 
     def small(case: Case) -> Case:
         _, channels, *sides = case.shapes["x"]
@@ -96,12 +96,12 @@ def layers() -> list[Case]:
 
 
 def named(name: str) -> Callable[[str, Sequence[Candidate]], Candidate]:
-    """The candidate of this name where there is one, else the first: some are for one direction alone."""
+    """The candidate of this name if there is one, else the first: some are for one direction only."""
     return lambda what, given: next((found for found in given if found.name == name), given[0])
 
 
 def candidate_names(case: Case, dtype: torch.dtype, layout: str, device: str) -> list[str]:
-    """Of all candidates that a call of this kind and its gradients have, in the order that they are offered in."""
+    """The names of all candidates of such a call and its gradients, in the order of their lists."""
     names: dict[str, None] = {}
 
     def note(what: str, given: Sequence[Candidate]) -> Candidate:
@@ -141,7 +141,7 @@ def cutlass_findings(dtype: torch.dtype) -> Iterator[Finding]:
 
 
 def compare_cutlass(case: Case, dtype: torch.dtype, device: str, sm90: bool = False) -> None:
-    """All values are of bf16, which fp16 and TF32 can say as well: but for sums nothing is rounded. One of x is NaN."""
+    """All values are of bf16, and exact in fp16 and TF32 too: only sums are rounded. One value of x is NaN."""
     from alexnet_ext.ops.conv2d_bias_relu import cutlass
 
     tensors = cases.make(case, torch.bfloat16, "channels_last", requires_grad=False, device=device)

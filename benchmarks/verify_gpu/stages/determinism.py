@@ -19,7 +19,7 @@ from . import Task
 
 def run(task: Task) -> Iterator[Finding]:
     sizes = SIZES[task.device]
-    torch.backends.cudnn.deterministic = True  # cuDNN's own choice is not what is looked at
+    torch.backends.cudnn.deterministic = True  # cuDNN's own choice is not examined here
     for op in _backend.OPS:
         case = harness.alexnet_cases(op, min(sizes.batch, 32))[-1]
         for way in filter(task.wants, ways(op, task.device)):

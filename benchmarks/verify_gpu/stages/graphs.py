@@ -20,7 +20,7 @@ from . import Task
 def run(task: Task) -> Iterator[Finding]:
     if task.device != "cuda":
         return
-    torch.backends.cudnn.deterministic = True  # cuDNN's own choice is not what is looked at
+    torch.backends.cudnn.deterministic = True  # cuDNN's own choice is not examined here
     for case, way in examples(task.device, task.wants):
         yield attempt(f"{case.id} {way}", partial(op_replays, case, way), backend=way)
     for way in filter(task.wants, each_way(task.device)):
@@ -46,7 +46,7 @@ def op_replays(case: Case, way: str) -> None:
 
 
 def step_replays(way: str) -> str:
-    """Three replayed steps move the weights as three eager ones do."""
+    """Three replayed steps move the weights as three eager steps do."""
     images, labels = torch.randn(8, 3, 227, 227, device="cuda"), torch.randint(0, 10, (8,), device="cuda")
 
     def moved(graphed: bool) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The network's images a second, bf16 on a GPU: ours eager and in a CUDA graph, beside stock in both layouts."""
+"""The network's images a second, bf16 on a GPU: ours eager and in a CUDA graph, and stock in both layouts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..timing import Run, images_per_second, warm_up
 from . import NETWORKS, Task
 
 TARGETS = {"training step 128": 67_000, "training step 1024": 95_000, "inference 1024": 300_000}
-"""Of one H100."""
+"""Images a second, for one H100."""
 
 
 def run(task: Task) -> Iterator[Finding]:
@@ -27,7 +27,7 @@ def run(task: Task) -> Iterator[Finding]:
 
 
 def networks(task: Task) -> Iterator[tuple[str, str, int]]:
-    """(part, kind, batch) of what is asked for; the CPU's are small."""
+    """(part, kind, batch) of the requested parts; small on a CPU."""
     torch.backends.cudnn.benchmark = True
     for name in filter(task.wants, NETWORKS):
         kind, _, batch = name.rpartition(" ")
@@ -58,7 +58,7 @@ def our_steps(kind: str, batch: int, device: str) -> dict[str, Run]:
         if device == "cuda":
             try:
                 steps[f"{way} graph"] = captured(step(kind, batch, device, way)).replay
-            except Exception as error:  # the others are measured
+            except Exception as error:  # go on to measure the others
                 print(f"{way} is not captured: {type(error).__name__}: {str(error)[:1000]}", flush=True)
     return steps
 

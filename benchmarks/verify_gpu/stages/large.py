@@ -27,9 +27,9 @@ CASES = (
 
 def run(task: Task) -> Iterator[Finding]:
     if task.device != "cuda":
-        return  # tests/ops/test_runtime.py has the CPU's
+        return  # tests/ops/test_runtime.py covers the CPU
     for case in CASES:
-        # The native convolution is cuDNN's, which may take another way for another batch.
+        # The native convolution is cuDNN's, which may use another algorithm for another batch.
         ours = ("triton",) if case.op in cases.PRODUCTS else BACKENDS
         for backend in filter(task.wants, set(ours).intersection(backends(case.op, task.device))):
             for layout in ("contiguous", "channels_last"):
@@ -61,7 +61,7 @@ def ends_agree(case: Case, backend: str, layout: str) -> None:
 
 
 def crops_agree(block_size: int, backend: str) -> None:
-    """2.8 GB of bytes to 2.2 thousand million values."""
+    """2.8 GB of bytes become 2.2 thousand million values."""
     case = augment((14_000, 256, 256, 3), 227, block_size, torch.bfloat16)
     tensors = cases.make(augment((2, 256, 256, 3), 227), device="cuda")
     expected = cases.fused(case, tensors, backend)

@@ -1,4 +1,4 @@
-"""The whole network: ``check``'s comparisons with float64, then training beside stock from the same start."""
+"""The whole network: ``check``'s comparisons with float64, then training as stock from the same start."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ IN_IT = ("conv2d_bias_relu", "relu_max_pool2d", "linear_bias_relu", "relu_lrn_ma
 
 def run(task: Task) -> Iterator[Finding]:
     device = task.device
-    # What TF32 and cuDNN's choice would do to the last digits is not what is looked at.
+    # The effect of TF32 and of cuDNN's choice on the last digits is not examined here.
     torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
     asked = list(filter(task.wants, each_way(device)))
     variants = ("paper", "caffenet", "torchvision") if device == "cuda" else ("paper",)
@@ -38,7 +38,7 @@ def run(task: Task) -> Iterator[Finding]:
 
 
 def runs_ours(way: str, device: str) -> str:
-    """The operators that a training step of the paper's network calls are this way's, and no stock by accident."""
+    """Check that a training step of the paper's network calls the operators of this way, and no stock by accident."""
     model = ax.models.alexnet("paper", num_classes=10).to(device)
     images = torch.randn(2, 3, 227, 227, device=device)
 
@@ -62,7 +62,7 @@ def runs_ours(way: str, device: str) -> str:
 
 def trained(asked: list[str], device: str) -> Iterator[Finding]:
     stock = losses(device, False, "stock", torch.contiguous_format)
-    # What rounding alone does to a run: the same layers in another memory format.
+    # The effect of rounding alone on a run: the same layers in another memory format.
     other = losses(device, False, "stock", torch.channels_last)
     allowed = 4 * max(abs(a - b) for a, b in zip(stock, other, strict=True)) + 1e-4 * max(stock)
     for way in asked:
@@ -76,7 +76,7 @@ def trained(asked: list[str], device: str) -> Iterator[Finding]:
 
 
 def losses(device: str, fused: bool, way: str, memory_format: torch.memory_format) -> list[float]:
-    """Of SGD on one batch that it can learn by heart, without dropout, fp32."""
+    """The losses of SGD on one batch that it can learn by heart, without dropout, fp32."""
     sizes = SIZES[device]
     torch.manual_seed(0)
     model = ax.models.alexnet("paper", fused=fused, num_classes=10, init="kaiming", dropout=0.0)

@@ -11,13 +11,13 @@ __global__ void race(int* data) {
 
 __global__ void unwritten(const int* data, int* sum) { atomicAdd(sum, data[threadIdx.x]); }
 
-// Half of a warp and all of another one never come to the barrier.
+// Half of a warp and all of another one never reach the barrier.
 __global__ void divergent(int* data) {
   if (threadIdx.x < 16) __syncthreads();
   data[threadIdx.x] = threadIdx.x;
 }
 
-// Exits with 0 whatever the kernel did: another code says that it was not even started.
+// Exits with 0 if the kernel was started, whatever it did; with another code if not.
 int main(int, char** arguments) {
   int *data, *sum;
   if (cudaMalloc(&data, 256 * sizeof(int)) || cudaMalloc(&sum, sizeof(int)) || cudaMemset(sum, 0, sizeof(int))) {

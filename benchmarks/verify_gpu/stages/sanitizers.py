@@ -1,4 +1,4 @@
-"""compute-sanitizer's tools over one run of each op; each tool must first see the bug planted for it."""
+"""Runs each op under compute-sanitizer's tools; each tool must first see the bug planted for it."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from . import TOOLS, WAYS, Task
 
 ROOT = Path(__file__).resolve().parents[3]
 FOUND = 9
-"""The exit code that says that a tool saw an error."""
+"""The exit code if a tool saw an error."""
 SEEN = {
     "memcheck": "Invalid __global__ write",
     "racecheck": "Race reported",
     "initcheck": "Uninitialized __global__ memory read",
     "synccheck": "Barrier error detected",
 }
-"""What each says of its planted bug: any other error (a driver that it does not know, say) has the same exit code."""
-# A driver's questions at start, of which some fail and none is ours, count as errors of memcheck otherwise.
+"""Each tool's words for its planted bug: other errors, such as an unknown driver, have the same exit code."""
+# Otherwise the driver's own calls at start count as errors of memcheck: some fail, and none is ours.
 OPTIONS = {"memcheck": ("--report-api-errors", "no")}
 
 
@@ -38,7 +38,7 @@ def run(task: Task) -> Iterator[Finding]:
         yield Finding("tools", False, f"compute-sanitizer: {sanitizer}, nvcc: {nvcc}; both are needed")
         return
     for tool in TOOLS:
-        # Many processes start at once, and Python takes its time before it calls CUDA.
+        # Many processes start at once, and Python needs time before it calls CUDA.
         options = ("--tool", tool, "--error-exitcode", str(FOUND), "--launch-timeout", "60", *OPTIONS.get(tool, ()))
         command = [sanitizer, *options]
         if task.wants(f"planted {tool}"):
@@ -49,7 +49,7 @@ def run(task: Task) -> Iterator[Finding]:
 
 
 def tool_of(name: str, nvcc: str | None) -> str | None:
-    """On PATH, or in the toolkit of ``nvcc``, which may be a script that calls another one."""
+    """The path of a tool: on PATH, or in the toolkit of ``nvcc``, which may be a script that calls another nvcc."""
     found = shutil.which(name)
     if found or nvcc is None:
         return found
@@ -77,7 +77,7 @@ def sees_nothing(command: list[str], tool: str, way: str, end: float) -> Finding
     if code == 0:
         detail = f"{len(ran)} calls"
     else:
-        # An error names its kernel; not all are ours where cuDNN convolves.
+        # An error names its kernel; if cuDNN convolves, not all kernels are ours.
         kernels = dict.fromkeys(re.findall(r"^=+ +at (.+?)\+0x", said, re.M))
         errors = dict.fromkeys(
             re.findall(r"^=+ +(?:Error: |Warning: )?(\S.*(?:detected|read|write|reported).*)", said, re.M)
@@ -87,8 +87,8 @@ def sees_nothing(command: list[str], tool: str, way: str, end: float) -> Finding
 
 
 def output_of(command: list[str], end: float) -> tuple[int | None, str]:
-    """(exit code, what was printed); the code is None for one that the time was too short for."""
-    # Its own allocations, so that a write beyond a tensor's end meets no neighbour of one cached block.
+    """(exit code, output); the code is None if the time ran out."""
+    # Each tensor is an allocation of its own, so that a write beyond its end does not hit a neighbour in one block.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
         try:

@@ -1,4 +1,4 @@
-"""Each op beside a copy of the bytes it must move, stock and compiled stock; each way to convolve, in each direction.
+"""Times each op, a copy of the bytes it must move, stock and compiled stock; each way to convolve, each direction.
 
 fp32 products are TF32's, as PyTorch's convolutions are; cuDNN measures its algorithms first (``cudnn.benchmark``).
 """
@@ -33,7 +33,7 @@ ALLOWED = {
     "relu_lrn_max_pool2d": 1.25,
     "relu_max_pool2d_lrn": 1.25,
 }
-"""Times a copy of the same bytes: the target."""
+"""The target, in times of a copy of the same bytes."""
 OURS = ("native", "triton", "measured")
 
 
@@ -53,7 +53,7 @@ def run(task: Task) -> Iterator[Finding]:
 
 
 def made(case: Case, dtype: torch.dtype, layout: str, device: str) -> Tensors:
-    """As ``cases.make``, but drawn on the device: a batch of 256 takes the CPU seconds."""
+    """As ``cases.make``, drawn on the device: a batch of 256 would take the CPU seconds."""
     tensors: Tensors = {}
     for name, shape in case.items():
         tensors[name] = None
@@ -68,10 +68,10 @@ def made(case: Case, dtype: torch.dtype, layout: str, device: str) -> Tensors:
 
 
 def moved_bytes(case: Case, tensors: Tensors, y: Tensor, backward: bool) -> int:
-    """What must be read and written. Pooling keeps a byte an output element; LRN's gradient needs its input again."""
+    """The bytes to read and write. Pooling keeps a byte an output element; LRN's gradient needs its input again."""
     x, winners = tensors["x"], y.numel() if "pool" in case.op else 0
     given = sum(tensor.nbytes for tensor in tensors.values() if tensor is not None)
-    if case.op in cases.PRODUCTS:  # y tells where ReLU was open; gradients are as large as what they are of
+    if case.op in cases.PRODUCTS:  # y shows where ReLU was open; a gradient is as large as its tensor
         wanted = sum(tensor.nbytes for tensor in cases.wanting_grad(tensors).values())
         return 2 * y.nbytes + given + wanted if backward else given + y.nbytes
     pooled = y.nbytes if case.op == "relu_max_pool2d_lrn" else 0
@@ -82,7 +82,7 @@ def moved_bytes(case: Case, tensors: Tensors, y: Tensor, backward: bool) -> int:
 
 
 def operations(case: Case, y: Tensor, directions: int = 1) -> int:
-    """Of a product, multiplications and additions."""
+    """The multiplications and additions of a product."""
     return 2 * y.numel() * math.prod(case.shapes["weight"][1:]) * directions
 
 
@@ -93,7 +93,7 @@ def op_findings(op: str, device: str) -> Iterator[Finding]:
         for layout, (index, case) in itertools.product(
             ("channels_last", "contiguous"), enumerate(harness.alexnet_cases(op, sizes.batch))
         ):
-            # Compiling takes seconds: once an op, dtype and layout; of the convolutions the first with two towers.
+            # Compiling takes seconds: one layer for each op, dtype and layout (the first convolution with two towers).
             with_compiled = device == "cuda" and index == (op in cases.PRODUCTS)
             yield from case_findings(case, dtype, layout, device, rate, with_compiled)
 
@@ -109,7 +109,7 @@ def case_findings(
     runs: dict[str, Callable[[], Tensor]] = {way: partial(fused, case, tensors, way) for way in ways(case.op, device)}
     runs["stock"] = partial(cases.stock, case, tensors)
     if with_compiled:
-        torch._dynamo.reset()  # all cases are one function's, of which so many are compiled before it gives up
+        torch._dynamo.reset()  # every case compiles one function, and Dynamo stops at its cache's limit
         compiled = torch.compile(partial(cases.stock, case), fullgraph=True, dynamic=False)
         runs["compiled stock"] = partial(compiled, tensors)
     for direction in ("forward", "backward"):
@@ -147,7 +147,7 @@ def compared(op: str, found: dict[str, float], moved: int, floor: float) -> dict
 
 
 def convolution_findings(device: str) -> Iterator[Finding]:
-    """Every way that the convolution may take, each direction for itself, beside stock's."""
+    """Every way to run the convolution, for each direction by itself, and stock's."""
     if not _backend.has_kernel("measured", "conv2d_bias_relu", device):
         return
     for library in (_library.CUTLASS, _library.SM90):
@@ -187,9 +187,9 @@ def convolution_findings(device: str) -> Iterator[Finding]:
 
 
 def stock_ways(case: Case, tensors: Tensors, y: Tensor, what: str, device: str) -> dict[str, Run]:
-    """What stock PyTorch can do in this layout: as it is, a tower on each of two streams, one tower with zeros.
+    """The ways of stock PyTorch in this layout: as it is, a tower on each of two streams, one tower with zeros.
 
-    The towers' results are left apart and the zeros are there already, in stock's favour.
+    In stock's favour, the towers' results stay apart and the zeros exist already.
     """
     x, weight, bias = (None if t is None else t.detach() for t in tensors.values())
     stride, padding, dilation = (cases.pair(case.constants[name]) for name in ("stride", "padding", "dilation"))
@@ -237,7 +237,7 @@ def beside(towers: Sequence[Run], streams: Sequence[torch.cuda.Stream]) -> list[
 
 
 def augment_findings(device: str) -> Iterator[Finding]:
-    """Beside PyTorch's own operators, which is `backend="stock"` here: a loop over images would wait for each."""
+    """Compared with PyTorch's own operators (`backend="stock"`): a loop over images would wait for each one."""
     sizes = SIZES[device]
     for dtype, case in itertools.product(sizes.dtypes, harness.alexnet_cases("augment", sizes.batch)):
         typed = cases.in_dtype(case, dtype)

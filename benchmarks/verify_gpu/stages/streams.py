@@ -1,4 +1,4 @@
-"""Kernels run on the current stream: behind a long wait there, on data that comes only after it."""
+"""Kernels run on the current stream: after a long wait there, on data that is written only after the wait."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WAIT = 50_000_000
 def run(task: Task) -> Iterator[Finding]:
     if task.device != "cuda":
         return
-    torch.backends.cudnn.deterministic = True  # cuDNN's own choice is not what is looked at
+    torch.backends.cudnn.deterministic = True  # cuDNN's own choice is not examined here
     for case, way in examples(task.device, task.wants):
         yield attempt(f"{case.id} {way}", partial(waits, case, way), backend=way)
 
@@ -29,7 +29,7 @@ def run(task: Task) -> Iterator[Finding]:
 def waits(case: Case, way: str) -> None:
     tensors, late = cases.make(case, device="cuda"), cases.make(case, device="cuda", seed=3)
     expected = gradients(case, late, way)
-    gradients(case, tensors, way)  # whatever is compiled or loaded at a first call is there before the wait
+    gradients(case, tensors, way)  # the first call compiles and loads before the wait
     torch.cuda.synchronize()
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):

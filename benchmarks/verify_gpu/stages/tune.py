@@ -1,4 +1,4 @@
-"""``alexnet tune`` of the paper's network: every kernel right and measured, and ``"auto"`` running what was found."""
+"""``alexnet tune`` of the paper's network: all kernels are correct and measured, and ``"auto"`` runs its choice."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def run(task: Task) -> Iterator[Finding]:
     shape = (sizes.batch, 3, 227, 227)
     with torch.device("meta"):
         network = models.alexnet("paper", init="torch")
-    # The user's own choices stay as they are.
+    # The user's own choices file is not touched.
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, XDG_CACHE_HOME=folder):
         _tuning.choices.cache_clear()
         with (
@@ -45,7 +45,7 @@ def measured(row: TunedRow, said: list[str]) -> Finding:
 
 
 def judged(row: TunedRow, device: torch.device, said: list[str]) -> Finding:
-    """All that has kernels is right here, and what "auto" runs from now on is the fastest of it."""
+    """Every backend with kernels is correct here, and "auto" from now on runs the fastest of them."""
     left_out = set(ways(row.layer, device.type)) - row.microseconds.keys()
     runs = _backend.preferred(row.layer, device)
     detail = "; ".join([f"auto runs {runs}", *(f"{way} is left out" for way in sorted(left_out)), *said])

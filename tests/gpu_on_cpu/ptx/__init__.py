@@ -1,1 +1,1 @@
-"""Runs compiled CUDA kernels on the CPU, instruction by instruction: what tensor cores would compute, with no GPU."""
+"""Runs compiled CUDA kernels on the CPU, instruction by instruction, tensor cores included; needs no GPU."""

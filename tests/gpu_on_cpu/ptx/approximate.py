@@ -1,7 +1,7 @@
-"""Instructions of PTX that are not rounded right: as wrong here as the ISA allows, up or down by the result's bits.
+"""Approximate instructions of PTX: as wrong here as the ISA allows, up or down depending on the result's bits.
 
-What holds with these holds with any GPU's. The bounds are those of the PTX ISA, 9.7.3; half an ulp of each is left to
-the rounding of the result. ``.ftz`` takes subnormal operands and results for zeros of their sign.
+A test that passes with these passes with any GPU's. The bounds are those of the PTX ISA, 9.7.3; half an ulp of each is
+left for rounding the result. ``.ftz`` replaces subnormal operands and results by zeros of their sign.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ HALF_ULP = 2.0**-24
 
 
 def _exp2(a: Array) -> Array:
-    # NumPy's own raises where the exponent is far out of fp64's range, which fp32 has no use for.
+    # NumPy's own raises for exponents far out of fp64's range, which fp32 does not need.
     return np.exp2(np.clip(a, -400.0, 400.0))
 
 
@@ -56,9 +56,9 @@ def step(machine: Machine, i: Instruction) -> Callable[[Any], None]:
         given = [flushed(read(some)) if ftz else np.asarray(read(some)) for read in sources]
         exact = function(*(value.astype(np.float64) for value in given))
         scale = np.abs(exact)
-        if i.op[0] == "lg2":  # its error is absolute about 1, where the logarithm is 0
+        if i.op[0] == "lg2":  # its error is absolute near 1, where the logarithm is 0
             scale = np.where((given[0] > 0.5) & (given[0] < 2), 1.0, scale)
-        # A multiplicative hash of the bits: neighbouring results err to either side.
+        # A multiplicative hash of the bits: neighbouring results err in different directions.
         hashed = exact.astype(np.float32).view(np.uint32) * np.uint32(2654435761)
         off = np.where(hashed >> np.uint32(31), 1.0, -1.0) * (bound - HALF_ULP) * scale
         result = np.where(np.isfinite(exact), exact + off, exact).astype(np.float32)

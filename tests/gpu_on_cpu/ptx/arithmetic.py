@@ -1,4 +1,4 @@
-"""Numbers as PTX has them: types, comparisons, conversions."""
+"""PTX's numbers: types, comparisons, conversions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Array = np.ndarray[Any, Any]
 
 
 def dtype_of(kind: str, sign: str = "") -> np.dtype[Any]:
-    """NumPy's of a PTX type; with a sign (``"u"``), that of the same bytes."""
+    """NumPy's type for a PTX type; with a sign (``"u"``), the integer type of the same bytes."""
     if kind == "pred":
         return np.dtype(bool)
     letter, bits = kind[0], int(kind[1:])
@@ -20,7 +20,7 @@ def dtype_of(kind: str, sign: str = "") -> np.dtype[Any]:
 
 
 def _left(a: Any, by: Any) -> Any:
-    """Shifts by the width and more leave nothing."""
+    """Shift left; by the width or more gives 0."""
     dtype = np.asarray(a).dtype
     width = 8 * dtype.itemsize
     return np.where(by < width, a << np.minimum(by, width - 1).astype(dtype), 0).astype(dtype)
@@ -65,7 +65,7 @@ UNARY: dict[str, Callable[[Any], Any]] = {
 }
 
 
-# Of numbers that are not NaN; those that end with u hold of NaN too.
+# True for numbers that are not NaN; comparisons that end with u are true for NaN too.
 _ORDERED: dict[str, Callable[[Any, Any], Any]] = {
     "eq": operator.eq,
     "ne": lambda a, b: (a < b) | (a > b),
@@ -108,7 +108,7 @@ def from_bf16(bits: Any) -> Array:
 def convert(
     op: list[str], write: Callable[..., None], source: Callable[[int, str], Callable[..., Any]]
 ) -> Callable[..., None]:
-    """``cvt``; its type of result stands before that of its operand."""
+    """``cvt``; the type of its result is written before that of its operand."""
     to, of = op[-2:]
     if to in ("bf16x2", "f16x2"):
         narrow, high, low = to_bf16 if to == "bf16x2" else to_f16, source(0, "f32"), source(1, "f32")
@@ -132,7 +132,7 @@ def convert(
 
         def round_to_integer(some: Any) -> None:
             value = whole(np.asarray(a(some)))
-            if dtype.kind in "iu":  # the nearest that there is
+            if dtype.kind in "iu":  # the nearest representable number
                 limits, wide = np.iinfo(dtype), np.nan_to_num(value.astype(np.float64), nan=0.0)
                 value = np.where(wide >= limits.max, limits.max, np.clip(wide, limits.min, 2.0**62).astype(np.int64))
             write(some, value.astype(dtype))

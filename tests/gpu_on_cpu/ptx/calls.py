@@ -1,4 +1,4 @@
-"""Calls of the compiler's own functions: fp64's power, whose result is taken as exact."""
+"""Calls of the compiler's own functions: fp64's power, computed exactly here."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from .machine import Machine
 
 Step = Callable[[Any], None]
-FUNCTIONS = {"__internal_accurate_pow": np.power}  # of a positive base
+FUNCTIONS = {"__internal_accurate_pow": np.power}  # for a positive base
 
 
 def cell(machine: Machine, text: str) -> Any:
-    """What stands for ``[param0+0]`` or ``param0``, a number for each thread."""
+    """The storage of ``[param0+0]`` or ``param0``: a number for each thread."""
     name = re.fullmatch(r"\[?((?:param|retval)\d+)(?:\+0\])?", text)
     if name is None:
         raise PtxError(f"not a call's parameter: {text}")
@@ -27,7 +27,7 @@ def cell(machine: Machine, text: str) -> Any:
 
 
 def is_of_call(i: Instruction) -> bool:
-    """Whether it passes a parameter, calls, or takes what is returned."""
+    """Whether an instruction passes a parameter, calls, or reads a returned value."""
     place = {"st": 0, "ld": 1}.get(i.op[0])
     passes = place is not None and i.op[1] == "param" and re.match(r"\[(param|retval)\d+\+", i.operands[place])
     return i.op[0] == "call" or bool(passes)

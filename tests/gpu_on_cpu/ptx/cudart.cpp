@@ -45,7 +45,7 @@ int cudaMemsetAsync(void* to, int value, size_t bytes, void*) {
   std::memset(to, value, bytes);
   return 0;
 }
-// In clusters of so many blocks along x.
+// In clusters of `cluster` blocks along x.
 int ptx_launch(const void* kernel, Dimensions grid, Dimensions block, void** arguments, size_t shared,
                unsigned cluster) {
   const unsigned sizes[] = {grid.x, grid.y, grid.z, cluster};

@@ -1,4 +1,4 @@
-"""Instructions of PTX that take bits and bytes out of registers and products."""
+"""Instructions of PTX that extract bits and bytes from registers and products."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Step = Callable[[Any], None]
 
 
 def bfe(machine: Machine, i: Instruction) -> Step:
-    """A field of bits, extended by its own highest bit where the type is signed."""
+    """A field of bits, sign-extended by its own highest bit if the type is signed."""
     kind = i.op[-1]
     width, write = int(kind[1:]), machine.target(i.operands[0])
     value, begin, length = machine.source(i.operands[1], kind), *(machine.source(t, "u32") for t in i.operands[2:])
@@ -37,7 +37,7 @@ def bfe(machine: Machine, i: Instruction) -> Step:
 
 
 def prmt(machine: Machine, i: Instruction) -> Step:
-    """Four of the eight bytes of two registers; a selector's bit 3 asks for the byte's sign instead of the byte."""
+    """Four of the eight bytes of two registers; a selector's bit 3 selects the byte's sign instead of the byte."""
     write = machine.target(i.operands[0])
     low, high, select = (machine.source(text, "u32") for text in i.operands[1:])
 

@@ -1,7 +1,7 @@
 """The machine for compute capability 9.0: a cluster of blocks at a time, whose threads wait for mbarriers.
 
-A block's shared memory begins at its rank in the cluster << 24. What copies asynchronously is done as late as may be,
-the newest first, and until then its destination reads as NaN. A thread whose mbarrier.try_wait fails goes on only when
+A block's shared memory begins at its rank in the cluster << 24. An asynchronous copy is done as late as possible, the
+newest first, and until then its destination reads as NaN. A thread whose mbarrier.try_wait fails goes on only when
 no other one can, or when a phase is complete. An instruction of a whole warp or warp group waits for all its threads.
 (PTX ISA, 9.7.9.27 for copies, 9.7.13.15 for mbarriers.)
 """
@@ -22,9 +22,9 @@ from .program import Instruction, PtxError
 from .tensor_maps import MAP, Box
 from .warp_groups import GROUP, WarpGroup, named, touching, wgmma
 
-RANK = 24  # from which bit on an address in shared memory says whose
-MOST_SHARED = 227 * 1024  # bytes that a block may ask for
-SPINS = 3  # times that all threads may wait in vain
+RANK = 24  # the bit of a shared address where the block's rank begins
+MOST_SHARED = 227 * 1024  # bytes that a block may request
+SPINS = 3  # rounds in which all threads may wait in vain
 WIDTHS = {"wgmma": GROUP, **dict.fromkeys(("elect", "shfl", "stmatrix", "ldmatrix", "mma"), WARP)}
 JUMPS = ("bra", "ret", "exit")
 
@@ -46,7 +46,7 @@ class HopperMachine(Machine):
         self.in_products = named(launch.kernel)
         super().__init__(replace(launch, threads=launch.threads * launch.cluster))
         self.widths = [WARP if i.op[:2] == ["bar", "warp"] else WIDTHS.get(i.op[0], 0) for i in self.kernel.code]
-        unit = GROUP if self.cluster > 1 else WARP  # else groups would not begin with a block
+        unit = GROUP if self.cluster > 1 else WARP  # otherwise groups would not begin with a block
         if self.block_threads % unit or len(self.shared) > MOST_SHARED:
             raise PtxError(f"a block of {self.block_threads} threads with {len(self.shared)} bytes of shared memory")
         self.block_shared = len(self.shared)
@@ -60,7 +60,7 @@ class HopperMachine(Machine):
         special |= {f"%cluster_ctaid.{axis}": self.rank if axis == "x" else np.uint32(0) for axis in "xyz"}
         return special | {f"%cluster_nctaid.{axis}": np.uint32(self.cluster if axis == "x" else 1) for axis in "xyz"}
 
-    # ---- which threads go on
+    # ---- choosing the threads that go on
 
     def run(self, grid: tuple[int, int, int]) -> None:
         self.grid = grid
@@ -71,7 +71,7 @@ class HopperMachine(Machine):
 
     def run_cluster(self) -> None:
         self.shared.fill(0xFF)
-        # Bytes that were written by instructions, which asynchronous ones may not read before a fence.
+        # Bytes written by instructions: asynchronous ones may not read them before a fence.
         self.written = np.zeros(len(self.shared), bool)
         self.pending.clear()
         self.mbarriers: dict[int, Mbarrier] = {}
@@ -107,7 +107,7 @@ class HopperMachine(Machine):
             raise PtxError("a block ends before what it began asynchronously")
 
     def go(self, pc: int, limit: int, here: Array) -> None:
-        """Run these threads until they part, jump, wait, are through, or come where others stand."""
+        """Run these threads until they diverge, jump, wait, end, or reach others."""
         while pc < limit:
             instruction, step = self.kernel.code[pc], self.steps[pc]
             kind = instruction.op[0]
@@ -190,7 +190,7 @@ class HopperMachine(Machine):
         return super().source(text, kind)
 
     def own(self, thread: int) -> np.uint64:
-        """Where the shared memory of this thread's block begins."""
+        """The beginning of the shared memory of this thread's block."""
         return np.uint64(int(self.rank[thread]) << RANK)
 
     def bytes_at(self, space: str, addresses: Array, size: int) -> list[tuple[Some, Array, Array]]:
@@ -210,7 +210,7 @@ class HopperMachine(Machine):
             self.written[self.bytes_at(space, addresses, values.shape[1])[0][2]] = not fenced
 
     def fetch_fenced(self, indices: Array) -> Array:
-        """These bytes of shared memory as what is asynchronous reads them."""
+        """These bytes of shared memory as an asynchronous instruction reads them."""
         if self.written[indices].any():
             raise PtxError("no fence.proxy.async stands before an asynchronous read")
         return self.shared[indices]
@@ -261,7 +261,7 @@ class HopperMachine(Machine):
         return self.mbarriers[address]
 
     def change(self, address: int, arrivals: int, expected: int) -> None:
-        """So many arrive and so many more bytes are expected; the last of either completes a phase."""
+        """Counts arrivals and expected bytes; the last of either completes a phase."""
         barrier = self.find(address)
         barrier.left -= arrivals
         barrier.bytes += expected
@@ -309,7 +309,7 @@ class HopperMachine(Machine):
         raise PtxError(f"not known: {i.text}")
 
     def place(self, text: str) -> list[Callable[[Some], Any]]:
-        """What reads ``[descriptor, {coordinates}]``."""
+        """Functions that read ``[descriptor, {coordinates}]``."""
         name, _, coordinates = text.strip("[] ").partition(",")
         return [self.source(name.strip(), "u64"), *(self.source(c, "s32") for c in self.vector(coordinates))]
 

@@ -1,10 +1,10 @@
 """A machine for PTX: one block of threads at a time, each register an array over its threads.
 
-Threads that stand at one instruction do it together; of those that stand at several the furthest behind go on. By the
-order "forward" or "backward" each warp runs alone until it waits: what a missing barrier leaves to chance then shows.
-Shared memory and registers begin as NaN. Every address must lie within a buffer that was named, and be a multiple of
-the access. What cp.async copies arrives when it is waited for, and until then reads as NaN. An instruction that is not
-known here is an error. (PTX ISA 8.x, sections 9.7.1 to 9.7.14; fragments of matrices as in 9.7.14.5.)
+Threads at one instruction do it together; otherwise the threads furthest behind go on. In the orders "forward" and
+"backward" each warp runs alone until it waits, which shows the effect of a missing barrier. Shared memory and registers
+begin as NaN. Every address must be inside a named buffer, and a multiple of the access. Data copied by cp.async arrive
+when they are waited for, and until then read as NaN. An unknown instruction is an error.
+(PTX ISA 8.x, sections 9.7.1 to 9.7.14; fragments of matrices as in 9.7.14.5.)
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from .arithmetic import BINARY, COMPARE, UNARY, convert, dtype_of
 from .program import Instruction, Kernel, PtxError
 
 Array = np.ndarray[Any, Any]
-# Which threads: all of a block, or their indices.
+# A set of threads: all of a block, or their indices.
 Some = Any
 ALL = slice(None)
 WARP = 32
-# What would change a result in a way that no instruction here has.
+# Modifiers that no instruction here supports.
 CHANGES = {"sat", "satfinite", "relu", "xorsign", "cc"}
 
 
@@ -33,7 +33,7 @@ CHANGES = {"sat", "satfinite", "relu", "xorsign", "cc"}
 class Launch:
     """A kernel, the memory that it may touch, its arguments, threads of a block, and bytes of its shared memory.
 
-    ``order`` is "together", "forward" or "backward"; ``cluster`` is how many blocks along x are one.
+    ``order`` is "together", "forward" or "backward"; ``cluster`` is the number of blocks along x in a cluster.
     """
 
     kernel: Kernel
@@ -71,7 +71,7 @@ class Machine:
             block.view(np.uint8).fill(1 if kind == "pred" else 0xFF)
             self.registers |= {f"{prefix}{i}": block[i] for i in range(count)}
         self.special = self.special_registers(threads)
-        # Copies on their way, by the threads that began them: (threads, the number of each's group, where to, what).
+        # Copies on their way: (threads that began them, the number of each's group, destinations, values).
         self.turn, self.pending = 0, list[tuple[Array, Array, Array, Array]]()
         self.groups_begun = np.zeros(threads, int)
         self.steps = [self.known(instruction) for instruction in kernel.code]
@@ -93,7 +93,7 @@ class Machine:
     def run_block(self) -> None:
         self.shared.fill(0xFF)
         self.pending.clear()
-        # Where each thread stands: at the end if it is through, behind its barrier if it waits there.
+        # Each thread's next instruction: the end if it is done, the one after its barrier if it waits.
         self.at, self.waits = np.zeros(self.threads, int), np.zeros(self.threads, bool)
         while (self.at < self.end).any():
             runs = ~self.waits & (self.at < self.end)
@@ -109,7 +109,7 @@ class Machine:
             self.go(pc, int(others.min()) if len(others) else self.end, those[self.at[those] == pc])
 
     def go(self, pc: int, limit: int, here: Array) -> None:
-        """Run these threads until they part, wait, are through, or come where others stand."""
+        """Run these threads until they diverge, wait, end, or reach others."""
         everyone: Some = ALL if len(here) == self.threads else here
         alone = len(here) == int((self.at < self.end).sum())
         while pc < limit:
@@ -145,7 +145,7 @@ class Machine:
     # ---- operands
 
     def source(self, text: str, kind: str) -> Callable[[Some], Any]:
-        """What reads an operand as numbers of this type."""
+        """A function that reads an operand as numbers of this type."""
         if text.startswith("!"):
             inner = self.source(text[1:], kind)
             return lambda some: ~inner(some)
@@ -172,7 +172,7 @@ class Machine:
         return lambda some: number
 
     def target(self, text: str) -> Callable[[Some, Any], None]:
-        """What writes a register: bits as they are, of narrower numbers extended."""
+        """A function that writes a register: bits unchanged, narrower numbers extended."""
         if text == "_":
             return lambda some, value: None
         register = self.registers[text]
@@ -208,7 +208,7 @@ class Machine:
     # ---- memory
 
     def bytes_at(self, space: str, addresses: Array, size: int) -> list[tuple[Some, Array, Array]]:
-        """(which of the addresses, the memory they lie in, the indices [count, size] of their bytes)."""
+        """(the addresses concerned, their memory, the indices [count, size] of their bytes)."""
         if (addresses % np.uint64(size)).any():
             raise PtxError(f"an address is no multiple of {size}")
         if space != "global":
@@ -300,7 +300,7 @@ class Machine:
             if not (whole | (counts == 0)).all():
                 raise PtxError("a part of 16 bytes is copied")
             values[whole] = self.fetch("global", sources[whole], size)
-            # Until it arrives, nothing is there to be read: neither it nor what was there before.
+            # Until the copy arrives, neither its data nor the old data may be read.
             self.put("shared", addresses, np.full_like(values, 0xFF))
             threads = np.arange(self.threads)[some]
             self.pending.append((threads, self.groups_begun[threads], addresses.copy(), values))
@@ -316,7 +316,7 @@ class Machine:
             raise PtxError(f"not known: {i.text}") from None
 
     def step(self, i: Instruction) -> Callable[[Some], None] | None:
-        """What does an instruction; None for one that does nothing here, and for jumps and barriers."""
+        """A function that does an instruction; None for one without effect here, and for jumps and barriers."""
         name, kind = i.op[0], i.op[-1]
         if CHANGES & set(i.op[1:]):
             raise PtxError(f"not known: {i.text}")
@@ -391,7 +391,7 @@ class Machine:
         raise PtxError(f"not known: {i.text}")
 
     def packing(self, i: Instruction) -> Callable[[Some], None]:
-        """``mov`` of a register from the parts of it, or into them."""
+        """``mov`` of a register from its parts, or into them."""
         kind, (to, of) = i.op[-1], i.operands
         parts = self.vector(to if to.startswith("{") else of)
         part = f"b{int(kind[1:]) // len(parts)}"

@@ -1,6 +1,6 @@
-"""Instructions that a warp does together: products of tensor cores, loads of their fragments, shuffles.
+"""Instructions of a whole warp: products of tensor cores, loads of their fragments, shuffles.
 
-A fragment is where each lane's values stand in a matrix (PTX ISA, 9.7.14.5.8 and 9.7.14.5.15).
+A fragment maps each lane's values to places in a matrix (PTX ISA, 9.7.14.5.8 and 9.7.14.5.15).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ GROUP, MEMBER = LANE // 4, LANE % 4
 
 
 def whole_warps(machine: Machine, some: Any) -> Array:
-    """The threads, [warps, 32]: a warp does it with all of its lanes."""
+    """The threads, [warps, 32]: all lanes of a warp must take part."""
     threads = np.arange(machine.threads)[some]
     if len(threads) % 32 or (threads.reshape(-1, 32) != threads[::32, None] + LANE).any() or (threads[::32] % 32).any():
         raise PtxError("not all lanes of a warp are here")
@@ -31,7 +31,7 @@ def whole_warps(machine: Machine, some: Any) -> Array:
 
 
 def mma(machine: Machine, i: Instruction) -> Step:
-    """D = A B + C: m16n8k16 of bf16 or fp16, m16n8k8 of TF32, whose lower 13 bits do not count; sums in fp32."""
+    """D = A B + C: m16n8k16 of bf16 or fp16, m16n8k8 of TF32, without its lower 13 bits; sums in fp32."""
     kind, depth = i.op[-2], int(i.op[3].split("k")[1])
     if kind == "f64":
         return mma_f64(machine, i)
@@ -68,7 +68,7 @@ def mma(machine: Machine, i: Instruction) -> Step:
 
 
 def mma_f64(machine: Machine, i: Instruction) -> Step:
-    """m8n8k4 of fp64: a value of A and of B a lane, two of C."""
+    """m8n8k4 of fp64: each lane has one value of A, one of B and two of C."""
     names = [machine.vector(text) for text in i.operands]
     targets = [machine.target(name) for name in names[0]]
     (a,), (b,), c = ([machine.source(name, "f64") for name in group] for group in names[1:])
@@ -86,7 +86,7 @@ def mma_f64(machine: Machine, i: Instruction) -> Step:
 
 
 def ldmatrix(machine: Machine, i: Instruction) -> Step:
-    """Matrices of 8 x 8 values of 16 bits, a row at the address of a lane each, handed out as fragments."""
+    """Load matrices of 8 x 8 values of 16 bits as fragments; each lane has the address of one row."""
     number, transposed = next(int(part[1:]) for part in i.op if part in ("x1", "x2", "x4")), "trans" in i.op
     targets, address = [machine.target(name) for name in machine.vector(i.operands[0])], machine.address(i.operands[1])
 
@@ -104,7 +104,7 @@ def ldmatrix(machine: Machine, i: Instruction) -> Step:
 
 
 def barrier(machine: Machine, i: Instruction) -> Step:
-    """``bar.warp.sync`` of all lanes: they stand here together already, or it is an error."""
+    """``bar.warp.sync`` of all lanes: they must be here together already, else it is an error."""
     if i.operands != ["-1"]:
         raise PtxError(f"not known: {i.text}")
 
@@ -115,9 +115,9 @@ def barrier(machine: Machine, i: Instruction) -> Step:
 
 
 def shfl(machine: Machine, i: Instruction) -> Step:
-    """``shfl.sync`` over whole warps: from a lane by number, whose number differs in these bits, or so far off.
+    """``shfl.sync`` over whole warps: from a lane by its number, by a xor of the number, or by a distance.
 
-    A lane whose source would lie outside the warp keeps its own value.
+    A lane whose source would be outside the warp keeps its own value.
     """
     ways = {
         "idx": lambda n: n % 32,

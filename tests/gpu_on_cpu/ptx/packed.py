@@ -1,4 +1,4 @@
-"""Instructions on 16 bits that NumPy has no type or no pair of: bf16, and two halves of a register each."""
+"""Instructions on 16-bit types that NumPy lacks: bf16, and pairs in one register."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def halves(machine: Machine, text: str) -> Callable[[Any], Array]:
 
 
 def setp(machine: Machine, i: Instruction) -> Step:
-    """One predicate of bf16; of pairs a predicate each, that of the lower half first."""
+    """One predicate for bf16; two for a pair, that of the lower half first."""
     compare, kind, names = COMPARE[i.op[1]], i.op[-1], i.operands[0].split("|")
     if kind[0] not in "bf" or len(i.op) != 3 or len(i.operands) != 3 or len(names) != 1 + kind.endswith("x2"):
         raise PtxError(f"not known: {i.text}")
@@ -46,7 +46,7 @@ def setp(machine: Machine, i: Instruction) -> Step:
 
 
 def add(machine: Machine, i: Instruction) -> Step:
-    """Two sums of 16 bits, neither of which carries into the other."""
+    """Two sums of 16 bits, without a carry from one into the other."""
     if i.op[1:] not in (["s16x2"], ["u16x2"]):
         raise PtxError(f"not known: {i.text}")
     write, (a, b) = machine.target(i.operands[0]), (halves(machine, text) for text in i.operands[1:])

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 
 class PtxError(Exception):
-    """Something that is wrong in the program, or not known to this machine."""
+    """An error in the program, or a feature unknown to this machine."""
 
 
 @dataclass
@@ -22,7 +22,7 @@ class Instruction:
 @dataclass
 class Kernel:
     name: str
-    parameters: list[tuple[str, int]]  # and their bytes
+    parameters: list[tuple[str, int]]  # names and bytes
     registers: dict[str, tuple[str, int]] = field(default_factory=dict)  # by prefix: type and count
     code: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
@@ -54,7 +54,7 @@ def parse(text: str) -> dict[str, Kernel]:
 
 
 def closing(text: str, at: int) -> int:
-    """Where the brace opened before ``at`` is closed."""
+    """The end of the brace that was opened before ``at``."""
     depth = 1
     for brace in re.finditer(r"[{}]", text[at:]):
         depth += 1 if brace[0] == "{" else -1
@@ -64,7 +64,7 @@ def closing(text: str, at: int) -> int:
 
 
 def statements(body: str) -> Iterator[str]:
-    """One by one: instructions and declarations, labels with their colon, and the braces of scopes."""
+    """Yields instructions and declarations, labels with their colon, and the braces of scopes."""
     text = ""
     for character in body:
         begins = not text.strip()
@@ -82,7 +82,7 @@ def statements(body: str) -> Iterator[str]:
 
 def read_body(kernel: Kernel, body: str) -> None:
     scopes: list[dict[str, str]] = [{}]  # of inline assembly: its own registers, renamed
-    inner: list[tuple[int, dict[str, str]]] = []  # where such a scope begins, and its own labels
+    inner: list[tuple[int, dict[str, str]]] = []  # the begin of such a scope, and its own labels
     for statement in statements(body):
         if statement == "{":
             scopes.append({})

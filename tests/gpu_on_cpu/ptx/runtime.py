@@ -1,4 +1,4 @@
-"""Compiles a .cu file for the machine, and calls its launchers: whatever they launch runs there."""
+"""Compiles a .cu file for the machine, and calls its launchers: the kernels that they launch run there."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .program import Kernel, parse
 
 HERE = Path(__file__).parent
 FLAGS = ("-std=c++20", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "--extended-lambda", "-Xcompiler=-fPIC")
-# Else a CUDA runtime that PyTorch has loaded would be asked before the stand-in.
+# Otherwise a CUDA runtime that PyTorch has loaded would be called instead of the stand-in.
 LINKED = ("-shared", "--cudart=none", "-Xlinker=-Bsymbolic")
 LAUNCHED = ctypes.CFUNCTYPE(
     None,
@@ -36,7 +36,7 @@ LAUNCHED = ctypes.CFUNCTYPE(
 def launches_run_by(
     library: ctypes.CDLL, run: Callable[[str, Callable[[Kernel], Launch], Any], None]
 ) -> Iterator[None]:
-    """Within, what the library launches is handed to run(name, what describes the launch of a kernel, grid)."""
+    """In the block each launch of the library calls run(name, a description of the launch, grid)."""
     failed: list[BaseException] = []
 
     def handed(name: bytes, grid: Any, threads: int, shared: int, given: Any) -> None:
@@ -63,7 +63,7 @@ def launches_run_by(
 
 @contextmanager
 def shared_folder(base: Path, name: str) -> Iterator[Path]:
-    """A folder that pytest's workers share below their own (``base``), for one of them at a time."""
+    """A folder that pytest's workers share, next to their own (``base``); one worker at a time has it."""
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
     folder.mkdir(exist_ok=True)
     with (folder / "lock").open("w") as lock:
@@ -72,7 +72,7 @@ def shared_folder(base: Path, name: str) -> Iterator[Path]:
 
 
 class Program:
-    """A .cu file as PTX and as a library of launchers, compiled if the folder has them not."""
+    """A .cu file as PTX and as a library of launchers, compiled if the folder lacks them."""
 
     def __init__(self, source: Path, include: Path, folder: Path, architecture: str = "80") -> None:
         kept = folder / source.stem

@@ -1,7 +1,7 @@
-"""Boxes of tensors between global and shared memory (TMA), as their descriptors say: tiled, and im2col.
+"""Copies of boxes between global and shared memory (TMA) by their descriptors: tiled, and im2col.
 
 A box of im2col mode is a list of pixels that begins at its coordinates and goes on, along rows and images, between the
-corners; taps move what is read, not the corners. (PTX ISA, 5.5.3 to 5.5.7; ptx/cudart_sm90.cpp fills the
+corners; taps move the pixels read, not the corners. (PTX ISA, 5.5.3 to 5.5.7; ptx/cudart_sm90.cpp fills the
 descriptors in.)
 """
 
@@ -27,7 +27,7 @@ MAP = np.dtype(
     ],
     align=True,
 )
-# By a descriptor's number for it: how many of the address bits from 7 on are added to those from 4 on, carries aside.
+# By a descriptor's number: the count of address bits from 7 on that are added to those from 4 on, without carries.
 SWIZZLE = {0: 0, 1: 1, 2: 3, 3: 7}
 
 
@@ -36,7 +36,7 @@ def swizzled(addresses: Array, mask: int) -> Array:
 
 
 class Box:
-    """Where the elements of a box, [rows, elements of a row], lie in global memory, and in shared memory."""
+    """The places of a box's elements, [rows, elements of a row], in global and in shared memory."""
 
     def __init__(self, description: Array, where: Sequence[int], taps: Sequence[int], im2col: bool) -> None:
         m = description.view(MAP)[0]

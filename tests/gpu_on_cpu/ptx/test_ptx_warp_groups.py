@@ -1,4 +1,4 @@
-"""wgmma of ptx: what it multiplies out of registers, and what may not happen to registers and matrices meanwhile.
+"""wgmma of ptx: products from registers, and the changes to registers and matrices that are forbidden meanwhile.
 
 Triton's and CUTLASS's kernels (test_ptx_triton.py, test_ptx_hopper.py) have their first matrix in shared
 memory.
@@ -61,7 +61,7 @@ def multiplied(kind: str, changed: dict[str, str]) -> tuple[np.ndarray[Any, Any]
     exact = a.astype(np.float64) @ b.astype(np.float64).T
     if kind == BF16:
         a, b = ((matrix.view(np.uint32) >> 16).astype(np.uint16) for matrix in (a, b))
-    if dtype == np.float32 and kind != BF16:  # bits that TF32 has not
+    if dtype == np.float32 and kind != BF16:  # bits that TF32 lacks
         a, b = ((matrix.view(np.uint32) | np.uint32(0x1FFF)).view(np.float32) for matrix in (a, b))
     wide = 4 // a.itemsize
     thread, register, part = np.ogrid[:128, :4, :wide]
@@ -114,7 +114,7 @@ def test_what_may_not_happen_to_a_product(old: str, new: str, error: str) -> Non
 
 
 def test_a_copy_of_a_register_behind_the_fence() -> None:
-    """Compilers set it there, and ptxas adds a fence."""
+    """Compilers put it there, and ptxas adds a fence."""
     for new in ("mov.b32 %r20, %r21;", AGAIN % (16, SUMS)):
         found, exact = multiplied("16.f32.f16.f16", {BEHIND: new})
         np.testing.assert_array_equal(found, exact)

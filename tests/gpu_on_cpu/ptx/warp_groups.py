@@ -1,7 +1,7 @@
-"""Products of warp groups, four warps each, of matrices in shared memory, the first of them or in registers: wgmma.
+"""Products of warp groups (four warps) by wgmma: matrices in shared memory, the first perhaps in registers.
 
-They are done when they are waited for: until then the sums read as NaN, and the matrices must be as they were at the
-beginning. A register that a thread touches goes into no product before a wgmma.fence.
+They complete when they are waited for. Until then the sums read as NaN, and the matrices must not change. A register
+that a thread touches may enter a product only after a wgmma.fence.
 (PTX ISA, 9.7.15; layouts as CUTLASS writes them in cute/atom/mma_traits_sm90_gmma.hpp.)
 """
 
@@ -32,15 +32,15 @@ FIELDS = 0x3FFF | 0x3FFF << 16 | 0x3FFF << 32 | 7 << 49 | 3 << 62
 
 
 def layout(descriptor: int, count: int, size: int, across: bool) -> Array:
-    """The addresses of a matrix's elements, of so many bytes, [count, depth], within a block's shared memory.
+    """The addresses of a matrix's elements of ``size`` bytes, [count, depth], within a block's shared memory.
 
-    Its lines lie along the products' depth, or across it.
+    Its lines run along the products' depth, or across it.
     """
     begin, leading, stride = ((descriptor >> at & 0x3FFF) << 4 for at in (0, 16, 32))
     if descriptor >> 49 & 7 or descriptor & ~FIELDS:
         raise PtxError("a matrix's base offset, or a descriptor's field, is not known")
     mask = SWIZZLE[descriptor >> 62]
-    line = 16 * (mask + 1) if mask else 16  # bytes of a row of the pattern, of which there are 8
+    line = 16 * (mask + 1) if mask else 16  # bytes of one of the pattern's 8 rows
     n, k = np.arange(count)[:, None], np.arange(WIDTH // size)[None, :]
     if across:
         wide, low, high = line // size, leading, stride
@@ -54,7 +54,7 @@ def layout(descriptor: int, count: int, size: int, across: bool) -> Array:
 
 
 def numbers(bits: Array, kind: str) -> Array:
-    """Elements, bytes last, as fp64; of TF32 the lower 13 bits do not count."""
+    """Elements, bytes last, as fp64; TF32 without its lower 13 bits."""
     if kind == "tf32":
         return (bits.view(np.uint32)[..., 0] & np.uint32(0xFFFFE000)).view(np.float32).astype(np.float64)
     halves = bits.view(np.uint16)[..., 0]
@@ -62,17 +62,17 @@ def numbers(bits: Array, kind: str) -> Array:
 
 
 def named(kernel: Kernel) -> dict[str, int]:
-    """The registers that are in a product, and the number of each."""
+    """The registers of products, and the number of each."""
     products = (i for i in kernel.code if i.op[:2] == ["wgmma", "mma_async"])
     vectors = (text for i in products for text in i.operands[:2] if text.startswith("{"))
     return {name: n for n, name in enumerate(dict.fromkeys(re.findall(r"[^{},\s]+", " ".join(vectors))))}
 
 
 def touching(machine: HopperMachine, i: Instruction, step: Step) -> Step:
-    """The step, after which a product may have the registers that are its operands only behind a fence.
+    """The step; afterwards its operands may enter a product only after a fence.
 
-    A copy of one such register to another is as its source is: where compilers set it behind the fence, ptxas adds one
-    (its note C7519).
+    A copy of one such register to another has the state of its source: if compilers put the copy after the fence, ptxas
+    adds a fence (its note C7519).
     """
     names = set(re.findall(r"%\w+", " ".join(i.operands))) & machine.in_products.keys()
     rows = [machine.in_products[name] for name in sorted(names)]
@@ -112,7 +112,7 @@ class WarpGroup:
     sums: dict[tuple[str, ...], Sums] = field(default_factory=dict)
     uses: dict[str, str] = field(
         default_factory=dict
-    )  # by register since a fence: the product's shape, "" for operands
+    )  # by register, since a fence: the product's shape, "" for operands
 
 
 def whole_groups(machine: HopperMachine, some: Any) -> list[int]:
@@ -163,7 +163,7 @@ def mma_async(machine: HopperMachine, i: Instruction) -> Step:
     columns, depth, names = int(shape[1]), int(shape[2]), tuple(machine.vector(i.operands[0]))
     fragments = machine.vector(i.operands[1]) if i.operands[1].startswith("{") else []
     signs, across = [int(text) for text in i.operands[4:6]], [bool(int(text)) for text in i.operands[6:]]
-    # Only of 16 bits a matrix in shared memory may lie across.
+    # Only a matrix of 16-bit values may be transposed in shared memory.
     if len(names) != columns // 2 or signs != [1, 1] or len(across) != (kind != "tf32") * (1 if fragments else 2):
         raise PtxError(f"not known: {i.text}")
     across_a, across_b = [False, False, *across][-2:]
@@ -175,7 +175,7 @@ def mma_async(machine: HopperMachine, i: Instruction) -> Step:
         raise PtxError(f"not known: {i.text}")
     rows = [machine.in_products[name] for name in uses]
     lane, n = np.arange(GROUP), np.arange(len(names))[:, None]
-    row = 16 * (lane // 32) + lane % 32 // 4 + 8 * (n // 2 % 2)  # where a register's values stand in the sums
+    row = 16 * (lane // 32) + lane % 32 // 4 + 8 * (n // 2 % 2)  # the place of a register's values in the sums
     column = 8 * (n // 4) + 2 * (lane % 4) + n % 2
     none = np.uint32(0xFFFFFFFF).view(np.float32)
 
@@ -188,7 +188,7 @@ def mma_async(machine: HopperMachine, i: Instruction) -> Step:
         return lambda: np.stack([word[threads].view(np.uint8).reshape(GROUP, 4) for word in words])
 
     def fragment(values: Array) -> Array:
-        """A out of four registers' bytes, [4, 128 threads, 4]; a warp has 16 of its rows."""
+        """A from four registers' bytes, [4, 128 threads, 4]; a warp has 16 of its rows."""
         found, wide = np.empty((64, depth)), 4 // SIZES[kind]  # values in a register
         for r, register in enumerate(numbers(values.reshape(4, GROUP, wide, -1), kind)):
             for h in range(wide):

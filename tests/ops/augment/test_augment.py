@@ -1,4 +1,4 @@
-"""augment: float64, the same bits by every backend, conv1 through space-to-depth, and what it owes PyTorch."""
+"""augment: float64, the same bits by every backend, conv1 through space-to-depth, and PyTorch's contracts."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_offsets_of_any_integers(dtype: torch.dtype, backend: str) -> None:
 def test_a_shift_that_is_no_number_stays_in_its_colour_of_its_image(
     value: float, dtype: torch.dtype, backend: str
 ) -> None:
-    """Padding is zero all the same, and what is too large for fp16 becomes infinite."""
+    """Padding stays zero, and values too large for fp16 become infinite."""
     for case in EXAMPLES:
         tensors = cases.make(case)
         tensors["shifts"][1, 2] = value
@@ -153,7 +153,7 @@ def test_threads_change_no_bit(case: Case) -> None:
 
 @pytest.mark.parametrize("offset", [(-1, 0), (0, -1), (4, 0), (0, 6), (2**40, 0), (0, -(2**40))])
 def test_an_offset_out_of_range(offset: tuple[int, int], backend: str, request: pytest.FixtureRequest) -> None:
-    """An error on the CPU; moved inside by what runs on a GPU."""
+    """An error on the CPU; kernels for a GPU move the offset inside."""
     tensors = cases.make(EXAMPLES[0])
     tensors["offsets"][2] = torch.tensor(offset)
     if backend == "triton" or (backend == "native" and request.config.getoption("--emulated")):
@@ -243,7 +243,7 @@ def test_the_raw_op_checks_what_it_is_given() -> None:
             op(*given[:place], value, *given[place + 1 :])
 
 
-# ---- what it owes PyTorch
+# ---- PyTorch's contracts
 
 
 @pytest.mark.usefixtures("native")
@@ -257,7 +257,7 @@ def test_the_triton_schema_is_the_compiled_ops() -> None:
 @each_example
 def test_opcheck(case: Case, layout: str, kernels: str) -> None:
     op = getattr(torch.ops.alexnet_ext, "augment" if kernels == "native" else "augment_triton")
-    # Tracing goes through a compiler that the interpreter has not (test_triton_ahead).
+    # Tracing needs a compiler, which the interpreter lacks (test_triton_ahead).
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     arguments = cases.raw_forward(case, cases.make(case, layout=layout))
     torch.library.opcheck(op, arguments, test_utils=tests if kernels == "native" else tests[:3])

@@ -42,7 +42,7 @@ def test_weight_layouts(case: Case, layout: str, weight_layout: str, dtype: torc
 
 
 def test_size_one_dimensions_with_odd_strides() -> None:
-    """Strides of size-1 dimensions say nothing, whatever they are (pytorch#195394)."""
+    """Strides of size-1 dimensions do not matter (pytorch#195394)."""
     x = torch.randn(15).as_strided((1, 3, 1, 5), (77, 5, 3, 1))
     weight = torch.randn(6).as_strided((2, 3, 1, 1), (3, 1, 99, 5))
     torch.testing.assert_close(
@@ -55,7 +55,7 @@ def test_size_one_dimensions_with_odd_strides() -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("case", cases.params([TOWERS, conv((2, 3, 9, 8), 5, (3, 2), stride=(2, 1), padding=(1, 0))]))
 def test_small_integers_are_exact(case: Case, layout: str, dtype: torch.dtype) -> None:
-    """Sums below 2**8 in magnitude are exact in every dtype, so nothing is left to a tolerance."""
+    """Sums below 2**8 in magnitude are exact in every dtype, so no tolerance is needed."""
     tensors = cases.make(case, dtype, layout)
     for name, tensor in tensors.items():
         integers = torch.randint(-2, 3, tensor.shape).to(dtype)
@@ -99,8 +99,8 @@ def test_groups_are_two_convolutions_and_swap_with_them() -> None:
 def test_relu_as_stock_at_zero_nan_and_inf(dtype: torch.dtype, layout: str) -> None:
     """A 1 x 1 convolution with weight 1 is ReLU itself: NaN passes with gradient 1, 0 gets none, -0. comes out 0.
 
-    Beside a channel of zeros, as oneDNN with AVX-512 takes bf16 channels in pairs: the NaN of a lone channel, channels-
-    last, comes into the pixel before it too.
+    There is a second channel of zeros, as oneDNN with AVX-512 takes bf16 channels in pairs: the NaN of a lone channel,
+    channels-last, would enter the pixel before it too.
     """
     values = torch.tensor([nan, -1, 0, -0.0, 1, math.inf, -math.inf, 3, -3] * 3, dtype=dtype).view(1, 1, 3, 9)
     values = torch.cat([values, torch.zeros_like(values)], 1)
@@ -124,7 +124,7 @@ def test_many_tiles(case: Case, layout: str, weight_layout: str, request: pytest
     y = oracle.assert_matches_float64(case, tensors)
     expected = cases.stock(case, tensors)
     assert y.stride() == expected.stride()
-    if not request.config.getoption("--emulated"):  # another way to the same sums, but where oneDNN has AVX-512
+    if not request.config.getoption("--emulated"):  # another order of the same sums, unless oneDNN has AVX-512
         by_winograd = torch.ops.alexnet_ext.cpu_capability() != "AVX512"
         assert torch.equal(y, expected) != by_winograd
 
@@ -133,7 +133,7 @@ def test_many_tiles(case: Case, layout: str, weight_layout: str, request: pytest
 @pytest.mark.parametrize("value", [nan, math.inf, 2e38], ids=str)
 @pytest.mark.parametrize("name", ["x", "weight", "dy"])
 def test_many_tiles_are_convolved_where_a_value_is_not_finite(name: str, value: float, layout: str) -> None:
-    """Of inf, and of 2e38 beside -2e38, Winograd's tiles make NaN, or inf, where a convolution does not."""
+    """Winograd's tiles turn inf into NaN, and 2e38 next to -2e38 into inf; a convolution does not."""
     tensors = cases.make(cases.WINOGRAD[0], torch.float32, layout)
     dy = torch.randn(cases.stock(cases.WINOGRAD[0], tensors).shape)
     with torch.no_grad():
@@ -163,7 +163,7 @@ def test_padding_same(kernel: tuple[int, int], dilation: Any, layout: str) -> No
 
 
 def oracle_same(case: Case, tensors: cases.Tensors) -> Tensor:
-    """Value and gradients equal stock's, which knows padding="same" too."""
+    """Value and gradients equal stock's, which also takes padding="same"."""
     exact = oracle.widened(tensors)
     y, expected = cases.fused(case, tensors), cases.stock(case, exact)
     torch.testing.assert_close(y, expected)
@@ -213,7 +213,7 @@ EMPTY = [
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_of_nothing_as_stock(layout: str, capfd: pytest.CaptureFixture[str]) -> None:
-    """Stock's result, or a RuntimeError of one line and no trace of C++ beside it."""
+    """Stock's result, or a RuntimeError of one line, without a C++ trace."""
     refused = 0
     for shape, kernel, groups, padding in EMPTY:
         x = torch.randn(shape)
@@ -229,7 +229,7 @@ def test_of_nothing_as_stock(layout: str, capfd: pytest.CaptureFixture[str]) -> 
         options = (padding, 1, groups)
         try:
             expected = results(lambda *given: F.relu(F.conv2d(*given)), tensors, *options)
-        except (RuntimeError, IndexError):  # of an empty batch and kernel stock's is an IndexError, by accident
+        except (RuntimeError, IndexError):  # for an empty batch and kernel stock raises IndexError, by accident
             refused += 1
             with pytest.raises(RuntimeError) as caught:
                 results(conv2d_bias_relu, tensors, *options)

@@ -1,4 +1,4 @@
-"""The convolution by CUTLASS, but for its kernels: where it applies, what they are given, and what runs elsewhere."""
+"""The convolution by CUTLASS, except its kernels: where it applies, their arguments, and what runs elsewhere."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BUILT = _library.Library("cutlass", "cuda", True)
 
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if all kernels but those of sm90 were built and tensors lay on a GPU of 9.0, with TF32 allowed."""
+    """As if all kernels except those of sm90 were built and tensors were on a GPU of 9.0, with TF32 allowed."""
     monkeypatch.setattr(cutlass, "CUTLASS", BUILT)
     monkeypatch.setattr(cutlass, "SM90", _library.Library("sm90", "cuda", False, "for 8.0 alone"))
     monkeypatch.setattr(cutlass, "capability", lambda _: (9, 0))
@@ -64,10 +64,10 @@ PLAIN = conv((2, 16, 9, 9), 32, (3, 3), padding=1, groups=2)
         (conv((2, 16, 9, 9), 32, (3, 3), dilation=2), {FORWARD, OF_X, OF_WEIGHT}),
         (conv((2, 16, 9, 9), 32, (3, 3), stride=2), {FORWARD, OF_WEIGHT}),
         (conv((2, 16, 9, 9), 32, (3, 3), stride=(1, 2)), {FORWARD, OF_WEIGHT}),
-        (conv((2, 16, 9, 9), 32, (3, 3), groups=4), set()),  # of 4 channels: 8 bytes
+        (conv((2, 16, 9, 9), 32, (3, 3), groups=4), set()),  # 4 channels a group: 8 bytes
         (conv((2, 32, 9, 9), 16, (3, 3), groups=4), set()),
         (conv((2, 17, 9, 9), 32, (3, 3)), set()),
-        (conv((2, 3, 9, 9), 32, (3, 3)), set()),  # stride 1 gives no more channels
+        (conv((2, 3, 9, 9), 32, (3, 3)), set()),  # space-to-depth at stride 1 adds no channels
         (conv((2, 3, 9, 9), 32, (3, 3), stride=2), set()),  # 12 channels
         (conv((2, 2, 9, 9), 32, (3, 3), stride=2), {FORWARD, OF_X, OF_WEIGHT}),  # 8 channels at stride 1
         (conv((2, 3, 90, 90), 32, (3, 65), stride=(2, 4)), {FORWARD, OF_X, OF_WEIGHT}),  # 65 taps become 17
@@ -76,7 +76,7 @@ PLAIN = conv((2, 16, 9, 9), 32, (3, 3), padding=1, groups=2)
         (conv((0, 16, 9, 9), 32, (3, 3)), set()),
         (conv((1024, 64, 127, 128), 64, (3, 3), padding=1), {FORWARD, OF_X, OF_WEIGHT}),
         (conv((1024, 64, 128, 128), 64, (3, 3), padding=1), set()),  # x has 2**31 bytes
-        (conv((1024, 16, 128, 128), 64, (3, 3), padding=1), set()),  # y has
+        (conv((1024, 16, 128, 128), 64, (3, 3), padding=1), set()),  # y has 2**31 bytes
     ],
     ids=lambda value: value.id if isinstance(value, Case) else "",
 )
@@ -143,7 +143,7 @@ def test_sm90_is_for_its_own_devices_and_builds(monkeypatch: pytest.MonkeyPatch)
     assert applies(PLAIN, FORWARD, sm90=True)
 
 
-# ---- as a candidate: stock PyTorch stands for the kernels, with their schemas and in need of what they need
+# ---- as a candidate: stock PyTorch plays the kernels, with their schemas and requirements
 
 
 def stock_forward(x: Tensor, weight: Tensor, bias: Tensor | None, *constants: Any) -> Tensor:
@@ -193,7 +193,7 @@ def kernels() -> Iterator[None]:
 
 @pytest.fixture
 def offered(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The names of the candidates of each call, of which the last one runs."""
+    """The names of the candidates of each call; the last one runs."""
     names: list[list[str]] = []
 
     def last(what: str, given: list[Candidate]) -> Candidate:
@@ -247,7 +247,7 @@ def test_where_it_does_not_apply_another_one_runs(
 )
 @pytest.mark.parametrize("case", cases.params(LAYERS))
 def test_what_a_gpu_will_be_asked(case: Case, dtype: torch.dtype, sm90: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check of ``benchmarks.verify_gpu`` passes for what is right, and fails for a ReLU that loses NaN."""
+    """The check of ``benchmarks.verify_gpu`` passes for a correct kernel, and fails for a ReLU that loses NaN."""
     correctness.compare_cutlass(case, dtype, "cpu", sm90)
     right = cutlass.forward
     monkeypatch.setattr(cutlass, "forward", lambda *given, **how: right(*given, **how).nan_to_num(0))
@@ -272,7 +272,7 @@ def test_every_candidate_will_be_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all("cutlass sm90 ms" in finding.numbers for finding in findings)
 
 
-# ---- what is known of the build
+# ---- the build record
 
 
 def test_the_library_says_why_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

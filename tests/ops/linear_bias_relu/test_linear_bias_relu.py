@@ -99,7 +99,7 @@ BY_ROW = [((3, 4), (3, 5)), ((3, 4), (3, 1)), ((2, 3, 4), (2, 3, 1)), ((2, 3, 4)
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize(("shape", "bias"), BROADCAST + BY_ROW, ids=str)
 def test_a_bias_broadcasts_as_in_stock(shape: tuple[int, ...], bias: tuple[int, ...], compiled: bool) -> None:
-    """A single value runs ours, a value a row stock; the gradient has the bias's own shape, to second order too."""
+    """A bias of one value runs ours, one value a row runs stock; gradients of both orders have the bias's shape."""
     inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in (shape, (5, 4), bias)]
 
     def results(op: Callable[..., Tensor]) -> list[Tensor]:

@@ -147,7 +147,7 @@ def test_overflow_of_the_square_gives_signed_zero_and_no_nan(layout: str, beta: 
 
 @pytest.mark.parametrize("rank", [3, 4])
 def test_fp16_accumulates_in_fp32(rank: int) -> None:
-    """Stock squares in fp16, so that 300 becomes 0; here the result is float64's, rounded once."""
+    """Stock squares in fp16, so 300 becomes 0; ours is the float64 result, rounded once."""
     x = torch.full((1, 3, 2, 9)[:rank], 300.0, dtype=torch.float16)
     y = local_response_norm(x, 3, 1e-4, 0.75, 1.0)
     expected = torch.tensor([69.71, 53.35, 69.71])

@@ -1,6 +1,6 @@
 """relu_lrn_max_pool2d, the paper's order: float64, the pooling of normalized values, and the edges where they meet.
 
-What it shares with relu_max_pool2d_lrn is in test_blocks.py.
+Tests for relu_max_pool2d_lrn too are in test_blocks.py.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def test_values_and_gradients(case: Case, dtype: torch.dtype, layout: str) -> No
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_the_winner_is_the_largest_normalized_value_not_the_largest(layout: str) -> None:
-    """A large value with a large neighbour loses to a small one alone."""
+    """A large value with a large neighbour loses to a small one with none."""
     x = torch.zeros(1, 2, 1, 2)
     x[0, :, 0, 0] = torch.tensor([4.0, 100.0])
     x[0, :, 0, 1] = torch.tensor([2.0, 0.0])

@@ -1,4 +1,4 @@
-"""relu_max_pool2d: bit for bit what stock gives, its rules for NaN and ties, its sizes and its errors."""
+"""relu_max_pool2d: bit for bit as stock; its rules for NaN and ties, its sizes and its errors."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_ties_nan_inf_and_zeros(case: Case, dtype: torch.dtype, layout: str) -> 
 @pytest.mark.parametrize("value", [-5.0, -inf, nan, 0.0, -0.0, 7.0])
 @pytest.mark.parametrize("case", cases.params([pool((2, 9, 6, 19), 3, 1, padding=1), pool((1, 3, 7, 18), 3, 2)]))
 def test_one_value_everywhere(case: Case, value: float, layout: str) -> None:
-    """Padding never wins over what is in the image, and without ReLU's consent nothing flows back."""
+    """Padding never wins over a value in the image, and no gradient flows back where ReLU is 0."""
     x = cases.lay_out(torch.full(case.shapes["x"], value), layout).requires_grad_()
     assert_exactly_stock(case, x)
     cases.fused(case, {"x": x}).sum().backward()
@@ -142,7 +142,7 @@ def test_the_sign_of_a_zero_is_that_of_stock(row: list[float], layout: str) -> N
 def test_the_sign_of_a_zero_beside_padding_is_that_of_stock(
     dilation: Any, padding: tuple[int, int], layout: str, dtype: torch.dtype
 ) -> None:
-    """What is first in a window that begins in the padding is the first value in the image."""
+    """A window that begins in the padding has its first value in the image."""
     x = torch.tensor([-1, -0.0, 0, -inf], dtype=dtype)[torch.randint(0, 4, (2, 17, 13, 23))]
     for stride in (1, 2, (3, 4)):
         y = relu_max_pool2d(cases.lay_out(x, layout), 5, stride, padding, dilation)
@@ -261,7 +261,7 @@ def test_strides_are_those_of_stock(shape: tuple[int, ...], layout: str) -> None
     ours, stock = x.detach().requires_grad_(), x.detach().requires_grad_()
     y, expected = relu_max_pool2d(ours, 3, 2), F.max_pool2d(F.relu(stock), 3, 2)
     assert y.stride() == expected.stride()
-    if layout != "expanded":  # stock's gradient of an expanded tensor is a matter of accumulation, not of this op
+    if layout != "expanded":  # autograd, not this op, accumulates the gradient of an expanded tensor
         y.sum().backward()
         expected.sum().backward()
         assert ours.grad.stride() == stock.grad.stride()
@@ -352,7 +352,7 @@ def test_bad_arguments(
 def test_a_window_that_steps_over_the_image(
     constants: tuple[Any, ...], empty: bool, layout: str, dtype: torch.dtype
 ) -> None:
-    """It gives -inf as in stock, whose backward writes elsewhere then: here nothing flows back."""
+    """It gives -inf as in stock. Stock's backward then writes elsewhere; in ours nothing flows back."""
     x = cases.lay_out(torch.randn(2, 3, 2, 3).to(dtype), layout).requires_grad_()
     y, expected = relu_max_pool2d(x, *constants), F.max_pool2d(F.relu(x), *constants)
     assert torch.equal(y, expected)
@@ -363,7 +363,7 @@ def test_a_window_that_steps_over_the_image(
 
 
 def test_a_gradient_never_reaches_another_channel() -> None:
-    """Stock's gives [0, 0, 1, 1]."""
+    """Stock's gradient is [0, 0, 1, 1]."""
     x = torch.ones(1, 4, 1, 1, requires_grad=True)
     (found,) = torch.autograd.grad(relu_max_pool2d(x, 2, 1, 1, 2).sum(), x)
     assert not found.any()

@@ -1,6 +1,6 @@
-"""relu_max_pool2d_lrn, CaffeNet's order: float64, and what the order changes.
+"""relu_max_pool2d_lrn, CaffeNet's order: float64, and the effect of the order.
 
-What it shares with relu_lrn_max_pool2d is in test_blocks.py.
+Tests for relu_lrn_max_pool2d too are in test_blocks.py.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def test_values_and_gradients(case: Case, dtype: torch.dtype, layout: str) -> No
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_the_winner_is_the_largest_value_and_then_normalized(layout: str) -> None:
-    """Each channel's maximum is normalized by the other channels' maxima, wherever in the window they stood."""
+    """Each channel's maximum is normalized by the other channels' maxima, wherever in the window they are."""
     x = torch.zeros(1, 2, 1, 2)
     x[0, :, 0, 0] = torch.tensor([4.0, 1.0])
     x[0, :, 0, 1] = torch.tensor([2.0, 3.0])
