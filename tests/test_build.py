@@ -97,7 +97,7 @@ def configured(folder: Path, torch_facts: str, *options: str, with_nvcc: bool = 
     for name in ("cmake", "csrc"):
         shutil.copytree(ROOT / name, tree / name)
     shutil.copy(ROOT / "CMakeLists.txt", tree)
-    (tree / "csrc" / "torch_facts.py").write_text(f"print({torch_facts!r})\n")
+    (tree / "cmake" / "torch_facts.py").write_text(f"print({torch_facts!r})\n")
     command = ["cmake", "-G", "Ninja", "-S", str(tree), "-B", str(folder / "build")]
     command += [f"-DPython_EXECUTABLE={sys.executable}", f"-DALEXNET_EXT_OUTPUT={folder}", *options]
     done = run(command, folder, PATH=path)

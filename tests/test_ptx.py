@@ -214,7 +214,7 @@ def compiled_by(kind: str, architecture: str, base: Path) -> Programs:
     def compiled(direction: str) -> Program:
         with shared_folder(base, f"ptx_{kind}_{direction}") as folder:
             source = folder / f"{direction}.cu"
-            files = sorted(CSRC.glob(f"{direction}_*_{kind}.cu"))
+            files = sorted((CSRC / kind).glob(f"{direction}_*.cu"))
             source.write_text("".join(f'#include "{file}"\n' for file in files))
             return Program(source, Path(include), folder, architecture)
 

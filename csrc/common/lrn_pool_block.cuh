@@ -1,10 +1,10 @@
 // What the CUDA kernels of both fused blocks share: their parameters, the activation, and the bias gradient.
 #pragma once
 
-#include "../common/channel_sums.cuh"
 #include "../local_response_norm/local_response_norm_window.cuh"
+#include "../relu_lrn_max_pool2d/relu_lrn_max_pool2d.h"
 #include "../relu_max_pool2d/relu_max_pool2d_window.cuh"
-#include "relu_lrn_max_pool2d.h"
+#include "channel_sums.cuh"
 
 namespace alexnet_ext {
 

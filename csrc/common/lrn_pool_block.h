@@ -1,8 +1,8 @@
 // The fused blocks' arguments at the boundary, shared by both orders.
 #pragma once
 
-#include "../relu_max_pool2d/pooling.h"
-#include "relu_lrn_max_pool2d.h"
+#include "../relu_lrn_max_pool2d/relu_lrn_max_pool2d.h"
+#include "pooling.h"
 
 namespace alexnet_ext {
 

@@ -1,8 +1,8 @@
 // Pooling arguments at the boundary, shared by the ops that pool.
 #pragma once
 
-#include "../common/tensor.h"
-#include "relu_max_pool2d.h"
+#include "../relu_max_pool2d/relu_max_pool2d.h"
+#include "tensor.h"
 
 namespace alexnet_ext {
 

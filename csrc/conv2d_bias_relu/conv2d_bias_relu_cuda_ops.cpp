@@ -3,7 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../common/cuda_stream.h"
-#include "conv2d_bias_relu_plan.h"
+#include "aten_convolution.h"
 
 namespace alexnet_ext {
 namespace {

@@ -3,7 +3,7 @@
 // tiles go by Winograd's. (oneDNN's own ReLU epilogue turns NaN to 0, which PyTorch's ReLU does not.)
 #include <torch/csrc/stable/library.h>
 
-#include "winograd_plan.h"
+#include "cpu/winograd_convolution.h"
 
 namespace alexnet_ext {
 namespace {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../common/cuda_stream.h"
-#include "conv2d_cutlass.h"
+#include "cutlass/conv2d_cutlass.h"
 
 namespace alexnet_ext {
 

@@ -6,7 +6,7 @@
 // or L2, and is normalized again for each of them. Backward: x, dy and winners once, dx once, and the bias sums.
 #pragma once
 
-#include "block_window.cuh"
+#include "../common/lrn_pool_block.cuh"
 
 namespace alexnet_ext {
 

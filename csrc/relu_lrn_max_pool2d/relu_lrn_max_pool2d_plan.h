@@ -1,7 +1,7 @@
 // Checks, layout and allocation of relu_lrn_max_pool2d for every device; `launch` runs the device's kernel.
 #pragma once
 
-#include "block.h"
+#include "../common/lrn_pool_block.h"
 
 namespace alexnet_ext {
 

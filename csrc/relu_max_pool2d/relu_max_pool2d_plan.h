@@ -1,7 +1,7 @@
 // Checks, layout and allocation of relu_max_pool2d for every device; `launch` runs the device's kernel.
 #pragma once
 
-#include "pooling.h"
+#include "../common/pooling.h"
 
 namespace alexnet_ext {
 

@@ -7,7 +7,7 @@
 // With any other LRN the backward is two kernels, and dpooled, a workspace of fp32, is written and read between them.
 #pragma once
 
-#include "../relu_lrn_max_pool2d/block_window.cuh"
+#include "../common/lrn_pool_block.cuh"
 #include "relu_max_pool2d_lrn.h"
 
 namespace alexnet_ext {

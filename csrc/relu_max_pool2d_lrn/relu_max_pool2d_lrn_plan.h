@@ -1,7 +1,7 @@
 // Checks, layout and allocation of relu_max_pool2d_lrn for every device; `launch` runs the device's kernel.
 #pragma once
 
-#include "../relu_lrn_max_pool2d/block.h"
+#include "../common/lrn_pool_block.h"
 #include "relu_max_pool2d_lrn.h"
 
 namespace alexnet_ext {

@@ -1,6 +1,6 @@
 // The host's arithmetic for the convolution on tensor cores: the weight gradient's splits fill a GPU, and their
 // workspace holds them.
-#include "conv2d_bias_relu/conv2d_cutlass.h"
+#include "conv2d_bias_relu/cutlass/conv2d_cutlass.h"
 #include "harness.h"
 
 namespace alexnet_ext::test {

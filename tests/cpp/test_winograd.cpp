@@ -1,6 +1,6 @@
 // Winograd's transforms with plain products between them, against a plain convolution and its gradients in double.
 #include "conv2d_bias_relu/conv2d_bias_relu.h"
-#include "conv2d_bias_relu/winograd.h"
+#include "conv2d_bias_relu/cpu/winograd.h"
 #include "harness.h"
 
 namespace alexnet_ext::test {

@@ -12,8 +12,8 @@
 // Everything is fp32 and NHWC. Matrices stand as [16][groups][rows][channels of a group].
 #pragma once
 
-#include "../common/isa.h"
-#include "../common/types.h"
+#include "../../common/isa.h"
+#include "../../common/types.h"
 
 namespace alexnet_ext {
 

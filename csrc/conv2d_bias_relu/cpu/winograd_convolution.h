@@ -4,7 +4,7 @@
 #include <array>
 #include <atomic>
 
-#include "conv2d_bias_relu_plan.h"
+#include "../aten_convolution.h"
 #include "winograd.h"
 
 namespace alexnet_ext {

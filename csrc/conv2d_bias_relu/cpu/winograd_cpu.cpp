@@ -1,5 +1,5 @@
 // The transforms of Winograd's convolution on the CPU, with vectors along the channels.
-#include "../common/cpu_vector.h"
+#include "../../common/cpu_vector.h"
 #include "winograd.h"
 
 namespace alexnet_ext {

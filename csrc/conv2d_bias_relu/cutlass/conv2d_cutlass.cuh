@@ -8,9 +8,9 @@
 #include <cutlass/conv/kernel/default_conv2d_fprop.h>
 #include <cutlass/conv/kernel/default_conv2d_wgrad.h>
 
-#include "../common/channel_sums.cuh"
+#include "../../common/channel_sums.cuh"
 #include "conv2d_cutlass.h"
-#include "cutlass_element.h"
+#include "../cutlass_element.h"
 
 namespace alexnet_ext {
 

@@ -2,7 +2,7 @@
 // group's slice of it, and the launchers.
 #pragma once
 
-#include "conv2d_bias_relu.h"
+#include "../conv2d_bias_relu.h"
 
 namespace alexnet_ext {
 

@@ -2,7 +2,7 @@
 // of what is before the ReLU.
 #include <torch/csrc/stable/library.h>
 
-#include "conv2d_cutlass_plan.h"
+#include "../conv2d_binding.h"
 
 namespace alexnet_ext {
 namespace {

@@ -13,9 +13,9 @@
 #include <cutlass/conv/kernel/conv_universal.hpp>
 #include <cutlass/epilogue/collective/collective_builder.hpp>
 
-#include "../common/images.cuh"
-#include "conv2d_cutlass.h"
-#include "cutlass_element.h"
+#include "../../common/images.cuh"
+#include "../cutlass/conv2d_cutlass.h"
+#include "../cutlass_element.h"
 
 namespace alexnet_ext {
 

@@ -2,7 +2,7 @@
 // wgmma has no gradients of TF32.
 #include <torch/csrc/stable/library.h>
 
-#include "conv2d_cutlass_plan.h"
+#include "../conv2d_binding.h"
 
 namespace alexnet_ext {
 namespace {

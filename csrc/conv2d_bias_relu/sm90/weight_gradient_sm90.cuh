@@ -12,10 +12,10 @@
 #include <cutlass/cuda_host_adapter.hpp>
 #include <cutlass/pipeline/pipeline.hpp>
 
-#include "../common/channel_sums.cuh"
-#include "../common/images.cuh"
-#include "conv2d_cutlass.h"
-#include "cutlass_element.h"
+#include "../../common/channel_sums.cuh"
+#include "../../common/images.cuh"
+#include "../cutlass/conv2d_cutlass.h"
+#include "../cutlass_element.h"
 
 namespace alexnet_ext {
 
