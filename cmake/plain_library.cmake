@@ -31,9 +31,10 @@ if(CMAKE_CUDA_COMPILER)
 endif()
 
 # Public is the header that has an op's name, which declares its launchers, and of common/ what those include.
-set(HEADERS common/channel_sums.h common/isa.h common/types.h)
-file(GLOB OPS CONFIGURE_DEPENDS RELATIVE ${CMAKE_SOURCE_DIR}/csrc csrc/*/*_cpu.cpp)
-list(TRANSFORM OPS REPLACE "_cpu\\.cpp$" ".h")
+set(HEADERS common/channel_sums.h common/isa.h common/relu_mask.h common/types.h)
+file(GLOB OPS CONFIGURE_DEPENDS RELATIVE ${CMAKE_SOURCE_DIR}/csrc csrc/*/*_ops.cpp)
+list(FILTER OPS EXCLUDE REGEX "_cuda_ops\\.cpp$")
+list(TRANSFORM OPS REPLACE "_ops\\.cpp$" ".h")
 foreach(header IN LISTS HEADERS OPS)
   get_filename_component(folder ${header} DIRECTORY)
   install(FILES csrc/${header} DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}/alexnet_ext/${folder})

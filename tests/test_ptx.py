@@ -104,7 +104,7 @@ def unwritten(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def described(problem: Problem) -> ctypes.Array[ctypes.c_int64]:
-    """Conv2d of conv2d_cutlass.h."""
+    """Conv2d of conv2d.h."""
     sizes = [*problem.x, problem.filters, *problem.kernel, *problem.y[2:], *problem.stride, *problem.padding]
     return (ctypes.c_int64 * 16)(*sizes, *problem.dilation, problem.groups)
 

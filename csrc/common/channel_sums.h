@@ -8,8 +8,8 @@ namespace alexnet_ext {
 // More channels are summed element by element.
 constexpr int64_t kMaxLaneSums = 2048;
 
-// Four blocks on each of 132 multiprocessors.
-constexpr int64_t kFullGpu = 4 * 132;
+// Four blocks on each multiprocessor.
+constexpr int64_t kFullGpu = 4 * kHopperMultiprocessors;
 
 // Enough rows to fill a GPU, and a multiple of the eighths of the channels, so that a thread stays at its channels.
 // It hangs on the shape alone, so that the same input gives the same bits on every GPU.

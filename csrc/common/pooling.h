@@ -6,8 +6,6 @@
 
 namespace alexnet_ext {
 
-using IntList = std::vector<int64_t>;
-
 inline Pooling pooling_of(const IntList& kernel, const IntList& stride, const IntList& padding,
                           const IntList& dilation) {
   Pooling pool;

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "huge_pages.h"
+#include "isa.h"
 #include "types.h"
 
 // From 2.13 on PyTorch hands over the message of what failed behind the C boundary, earlier ones only say where it was.
@@ -23,6 +24,7 @@ namespace alexnet_ext {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using IntList = std::vector<int64_t>;
 
 // Throws std::runtime_error, Python's RuntimeError, with the parts as one sentence.
 template <class... Parts>
@@ -150,10 +152,12 @@ inline Tensor dense(const Tensor& x, const Images& images) {
   return x;
 }
 
-// Runs f(begin, end) over the units with PyTorch's own thread pool.
+// Runs f(isa, begin, end) over all units: on PyTorch's thread pool, with this CPU's best instruction set as a constant.
 template <class F>
-inline void parallel(int64_t units, F&& f) {
-  if (units > 0) torch::stable::parallel_for(0, units, 1, f);
+inline void on_cpu(int64_t units, F&& f) {
+  if (units == 0) return;
+  torch::stable::parallel_for(
+      0, units, 1, [&](int64_t begin, int64_t end) { with_isa(best_isa(), [&](auto isa) { f(isa, begin, end); }); });
 }
 
 }  // namespace alexnet_ext

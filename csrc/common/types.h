@@ -58,6 +58,10 @@ struct Images {
   bool channels_last;
 };
 
+// The multiprocessors of an H100. Launches that split a sum are sized for them, on every GPU, so that a result depends
+// on the shape alone.
+constexpr int64_t kHopperMultiprocessors = 132;
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace alexnet_ext

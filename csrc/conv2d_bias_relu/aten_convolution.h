@@ -1,19 +1,9 @@
 // PyTorch's own convolution through its dispatcher, forward and backward, for every device.
 #pragma once
 
-#include <array>
-
-#include "../common/tensor.h"
-#include "conv2d_bias_relu.h"
+#include "conv2d_bias_relu_plan.h"
 
 namespace alexnet_ext {
-
-using IntList = std::vector<int64_t>;
-
-struct Convolution {
-  IntList stride, padding, dilation;
-  int64_t groups;
-};
 
 inline Tensor convolution(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                           const Convolution& p) {
@@ -24,12 +14,6 @@ inline Tensor convolution(const Tensor& x, const Tensor& weight, const std::opti
                                     from(p.groups)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-inline void check_gradient(const Tensor& dy, const Tensor& x, const Tensor& y) {
-  check_like(dy, "dy", x);
-  check_like(y, "y", x);
-  check_shape(dy, "dy", {y.sizes().begin(), y.sizes().end()});
 }
 
 // The gradients of x, weight and bias that `mask` asks for; the others are empty.

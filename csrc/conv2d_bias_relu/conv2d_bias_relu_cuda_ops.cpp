@@ -11,15 +11,14 @@ namespace {
 Tensor forward(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, IntList stride, IntList padding,
                IntList dilation, int64_t groups, bool relu) {
   CudaStream stream(x);
-  DType dtype = dtype_of(x, "x");
-  check_like(weight, "weight", x);
+  const DType dtype = check_forward(x, weight, bias);
   if (bias) bias = torch::stable::contiguous(*bias);
-  const void* b = bias_data(bias, x, weight.size(0));
   if (!relu) return convolution(x, weight, bias, {stride, padding, dilation, groups});
   Tensor y = convolution(x, weight, std::nullopt, {stride, padding, dilation, groups});
   const Images images = images_of(y, "y");
   y = dense(y, images);
-  stream.check("bias_relu", bias_relu_cuda(dtype, images, y.data_ptr(), b, stream.get()));
+  stream.check("bias_relu",
+               bias_relu_cuda(dtype, images, y.data_ptr(), bias ? bias->data_ptr() : nullptr, stream.get()));
   return y;
 }
 
@@ -28,7 +27,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, c
                                             std::vector<bool> output_mask, bool relu) {
   CudaStream stream(x);
   DType dtype = dtype_of(x, "x");
-  check_gradient(dy, x, y);
+  check_backward(dy, x, y);
   const Convolution p{stride, padding, dilation, groups};
   if (!relu) {
     const auto gradients =

@@ -10,17 +10,15 @@ namespace {
 
 Tensor forward(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, IntList stride, IntList padding,
                IntList dilation, int64_t groups, bool relu) {
-  DType dtype = dtype_of(x, "x");
-  check_like(weight, "weight", x);
-  if (bias) bias_data(bias, x, weight.size(0));
+  const DType dtype = check_forward(x, weight, bias);
   const Convolution p{stride, padding, dilation, groups};
   if (const auto winograd = WinogradConvolution::of(x, weight, p))
     if (const auto result = winograd->forward(x, weight, bias, relu)) return *result;
   Tensor y = convolution(x, weight, bias, p);
   if (!relu) return y;
   const int64_t n = y.numel();
-  parallel(ceil_div(n, kReluRun), [&](int64_t begin, int64_t end) {
-    with_isa(best_isa(), [&](auto isa) { relu_inplace_cpu<isa.value>(dtype, y.data_ptr(), n, begin, end); });
+  on_cpu(relu_units(n), [&](auto isa, int64_t begin, int64_t end) {
+    relu_inplace_cpu<isa.value>(dtype, y.data_ptr(), n, begin, end);
   });
   return y;
 }
@@ -31,10 +29,8 @@ Tensor masked(const Tensor& dy, const Tensor& y) {
   Tensor dz = fresh_like(y);
   Tensor gradient = with_strides_of(dz, dy), result = with_strides_of(dz, y);
   const int64_t n = y.numel();
-  parallel(ceil_div(n, kReluRun), [&](int64_t begin, int64_t end) {
-    with_isa(best_isa(), [&](auto isa) {
-      relu_mask_cpu<isa.value>(dtype, gradient.data_ptr(), result.data_ptr(), dz.data_ptr(), n, begin, end);
-    });
+  on_cpu(relu_units(n), [&](auto isa, int64_t begin, int64_t end) {
+    relu_mask_cpu<isa.value>(dtype, gradient.data_ptr(), result.data_ptr(), dz.data_ptr(), n, begin, end);
   });
   return dz;
 }
@@ -42,7 +38,7 @@ Tensor masked(const Tensor& dy, const Tensor& y) {
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& y,
                                             IntList stride, IntList padding, IntList dilation, int64_t groups,
                                             std::vector<bool> output_mask, bool relu) {
-  check_gradient(dy, x, y);
+  check_backward(dy, x, y);
   const Tensor dz = relu ? masked(dy, y) : dy;
   const Convolution p{stride, padding, dilation, groups};
   const std::array<bool, 3> mask = {output_mask.at(0), output_mask.at(1), output_mask.at(2)};

@@ -2,11 +2,9 @@
 #pragma once
 
 #include "../common/cuda_stream.h"
-#include "cutlass/conv2d_cutlass.h"
+#include "conv2d.h"
 
 namespace alexnet_ext {
-
-using IntList = std::vector<int64_t>;
 
 // t or a copy of it, channels-last and on a boundary of 16 bytes.
 inline Tensor on_boundary(const Tensor& t, const char* name) {

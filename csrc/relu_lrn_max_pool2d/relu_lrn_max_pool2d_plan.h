@@ -7,8 +7,8 @@ namespace alexnet_ext {
 
 // y, winners = launch(x, bias).
 template <class Launch>
-inline std::tuple<Tensor, Tensor> on_block(const Tensor& x, std::optional<Tensor> bias, const Lrn& lrn,
-                                           const IntList& kernel, const IntList& stride, Launch&& launch) {
+inline std::tuple<Tensor, Tensor> on_lrn_then_pool(const Tensor& x, std::optional<Tensor> bias, const Lrn& lrn,
+                                                   const IntList& kernel, const IntList& stride, Launch&& launch) {
   LrnPoolBlock p = block_of(x, lrn, kernel, stride);
   p.in = images_of(x, "x");
   p.out = pooled(p.in, p.pool, false);
@@ -22,9 +22,10 @@ inline std::tuple<Tensor, Tensor> on_block(const Tensor& x, std::optional<Tensor
 
 // dx, dbias = launch(dy, x, bias, winners), which fills dx and returns dbias.
 template <class Launch>
-inline std::tuple<Tensor, Tensor> on_block_backward(const Tensor& dy, const Tensor& x, std::optional<Tensor> bias,
-                                                    const Tensor& winners, const Lrn& lrn, const IntList& kernel,
-                                                    const IntList& stride, Launch&& launch) {
+inline std::tuple<Tensor, Tensor> on_lrn_then_pool_backward(const Tensor& dy, const Tensor& x,
+                                                            std::optional<Tensor> bias, const Tensor& winners,
+                                                            const Lrn& lrn, const IntList& kernel,
+                                                            const IntList& stride, Launch&& launch) {
   LrnPoolBlock p = block_of(x, lrn, kernel, stride);
   p.in = images_of(x, "x");
   p.out = pooled(p.in, p.pool, false);

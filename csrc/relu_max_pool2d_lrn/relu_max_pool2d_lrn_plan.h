@@ -8,8 +8,9 @@ namespace alexnet_ext {
 
 // y, pooled, winners = launch(x, bias).
 template <class Launch>
-inline std::tuple<Tensor, Tensor, Tensor> on_block(const Tensor& x, std::optional<Tensor> bias, const Lrn& lrn,
-                                                   const IntList& kernel, const IntList& stride, Launch&& launch) {
+inline std::tuple<Tensor, Tensor, Tensor> on_pool_then_lrn(const Tensor& x, std::optional<Tensor> bias, const Lrn& lrn,
+                                                           const IntList& kernel, const IntList& stride,
+                                                           Launch&& launch) {
   LrnPoolBlock p = block_of(x, lrn, kernel, stride);
   p.in = images_of(x, "x");
   p.out = pooled(p.in, p.pool, false);
@@ -24,9 +25,10 @@ inline std::tuple<Tensor, Tensor, Tensor> on_block(const Tensor& x, std::optiona
 
 // dx, dbias = launch(dy, pooled, winners), which fills dx and returns dbias.
 template <class Launch>
-inline std::tuple<Tensor, Tensor> on_block_backward(const Tensor& dy, const Tensor& kept, const Tensor& winners,
-                                                    int64_t height, int64_t width, const Lrn& lrn,
-                                                    const IntList& kernel, const IntList& stride, Launch&& launch) {
+inline std::tuple<Tensor, Tensor> on_pool_then_lrn_backward(const Tensor& dy, const Tensor& kept, const Tensor& winners,
+                                                            int64_t height, int64_t width, const Lrn& lrn,
+                                                            const IntList& kernel, const IntList& stride,
+                                                            Launch&& launch) {
   LrnPoolBlock p = block_of(kept, lrn, kernel, stride);
   p.out = images_of(kept, "pooled");
   p.in = unpooled(p.out, height, width, p.pool);

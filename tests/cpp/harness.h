@@ -163,6 +163,14 @@ inline int64_t integer(Random& random, int64_t low, int64_t high) {
   return std::uniform_int_distribution<int64_t>(low, high)(random);
 }
 
+// Every fourth value is NaN, inf, -inf, 0 or -0.
+template <class T>
+T special_or_normal(Random& random) {
+  const double specials[] = {NAN, INFINITY, -INFINITY, 0.0, -0.0};
+  const int64_t pick = integer(random, 0, 19);
+  return rounded<T>(pick < 5 ? specials[pick] : normal(random));
+}
+
 // ---- units
 
 enum class Split { whole, units, threads };

@@ -1,6 +1,7 @@
 // The host's arithmetic for the convolution on tensor cores: the weight gradient's splits fill a GPU, and their
 // workspace holds them.
 #include "conv2d_bias_relu/cutlass/conv2d_cutlass.h"
+#include "conv2d_bias_relu/sm90/conv2d_sm90.h"
 #include "harness.h"
 
 namespace alexnet_ext::test {
@@ -27,7 +28,8 @@ void check_splits(const Conv2d& p, int64_t splits, int64_t sm90_splits) {
   expect_value(plan.splits == sm90_splits, "splits for 9.0", 0, static_cast<double>(plan.splits),
                static_cast<double>(sm90_splits), 0);
   const int64_t sm90_blocks = plan.column_blocks * plan.filter_blocks * p.groups;
-  expect(plan.splits == 1 || sm90_blocks * plan.splits <= kMostBlocks / 2, "more blocks than are wanted for 9.0");
+  expect(plan.splits == 1 || sm90_blocks * plan.splits <= kHopperMultiprocessors,
+         "more blocks than are wanted for 9.0");
   expect((plan.splits - 1) * plan.steps_of_split < plan.steps && plan.splits * plan.steps_of_split >= plan.steps,
          "each split has pixels, and each pixel a split");
   expect(plan.column_blocks * kSm90WeightColumns * kSm90WeightChannels >= p.taps() &&

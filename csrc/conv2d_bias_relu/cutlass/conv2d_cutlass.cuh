@@ -9,8 +9,8 @@
 #include <cutlass/conv/kernel/default_conv2d_wgrad.h>
 
 #include "../../common/channel_sums.cuh"
-#include "conv2d_cutlass.h"
 #include "../cutlass_element.h"
+#include "conv2d_cutlass.h"
 
 namespace alexnet_ext {
 

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../conv2d_binding.h"
+#include "conv2d_cutlass.h"
 
 namespace alexnet_ext {
 namespace {

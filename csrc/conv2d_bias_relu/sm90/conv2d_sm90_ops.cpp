@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../conv2d_binding.h"
+#include "conv2d_sm90.h"
 
 namespace alexnet_ext {
 namespace {

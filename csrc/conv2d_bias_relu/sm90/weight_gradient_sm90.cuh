@@ -14,8 +14,8 @@
 
 #include "../../common/channel_sums.cuh"
 #include "../../common/images.cuh"
-#include "../cutlass/conv2d_cutlass.h"
 #include "../cutlass_element.h"
+#include "conv2d_sm90.h"
 
 namespace alexnet_ext {
 
