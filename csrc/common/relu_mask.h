@@ -1,4 +1,4 @@
-// ReLU's gradient on the CPU, free of PyTorch: the first step of every backward that follows a product.
+// ReLU's gradient on the CPU, free of PyTorch: the first step backward of every op that ends in a ReLU.
 #pragma once
 
 #include "isa.h"

@@ -1,4 +1,4 @@
-// PyTorch's own convolution through its dispatcher, forward and backward, for every device.
+// PyTorch's own convolution, called through its dispatcher, forward and backward, on any device.
 #pragma once
 
 #include "conv2d_bias_relu_plan.h"
@@ -16,7 +16,7 @@ inline Tensor convolution(const Tensor& x, const Tensor& weight, const std::opti
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// The gradients of x, weight and bias that `mask` asks for; the others are empty.
+// The gradients of x, weight and bias that `mask` selects; the others are empty.
 inline std::array<Tensor, 3> convolution_backward(const Tensor& dz, const Tensor& x, const Tensor& weight,
                                                   const Convolution& p, const std::array<bool, 3>& mask) {
   using torch::stable::detail::from;

@@ -1,5 +1,6 @@
-// conv2d_bias_relu as PyTorch operators on CUDA: PyTorch's own convolution (cuDNN) without its bias; bias and ReLU in
-// one pass in place behind it; the ReLU mask and the bias gradient in one pass before its backward.
+// conv2d_bias_relu as PyTorch operators on CUDA. PyTorch's own convolution (cuDNN) runs without its bias; then one pass
+// applies bias and ReLU in place. Backward, one pass applies the ReLU mask and sums the bias gradient; then PyTorch's
+// convolution backward follows.
 #include <torch/csrc/stable/library.h>
 
 #include "../common/cuda_stream.h"

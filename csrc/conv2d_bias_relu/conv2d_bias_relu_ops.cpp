@@ -1,6 +1,7 @@
-// conv2d_bias_relu as PyTorch operators on the CPU: PyTorch's own convolution (oneDNN), which adds the bias; ReLU in
-// place behind it; the ReLU mask folded into the gradient before PyTorch's convolution backward. 3 x 3 layers of many
-// tiles go by Winograd's. (oneDNN's own ReLU epilogue turns NaN to 0, which PyTorch's ReLU does not.)
+// conv2d_bias_relu as PyTorch operators on the CPU. PyTorch's own convolution (oneDNN) adds the bias; ReLU follows in
+// place. Backward, the ReLU mask is applied to the gradient before PyTorch's convolution backward. 3 x 3 layers with
+// many tiles use Winograd's convolution instead. (oneDNN's own ReLU epilogue turns NaN into 0; PyTorch's ReLU keeps
+// it.)
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/winograd_convolution.h"
@@ -23,7 +24,7 @@ Tensor forward(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias
   return y;
 }
 
-// dy where y is positive or NaN.
+// dz = dy where y is positive or NaN, else 0.
 Tensor masked(const Tensor& dy, const Tensor& y) {
   const DType dtype = dtype_of(y, "y");
   Tensor dz = fresh_like(y);

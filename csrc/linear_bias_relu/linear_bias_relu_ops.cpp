@@ -27,7 +27,7 @@ Tensor empty(const Tensor& like, std::vector<int64_t> sizes) {
   return fresh(torch::stable::new_empty(like, {sizes.data(), sizes.size()}));
 }
 
-// source^T, widened, as the kernels read it.
+// source packed for the kernels: transposed, widened, with padded rows.
 Tensor packed(const LinearBiasRelu& p, const Tensor& source) {
   const int64_t columns = source.size(1), sizes[] = {columns, padded_rows(p)};
   const auto wide = p.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float;

@@ -1,4 +1,4 @@
-// Checks, layout and allocation of relu_max_pool2d_lrn for every device; `launch` runs the device's kernel.
+// Checks, layout and allocation of relu_max_pool2d_lrn for every device. `launch` runs the device's kernel.
 #pragma once
 
 #include "../common/lrn_pool_block.h"
@@ -6,7 +6,7 @@
 
 namespace alexnet_ext {
 
-// y, pooled, winners = launch(x, bias).
+// Allocates y, pooled and winners and has launch(parameters, x, bias, y, pooled, winners) fill them.
 template <class Launch>
 inline std::tuple<Tensor, Tensor, Tensor> on_pool_then_lrn(const Tensor& x, std::optional<Tensor> bias, const Lrn& lrn,
                                                            const IntList& kernel, const IntList& stride,
@@ -23,7 +23,7 @@ inline std::tuple<Tensor, Tensor, Tensor> on_pool_then_lrn(const Tensor& x, std:
   return {y, kept, winners};
 }
 
-// dx, dbias = launch(dy, pooled, winners), which fills dx and returns dbias.
+// Allocates dx. launch(parameters, dy, pooled, winners, dx) fills it and returns dbias.
 template <class Launch>
 inline std::tuple<Tensor, Tensor> on_pool_then_lrn_backward(const Tensor& dy, const Tensor& kept, const Tensor& winners,
                                                             int64_t height, int64_t width, const Lrn& lrn,

@@ -1,4 +1,4 @@
-// Winograd's convolution of tensors: where it is used, its scratch, and its products by PyTorch's bmm.
+// Winograd's convolution of PyTorch's tensors: when it is used, its scratch memory, and its products by PyTorch's bmm.
 #pragma once
 
 #include <array>
@@ -9,12 +9,12 @@
 
 namespace alexnet_ext {
 
-// With fewer tiles the transforms of the weight, with fewer channels those of the tiles, cost more than the products
-// save.
+// Below kFewestTiles the transforms of the weight cost more than the products save, and below kFewestChannels those of
+// the tiles do.
 constexpr int64_t kFewestTiles = 384, kFewestChannels = 96;
-// Tiles taken together: enough for the products to run at full speed, few enough for the matrices to stay in the cache
-// and in blocks that malloc reuses.
+// Tiles in one pass: enough for products at full speed, few enough for matrices that stay in the cache.
 constexpr int64_t kTilesTogether = 448;
+// Bytes of a matrix. malloc reuses blocks up to this size, so their pages are already mapped.
 constexpr int64_t kLargestMatrix = int64_t{32} << 20;
 
 class WinogradConvolution {
@@ -27,7 +27,7 @@ class WinogradConvolution {
     return made.has_enough_tiles() && made.has_small_matrices() ? std::optional(made) : std::nullopt;
   }
 
-  // conv2d(x, weight) + bias, with relu max(0, .) of it; nothing where a value is not finite.
+  // conv2d(x, weight) + bias, with relu max(0, .) of it. Nothing if a value is not finite.
   std::optional<Tensor> forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                                 bool relu) const {
     const Tensor in = dense(x, p_.in);
@@ -50,7 +50,7 @@ class WinogradConvolution {
     return in_format(y, p_.out);
   }
 
-  // The gradients of x, weight and bias that `mask` asks for, the others empty; nothing where a value is not finite.
+  // The gradients of x, weight and bias that `mask` selects; the others are empty. Nothing if a value is not finite.
   std::optional<std::array<Tensor, 3>> backward(const Tensor& dz, const Tensor& x, const Tensor& weight,
                                                 const std::array<bool, 3>& mask) const {
     const Tensor in = dense(x, p_.in), gradient = dense(dz, p_.out);
@@ -161,7 +161,7 @@ class WinogradConvolution {
     using torch::stable::detail::from;
     std::array<StableIValue, 3> stack{from(a), from(b), from(product)};
     STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::bmm", "out", stack.data(), TORCH_ABI_VERSION));
-    torch::stable::detail::to<Tensor>(stack[0]);  // the result is a reference of its own to `product`: given back here
+    torch::stable::detail::to<Tensor>(stack[0]);  // releases the result, a second reference to `product`
   }
 
   template <class F>
@@ -169,7 +169,7 @@ class WinogradConvolution {
     on_cpu(images * p_.tiles_h, f);
   }
 
-  // f(first image, images, number of the part).
+  // Calls f(first image, number of images, number of the part) for each part of the batch.
   template <class F>
   void for_parts(F&& f) const {
     for (int64_t first = 0, part = 0; first < p_.in.batch; first += together_, ++part)
@@ -180,7 +180,7 @@ class WinogradConvolution {
     return scratch(like, {kPlaces * p_.groups, p_.capacity, channels});
   }
 
-  // The rows of a matrix that so many images fill.
+  // The rows of m that `images` images fill.
   Tensor used(Tensor m, int64_t images) const { return torch::stable::narrow(m, 1, 0, images * tiles()); }
 
   Tensor transformed(const Tensor& weight) const {
@@ -191,7 +191,7 @@ class WinogradConvolution {
     return u;
   }
 
-  // An NHWC result in the memory format of the convolution.
+  // t, which is NHWC, in the memory format of the convolution's results.
   Tensor in_format(const Tensor& t, Images images) const {
     images.channels_last = channels_last_;
     return dense(t, images);
