@@ -1,7 +1,8 @@
 // Vectors of the instruction set that this file is compiled for, and rows moved between memory and fp32 scratch.
 //
 // Everything here is in the namespace of the instruction set. Otherwise the linker could keep the AVX-512 copy of an
-// inline function for an older CPU. For the same reason kernels use only what the compiler surely inlines of std.
+// inline function for an older CPU. For the same reason kernels use only such functions of std as are inlined for
+// certain.
 #pragma once
 
 #include <cmath>

@@ -143,8 +143,8 @@ inline int for_groups(const Conv2d& p, F&& f) {
 
 // ---- each direction's kernel, its arguments for a group, and its launcher
 
-// 64 columns a block. AlexNet's groups have 48, 96, 128, 192 and 384 channels, of which 128 columns would leave a
-// quarter unused.
+// 64 columns a block. AlexNet's groups have 48, 96, 128, 192 and 384 channels: 128 columns would leave a quarter or
+// more unused.
 template <class T>
 using ForwardKernel = ProductKernel<cutlass::conv::kernel::DefaultConv2dFprop, T, 256, 64, Stored<Element<T>, true>,
                                     StrideSupport::kStrided>;
