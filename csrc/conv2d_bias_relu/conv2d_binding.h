@@ -79,7 +79,7 @@ Tensor forward_by(const Tensor& x, const Tensor& weight, std::optional<Tensor> b
   return y;
 }
 
-// The gradient of x (wanted 0) or of weight (wanted 1).
+// `wanted` is 0 for the gradient of x and 1 for the gradient of weight.
 template <class Kernels>
 Tensor gradient_by(const Tensor& dz, const Tensor& x, const Tensor& weight, IntList stride, IntList padding,
                    IntList dilation, int64_t groups, int64_t wanted) {

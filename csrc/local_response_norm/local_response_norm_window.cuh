@@ -59,7 +59,7 @@ __device__ inline A lrn_value(const DeviceLrn<A>& lrn, int c, X&& x) {
 constexpr ChannelWidths kWindowWidths{16, 64};
 
 // The sum of term(j) over the channels j in [c - before, c + after] of this thread's pixel, where c is its own channel.
-// The threads of a block store the terms of their own channels in shared memory, then those of the channels on both
+// The threads of a block store the terms of their own channels in shared memory, then the terms of the channels on both
 // sides, `width` at a time. Each adds up its window from there. The before + after terms on the sides are computed
 // again by other blocks. Where `inside` is false, terms are 0.
 template <class A, class Term>

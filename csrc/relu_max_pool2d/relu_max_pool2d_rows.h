@@ -219,7 +219,7 @@ class PoolRows {
     });
   }
 
-  // The next channel overwrites what a vector writes past the end of its channel.
+  // A vector may write past the end of its channel; the next channel overwrites that part.
   void pool_contiguous(const int64_t* found) {
     Taps<A, const A*> taps;
     for (int64_t r = 0; r < pool_.kernel[0]; ++r)
@@ -311,7 +311,7 @@ class UnpoolRows {
  private:
   static int64_t longest(int64_t a, int64_t b) { return a > b ? a : b; }
 
-  // Widens winners to the size of A. NCHW rows are put between zeros, which stand for the windows outside.
+  // Widens winners to the size of A. NCHW rows are put between zeros, in place of the windows outside.
   void lay_out(A* gradients, Int<A>* taps) {
     if (channels_last_) return widened(winners_, taps, out_width_ * channels_);
     for (int64_t c = 0; c < channels_; ++c) {

@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kSm90WeightThreads, 1)
     cute::warpgroup_arrive();
     cute::gemm(product, dz(cute::_, cute::_, cute::_, here.index()), x(cute::_, cute::_, cute::_, here.index()), sums);
     cute::warpgroup_commit_batch();
-    // This step's products are still running; those of the step before have ended, so its boxes are free.
+    // This step's products are still running; the products of the step before have ended, so its boxes are free.
     cute::warpgroup_wait<1>();
     cute::warpgroup_fence_operand(sums);
     if (step == block.begin) continue;
