@@ -1,8 +1,8 @@
-# The convolution on tensor cores by CUTLASS (csrc/*/cutlass/*.cu): part of the CUDA library where its headers are found
-# and an architecture is wanted that has what they use, mma.sync of bf16 and cp.async: 8.0 and newer.
+# The convolution on tensor cores by CUTLASS (csrc/*/cutlass/*.cu). It is part of the CUDA library if CUTLASS's headers
+# are found and an architecture of at least 8.0 is requested. Older ones have neither mma.sync of bf16 nor cp.async.
 set(INCLUDE "${CUTLASS_INCLUDE}")
 if(NOT INCLUDE)
-  # Asked anew each time: an isolated build's packages lie elsewhere in the next one.
+  # Not cached, as every isolated build has its packages in another folder.
   execute_process(COMMAND ${Python_EXECUTABLE} ${CMAKE_SOURCE_DIR}/cmake/cutlass_include.py
     OUTPUT_VARIABLE INCLUDE COMMAND_ERROR_IS_FATAL ANY)
 endif()
@@ -33,7 +33,7 @@ else()
   file(GLOB CUTLASS_OPS CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/csrc/*/cutlass/*_ops.cpp)
   target_sources(cuda PRIVATE ${CUTLASS_OPS} $<TARGET_OBJECTS:cutlass_kernels>)
 
-  # For compute capability 9.0 alone (csrc/*/sm90/*.cu): wgmma and TMA, by headers of which one is CUTLASS's utility.
+  # For compute capability 9.0 alone (csrc/*/sm90/*.cu): wgmma and TMA. These need one header of CUTLASS's utilities.
   find_path(UTILITIES cutlass/util/packed_stride.hpp PATHS ${INCLUDE} ${INCLUDE}/../tools/util/include
     NO_CACHE NO_DEFAULT_PATH)
   list(FILTER ARCHITECTURES INCLUDE REGEX "^90")
@@ -55,7 +55,7 @@ endif()
 if(CUTLASS_REASON)
   set(SM90_REASON "${CUTLASS_REASON}")
   set(SM90_REMEDY "${CUTLASS_REMEDY}")
-  message(STATUS "The convolution by CUTLASS is left out: ${CUTLASS_REASON}. To mend it: ${CUTLASS_REMEDY}")
+  message(STATUS "The convolution by CUTLASS is left out: ${CUTLASS_REASON}. To fix it: ${CUTLASS_REMEDY}")
 elseif(SM90_REASON)
-  message(STATUS "The convolution by CUTLASS for 9.0 is left out: ${SM90_REASON}. To mend it: ${SM90_REMEDY}")
+  message(STATUS "The convolution by CUTLASS for 9.0 is left out: ${SM90_REASON}. To fix it: ${SM90_REMEDY}")
 endif()

@@ -1,4 +1,4 @@
-// Winograd's transforms with plain products between them, against a plain convolution and its gradients in double.
+// Compares Winograd's transforms, with plain products between them, with a convolution and its gradients in double.
 #include "conv2d_bias_relu/conv2d_bias_relu.h"
 #include "conv2d_bias_relu/cpu/winograd.h"
 #include "harness.h"
@@ -6,10 +6,10 @@
 namespace alexnet_ext::test {
 namespace {
 
-// product[row][column] = sum over the middle of a * b, for each place and group; either may be read transposed.
+// A factor of product[row][column] = sum over the middle of a * b, for each place and group. It may be read transposed.
 struct Factor {
   const Array<float>& values;
-  int64_t rows, columns;  // as they stand
+  int64_t rows, columns;  // as stored
   bool transposed;
   float at(int64_t matrix, int64_t i, int64_t j) const {
     return values[matrix * rows * columns + (transposed ? j * columns + i : i * columns + j)];
@@ -82,7 +82,7 @@ Results convolve(Isa isa, Split split, const Problem& problem) {
       z(matrices * rows * outputs), dv(matrices * rows * inputs), du(matrices * outputs * inputs);
   Results found{Array<float>(problem.dy.size()), Array<float>(problem.x.size()), Array<float>(problem.weight.size())};
   const auto expect_finite = [](bool finite) {
-    if (!finite) expect(false, "finite values pass for others");
+    if (!finite) expect(false, "finite values are reported as not finite");
   };
   with_isa(isa, [&](auto i) {
     run_units(split, p.out.channels,
@@ -154,7 +154,7 @@ void check(Isa isa, const Images& in, int64_t outputs, int64_t groups, int64_t p
   for (Split split : kSplits) compare(problem, convolve(isa, split, problem));
 }
 
-// A value that is not finite is noticed wherever it stands, and NaN passes the ReLU.
+// A value that is not finite is noticed at every place.
 void check_finite(Isa isa, float odd) {
   report().where = std::string(isa_name(isa)) + " not finite";
   const Images images{1, 16, 4, 4, true};
@@ -163,15 +163,15 @@ void check_finite(Isa isa, float odd) {
     Array<float> m(kPlaces * 4 * 16), y(16 * 16), dx(16 * 16), dweight(16 * 16 * 9), du(kPlaces * 16 * 16);
     for (int64_t i = 0; i < m.size(); ++i) m[i] = 1;
     for (int64_t i = 0; i < du.size(); ++i) du[i] = 1;
-    // The tile in the middle of nothing: each of its places is part of some result.
+    // Sets this place in every tile, as each place of a tile is part of some result.
     for (int64_t t = 0; t < 4; ++t) m[(place * 4 + t) * 16 + 5] = odd;
     du[(place * 16 + 3) * 16 + 7] = odd;
     with_isa(isa, [&](auto i) {
       expect(!winograd_output_cpu<i.value>(p, m.data(), nullptr, least_of(true), y.data(), 0, 0, 2),
-             "y passes for finite");
-      expect(!winograd_input_transposed_cpu<i.value>(p, m.data(), dx.data(), 0, 0, 1), "dx passes for finite");
+             "y is reported as finite");
+      expect(!winograd_input_transposed_cpu<i.value>(p, m.data(), dx.data(), 0, 0, 1), "dx is reported as finite");
       const Weight3x3 to{dweight.data(), {16 * 9, 9, 3, 1}};
-      expect(!winograd_weight_transposed_cpu<i.value>(p, du.data(), 1, to, 0, 16), "dweight passes for finite");
+      expect(!winograd_weight_transposed_cpu<i.value>(p, du.data(), 1, to, 0, 16), "dweight is reported as finite");
     });
   }
 }
