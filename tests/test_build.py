@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -237,6 +238,22 @@ def test_a_compile_error_is_the_compilers_own_message_and_no_traceback(tmp_path:
     assert "kernel.cpp:7: error: no member named y" in done.stdout
     assert "alexnet_ext did not compile: the message above says why" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_source_distribution_has_all_that_the_build_reads(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    for name in ("cmake", "csrc", "alexnet_ext"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("CMakeLists.txt", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py"):
+        shutil.copy(ROOT / name, tree)
+    done = run([sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", str(tmp_path)], tree)
+    assert done.returncode == 0, done.stderr
+    (made,) = tmp_path.glob("alexnet_ext-*.tar.gz")
+    with tarfile.open(made) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    sources = [path for folder in ("cmake", "csrc") for path in (ROOT / folder).rglob("*.*") if path.is_file()]
+    assert len(sources) > 50
+    assert {str(path.relative_to(ROOT)) for path in sources} | {"CMakeLists.txt", "setup.py"} <= names
 
 
 # ---- import without a library, or with one that is none
