@@ -45,6 +45,7 @@ BY_MODULES, BY_FX = DRAWN.format("modules"), DRAWN.format("fx")
 # These need nvcc and CUTLASS's headers.
 PTX, SM90_PTX = "tests/test_ptx.py::test_", "tests/test_ptx_hopper.py::test_"
 WINOGRAD = "csrc/conv2d_bias_relu/cpu/winograd_cpu.cpp"
+WINOGRAD_CONVOLUTION = "csrc/conv2d_bias_relu/cpu/winograd_convolution.h"
 EMULATOR = "tests/test_emulator.py"
 SECONDS = 240  # a fault may make a loop endless
 MOST_TREES = 4  # copies of the tree, in each of which one fault stands at a time
@@ -112,7 +113,7 @@ FAULTS = (
           "winograd"),
     Fault("Winograd: padding of the rows taken for the columns'", WINOGRAD, "w = j * 2 - p.padding[1]",
           "w = j * 2 - p.padding[0]", "winograd"),
-    Fault("Winograd: a reference to the products is never given back", "csrc/conv2d_bias_relu/cpu/winograd_convolution.h",
+    Fault("Winograd: a reference to the products is never given back", WINOGRAD_CONVOLUTION,
           "torch::stable::detail::to<Tensor>(stack[0]);", "", "tests/test_runtime.py -k 'given_back and 96'"),
     Fault("Winograd: weight's gradient of the first images alone", WINOGRAD, "part < parts", "part < 1",
           "tests/test_conv2d_bias_relu.py -k 'many_tiles and padding1'"),
