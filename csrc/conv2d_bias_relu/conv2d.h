@@ -6,7 +6,8 @@
 namespace alexnet_ext {
 
 // All tensors are dense and channels-last: x of (batch, channels, height, width), y of (batch, filters, out_height,
-// out_width), weight of (filters, channels / groups, taps_h, taps_w). In memory the weight is taps of channels.
+// out_width), weight of (filters, channels / groups, taps_h, taps_w). In memory a filter is [taps_h][taps_w][channels
+// of a group].
 struct Conv2d {
   int64_t batch, channels, height, width;
   int64_t filters, taps_h, taps_w;

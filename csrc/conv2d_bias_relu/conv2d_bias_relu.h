@@ -9,7 +9,7 @@ namespace alexnet_ext {
 // The lower bound of results: 0 with ReLU, -inf without.
 constexpr float least_of(bool relu) { return relu ? 0.0f : -__builtin_huge_valf(); }
 
-// CPU: y = max(0, y), NaN kept. Units are those of relu_mask_cpu, which is the backward.
+// CPU: y = max(0, y), NaN kept. relu_mask_cpu is the backward and has the same units.
 template <Isa isa>
 void relu_inplace_cpu(DType dtype, void* y, int64_t n, int64_t begin, int64_t end);
 

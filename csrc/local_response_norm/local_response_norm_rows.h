@@ -11,7 +11,8 @@
 
 namespace alexnet_ext::ALEXNET_ISA {
 
-// s^beta: by square roots for beta = 3/4 and 1/2, else by pow, which for a negative s gives PyTorch's values.
+// s^beta. beta = 3/4 and 1/2 take square roots, 1 takes s itself. Others take pow, which for a negative s gives
+// PyTorch's values.
 struct PowerThreeQuarters {
   template <class A>
   Vec<A> operator()(Vec<A> s) const {

@@ -1,10 +1,11 @@
 // The paper's block on CUDA: bias, ReLU, LRN and pooling of x in one kernel, and its backward in another.
 //
 // With AlexNet's LRN there are two fast ways. Channels-last, a lane holds eight channels and gets their neighbours from
-// the adjacent lanes. Contiguous, a thread walks along the channels with its window in registers. Bytes: forward reads
-// x once, and writes y and winners (at 3/2 a quarter of x) once. Tiles share inputs at their edges; these come from L1
-// or L2 and are normalized again in each tile. Backward reads x, dy and winners once, and writes dx once and the bias
-// sums.
+// the adjacent lanes. Contiguous, a thread walks along the channels with its window in registers.
+//
+// Bytes: forward reads x once, and writes y and winners (at 3/2 a quarter of x) once. Tiles share inputs at their
+// edges; these come from L1 or L2 and are normalized again in each tile. Backward reads x, dy and winners once, and
+// writes dx once and the bias sums.
 #pragma once
 
 #include "../common/lrn_pool_block.cuh"

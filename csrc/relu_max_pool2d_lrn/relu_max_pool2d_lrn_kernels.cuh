@@ -1,11 +1,12 @@
 // CaffeNet's block on CUDA: bias, ReLU, pooling and LRN of x in one kernel, and its backward in another.
 //
 // With AlexNet's LRN there are two fast ways. Channels-last, a lane holds eight channels and gets their neighbours from
-// the adjacent lanes. Contiguous, a thread walks along the channels with its window in registers. Bytes: forward reads
-// x from memory once, as overlapping windows find it in L1 and L2. It writes y, pooled and winners once, at 3/2 each a
-// quarter of x or less. Backward reads dy, pooled and winners once, and from L2 again where two tiles share them. It
-// writes dx once and the bias sums. With any other LRN the backward is two kernels, which pass dpooled through a
-// workspace in the arithmetic type.
+// the adjacent lanes. Contiguous, a thread walks along the channels with its window in registers.
+//
+// Bytes: forward reads x from memory once, as overlapping windows find it in L1 and L2. It writes y, pooled and winners
+// once, at 3/2 each a quarter of x or less. Backward reads dy, pooled and winners once, and from L2 again where two
+// tiles share them. It writes dx once and the bias sums. With any other LRN the backward is two kernels, which pass
+// dpooled through a workspace in the arithmetic type.
 #pragma once
 
 #include "../common/lrn_pool_block.cuh"

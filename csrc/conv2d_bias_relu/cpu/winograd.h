@@ -24,7 +24,7 @@ struct Winograd {
   Images in, out;  // dense NHWC; the channels of a group are a multiple of kWholeVector
   int64_t groups, padding[2];
   int64_t tiles_h, tiles_w;  // of an image
-  int64_t capacity;          // rows of a matrix, one a tile
+  int64_t capacity;          // rows of a matrix; each row is a tile
 
   int64_t inputs() const { return in.channels / groups; }
   int64_t outputs() const { return out.channels / groups; }

@@ -32,8 +32,8 @@ inline int64_t sm90_weight_gradient_workspace(const Conv2d& p) {
   return Sm90WeightPlan(p).splits * p.filters * p.taps();
 }
 
-// As in conv2d_cutlass.h, at stride 1. wgmma reads TF32 operands along the summed dimension only. In the forward that
-// dimension is the channels, which are contiguous; in the gradients it is not, so T is bf16 or f16 there.
+// As in conv2d_cutlass.h, at stride 1. wgmma reads TF32 operands along the summed dimension only, which must be
+// contiguous. In the forward these are the channels; in the gradients they are others, so there T is bf16 or f16.
 template <class T>
 int conv2d_forward_sm90(const Conv2d& p, const void* x, const void* weight, const void* bias, bool relu, void* y,
                         void* stream);
