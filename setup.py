@@ -1,4 +1,4 @@
-"""Drives CMakeLists.txt, the one truth of the build, from pip: configure, build with ninja, put libraries in place."""
+"""Drives CMakeLists.txt from pip: configures, builds with ninja, and puts the libraries into the package."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.resolve()
 
 
 def tool(name: str) -> str:
-    """The cmake or ninja of PyPI if installed (a distribution's cmake may be too old), else that on PATH."""
+    """The path of cmake or ninja: from PyPI if installed, as a distribution's cmake may be too old, else from PATH."""
     try:
         module = __import__(name)
         found = Path(module.CMAKE_BIN_DIR if name == "cmake" else module.BIN_DIR) / name
@@ -30,12 +30,12 @@ def tool(name: str) -> str:
 
 
 class CMakeBuild(build_ext):
-    """Builds the libraries into the package: in the source tree when editable, else in the build folder."""
+    """Builds the libraries into the package: in the source tree for an editable install, else in the build folder."""
 
     def run(self) -> None:
         package = (ROOT if self.inplace else Path(self.build_lib).resolve()) / "alexnet_ext"
         package.mkdir(parents=True, exist_ok=True)
-        # Kept between editable installs, so that one touched kernel recompiles one file.
+        # Kept between editable installs, so that a changed kernel recompiles one file.
         build = ROOT / "build" / "editable" if self.inplace else Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
         configure = [
@@ -49,7 +49,7 @@ class CMakeBuild(build_ext):
             ("configure", configure),
             ("compile", [tool("cmake"), "--build", str(build), "--parallel", jobs]),
         ):
-            # The compiler has printed its own message; a traceback after it would only hide it.
+            # The compiler has printed its message. A traceback after it would only hide it.
             if subprocess.run(command, check=False).returncode:
                 raise CompileError(f"alexnet_ext did not {step}: the message above says why")
 
@@ -61,7 +61,7 @@ class CMakeBuild(build_ext):
 
 
 class PlatformWheel(bdist_wheel):
-    """py3-none-PLATFORM: the libraries use PyTorch's stable ABI and no Python one."""
+    """Tags the wheel py3-none-PLATFORM, as the libraries use PyTorch's stable ABI and not Python's."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]

@@ -1,9 +1,9 @@
-# The convolution on tensor cores by CUTLASS (csrc/*/*_cutlass.cu): part of the CUDA library where its headers are found
-# and an architecture is wanted that has what they use, mma.sync of bf16 and cp.async: 8.0 and newer.
+# The convolution on tensor cores by CUTLASS (csrc/*/cutlass/*.cu). It is part of the CUDA library if CUTLASS's headers
+# are found and an architecture of at least 8.0 is requested. Older ones have neither mma.sync of bf16 nor cp.async.
 set(INCLUDE "${CUTLASS_INCLUDE}")
 if(NOT INCLUDE)
-  # Asked anew each time: an isolated build's packages lie elsewhere in the next one.
-  execute_process(COMMAND ${Python_EXECUTABLE} ${CMAKE_SOURCE_DIR}/csrc/cutlass_include.py
+  # Not cached, as every isolated build has its packages in another folder.
+  execute_process(COMMAND ${Python_EXECUTABLE} ${CMAKE_SOURCE_DIR}/cmake/cutlass_include.py
     OUTPUT_VARIABLE INCLUDE COMMAND_ERROR_IS_FATAL ANY)
 endif()
 set(ARCHITECTURES ${CMAKE_CUDA_ARCHITECTURES})
@@ -26,14 +26,14 @@ else()
     list(APPEND NUMBERS ${number})
   endforeach()
   list(JOIN NUMBERS "." CUTLASS_VERSION)
-  file(GLOB CUTLASS_SOURCES CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/csrc/*/*_cutlass.cu)
+  file(GLOB CUTLASS_SOURCES CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/csrc/*/cutlass/*.cu)
   add_library(cutlass_kernels OBJECT ${CUTLASS_SOURCES})
   target_include_directories(cutlass_kernels SYSTEM PRIVATE ${INCLUDE})
   set_target_properties(cutlass_kernels PROPERTIES CUDA_ARCHITECTURES "${ARCHITECTURES}")
-  file(GLOB CUTLASS_OPS CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/csrc/*/*_cutlass_ops.cpp)
+  file(GLOB CUTLASS_OPS CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/csrc/*/cutlass/*_ops.cpp)
   target_sources(cuda PRIVATE ${CUTLASS_OPS} $<TARGET_OBJECTS:cutlass_kernels>)
 
-  # For compute capability 9.0 alone (csrc/*/*_sm90.cu): wgmma and TMA. One of the headers is a utility of CUTLASS.
+  # For compute capability 9.0 alone (csrc/*/sm90/*.cu): wgmma and TMA. These need one header of CUTLASS's utilities.
   find_path(UTILITIES cutlass/util/packed_stride.hpp PATHS ${INCLUDE} ${INCLUDE}/../tools/util/include
     NO_CACHE NO_DEFAULT_PATH)
   list(FILTER ARCHITECTURES INCLUDE REGEX "^90")
@@ -44,18 +44,18 @@ else()
     set(SM90_REASON "cutlass/util/packed_stride.hpp was found neither in ${INCLUDE} nor in ../tools/util/include")
     set(SM90_REMEDY "pip install 'nvidia-cutlass>=4.2,<5', then: pip install -e . --no-build-isolation --no-deps")
   else()
-    file(GLOB SM90_SOURCES CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/csrc/*/*_sm90.cu)
+    file(GLOB SM90_SOURCES CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/csrc/*/sm90/*.cu)
     add_library(sm90_kernels OBJECT ${SM90_SOURCES})
     target_include_directories(sm90_kernels SYSTEM PRIVATE ${INCLUDE} ${UTILITIES})
     set_target_properties(sm90_kernels PROPERTIES CUDA_ARCHITECTURES 90a-real)
-    file(GLOB SM90_OPS CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/csrc/*/*_sm90_ops.cpp)
+    file(GLOB SM90_OPS CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/csrc/*/sm90/*_ops.cpp)
     target_sources(cuda PRIVATE ${SM90_OPS} $<TARGET_OBJECTS:sm90_kernels>)
   endif()
 endif()
 if(CUTLASS_REASON)
   set(SM90_REASON "${CUTLASS_REASON}")
   set(SM90_REMEDY "${CUTLASS_REMEDY}")
-  message(STATUS "The convolution by CUTLASS is left out: ${CUTLASS_REASON}. To mend it: ${CUTLASS_REMEDY}")
+  message(STATUS "The convolution by CUTLASS is left out: ${CUTLASS_REASON}. To fix it: ${CUTLASS_REMEDY}")
 elseif(SM90_REASON)
-  message(STATUS "The convolution by CUTLASS for 9.0 is left out: ${SM90_REASON}. To mend it: ${SM90_REMEDY}")
+  message(STATUS "The convolution by CUTLASS for 9.0 is left out: ${SM90_REASON}. To fix it: ${SM90_REMEDY}")
 endif()

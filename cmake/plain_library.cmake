@@ -1,7 +1,7 @@
-# The kernels for C++: one static library with the launchers of the CPU and, where nvcc is found, of CUDA; their
-# headers; find_package(alexnet_ext). Static, so that a program takes only the kernels that it calls.
-#   -DCMAKE_CUDA_ARCHITECTURES=90             which GPUs (default: 80 and 90, with PTX for newer ones)
-#   -DCMAKE_CUDA_COMPILER=NOTFOUND            no CUDA, even with an nvcc
+# The kernels for C++: headers, find_package(alexnet_ext) and one library with the launchers for the CPU and, if nvcc is
+# found, for CUDA. The library is static, so that a program takes only the kernels that it calls.
+#   -DCMAKE_CUDA_ARCHITECTURES=90             the GPUs (default: 80 and 90, with PTX for newer ones)
+#   -DCMAKE_CUDA_COMPILER=NOTFOUND            no CUDA, even if nvcc is found
 include(CheckLanguage)
 include(CMakePackageConfigHelpers)
 include(GNUInstallDirs)
@@ -30,10 +30,11 @@ if(CMAKE_CUDA_COMPILER)
   target_link_libraries(alexnet_ext PUBLIC CUDA::cudart_static)
 endif()
 
-# Public is the header that has an op's name, which declares its launchers, and of common/ what those include.
-set(HEADERS common/channel_sums.h common/isa.h common/types.h)
-file(GLOB OPS CONFIGURE_DEPENDS RELATIVE ${CMAKE_SOURCE_DIR}/csrc csrc/*/*_cpu.cpp)
-list(TRANSFORM OPS REPLACE "_cpu\\.cpp$" ".h")
+# Public headers: <op>/<op>.h, which declares the launchers of an op, and the headers of common/ that these include.
+set(HEADERS common/channel_sums.h common/isa.h common/relu_mask.h common/types.h)
+file(GLOB OPS CONFIGURE_DEPENDS RELATIVE ${CMAKE_SOURCE_DIR}/csrc csrc/*/*_ops.cpp)
+list(FILTER OPS EXCLUDE REGEX "_cuda_ops\\.cpp$")
+list(TRANSFORM OPS REPLACE "_ops\\.cpp$" ".h")
 foreach(header IN LISTS HEADERS OPS)
   get_filename_component(folder ${header} DIRECTORY)
   install(FILES csrc/${header} DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}/alexnet_ext/${folder})

@@ -1,5 +1,5 @@
-// Every operator of the package, by schema. Kernels register themselves in csrc/<op>/<op>_ops.cpp; the fake, autograd,
-// autocast and vmap sides are in alexnet_ext/ops/<op>/op.py.
+// The schema of every operator of the package. Kernels register themselves in csrc/<op>/<op>_ops.cpp. Fake, autograd,
+// autocast and vmap are in alexnet_ext/ops/<op>/op.py.
 #include <torch/csrc/stable/library.h>
 
 #include <string>
@@ -34,8 +34,9 @@ STABLE_TORCH_LIBRARY(alexnet_ext, m) {
       "conv2d_bias_relu_backward(Tensor dy, Tensor x, Tensor weight, Tensor y, int[2] stride, int[2] padding,"
       " int[2] dilation, int groups, bool[3] output_mask, bool relu=True)"
       " -> (Tensor dx, Tensor dweight, Tensor dbias)");
-  // Where CUTLASS's headers were there: of the channels-last operands that alexnet_ext/ops/conv2d_bias_relu/cutlass.py
-  // says. The gradient is that of x (wanted 0) or weight (wanted 1), for the gradient dz of what is before the ReLU.
+  // Registered if the build found CUTLASS's headers. alexnet_ext/ops/conv2d_bias_relu/cutlass.py says which operands
+  // they take; they are channels-last. dz is the gradient before the ReLU. wanted is 0 for the gradient of x and 1 for
+  // the gradient of weight.
   m.def(
       "conv2d_bias_relu_cutlass(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding,"
       " int[2] dilation, int groups, bool relu) -> Tensor");

@@ -1,11 +1,12 @@
-// What training does to a batch of bytes before its first layer, in one pass, free of PyTorch: crop, flip, shift of
-// colour, normalize, cast and space-to-depth.
+// Training's augmentation of a batch of bytes, in one pass, free of PyTorch: crop, flip, shift of colour, normalize,
+// cast and space-to-depth.
 //
 //   y[n, c, i, j] = (images[n, top + i, left + (flip ? size - 1 - j : j), c] + (shift[n, c] - mean[c])) * scale[c]
 //
-// in the arithmetic type, rounded once: additions before the product, so that nothing is contracted and every kernel
-// gives the same bits. With a block B above 1, y is what F.pixel_unshuffle(F.pad(y, right and below, to multiples of
-// B), B) makes of it: channel c of pixel (i * B + r, j * B + s) becomes channel c * B * B + r * B + s of pixel (i, j).
+// in the arithmetic type, rounded once. The additions come before the product, so that no compiler can contract them
+// and every kernel gives the same bits. With a block B above 1, y is then padded on the right and below to multiples of
+// B, and rearranged as by F.pixel_unshuffle(y, B): channel c of pixel (i * B + r, j * B + s) becomes channel c * B * B
+// + r * B + s of pixel (i, j).
 #pragma once
 
 #include "../common/isa.h"
@@ -18,12 +19,12 @@ constexpr int kColours = 3, kDepthBlock = 4;
 struct Augment {
   DType dtype;  // of y
   int64_t height, width, size;
-  int64_t image_step, row_step, column_step, colour_step;  // of images, in any order
+  int64_t image_step, row_step, column_step, colour_step;  // strides of images, in any order
   Images out;                                              // channels-last
   double mean[kColours], scale[kColours];                  // mean in 0 to 255, scale = 1 / (255 std)
 };
 
-// The images and what is drawn for each of them: offsets [batch][2] (top, left), flips [batch], shifts [batch][3].
+// The images, and the random choices for each: offsets [batch][2] (top, left), flips [batch], shifts [batch][3].
 struct AugmentInputs {
   const uint8_t* images;
   const int64_t* offsets;
@@ -31,14 +32,14 @@ struct AugmentInputs {
   const float* shifts;
 };
 
-// CPU units: rows of y. Every crop must lie in its image.
+// CPU units: rows of y. Every crop must be inside its image.
 inline int64_t augment_units(const Augment& p) { return p.out.batch * p.out.height; }
 
 template <Isa isa>
 void augment_cpu(const Augment& p, const AugmentInputs& in, void* y, int64_t begin, int64_t end);
 
-// CUDA: asynchronous on `stream` (a cudaStream_t); returns a cudaError_t. A crop that reaches out of its image is
-// moved inside: the host cannot look at offsets without waiting for the device.
+// CUDA: asynchronous on `stream` (a cudaStream_t); returns a cudaError_t. A crop outside its image is moved inside, as
+// the host cannot read the offsets without waiting for the device.
 int augment_cuda(const Augment& p, const AugmentInputs& in, void* y, void* stream);
 
 }  // namespace alexnet_ext

@@ -1,5 +1,5 @@
-// Augmentation on the CPU, a row of y at a time: its bytes brought into y's order, then one vectorized loop over them.
-// Bytes: each image's crop once, y once.
+// Augmentation on the CPU, a row of y at a time. The bytes are first brought into y's order; one vectorized loop then
+// normalizes them. Bytes: the crop of each image is read once, y is written once.
 #include "../common/cpu_vector.h"
 #include "augment.h"
 
@@ -7,7 +7,7 @@ namespace alexnet_ext {
 namespace ALEXNET_ISA {
 namespace {
 
-// Where colour c of column j, r rows down, stands in a row of y.
+// The index in a row of y of colour c of the pixel in column j, r rows down.
 template <int B>
 inline int64_t place(int64_t j, int64_t r, int64_t c) {
   return j / B * (kColours * B * B) + c * (B * B) + r * B + j % B;

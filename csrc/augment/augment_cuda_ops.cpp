@@ -1,4 +1,4 @@
-// augment as a PyTorch operator on CUDA: the images' device, the current stream, the launch checked.
+// augment as a PyTorch operator on CUDA. It runs on the images' device and its current stream, and checks the launch.
 #include <torch/csrc/stable/library.h>
 
 #include "../common/cuda_stream.h"

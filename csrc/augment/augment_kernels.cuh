@@ -1,5 +1,5 @@
-// Augmentation on CUDA: a thread writes 16 bytes of y as it lies in memory, and gathers their bytes from the image,
-// which neighbouring threads find in the same lines. Bytes: each image's crop once, y once.
+// Augmentation on CUDA: a thread writes 16 adjacent bytes of y and gathers their bytes from the image. Neighbouring
+// threads read the same cache lines. Bytes: the crop of each image is read once, y is written once.
 #pragma once
 
 #include "../common/images.cuh"
@@ -7,7 +7,7 @@
 
 namespace alexnet_ext {
 
-// In the constant bank, but for what is drawn.
+// Augment as a kernel's argument, in the constant bank. Only the images and the random choices are in memory.
 template <class A>
 struct DeviceAugment {
   int size;
@@ -32,7 +32,7 @@ struct DeviceAugment {
   }
 };
 
-// One image's crop: where it begins, its columns' step, and what is added to each colour.
+// The crop of one image: its first pixel, the step between columns, and the value added to each colour.
 template <class A>
 struct Crop {
   const uint8_t* first;
@@ -50,7 +50,7 @@ struct Crop {
     for (int c = 0; c < kColours; ++c) add[c] = static_cast<A>(work.in.shifts[image * kColours + c]) - work.mean[c];
   }
 
-  // The value of a colour whose number is not known to the compiler: an array so indexed would live in memory.
+  // The value of colour c. The compiler does not know c, and an array with such an index would be in local memory.
   __device__ A value(const DeviceAugment<A>& work, int row, int column, int c) const {
     const uint8_t byte = first[row * work.row_step + column * column_step + c * work.colour_step];
     const A shift = c == 0 ? add[0] : c == 1 ? add[1] : add[2];
@@ -64,7 +64,8 @@ struct Crop {
   }
 };
 
-// Rows of 3 * size values: 16 bytes may begin in one row and end in another, or in another image.
+// Rows of y have 3 * size values, so a thread's 16 bytes may begin in one row and end in the next, or in the next
+// image.
 template <class T, int V>
 __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
     augment_rows_kernel(DeviceAugment<Acc<T>> work, DeviceImages out, int64_t n, T* __restrict__ y) {
@@ -74,7 +75,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
     for (int done = 0; done < count;) {
       const Position at = out.position(v * V + done);
       const Crop<Acc<T>> crop(work, at.image);
-      // Beyond the row's end there may be no image left to read.
+      // Past the end of the row there may be no image to read.
       const int place = at.column * kColours + at.channel, left = work.size * kColours - place;
 #pragma unroll
       for (int m = 0; m < V; ++m) {
@@ -93,7 +94,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
   });
 }
 
-// Space-to-depth: 16 bytes are of one pixel of y, and of one colour.
+// Space-to-depth: a thread's 16 bytes are of one pixel of y and of one colour.
 template <class T, int V>
 __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
     augment_blocks_kernel(DeviceAugment<Acc<T>> work, DeviceImages out, int64_t n, T* __restrict__ y) {

@@ -16,9 +16,8 @@ Tensor forward(const Tensor& images, const Tensor& offsets, const Tensor& flips,
                       check(top >= 0 && top <= down && left >= 0 && left <= right, "offsets[", n, "] is [", top, ", ",
                             left, "], expected at least [0, 0] and at most [", down, ", ", right, "]");
                     }
-                    parallel(augment_units(p), [&](int64_t begin, int64_t end) {
-                      with_isa(best_isa(), [&](auto isa) { augment_cpu<isa.value>(p, in, y, begin, end); });
-                    });
+                    on_cpu(augment_units(p),
+                           [&](auto isa, int64_t begin, int64_t end) { augment_cpu<isa.value>(p, in, y, begin, end); });
                   });
 }
 

@@ -13,7 +13,7 @@ inline void check_drawn(const Tensor& t, const char* name, ScalarType dtype, con
   check_device(t, name, images, "images");
 }
 
-// y = launch(images, what is drawn for each).
+// Allocates y and has launch(augment, inputs, y) fill it.
 template <class Launch>
 inline Tensor on_crops(const Tensor& images, Tensor offsets, Tensor flips, Tensor shifts, int64_t size,
                        const std::vector<double>& mean, const std::vector<double>& std, ScalarType dtype,

@@ -1,25 +1,25 @@
-// Blocks of threads over channels and pixels, where a thread stays at its channel: for sums over the pixels, and for
-// what the threads of neighbouring channels share.
+// Thread blocks over channels and pixels. Each thread keeps one channel, so that it can sum over pixels and share
+// values with the threads of neighbouring channels.
 #pragma once
 
 #include "images.cuh"
 
 namespace alexnet_ext {
 
-// How many channels a block has at most: where pixels lie side by side in memory, and where channels do.
+// The most channels of a block, for images that are contiguous and for those that are channels-last.
 struct ChannelWidths {
   int contiguous, channels_last;
 };
 
-// A block has `width` neighbouring channels of each of `height` pixels, those that are neighbours in memory side by
-// side. Blocks of [rows][groups of channels]; a row takes every rows-th run of pixels.
+// A block has `width` neighbouring channels of each of `height` pixels. Adjacent threads take adjacent memory. The grid
+// is [rows][groups of channels], and a row takes every rows-th run of pixels.
 struct ChannelBlocks {
-  int64_t pixels, rows;  // pixels of all images
+  int64_t pixels, rows;  // of all images
   int width, height;     // powers of two
-  bool channels_first;   // in memory the channel moves slower than the pixel
+  bool channels_first;   // in memory the channel varies more slowly than the pixel
   Divisor by_groups;
 
-  // Rows for one turn each, up to kMaxBlocks.
+  // As many rows as give each one turn, at most about kMaxBlocks blocks.
   ChannelBlocks(int64_t channels, int64_t pixel_count, bool first, const ChannelWidths& most)
       : pixels(pixel_count), width(1), channels_first(first), by_groups(1) {
     while (width < (first ? most.contiguous : most.channels_last) && width < channels) width *= 2;
@@ -39,11 +39,11 @@ struct ChannelBlocks {
   int64_t blocks() const { return rows * by_groups.value; }
 };
 
-// This thread's place: thread lane * channel_step + pixel * pixel_step of its block.
+// This thread's channel and pixel in its block: the thread number is lane * channel_step + pixel * pixel_step.
 struct ChannelPlace {
   int64_t row;
   int lane, pixel, channel_step, pixel_step;
-  int channel;  // the last group's may lie beyond the channels
+  int channel;  // in the last group it may be past the end
 
   __device__ explicit ChannelPlace(const ChannelBlocks& work)
       : row(work.by_groups.divide(blockIdx.x)),
@@ -56,7 +56,8 @@ struct ChannelPlace {
   }
 };
 
-// f(pixel, whether there is one) for this thread's pixels, as often for all threads of a block; else it is pixel 0.
+// Calls f(pixel, inside) for this thread's pixels, equally often in every thread of the block. Past the last pixel,
+// inside is false and pixel is 0.
 template <class F>
 __device__ inline void for_pixels(const ChannelBlocks& work, F&& f) {
   const ChannelPlace own(work);

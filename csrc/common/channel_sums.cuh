@@ -1,6 +1,6 @@
 // Sums over all pixels, for each channel, in one fixed order: the bias gradient.
 //
-// Blocks leave their sums as rows of [rows][channels] in a workspace, and a second kernel adds the rows up.
+// Each block writes its sums as a row of a [rows][channels] workspace, and a second kernel adds up the rows.
 #pragma once
 
 #include "channel_blocks.cuh"
@@ -8,11 +8,11 @@
 
 namespace alexnet_ext {
 
-// The workspace's elements are of the arithmetic type.
+// The workspace has the arithmetic type.
 template <class T>
 __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
     sum_rows_kernel(int64_t rows, int64_t channels, const Acc<T>* __restrict__ sums, T* __restrict__ total) {
-  // 32 neighbouring channels and 8 runs of rows a block.
+  // A block takes 32 neighbouring channels and 8 runs of rows.
   constexpr int kChannels = 32, kRuns = kBlockThreads / kChannels;
   double* shared = shared_memory<double>();
   const int run = threadIdx.x / kChannels;
@@ -33,10 +33,10 @@ inline cudaError_t sum_rows(int64_t rows, int64_t channels, const void* sums, vo
                 static_cast<const Acc<T>*>(sums), static_cast<T*>(total));
 }
 
-// ---- V neighbouring channels of channels-last images: a thread stays at its channels
+// ---- channels-last: a thread keeps V neighbouring channels
 
-// The row's sums = those of this block's owners, of which number i is thread thread_of(i) and stays at vector
-// (before + i) % vectors of a pixel.
+// Writes this block's row of sums. Owner i of the block is thread thread_of(i). It has summed vector (before + i) %
+// vectors of every pixel that it took.
 template <int V, class A, class ThreadOf>
 __device__ inline void sum_owners(const A (&sum)[V], int vectors, int before, int owners, ThreadOf&& thread_of,
                                   A* __restrict__ sums) {
@@ -54,8 +54,8 @@ __device__ inline void sum_owners(const A (&sum)[V], int vectors, int before, in
   }
 }
 
-// The same where the inner kOwners lanes of each warp walk along all vectors in memory order, all blocks together in
-// steps that are a multiple of a pixel's vectors.
+// The same where the inner kOwners lanes of each warp walk all vectors in memory order. The step of the whole grid is a
+// multiple of a pixel's vectors.
 template <int V, int kOwners, class A>
 __device__ inline void sum_vectors(const A (&sum)[V], const Divisor& vectors, A* __restrict__ sums) {
   constexpr int kBlockOwners = kBlockThreads / kWarp * kOwners, kOuter = (kWarp - kOwners) / 2;
@@ -66,13 +66,13 @@ __device__ inline void sum_vectors(const A (&sum)[V], const Divisor& vectors, A*
       [](int i) { return i / kOwners * kWarp + kOuter + i % kOwners; }, sums);
 }
 
-// ---- a thread stays at one channel
+// ---- a thread keeps one channel
 
-// What takes each element by itself.
+// For kernels that take each element by itself.
 constexpr ChannelWidths kElementWidths{1, 32};
 
-// The row's sums = those of what f(position, whether there is such a pixel) returns in this block's threads, which call
-// it equally often; null sums: none wanted.
+// Writes this block's row: the sums of f(position, inside) over its pixels. Every thread of the block calls f equally
+// often; inside is false past the last pixel. Null sums: nothing is written.
 template <class A, class F>
 __device__ inline void sum_pixels(const ChannelBlocks& work, const DeviceImages& s, A* __restrict__ sums, F&& f) {
   const ChannelPlace own(work);
@@ -87,7 +87,7 @@ __device__ inline void sum_pixels(const ChannelBlocks& work, const DeviceImages&
   sums[own.row * s.channels + own.channel] = sum;
 }
 
-// The same for f(position) of each of this block's elements.
+// The same for f(position), which is called for this block's elements alone.
 template <class A, class F>
 __device__ inline void sum_elements(const ChannelBlocks& work, const DeviceImages& s, A* __restrict__ sums, F&& f) {
   sum_pixels(work, s, sums,

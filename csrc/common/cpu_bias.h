@@ -1,4 +1,4 @@
-// Per-channel bias on rows in scratch memory: [channels][width] or, channels-last, [width][channels].
+// A per-channel bias, added to rows in scratch memory: [channels][width] or, channels-last, [width][channels].
 #pragma once
 
 #include "cpu_vector.h"

@@ -1,8 +1,8 @@
-// Vectors of the instruction set that this file is being compiled for, and rows moved between memory and fp32 scratch.
+// Vectors of the instruction set that this file is compiled for, and rows moved between memory and fp32 scratch.
 //
-// Everything here lies in the namespace of the instruction set: an inline function compiled for AVX-512 must never
-// be the copy that the linker keeps for an older CPU. For the same reason kernels use nothing of std that is not
-// inlined for certain.
+// Everything here is in the namespace of the instruction set. Otherwise the linker could keep the AVX-512 copy of an
+// inline function for an older CPU. For the same reason kernels use only such functions of std as are inlined for
+// certain.
 #pragma once
 
 #include <cmath>
@@ -36,7 +36,7 @@ struct VectorOf {
 template <class A>
 using Vec = typename VectorOf<A>::type;
 
-// The integer of A's width: what a comparison of Vec<A> yields.
+// The integer as wide as A: the element type of a comparison of Vec<A>.
 template <class A>
 using Int = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
 
@@ -63,7 +63,7 @@ inline Vec<A> sqrt(Vec<A> v) {
   return v;
 }
 
-// Scratch memory, zeroed, with a vector of slack at the end so that loops over whole vectors need no tail.
+// Zeroed scratch memory. A vector of slack at its end lets loops over whole vectors go without a tail.
 template <class A>
 class Buffer {
  public:
@@ -99,7 +99,7 @@ inline uint32_t to_bits(float f) {
 
 inline float widen(bf16 v) { return from_bits(static_cast<uint32_t>(v.bits) << 16); }
 
-// Exponent and fraction moved to their fp32 places and rescaled by 2^112, which also normalises subnormals.
+// Moves exponent and fraction to their fp32 positions and rescales by 2^112, which also normalises subnormals.
 inline float widen(f16 v) {
   uint32_t magnitude = (v.bits & 0x7fffu) << 13;
   uint32_t sign = (v.bits & 0x8000u) << 16;
@@ -127,7 +127,7 @@ inline bf16 narrow<bf16>(float v) {
   return {static_cast<uint16_t>(v != v ? nan : rounded)};
 }
 
-// Round to nearest even; the subnormal case rounds by adding a number whose last place is fp16's smallest step.
+// Rounds to nearest even. Subnormals are rounded by adding a number whose last place is fp16's smallest step.
 template <>
 inline f16 narrow<f16>(float v) {
   uint32_t bits = to_bits(v);
@@ -158,8 +158,8 @@ inline void store_row(T* __restrict dst, const Acc<T>* __restrict src, int64_t n
   }
 }
 
-// Where row `row` of image n stands: `pieces` runs of `length` elements, `step` apart. An NCHW row over `channels`
-// channels from `first` is a run of width for each; an NHWC row is one run of width * channels.
+// The place of row `row` of image n in memory: `pieces` runs of `length` elements, `step` apart. In NCHW each channel
+// from `first` on has a run of `width` elements. In NHWC the row is one run of width * channels.
 struct RowPlace {
   int64_t offset, pieces, length, step;
 };

@@ -1,4 +1,4 @@
-// The device and the current stream of a tensor, for as long as the object lives.
+// Makes a tensor's device current for the lifetime of the object, and holds that device's current stream.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -17,7 +17,7 @@ class CudaStream {
 
   void* get() const { return stream_; }
 
-  // Throws with the kernel's name where its launch failed.
+  // Throws std::runtime_error with the kernel's name when its launch failed.
   void check(const char* kernel, int status) const {
     alexnet_ext::check(status == cudaSuccess, kernel,
                        " did not launch: ", cudaGetErrorString(static_cast<cudaError_t>(status)));
@@ -28,7 +28,7 @@ class CudaStream {
   void* stream_ = nullptr;
 };
 
-// Sums for each channel, and the workspace in which kernels leave their rows of them, in the arithmetic type of x.
+// The sum of each channel, in x's dtype, and the workspace of its rows, in the arithmetic type.
 struct DeviceSums {
   Tensor rows, total;
 

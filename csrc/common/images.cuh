@@ -1,4 +1,4 @@
-// Elements of images on the device: where they lie, and V neighbouring ones at a time.
+// Images on the device: the place of an element in memory, and accesses to V neighbouring elements.
 #pragma once
 
 #include "launch.cuh"
@@ -7,21 +7,21 @@ namespace alexnet_ext {
 
 inline int64_t elements(const Images& s) { return s.batch * s.channels * s.height * s.width; }
 
-// Division by a number that the host knows: a multiplication by its reciprocal, of 64 bits, instead of a subroutine.
-// Exact for n with n * divisor < 2^64.
+// Division by a number that the host knows: a multiplication by its 64-bit reciprocal instead of a subroutine. Exact
+// for n * divisor < 2^64.
 struct Divisor {
   int64_t value;
   uint64_t reciprocal;
 
   explicit Divisor(int64_t divisor)
-      : value(divisor), reciprocal(~uint64_t{0} / static_cast<uint64_t>(divisor) + 1) {}  // 0 for 1
+      : value(divisor), reciprocal(~uint64_t{0} / static_cast<uint64_t>(divisor) + 1) {}  // 0 for divisor 1
 
   __device__ int64_t divide(int64_t n) const {
     return value == 1 ? n : static_cast<int64_t>(__umul64hi(static_cast<uint64_t>(n), reciprocal));
   }
 };
 
-// Whether the division is exact for all n up to this one.
+// Whether the division is exact for all numbers up to n.
 inline bool divides(int64_t n, int64_t divisor) { return divisor < 1 || n <= INT64_MAX / divisor; }
 
 struct Position {
@@ -29,7 +29,7 @@ struct Position {
   int channel, row, column;
 };
 
-// Images as kernels take them: in the constant bank, so that sides and steps cost no registers.
+// Images as a kernel's argument. It is in the constant bank, so that sides and steps cost no registers.
 struct DeviceImages {
   int channels, height, width;
   bool channels_last;
@@ -53,7 +53,7 @@ struct DeviceImages {
     return image * image_step + channel * channel_step + row * row_step + column * column_step;
   }
 
-  // The position of element i in memory.
+  // The position of the element at offset i.
   __device__ Position position(int64_t i) const {
     Position at;
     if (channels_last) at.channel = take(i, by_channels);
@@ -64,7 +64,7 @@ struct DeviceImages {
     return at;
   }
 
-  // The position of this channel of pixel i of all images.
+  // The position of `channel` at pixel i, counted over all images.
   __device__ Position position(int64_t i, int channel) const {
     Position at;
     at.channel = channel;
@@ -75,7 +75,7 @@ struct DeviceImages {
   }
 
  private:
-  // The remainder of i, which becomes the quotient.
+  // Returns the remainder of i and sets i to the quotient.
   __device__ static int take(int64_t& i, const Divisor& by) {
     const int64_t quotient = by.divide(i);
     const int rest = static_cast<int>(i - quotient * by.value);
@@ -84,14 +84,14 @@ struct DeviceImages {
   }
 };
 
-// Whether kernels may count sides in 32 bits, and divide as above. 128 GiB of bytes with sides up to 2^26 may.
+// Whether kernels may count sides in 32 bits and divide by Divisor. 2^37 elements with sides up to 2^26 are allowed.
 constexpr int64_t kMaxSide = 1 << 26;
 
 inline bool fits(const Images& s) {
   return s.channels <= kMaxSide && s.height <= kMaxSide && s.width <= kMaxSide && elements(s) <= int64_t{1} << 37;
 }
 
-// ---- V neighbouring elements: one, or as many as fill accesses of 16 bytes, at an aligned address
+// ---- V neighbouring elements: one, or enough for accesses of 16 bytes at an aligned address
 
 template <class T>
 constexpr int kVector = 16 / sizeof(T);
@@ -131,7 +131,7 @@ __device__ inline void store(T* to, const Acc<T> (&values)[V]) {
   }
 }
 
-// V bytes as one number, the first lowest.
+// V bytes as one number, the first byte lowest.
 template <int V>
 struct BytesOf;
 template <>
@@ -171,7 +171,7 @@ __device__ inline void store_bytes(uint8_t* to, const int (&values)[V]) {
   *reinterpret_cast<Bytes<V>*>(to) = bytes;
 }
 
-// Whether every pointer allows accesses of 16 bytes; null does. (Winners need V bytes, which is less.)
+// Whether every pointer allows accesses of 16 bytes. Null does. (Winners need V bytes, which is fewer.)
 template <class... Pointers>
 inline bool aligned(const Pointers*... pointers) {
   return ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);

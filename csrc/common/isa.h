@@ -1,4 +1,4 @@
-// One CPU kernel source is compiled once for each instruction set; the best that this CPU has is picked at run time.
+// Each CPU kernel source is compiled once for each instruction set. At run time the best one of this CPU is chosen.
 #pragma once
 
 #include <type_traits>
@@ -7,7 +7,7 @@ namespace alexnet_ext {
 
 enum class Isa { portable, avx2, avx512 };
 
-// The widest instruction set that this CPU has, at most what PyTorch's own ATEN_CPU_CAPABILITY allows.
+// The widest instruction set of this CPU that PyTorch's variable ATEN_CPU_CAPABILITY allows.
 Isa best_isa();
 
 const char* isa_name(Isa isa);

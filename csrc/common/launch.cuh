@@ -1,4 +1,4 @@
-// What CUDA kernels share: arithmetic types on the device, and the one way to launch.
+// Shared by all CUDA kernels: conversions to and from the arithmetic type, and the one way to launch.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -30,19 +30,19 @@ __device__ inline T narrow(Acc<T> v) {
 
 constexpr int kWarp = 32;
 constexpr int kBlockThreads = 256;
-// At least this many on a multiprocessor: a thread may have 64 registers. Left to itself ptxas spills some to have
-// fewer.
+// The least blocks on a multiprocessor, so that a thread may have 64 registers. Without this number ptxas spills a few
+// registers to fit more blocks.
 constexpr int kBlocksPerProcessor = 4;
-// Kernels stride over their work with 64-bit indices, so that a grid need not be larger.
+// A larger grid is never needed: kernels stride over their work with 64-bit indices.
 constexpr int64_t kMaxBlocks = 1 << 20;
 
-// As many blocks as give each of `threads` threads one turn, at most kMaxBlocks.
+// Enough blocks for `threads` threads, at most kMaxBlocks.
 inline int64_t blocks_for(int64_t threads) {
   const int64_t blocks = ceil_div(threads, kBlockThreads);
   return blocks < kMaxBlocks ? blocks : kMaxBlocks;
 }
 
-// Launches kernel(arguments...) in blocks of kBlockThreads; 0 blocks launch nothing. Returns the launch's cudaError_t.
+// Launches kernel(arguments...) in blocks of kBlockThreads and returns the launch's cudaError_t. 0 blocks: no launch.
 template <class... Parameters, class... Arguments>
 inline cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int64_t shared_bytes, void* stream,
                           const Arguments&... arguments) {
@@ -58,7 +58,7 @@ inline cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int64_t
 #endif
 }
 
-// The block's shared memory, of the bytes that its launch asked for.
+// The block's dynamic shared memory, in the size given to launch().
 template <class T>
 __device__ inline T* shared_memory() {
 #if defined(__CUDACC__)
@@ -69,7 +69,7 @@ __device__ inline T* shared_memory() {
 #endif
 }
 
-// f(i) for all i < n, over the threads of the grid.
+// Calls f(i) for all i < n, spread over the threads of the grid.
 template <class F>
 __device__ inline void for_each(int64_t n, F&& f) {
   const int64_t threads = static_cast<int64_t>(gridDim.x) * kBlockThreads;

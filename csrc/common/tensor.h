@@ -1,5 +1,5 @@
-// Tensors at the boundary: checks (a sentence, as RuntimeError), layouts, allocation. Everything behind it is raw
-// pointers.
+// PyTorch's tensors at the boundary: checks (RuntimeError with one sentence), layouts, allocation. Past the boundary
+// kernels take raw pointers.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -12,9 +12,10 @@
 #include <vector>
 
 #include "huge_pages.h"
+#include "isa.h"
 #include "types.h"
 
-// From 2.13 on PyTorch hands over the message of what failed behind the C boundary, earlier ones only say where it was.
+// Since 2.13 PyTorch passes on the message of an error across the C boundary. Earlier versions only report the place.
 #ifndef STABLE_TORCH_ERROR_CODE_CHECK
 #define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
 #endif
@@ -23,8 +24,9 @@ namespace alexnet_ext {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using IntList = std::vector<int64_t>;
 
-// Throws std::runtime_error, Python's RuntimeError, with the parts as one sentence.
+// Unless it holds, throws std::runtime_error (RuntimeError in Python) with the parts as one sentence.
 template <class... Parts>
 inline void check(bool holds, const Parts&... parts) {
   if (holds) return;
@@ -77,7 +79,7 @@ inline void check_shape(const Tensor& t, const char* name, const std::vector<int
   check(false, name, " has shape ", shape_text(t), ", expected [", expected.str(), "]");
 }
 
-// The pointer of a bias of [channels], or null.
+// The data of the bias, null if there is none. Its shape must be [channels], dtype and device those of x.
 inline const void* bias_data(const std::optional<Tensor>& bias, const Tensor& x, int64_t channels) {
   if (!bias) return nullptr;
   check_like(*bias, "bias", x);
@@ -85,14 +87,14 @@ inline const void* bias_data(const std::optional<Tensor>& bias, const Tensor& x,
   return bias->data_ptr();
 }
 
-// Same strides wherever a dimension has more than one index.
+// Whether the strides agree. Those of dimensions of size 1 do not count.
 inline bool same_strides(const Tensor& a, const Tensor& b) {
   for (int64_t i = 0; i < a.dim(); ++i)
     if (a.size(i) > 1 && a.stride(i) != b.stride(i)) return false;
   return true;
 }
 
-// t itself, or a copy of it, with the strides of `like`.
+// t with the strides of `like`: t itself, or a copy.
 inline Tensor with_strides_of(const Tensor& like, const Tensor& t) {
   if (same_strides(t, like)) return t;
   Tensor copy = torch::stable::empty_like(like);
@@ -120,7 +122,7 @@ inline Images images_of(const Tensor& x, const char* name) {
   return {x.size(0), x.size(1), x.size(2), x.size(3), is_channels_last(x)};
 }
 
-// x, just allocated and not yet written, with huge pages advised where it is a large block of host memory.
+// Takes x newly allocated and not yet written. Advises huge pages if it is a large block of host memory.
 inline Tensor fresh(Tensor x) {
   if (x.is_cpu()) advise_huge_pages(x.data_ptr(), x.numel() * x.element_size());
   return x;
@@ -136,7 +138,7 @@ inline Tensor empty_images(const Tensor& like, const Images& images, ScalarType 
                                     images.channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous));
 }
 
-// x, or a copy of it where it is not dense in the layout that `images` says. Copies nothing that is NCHW or NHWC.
+// x, or a dense copy of it in the layout of `images`. Dense NCHW or NHWC is never copied.
 inline Tensor dense(const Tensor& x, const Images& images) {
   const int64_t c = images.channels, h = images.height, w = images.width;
   const int64_t nchw[] = {c * h * w, h * w, w, 1}, nhwc[] = {c * h * w, 1, w * c, c};
@@ -150,10 +152,12 @@ inline Tensor dense(const Tensor& x, const Images& images) {
   return x;
 }
 
-// Runs f(begin, end) over the units with PyTorch's own thread pool.
+// Runs f(isa, begin, end) over all units: on PyTorch's thread pool, with this CPU's best instruction set as a constant.
 template <class F>
-inline void parallel(int64_t units, F&& f) {
-  if (units > 0) torch::stable::parallel_for(0, units, 1, f);
+inline void on_cpu(int64_t units, F&& f) {
+  if (units == 0) return;
+  torch::stable::parallel_for(
+      0, units, 1, [&](int64_t begin, int64_t end) { with_isa(best_isa(), [&](auto isa) { f(isa, begin, end); }); });
 }
 
 }  // namespace alexnet_ext

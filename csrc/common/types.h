@@ -1,4 +1,4 @@
-// What every kernel speaks of, on any device and with no PyTorch: element types, images, instruction sets.
+// Element types and images: the terms of every kernel, on any device, free of PyTorch.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ struct f16 {
   uint16_t bits;
 };
 
-// Half types are computed in fp32.
+// The arithmetic type: bf16 and fp16 are computed in fp32.
 template <class T>
 struct AccOf {
   using type = float;
@@ -31,7 +31,7 @@ struct Type {
   using type = T;
 };
 
-// A number known to the compiler.
+// A number that the compiler knows.
 template <int kValue>
 struct Constant {
   static constexpr int value = kValue;
@@ -57,6 +57,10 @@ struct Images {
   int64_t batch, channels, height, width;
   bool channels_last;
 };
+
+// The multiprocessors of an H100. Launches that split a sum are sized for them, on every GPU, so that a result depends
+// on the shape alone.
+constexpr int64_t kHopperMultiprocessors = 132;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -1,9 +1,10 @@
-// conv2d_bias_relu as PyTorch operators on CUDA: PyTorch's own convolution (cuDNN) without its bias; bias and ReLU in
-// one pass in place behind it; the ReLU mask and the bias gradient in one pass before its backward.
+// conv2d_bias_relu as PyTorch operators on CUDA. PyTorch's own convolution (cuDNN) runs without its bias; then one pass
+// applies bias and ReLU in place. Backward, one pass applies the ReLU mask and sums the bias gradient; then PyTorch's
+// convolution backward follows.
 #include <torch/csrc/stable/library.h>
 
 #include "../common/cuda_stream.h"
-#include "conv2d_bias_relu_plan.h"
+#include "aten_convolution.h"
 
 namespace alexnet_ext {
 namespace {
@@ -11,15 +12,14 @@ namespace {
 Tensor forward(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, IntList stride, IntList padding,
                IntList dilation, int64_t groups, bool relu) {
   CudaStream stream(x);
-  DType dtype = dtype_of(x, "x");
-  check_like(weight, "weight", x);
+  const DType dtype = check_forward(x, weight, bias);
   if (bias) bias = torch::stable::contiguous(*bias);
-  const void* b = bias_data(bias, x, weight.size(0));
   if (!relu) return convolution(x, weight, bias, {stride, padding, dilation, groups});
   Tensor y = convolution(x, weight, std::nullopt, {stride, padding, dilation, groups});
   const Images images = images_of(y, "y");
   y = dense(y, images);
-  stream.check("bias_relu", bias_relu_cuda(dtype, images, y.data_ptr(), b, stream.get()));
+  stream.check("bias_relu",
+               bias_relu_cuda(dtype, images, y.data_ptr(), bias ? bias->data_ptr() : nullptr, stream.get()));
   return y;
 }
 
@@ -28,7 +28,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, c
                                             std::vector<bool> output_mask, bool relu) {
   CudaStream stream(x);
   DType dtype = dtype_of(x, "x");
-  check_gradient(dy, x, y);
+  check_backward(dy, x, y);
   const Convolution p{stride, padding, dilation, groups};
   if (!relu) {
     const auto gradients =

@@ -1,5 +1,5 @@
-// Bias and ReLU behind a convolution on CUDA: y read and written once. Backward: dy and y read once, dz written once,
-// and the bias gradient summed up on the way.
+// Bias and ReLU after a convolution on CUDA. Bytes: forward y is read and written once. Backward dy and y are read once
+// and dz is written once; the bias gradient is summed in the same pass.
 #pragma once
 
 #include "../common/channel_sums.cuh"
@@ -7,8 +7,8 @@
 
 namespace alexnet_ext {
 
-// V neighbours of y, in memory, are of V neighbouring channels (channels-last), or of one channel and, where they
-// reach beyond its plane, of the next.
+// A thread takes V values that are adjacent in memory. Channels-last they have V neighbouring channels. Contiguous they
+// have one channel, or two where they cross the end of a plane.
 template <class T, int V>
 __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
     bias_relu_kernel(DeviceImages s, Divisor by_plane, int64_t n, T* __restrict__ y, const T* __restrict__ bias) {
@@ -27,13 +27,13 @@ __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
 #pragma unroll
     for (int j = 0; j < V; ++j) {
       const Acc<T> v = values[j] + b[j];
-      values[j] = v <= 0 ? Acc<T>(0) : v;  // written so that NaN stays
+      values[j] = v <= 0 ? Acc<T>(0) : v;  // <= 0, so that NaN passes
     }
     store<V>(y + i * V, values);
   });
 }
 
-// Channels-last, V channels a thread.
+// Channels-last, V channels a thread. Null sums: no bias gradient.
 template <class T, int V>
 __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
     relu_mask_vectors_kernel(Divisor vectors, int64_t n, const T* __restrict__ dy, const T* __restrict__ y,
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
   if (sums != nullptr) sum_vectors<V, kWarp>(sum, vectors, sums);
 }
 
-// Any layout, element by element. Null sums: none wanted.
+// Any layout, element by element. Null sums: no bias gradient.
 template <class T>
 __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
     relu_mask_kernel(DeviceImages s, ChannelBlocks work, const T* __restrict__ dy, const T* __restrict__ y,

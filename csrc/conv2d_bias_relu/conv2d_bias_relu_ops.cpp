@@ -1,40 +1,37 @@
-// conv2d_bias_relu as PyTorch operators on the CPU: PyTorch's own convolution (oneDNN), which adds the bias; ReLU in
-// place behind it; the ReLU mask folded into the gradient before PyTorch's convolution backward. 3 x 3 layers of many
-// tiles go by Winograd's. (oneDNN's own ReLU epilogue turns NaN to 0, which PyTorch's ReLU does not.)
+// conv2d_bias_relu as PyTorch operators on the CPU. PyTorch's own convolution (oneDNN) adds the bias; ReLU follows in
+// place. Backward, the ReLU mask is applied to the gradient before PyTorch's convolution backward. 3 x 3 layers with
+// many tiles use Winograd's convolution instead. (oneDNN's own ReLU epilogue turns NaN into 0; PyTorch's ReLU keeps
+// it.)
 #include <torch/csrc/stable/library.h>
 
-#include "winograd_plan.h"
+#include "cpu/winograd_convolution.h"
 
 namespace alexnet_ext {
 namespace {
 
 Tensor forward(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, IntList stride, IntList padding,
                IntList dilation, int64_t groups, bool relu) {
-  DType dtype = dtype_of(x, "x");
-  check_like(weight, "weight", x);
-  if (bias) bias_data(bias, x, weight.size(0));
+  const DType dtype = check_forward(x, weight, bias);
   const Convolution p{stride, padding, dilation, groups};
   if (const auto winograd = WinogradConvolution::of(x, weight, p))
     if (const auto result = winograd->forward(x, weight, bias, relu)) return *result;
   Tensor y = convolution(x, weight, bias, p);
   if (!relu) return y;
   const int64_t n = y.numel();
-  parallel(ceil_div(n, kReluRun), [&](int64_t begin, int64_t end) {
-    with_isa(best_isa(), [&](auto isa) { relu_inplace_cpu<isa.value>(dtype, y.data_ptr(), n, begin, end); });
+  on_cpu(relu_units(n), [&](auto isa, int64_t begin, int64_t end) {
+    relu_inplace_cpu<isa.value>(dtype, y.data_ptr(), n, begin, end);
   });
   return y;
 }
 
-// dy where y is positive or NaN.
+// dz = dy where y is positive or NaN, else 0.
 Tensor masked(const Tensor& dy, const Tensor& y) {
   const DType dtype = dtype_of(y, "y");
   Tensor dz = fresh_like(y);
   Tensor gradient = with_strides_of(dz, dy), result = with_strides_of(dz, y);
   const int64_t n = y.numel();
-  parallel(ceil_div(n, kReluRun), [&](int64_t begin, int64_t end) {
-    with_isa(best_isa(), [&](auto isa) {
-      relu_mask_cpu<isa.value>(dtype, gradient.data_ptr(), result.data_ptr(), dz.data_ptr(), n, begin, end);
-    });
+  on_cpu(relu_units(n), [&](auto isa, int64_t begin, int64_t end) {
+    relu_mask_cpu<isa.value>(dtype, gradient.data_ptr(), result.data_ptr(), dz.data_ptr(), n, begin, end);
   });
   return dz;
 }
@@ -42,7 +39,7 @@ Tensor masked(const Tensor& dy, const Tensor& y) {
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& y,
                                             IntList stride, IntList padding, IntList dilation, int64_t groups,
                                             std::vector<bool> output_mask, bool relu) {
-  check_gradient(dy, x, y);
+  check_backward(dy, x, y);
   const Tensor dz = relu ? masked(dy, y) : dy;
   const Convolution p{stride, padding, dilation, groups};
   const std::array<bool, 3> mask = {output_mask.at(0), output_mask.at(1), output_mask.at(2)};

@@ -1,4 +1,4 @@
-// CUTLASS's name for an element's type.
+// CUTLASS's type for each element type.
 #pragma once
 
 #include <cutlass/numeric_types.h>

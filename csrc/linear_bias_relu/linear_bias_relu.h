@@ -3,9 +3,9 @@
 //   y = max(0, x w^T + bias),  dz = dy where !(y <= 0) else 0
 //   dx = dz w,  dw = dz^T x,  dbias = sum of dz over the rows
 //
-// The weight is what costs: read once forward, once for dx, and dw written once (151 MB each for 9216 x 4096 in fp32),
-// while x and dz of a few dozen rows stay in the caches. So each product keeps a block of the small matrix in L1 and
-// streams the large one past it.
+// The weight dominates the cost: it is read once forward and once for dx, and dw is written once (151 MB each for 9216
+// x 4096 in fp32). x and dz have a few dozen rows and stay in the caches. So each product keeps a block of the small
+// matrix in L1 and streams the large one past it.
 #pragma once
 
 #include "../common/isa.h"
@@ -19,21 +19,21 @@ struct LinearBiasRelu {
   int64_t rows, inputs, outputs;
 };
 
-// Fewer rows than this are too few for a register tile: forward takes a dot product for each value instead.
+// Fewer rows do not fill a register tile: forward computes a dot product for each value instead.
 constexpr int64_t kFewRows = 8;
 
-// x and dz as a tile reads them: transposed and widened, [inputs or outputs][padded_rows], the padding zero.
+// Tiles read x and dz packed: transposed and widened to [inputs or outputs][padded_rows], the padding zero.
 inline int64_t padded_rows(const LinearBiasRelu& p) { return ceil_div(p.rows, 16) * 16; }
 
-// CPU units: runs of this many columns to pack; of outputs; of inputs; of outputs.
+// The sizes of CPU units: columns to pack, outputs forward, inputs for dx, outputs for dweight.
 constexpr int64_t kPackRun = 64, kForwardOutputs = 12, kInputs = 512, kWeightOutputs = 48;
 
-// packed = source^T, of rows x columns.
+// packed = source^T; source is rows x columns.
 template <Isa isa>
 void pack_rows_cpu(const LinearBiasRelu& p, int64_t columns, const void* source, void* packed, int64_t begin,
                    int64_t end);
 
-// packed_x is read where rows >= kFewRows, x where there are fewer.
+// Reads packed_x if rows >= kFewRows, else x.
 template <Isa isa>
 void linear_bias_relu_cpu(const LinearBiasRelu& p, const void* x, const void* packed_x, const void* weight,
                           const void* bias, void* y, int64_t begin, int64_t end);

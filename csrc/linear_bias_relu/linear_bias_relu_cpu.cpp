@@ -1,4 +1,4 @@
-// Three products of a small and a large matrix, one register tile for all.
+// Three products of a small and a large matrix, all with the same register tile.
 #include "../common/cpu_vector.h"
 #include "linear_bias_relu.h"
 
@@ -6,20 +6,21 @@ namespace alexnet_ext {
 namespace ALEXNET_ISA {
 namespace {
 
-// Steps of the sum on one block. Forward: 512 of 32 fp32 values are 64 KiB of L2, and each output's weights a run of
-// 2 KiB, which the hardware's prefetch follows. Input gradient: 128 of 32 are 16 KiB, half of L1.
+// Steps of the sum in one block. Forward, 512 steps of 32 fp32 values are 64 KiB of L2, and the weights of an output
+// are a run of 2 KiB, which the hardware prefetches. For the input gradient, 128 steps of 32 values are 16 KiB, half of
+// L1.
 constexpr int64_t kForwardDepth = 512, kInputDepth = 128;
-// Columns of the weight's gradient at a time.
+// Columns of the weight gradient in one block.
 constexpr int64_t kColumns = 512;
-// Vectors across a tile, and its accumulators: what 16 (AVX-512: 32) registers hold beside the operands.
+// The most vectors across a tile, and its accumulators: 16 (AVX-512: 32) registers hold them and the operands.
 constexpr int kMostVectors = 4, kAccumulators = kVectorBytes == 64 ? 24 : 12;
 
-// Terms added up one by one; such sums are then added to one another, which loses less than one long chain.
+// Terms that are added one by one. These sums are then added to one another, which loses less than one long chain.
 constexpr int64_t kChain = 128;
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// c[i][j] (+)= sum over p of a[i * a_row + p * a_step] * b[p * b_step + j], for R rows and V vectors of j.
+// c[i][j] (+)= sum over p of a[i * a_row + p * a_step] * b[p * b_step + j], for R rows i and V vectors of columns j.
 template <int R, int V, class A>
 inline void tile(const A* a, int64_t a_row, int64_t a_step, const A* b, int64_t b_step, int64_t depth, A* c,
                  int64_t c_row, bool add) {
@@ -46,8 +47,8 @@ inline void tile(const A* a, int64_t a_row, int64_t a_step, const A* b, int64_t 
   } while (depth > 0);
 }
 
-// The block of the large matrix that comes next: rows `step` elements apart. A tile computes for a microsecond, in
-// which memory would idle; so each asks for its share of the next block's cache lines.
+// The next block of the large matrix, with rows `step` elements apart. A tile computes for a microsecond, while memory
+// would idle, so each tile prefetches its share of the next block's cache lines.
 template <class T>
 struct Next {
   T* data;
@@ -61,7 +62,7 @@ struct Next {
   }
 };
 
-// The same for any number of rows and V vectors: chunk `chunk` of `chunks` across.
+// The same for any number of rows and V vectors. These are chunk `chunk` of the `chunks` chunks across.
 template <int V, class A, class N>
 inline void tiles(int64_t rows, const A* a, int64_t a_row, int64_t a_step, const A* b, int64_t b_step, int64_t depth,
                   A* c, int64_t c_row, bool add, const N& next, int64_t chunk, int64_t chunks) {
@@ -98,15 +99,15 @@ inline void multiply(int64_t rows, int64_t vectors, const A* a, int64_t a_row, i
   }
 }
 
-// A rows x columns block of a matrix, widened, rows `step` apart. 16 more than a power of two keeps the columns of a
-// block out of one another's cache sets.
+// Loads and widens a rows x columns block of a matrix, with rows `step` apart. A step of 16 more than a power of two
+// keeps rows out of one another's cache sets.
 template <class T>
 inline void load_block(Acc<T>* block, int64_t step, const T* source, int64_t source_step, int64_t rows,
                        int64_t columns) {
   for (int64_t i = 0; i < rows; ++i) load_row(block + i * step, source + i * source_step, columns);
 }
 
-// f(first, count) for each unit of `run` among n.
+// Calls f(first, count) for each unit in [begin, end): runs of `run` out of n.
 template <class F>
 inline void for_runs(int64_t run, int64_t n, int64_t begin, int64_t end, F&& f) {
   for (int64_t unit = begin; unit < end; ++unit) f(unit * run, least(run, n - unit * run));
@@ -126,7 +127,7 @@ inline A dot(const A* a, const A* b, int64_t n) {
   return sum;
 }
 
-// sums[i][m] = x[m] . weight[first + i] for `count` outputs, few rows.
+// sums[i][m] = x[m] . weight[first + i], for `count` outputs and few rows.
 template <class T>
 void dots(const LinearBiasRelu& p, const T* x, const T* weight, int64_t first, int64_t count, Acc<T>* sums,
           int64_t width) {
@@ -164,7 +165,7 @@ void forward(const LinearBiasRelu& p, const T* x, const Acc<T>* packed_x, const 
     }
     for (int64_t m = 0; m < p.rows; ++m) {
       for (int64_t i = 0; i < count; ++i) {
-        // Written as z <= 0 so that NaN stays.
+        // The test is z <= 0 so that NaN passes.
         const A z = sums[i * width + m] + (bias == nullptr ? A(0) : widen(bias[first + i]));
         row[i] = z <= 0 ? A(0) : z;
       }

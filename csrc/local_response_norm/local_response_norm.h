@@ -3,8 +3,7 @@
 //   y_c  = x_c * s_c^-beta,   s_c = k + alpha/n * sum of x_j^2 for j in [c - n/2, c + (n-1)/2]
 //   dx_i = dy_i * s_i^-beta - (2 alpha beta / n) * x_i * sum of dy_j x_j s_j^-(beta+1) for j in [i - (n-1)/2, i + n/2]
 //
-// Window indices outside the channels count as zeros. The backward window is the forward's mirror: for even n it is
-// another one.
+// Indices outside the channels count as zeros. The backward window mirrors the forward one; for even n they differ.
 #pragma once
 
 #include "../common/isa.h"
@@ -17,7 +16,7 @@ struct Lrn {
   double alpha, beta, k;
 };
 
-// x as batch x channels x pixels with a stride each; y, dy and dx have the same strides.
+// x is batch x channels x pixels, each with a stride. y, dy and dx have the same strides.
 struct LocalResponseNorm {
   DType dtype;
   Lrn lrn;
@@ -25,7 +24,7 @@ struct LocalResponseNorm {
   int64_t batch_stride, channel_stride, pixel_stride;
 };
 
-// CPU: work is split into units (tiles of pixels); each call does the units [begin, end).
+// CPU units: tiles of this many pixels. A call takes the units [begin, end).
 constexpr int64_t kLrnTile = 64;
 
 inline int64_t local_response_norm_units(const LocalResponseNorm& p) { return p.batch * ceil_div(p.pixels, kLrnTile); }

@@ -1,4 +1,4 @@
-// LRN on the CPU: a tile of pixels with all its channels at a time, read once and written once.
+// LRN on the CPU, a tile of pixels with all its channels at a time. Bytes: each tile is read once and written once.
 #include "local_response_norm_rows.h"
 
 namespace alexnet_ext {
@@ -15,7 +15,7 @@ Tile tile_of(const LocalResponseNorm& p, int64_t unit) {
   return {unit / tiles * p.batch_stride + first * p.pixel_stride, left < kLrnTile ? left : kLrnTile};
 }
 
-// Channels-last tiles are one run of memory; others are a run, or strided elements, for each channel.
+// A channels-last tile is one run of memory. Others are, for each channel, a run or strided elements.
 bool dense_channels(const LocalResponseNorm& p) {
   return p.channel_stride == 1 && p.pixel_stride == p.channels && p.channels > 1;
 }

@@ -3,7 +3,7 @@
 namespace alexnet_ext {
 namespace {
 
-// f(Constant<n>) for the windows that fast kernels are made for.
+// Calls f(Constant<n>) for n = 3, 5 or 7, the windows of the fast kernels.
 template <class F>
 cudaError_t with_window(int64_t size, F&& f) {
   if (size == 3) return f(Constant<3>{});

@@ -1,4 +1,5 @@
-// local_response_norm as PyTorch operators on CUDA: the input's device, the current stream, the launch checked.
+// local_response_norm as PyTorch operators on CUDA. They run on the input's device and its current stream, and check
+// the launch.
 #include <torch/csrc/stable/library.h>
 
 #include "../common/cuda_stream.h"

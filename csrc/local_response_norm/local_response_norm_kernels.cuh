@@ -1,7 +1,9 @@
-// LRN on CUDA, three ways: channels-last, a warp holding neighbouring channels; contiguous, lanes along the pixels and
-// the window in registers; and any strides, window and beta, element by element, backward by way of shared memory.
-// Bytes: forward x once and y once; backward x, dy and dx once. (Lanes re-read 2 in 30 vectors, chunks and tiles of
-// channels their ends; the general kernels find their neighbours in the caches.)
+// LRN on CUDA, in three ways:
+//   lanes     channels-last: the lanes of a warp hold neighbouring channels
+//   pixels    contiguous: lanes run along the pixels, and each keeps its window in registers
+//   general   any strides, window and beta: element by element, backward through shared memory
+// Bytes: forward reads x once and writes y once; backward reads x and dy once and writes dx once. Lanes read 2 of 30
+// vectors again, and chunks of channels their ends. The general kernels find neighbours in the caches.
 #pragma once
 
 #include "local_response_norm_window.cuh"
@@ -71,11 +73,11 @@ __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
 
 struct Pixels {
   int64_t batch_step, channel_step, pixel_step, n;
-  bool channels_first;  // in memory order the channel moves slower than the pixel
+  bool channels_first;  // in memory the channel varies more slowly than the pixel
   Divisor by_channels, by_pixels;
 };
 
-// f(where the pixel's channels start, channel) for this thread's elements.
+// Calls f(offset of the pixel's channel 0, channel) for this thread's elements.
 template <class F>
 __device__ inline void for_elements(const Pixels& work, F&& f) {
   for_each(work.n, [&](int64_t i) {

@@ -8,9 +8,8 @@ namespace {
 
 Tensor forward(const Tensor& x, int64_t size, double alpha, double beta, double k) {
   return on_pixels(x, {size, alpha, beta, k}, [](const LocalResponseNorm& p, const Tensor& in, Tensor& y) {
-    parallel(local_response_norm_units(p), [&](int64_t begin, int64_t end) {
-      with_isa(best_isa(),
-               [&](auto isa) { local_response_norm_cpu<isa.value>(p, in.data_ptr(), y.data_ptr(), begin, end); });
+    on_cpu(local_response_norm_units(p), [&](auto isa, int64_t begin, int64_t end) {
+      local_response_norm_cpu<isa.value>(p, in.data_ptr(), y.data_ptr(), begin, end);
     });
   });
 }
@@ -18,11 +17,9 @@ Tensor forward(const Tensor& x, int64_t size, double alpha, double beta, double 
 Tensor backward(const Tensor& dy, const Tensor& x, int64_t size, double alpha, double beta, double k) {
   return on_pixels(dy, x, {size, alpha, beta, k},
                    [](const LocalResponseNorm& p, const Tensor& gradient, const Tensor& in, Tensor& dx) {
-                     parallel(local_response_norm_units(p), [&](int64_t begin, int64_t end) {
-                       with_isa(best_isa(), [&](auto isa) {
-                         local_response_norm_backward_cpu<isa.value>(p, gradient.data_ptr(), in.data_ptr(),
-                                                                     dx.data_ptr(), begin, end);
-                       });
+                     on_cpu(local_response_norm_units(p), [&](auto isa, int64_t begin, int64_t end) {
+                       local_response_norm_backward_cpu<isa.value>(p, gradient.data_ptr(), in.data_ptr(), dx.data_ptr(),
+                                                                   begin, end);
                      });
                    });
 }

@@ -1,4 +1,5 @@
-// Brings any tensor of rank 3 or more to batch x channels x pixels for the LRN kernels of every device.
+// Checks, layout and allocation of local_response_norm for every device: any tensor of rank 3 or more becomes batch x
+// channels x pixels.
 #pragma once
 
 #include "../common/tensor.h"
@@ -6,10 +7,10 @@
 
 namespace alexnet_ext {
 
-// The parameters for a dense x, or nothing where its pixels cannot be walked with one stride.
+// The parameters for a dense x. Nothing if its pixels do not have a single stride.
 inline std::optional<LocalResponseNorm> plan_pixels(const Tensor& x, const Lrn& lrn) {
   LocalResponseNorm p{dtype_of(x, "x"), lrn, x.size(0), x.size(1), 1, x.stride(0), x.stride(1), 0};
-  // Dimension by dimension from the smallest stride up: H and W may lie either way round.
+  // Takes the dimensions from the smallest stride up: H may vary faster than W.
   std::vector<int64_t> left;
   for (int64_t d = 2; d < x.dim(); ++d)
     if (x.size(d) > 1) left.push_back(d);
@@ -36,7 +37,7 @@ inline void check_lrn(const Tensor& x, const Lrn& lrn) {
   dtype_of(x, "x");
 }
 
-// y = launch(x) in x's memory format; x is copied only where it is not dense.
+// Allocates y in x's memory format and has launch(parameters, x, y) fill it. Copies x only if it is not dense.
 template <class Launch>
 inline Tensor on_pixels(const Tensor& x, const Lrn& lrn, Launch&& launch) {
   check_lrn(x, lrn);
@@ -50,7 +51,7 @@ inline Tensor on_pixels(const Tensor& x, const Lrn& lrn, Launch&& launch) {
   return torch::stable::copy_(y, on_pixels(plain, lrn, launch));
 }
 
-// dx = launch(dy, x) in x's memory format.
+// Allocates dx in x's memory format and has launch(parameters, dy, x, dx) fill it.
 template <class Launch>
 inline Tensor on_pixels(const Tensor& dy, const Tensor& x, const Lrn& lrn, Launch&& launch) {
   check_lrn(x, lrn);

@@ -1,9 +1,9 @@
 // LRN of a tile of pixels in scratch memory, forward and backward: the CPU core of every op that normalizes.
 //
-// A tile is [channels][pixels] or, channels-last, [pixels][channels]. Either way the window of an element is its
-// neighbours at multiples of a fixed step in one flat array, with zeros laid before and behind it, so one loop
-// serves both layouts and needs no test at the ends. Each window sum is computed afresh: a running sum would drag
-// an inf, or the rounding of a large value, through all channels behind it.
+// A tile is [channels][pixels] or, channels-last, [pixels][channels]. In both, the window of an element is its
+// neighbours at multiples of a fixed step in one flat array. Zeros before and after that array let one loop serve both
+// layouts without tests at the ends. Each window sum is computed anew: a running sum would carry an inf, or the
+// rounding of a large value, into all channels after it.
 #pragma once
 
 #include "../common/cpu_vector.h"
@@ -11,7 +11,8 @@
 
 namespace alexnet_ext::ALEXNET_ISA {
 
-// s^beta. Square roots where they do, pow where they do not; pow also gives negative bases their PyTorch values.
+// s^beta. beta = 3/4 and 1/2 take square roots, 1 takes s itself. Others take pow, which for a negative s gives
+// PyTorch's values.
 struct PowerThreeQuarters {
   template <class A>
   Vec<A> operator()(Vec<A> s) const {
@@ -62,7 +63,7 @@ class LrnRows {
         terms_((channels + before_ + after_) * max_step_),
         scaled_(channels * max_step_) {}
 
-  // y must not overlap x, and both must have a vector of slack.
+  // y must not overlap x. Both must have a vector of slack.
   void forward(const A* x, A* y, int64_t pixels) {
     with_power(lrn_.beta, [&](auto power) {
       for_groups(pixels, [&](int64_t at, int64_t span, int64_t step) { normalize(x + at, y + at, span, step, power); });
@@ -78,21 +79,21 @@ class LrnRows {
   }
 
  private:
-  // A group is a run of elements that share one flat window: the whole tile, or one pixel's channels.
+  // A group is a run of elements with one flat array of windows: the whole tile, or the channels of one pixel.
   template <class F>
   void for_groups(int64_t pixels, F&& f) {
     if (!channels_last_) return f(0, channels_ * pixels, pixels);
     for (int64_t p = 0; p < pixels; ++p) f(p * channels_, channels_, 1);
   }
 
-  // Sum of the 1 + before + after elements around f, which stand `step` apart.
+  // The sum of the 1 + before + after elements from `first` on, which are `step` apart.
   Vec<A> window(const A* first, int64_t step) const {
     Vec<A> sum = load(first);
     for (int64_t j = 1; j <= before_ + after_; ++j) sum += load(first + j * step);
     return sum;
   }
 
-  // The squares of x between the zeros; returns where the window of element 0 starts.
+  // Stores the squares of x, followed by zeros. Returns the start of the window of element 0.
   const A* lay_squares(const A* x, int64_t span, int64_t step) {
     A* data = squares_ + before_ * max_step_;
     for (int64_t f = 0; f < span; f += kLanes<A>) {
@@ -122,11 +123,11 @@ class LrnRows {
       Vec<A> s = k + mean * window(windows + f, step);
       Vec<A> scaled = load(dy + f) / power.template operator()<A>(s);
       store(scaled_ + f, scaled);
-      // dy * s^-beta first: where s overflowed it is 0, and x * s^-(beta+1) alone would be inf * 0.
+      // dy * s^-beta comes first: if s overflowed it is 0, while x * s^-(beta+1) could be inf * 0.
       store(terms + f, Vec<A>(scaled * load(x + f) / s));
     }
     for (int64_t f = span; f < span + before_ * step; ++f) terms[f] = 0;
-    // pow(s, 0) is a constant whatever s is, so nothing flows through it, not even 0 * inf.
+    // pow(s, 0) is constant for every s, so no gradient flows through it, not even 0 * inf.
     if (lrn_.beta == 0) return std::memcpy(dx, scaled_, span * sizeof(A)), void();
     const A factor = static_cast<A>(2 * lrn_.alpha * lrn_.beta / static_cast<double>(lrn_.size));
     for (int64_t f = 0; f < span; f += kLanes<A>) {

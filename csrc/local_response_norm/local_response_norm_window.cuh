@@ -1,7 +1,7 @@
 // LRN on the device, one element or eight at a time: the CUDA core of every op that normalizes.
 //
-// A window sum is computed afresh for every element: a running sum would drag an inf, or the rounding of a large value,
-// through all channels behind it.
+// Each window sum is computed anew: a running sum would carry an inf, or the rounding of a large value, into all
+// channels after it.
 #pragma once
 
 #include "../common/channel_blocks.cuh"
@@ -9,7 +9,7 @@
 
 namespace alexnet_ext {
 
-// LRN as kernels take it.
+// Lrn as a kernel's argument.
 template <class A>
 struct DeviceLrn {
   int channels, before, after;
@@ -25,7 +25,7 @@ struct DeviceLrn {
         k(static_cast<A>(lrn.k)) {}
 };
 
-// ---- any window, any beta: one element, its neighbours asked for one by one; x(j) and dy(j) are those of channel j
+// ---- any window, any beta: one element, its neighbours read one by one; x(j) and dy(j) are the values of channel j
 
 template <class A>
 __device__ inline A power(A s, A beta) {
@@ -54,13 +54,14 @@ __device__ inline A lrn_value(const DeviceLrn<A>& lrn, int c, X&& x) {
   return x(c) / power(lrn_scale(lrn, c, x), lrn.beta);
 }
 
-// ---- the same where the threads of a block have neighbouring channels: what they share is computed once
+// ---- the same where the threads of a block have neighbouring channels: they share the terms of their windows
 
 constexpr ChannelWidths kWindowWidths{16, 64};
 
-// The sum of term(j) over the channels j in [c - before, c + after] of this thread's pixel (where it is `inside`), c
-// its own. The block's threads take the terms of their own channels, then those beside them, `width` at a time, and
-// each adds up its window from shared memory: before + after terms beside `width` are computed once more elsewhere.
+// The sum of term(j) over the channels j in [c - before, c + after] of this thread's pixel, where c is its own channel.
+// The threads of a block store the terms of their own channels in shared memory, then the terms of the channels on both
+// sides, `width` at a time. Each adds up its window from there. The before + after terms on the sides are computed
+// again by other blocks. Where `inside` is false, terms are 0.
 template <class A, class Term>
 __device__ inline A window_sum(const ChannelBlocks& work, int channels, int before, int after, bool inside,
                                Term&& term) {
@@ -69,7 +70,7 @@ __device__ inline A window_sum(const ChannelBlocks& work, int channels, int befo
   const int first = own.channel - own.lane, total = work.width + before + after;
   A sum = 0;
   for (int from = 0; from < total; from += work.width) {
-    // A ring: behind the own channels those that follow them, then those in front of them.
+    // A ring: the block's own channels, then those after them, then those before them.
     const int place = from + own.lane, j = first + (place < work.width + after ? place : place - total);
     terms[threadIdx.x] = inside && place < total && j >= 0 && j < channels ? term(j) : A(0);
     __syncthreads();
@@ -85,20 +86,21 @@ __device__ inline A window_sum(const ChannelBlocks& work, int channels, int befo
   return sum;
 }
 
-// dx of this thread's channel, 0 beyond the last. Each channel's scale and term are computed once a block: n + 2 reads.
+// dx of this thread's channel; 0 past the last one. A block computes each channel's scale and term once, with n + 2
+// reads.
 template <class A, class X, class Dy>
 __device__ inline A lrn_gradient(const DeviceLrn<A>& lrn, const ChannelBlocks& work, bool inside, X&& x, Dy&& dy) {
   const int own = ChannelPlace(work).channel;
   A value = 0, scaled = 0;
-  // The mirrored window: the outputs whose window holds the channel.
+  // The mirrored window: the outputs whose windows contain the channel.
   const A sum = window_sum<A>(work, lrn.channels, lrn.after, lrn.before, inside, [&](int j) {
     const A dy_j = dy(j), s = lrn_scale(lrn, j, x), x_j = x(j);
-    // dy * s^-beta first: where s overflowed it is 0, and x * s^-(beta+1) alone would be inf * 0.
+    // dy * s^-beta comes first: if s overflowed it is 0, while x * s^-(beta+1) could be inf * 0.
     const A part = dy_j / power(s, lrn.beta);
     if (j == own) value = x_j, scaled = part;
     return part * x_j / s;
   });
-  // pow(s, 0) is a constant whatever s is, so nothing flows through it, not even 0 * inf.
+  // pow(s, 0) is constant for every s, so no gradient flows through it, not even 0 * inf.
   return lrn.beta == 0 ? scaled : scaled - lrn.factor * value * sum;
 }
 
@@ -108,8 +110,8 @@ inline bool has_fast_lrn(const Lrn& lrn) {
   return lrn.beta == 0.75 && (lrn.size == 3 || lrn.size == 5 || lrn.size == 7);
 }
 
-// s^-1/2, from which s^-3/4 = r * sqrt(r) and 1/s = r * r: two instructions of the special function unit and no
-// division. r is never subnormal, and 0, inf and NaN come out as they must: s = inf gives 0, 0 inf, a negative s NaN.
+// r = s^-1/2. From it s^-3/4 = r * sqrt(r) and 1/s = r * r: two instructions of the special function unit and no
+// division. r is never subnormal. It is 0 for s = inf, inf for s = 0, and NaN for a negative s.
 __device__ inline float inverse_root(float s) { return rsqrtf(s); }
 
 __device__ inline float inverse_three_quarters(float r) {
@@ -122,10 +124,10 @@ __device__ inline float inverse_three_quarters(float r) {
 #endif
 }
 
-// ---- eight channels a lane, the lanes beside it holding the neighbours
+// ---- eight channels a lane; the adjacent lanes hold the neighbours
 
 constexpr int kLaneChannels = 8;
-// The outer lanes of a warp only supply the neighbours of the others.
+// The outer two lanes of a warp only supply neighbours to the others.
 constexpr int kOwners = kWarp - 2;
 constexpr int kBlockOwners = kBlockThreads / kWarp * kOwners;
 
@@ -134,8 +136,9 @@ inline int64_t lane_blocks(int64_t vectors) {
   return blocks < kMaxBlocks ? blocks : kMaxBlocks;
 }
 
-// f(v, owns) for all v < vectors, as often for all lanes of a warp, warp `warp` of `warps`. Lanes in memory order, so
-// that the lane beside holds the channels beside, wherever a pixel has them. Where `owns` is false f must not write.
+// Calls f(v, owns) for all v < vectors, equally often in all lanes of a warp. This is warp `warp` of `warps`. Lanes
+// follow memory order, so that adjacent lanes hold adjacent channels of a pixel. Where `owns` is false f must not
+// write.
 template <class Index, class F>
 __device__ inline void for_lanes(Index vectors, Index warp, Index warps, F&& f) {
   const int lane = threadIdx.x % kWarp;
@@ -146,7 +149,7 @@ __device__ inline void for_lanes(Index vectors, Index warp, Index warps, F&& f) 
   }
 }
 
-// All warps of the grid.
+// The same with all warps of the grid.
 template <class F>
 __device__ inline void for_lanes(int64_t vectors, F&& f) {
   constexpr int kWarps = kBlockThreads / kWarp;
@@ -154,7 +157,7 @@ __device__ inline void for_lanes(int64_t vectors, F&& f) {
                      static_cast<int64_t>(gridDim.x) * kWarps, f);
 }
 
-// Window sums of v; `first` and `last` say that the pixel has no channels before or behind this lane's.
+// The window sums of v. `first` and `last`: the lane holds the first or the last channels of its pixel.
 template <int N>
 __device__ inline void window_sums(float (&sum)[kLaneChannels], const float (&v)[kLaneChannels], bool first,
                                    bool last) {
@@ -178,7 +181,7 @@ __device__ inline void window_sums(float (&sum)[kLaneChannels], const float (&v)
   }
 }
 
-// s^-1/2 of the lane's channels.
+// s^-1/2 for the lane's channels.
 template <int N>
 __device__ inline void inverse_roots(float (&root)[kLaneChannels], const DeviceLrn<float>& lrn,
                                      const float (&x)[kLaneChannels], bool first, bool last) {
@@ -215,15 +218,16 @@ __device__ inline void lrn_gradients(float (&dx)[kLaneChannels], const DeviceLrn
   for (int i = 0; i < kLaneChannels; ++i) dx[i] = scaled[i] - lrn.factor * x[i] * sum[i];
 }
 
-// ---- one pixel a thread, which walks along its channels with the window in registers
+// ---- one pixel a thread; it walks along the channels with its window in registers
 
-// Pixels of images of [channels][pixels], each with its channels cut into chunks: images of few pixels fill a GPU too.
+// Pixels of [channels][pixels] images. The channels of each are cut into chunks, so that images of few pixels fill a
+// GPU.
 struct Chunks {
   int64_t pixels;
-  int chunks, channels;  // chunks an image, channels a chunk
+  int chunks, channels;  // chunks of an image, channels of a chunk
   Divisor by_pixels, by_chunks;
 
-  // At least `wanted` chunks an image where that leaves each 16 channels, as the ends are computed twice.
+  // About `wanted` chunks an image, but of at least 16 channels each, as the ends of chunks are computed twice.
   Chunks(int64_t pixel_count, int64_t all_channels, int64_t wanted)
       : pixels(pixel_count), by_pixels(pixel_count > 0 ? pixel_count : 1), by_chunks(1) {
     constexpr int64_t kLeast = 16;
@@ -234,7 +238,7 @@ struct Chunks {
   }
 };
 
-// f(image, pixel, first channel, end) for this thread's chunks.
+// Calls f(image, pixel, first channel, end of the channels) for this thread's chunks.
 template <class F>
 __device__ inline void for_chunks(const Chunks& work, int64_t threads, int channels, F&& f) {
   for_each(threads, [&](int64_t t) {
@@ -263,15 +267,16 @@ struct Window {
   }
 };
 
-// LRN of channels [first, end) in runs of kRun, whose loads are in flight together: load(x, c) gives channels c to
-// c + kRun - 1, zeros outside of the pixel's; emit(j, c, y) takes a value, the run's number j; done(c), after each run,
-// is told the channel of its number 0.
+// LRN of the channels [first, end), in runs of kRun channels whose loads are in flight together.
+//   load(x, c)      sets x to the channels [c, c + kRun), 0 outside the pixel
+//   emit(j, c, y)   takes y of channel c, the j-th of its run
+//   done(c)         is called after the run in which j = 0 is channel c
 template <int N, int kRun, class Load, class Emit, class Done>
 __device__ inline void walk_values(const DeviceLrn<float>& lrn, int first, int end, Load&& load, Emit&& emit,
                                    Done&& done) {
   constexpr int kHalf = N / 2;
   Window<N> squares;
-  Window<kHalf + 1> inputs;  // the oldest stands at the middle of the window
+  Window<kHalf + 1> inputs;  // the oldest is the middle of the window
   for (int c = first - kHalf; c < end + kHalf; c += kRun) {
     float x[kRun];
     load(x, c);
@@ -288,13 +293,13 @@ __device__ inline void walk_values(const DeviceLrn<float>& lrn, int first, int e
   }
 }
 
-// The same for gradients: load(x, dy, c), emit(j, c, x_c, dx_c).
+// The same for the gradient, with load(x, dy, c) and emit(j, c, x_c, dx_c).
 template <int N, int kRun, class Load, class Emit, class Done>
 __device__ inline void walk_gradients(const DeviceLrn<float>& lrn, int first, int end, Load&& load, Emit&& emit,
                                       Done&& done) {
   constexpr int kHalf = N / 2;
   Window<N> squares, terms;
-  Window<2 * kHalf + 1> inputs;  // the middle one belongs to the newest term, the oldest to the output
+  Window<2 * kHalf + 1> inputs;  // the middle one is x of the newest term, the oldest is x of the output
   Window<kHalf + 1> gradients, scaled;
   for (int c = first - 2 * kHalf; c < end + 2 * kHalf; c += kRun) {
     float x[kRun], dy[kRun];
@@ -306,7 +311,7 @@ __device__ inline void walk_gradients(const DeviceLrn<float>& lrn, int first, in
       gradients.push(dy[j]);
       const int middle = c + j - kHalf, out = middle - kHalf;
       const float root = inverse_root(lrn.k + lrn.mean * squares.sum());
-      // Outside of the channels there is no term; its 0 * s^-beta could be NaN.
+      // Outside the channels the term is 0. Computed, 0 * s^-beta could be NaN.
       const bool inside = middle >= 0 && middle < lrn.channels;
       const float value = inside ? gradients.values[0] * inverse_three_quarters(root) : 0.0f;
       scaled.push(value);
@@ -318,7 +323,7 @@ __device__ inline void walk_gradients(const DeviceLrn<float>& lrn, int first, in
   }
 }
 
-// values[j] = channel c + j of what starts at `from`, 0 outside.
+// values[j] = channel c + j of the pixel whose channel 0 is at `from`; 0 outside the channels.
 template <int kRun, class T>
 __device__ inline void load_run(float (&values)[kRun], const T* from, int64_t step, int c, int channels) {
 #pragma unroll

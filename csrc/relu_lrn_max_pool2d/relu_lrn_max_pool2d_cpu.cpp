@@ -1,5 +1,5 @@
-// The paper's block on the CPU: rows of x go through bias, ReLU and LRN into scratch memory and are pooled from there,
-// so the activation is read once and only the pooled quarter is written.
+// The paper's block on the CPU: rows of x go through bias, ReLU and LRN into scratch memory and are pooled from there.
+// Bytes: x is read once, and only the pooled quarter is written.
 #include "../common/cpu_bias.h"
 #include "../local_response_norm/local_response_norm_rows.h"
 #include "../relu_max_pool2d/relu_max_pool2d_rows.h"
@@ -9,7 +9,7 @@ namespace alexnet_ext {
 namespace ALEXNET_ISA {
 namespace {
 
-// Written as !(v <= 0) so that NaN takes this branch.
+// The test is v <= 0 so that NaN passes.
 template <class A>
 void relu(A* row, int64_t n) {
   for (int64_t i = 0; i < n; ++i) row[i] = row[i] <= 0 ? A(0) : row[i];

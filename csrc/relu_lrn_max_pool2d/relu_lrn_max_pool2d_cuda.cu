@@ -5,8 +5,8 @@
 namespace alexnet_ext {
 namespace {
 
-// Tiles of the output, whose pixels have `lanes` vectors. An input vector costs some 125 instructions, an output of
-// nine taps 270; of single values, 22 and 60.
+// Tiles of the output, whose pixels have `lanes` vectors. An input vector costs about 125 instructions, and an output
+// vector with nine taps 270. Single values cost 22 and 60.
 Tiles tiles_of(const LrnPoolBlock& p, int64_t lanes, int64_t most_needed, int64_t need_cost, int64_t own_cost) {
   return choose_tiles(p.out, lanes, most_needed, need_cost, own_cost, [&](int i, int64_t length) {
     return (length - 1) * std::min(p.pool.stride[i], 2 * kMaxSide) + p.pool.kernel[i];

@@ -1,4 +1,5 @@
-// relu_lrn_max_pool2d as PyTorch operators on CUDA: the input's device, the current stream, the launch checked.
+// relu_lrn_max_pool2d as PyTorch operators on CUDA. They run on the input's device and its current stream, and check
+// the launch.
 #include <torch/csrc/stable/library.h>
 
 #include "../common/cuda_stream.h"
@@ -10,17 +11,18 @@ namespace {
 std::tuple<Tensor, Tensor> forward(const Tensor& x, std::optional<Tensor> bias, int64_t lrn_size, double alpha,
                                    double beta, double k, IntList kernel, IntList stride) {
   CudaStream stream(x);
-  return on_block(x, bias, {lrn_size, alpha, beta, k}, kernel, stride,
-                  [&](const LrnPoolBlock& p, const void* in, const void* b, void* y, uint8_t* winners) {
-                    stream.check("relu_lrn_max_pool2d", relu_lrn_max_pool2d_cuda(p, in, b, y, winners, stream.get()));
-                  });
+  return on_lrn_then_pool(x, bias, {lrn_size, alpha, beta, k}, kernel, stride,
+                          [&](const LrnPoolBlock& p, const void* in, const void* b, void* y, uint8_t* winners) {
+                            stream.check("relu_lrn_max_pool2d",
+                                         relu_lrn_max_pool2d_cuda(p, in, b, y, winners, stream.get()));
+                          });
 }
 
 std::tuple<Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, std::optional<Tensor> bias,
                                     const Tensor& winners, int64_t lrn_size, double alpha, double beta, double k,
                                     IntList kernel, IntList stride) {
   CudaStream stream(x);
-  return on_block_backward(
+  return on_lrn_then_pool_backward(
       dy, x, bias, winners, {lrn_size, alpha, beta, k}, kernel, stride,
       [&](const LrnPoolBlock& p, const void* gradient, const void* in, const void* b, const uint8_t* taps, void* dx) {
         DeviceSums sums(x, p.in);

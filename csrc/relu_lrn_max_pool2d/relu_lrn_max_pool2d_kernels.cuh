@@ -1,18 +1,20 @@
 // The paper's block on CUDA: bias, ReLU, LRN and pooling of x in one kernel, and its backward in another.
 //
-// With AlexNet's LRN, channels-last, a lane holds eight channels and finds their neighbours in the lanes beside it;
-// contiguous, a thread walks along the channels with the window in its registers.
-// Bytes forward: x once, y and winners (a quarter of it at 3/2) once; an input that several windows see comes from L1
-// or L2, and is normalized again for each of them. Backward: x, dy and winners once, dx once, and the bias sums.
+// With AlexNet's LRN there are two fast ways. Channels-last, a lane holds eight channels and gets their neighbours from
+// the adjacent lanes. Contiguous, a thread walks along the channels with its window in registers.
+//
+// Bytes: forward reads x once, and writes y and winners (at 3/2 a quarter of x) once. Tiles share inputs at their
+// edges; these come from L1 or L2 and are normalized again in each tile. Backward reads x, dy and winners once, and
+// writes dx once and the bias sums.
 #pragma once
 
-#include "block_window.cuh"
+#include "../common/lrn_pool_block.cuh"
 
 namespace alexnet_ext {
 
 // ---- channels-last: lanes of eight channels
 
-// A block normalizes what a tile of outputs needs into shared memory, then pools it from there.
+// A block normalizes the inputs of a tile of outputs into shared memory, then pools them from there.
 template <class T, int N, int K>
 __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
     relu_lrn_max_pool2d_lanes_kernel(DeviceBlock<float> p, Tiles tiles, const T* __restrict__ x,
@@ -28,7 +30,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
     for_lanes<int>(need_rows * tiles.need_columns * lanes, threadIdx.x / kWarp, kBlockThreads / kWarp,
                    [&](int v, bool owns) {
                      const TilePlace at(tiles.by_need_row, p.lanes, v);
-                     // The last tile of a row may reach beyond the image.
+                     // The last tile of a row may reach past the image.
                      const int column = left + at.column < p.in.width ? left + at.column : p.in.width - 1;
                      const int channel = at.lane * kLaneChannels;
                      float values[kLaneChannels], out[kLaneChannels];
@@ -90,7 +92,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
 
 // ---- contiguous: a thread walks along the channels of one input
 
-// A block normalizes what a tile of outputs needs into shared memory, eight channels at a time, and pools it from
+// A block normalizes the inputs of a tile of outputs into shared memory, eight channels at a time, and pools them from
 // there.
 template <class T, int N, int K>
 __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
@@ -145,7 +147,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
   }
 }
 
-// Blocks of [rows][chunks]; a row takes every rows-th run of inputs.
+// The grid is [rows][chunks]; a row takes every rows-th run of inputs.
 template <class T, int N>
 __global__ void __launch_bounds__(kBlockThreads, 2)  // 128 registers
     relu_lrn_max_pool2d_pixels_backward_kernel(DeviceBlock<float> p, Chunks work, int64_t rows,
@@ -205,7 +207,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)  // 128 registers
   for (int i = thread; i < end - first; i += kBlockThreads) sums[block_row * p.in.channels + first + i] = totals[i];
 }
 
-// ---- any layout, window and beta: element by element, backward with the neighbours' parts by way of shared memory
+// ---- any layout, window and beta: element by element; backward shares the neighbours' terms in shared memory
 
 template <class T>
 __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)

@@ -8,26 +8,23 @@ namespace {
 
 std::tuple<Tensor, Tensor> forward(const Tensor& x, std::optional<Tensor> bias, int64_t lrn_size, double alpha,
                                    double beta, double k, IntList kernel, IntList stride) {
-  return on_block(x, bias, {lrn_size, alpha, beta, k}, kernel, stride,
-                  [](const LrnPoolBlock& p, const void* in, const void* b, void* y, uint8_t* winners) {
-                    parallel(band_count(p.out), [&](int64_t begin, int64_t end) {
-                      with_isa(best_isa(),
-                               [&](auto isa) { relu_lrn_max_pool2d_cpu<isa.value>(p, in, b, y, winners, begin, end); });
-                    });
-                  });
+  return on_lrn_then_pool(x, bias, {lrn_size, alpha, beta, k}, kernel, stride,
+                          [](const LrnPoolBlock& p, const void* in, const void* b, void* y, uint8_t* winners) {
+                            on_cpu(band_count(p.out), [&](auto isa, int64_t begin, int64_t end) {
+                              relu_lrn_max_pool2d_cpu<isa.value>(p, in, b, y, winners, begin, end);
+                            });
+                          });
 }
 
 std::tuple<Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, std::optional<Tensor> bias,
                                     const Tensor& winners, int64_t lrn_size, double alpha, double beta, double k,
                                     IntList kernel, IntList stride) {
-  return on_block_backward(
+  return on_lrn_then_pool_backward(
       dy, x, bias, winners, {lrn_size, alpha, beta, k}, kernel, stride,
       [&](const LrnPoolBlock& p, const void* gradient, const void* in, const void* b, const uint8_t* taps, void* dx) {
         BiasSums sums(p);
-        parallel(band_count(p.in), [&](int64_t begin, int64_t end) {
-          with_isa(best_isa(), [&](auto isa) {
-            relu_lrn_max_pool2d_backward_cpu<isa.value>(p, gradient, in, b, taps, dx, sums.data(), begin, end);
-          });
+        on_cpu(band_count(p.in), [&](auto isa, int64_t begin, int64_t end) {
+          relu_lrn_max_pool2d_backward_cpu<isa.value>(p, gradient, in, b, taps, dx, sums.data(), begin, end);
         });
         return sums.total(x);
       });

@@ -1,14 +1,14 @@
-// Checks, layout and allocation of relu_lrn_max_pool2d for every device; `launch` runs the device's kernel.
+// Checks, layout and allocation of relu_lrn_max_pool2d for every device. `launch` runs the device's kernel.
 #pragma once
 
-#include "block.h"
+#include "../common/lrn_pool_block.h"
 
 namespace alexnet_ext {
 
-// y, winners = launch(x, bias).
+// Allocates y and winners and has launch(parameters, x, bias, y, winners) fill them.
 template <class Launch>
-inline std::tuple<Tensor, Tensor> on_block(const Tensor& x, std::optional<Tensor> bias, const Lrn& lrn,
-                                           const IntList& kernel, const IntList& stride, Launch&& launch) {
+inline std::tuple<Tensor, Tensor> on_lrn_then_pool(const Tensor& x, std::optional<Tensor> bias, const Lrn& lrn,
+                                                   const IntList& kernel, const IntList& stride, Launch&& launch) {
   LrnPoolBlock p = block_of(x, lrn, kernel, stride);
   p.in = images_of(x, "x");
   p.out = pooled(p.in, p.pool, false);
@@ -20,11 +20,12 @@ inline std::tuple<Tensor, Tensor> on_block(const Tensor& x, std::optional<Tensor
   return {y, winners};
 }
 
-// dx, dbias = launch(dy, x, bias, winners), which fills dx and returns dbias.
+// Allocates dx. launch(parameters, dy, x, bias, winners, dx) fills it and returns dbias.
 template <class Launch>
-inline std::tuple<Tensor, Tensor> on_block_backward(const Tensor& dy, const Tensor& x, std::optional<Tensor> bias,
-                                                    const Tensor& winners, const Lrn& lrn, const IntList& kernel,
-                                                    const IntList& stride, Launch&& launch) {
+inline std::tuple<Tensor, Tensor> on_lrn_then_pool_backward(const Tensor& dy, const Tensor& x,
+                                                            std::optional<Tensor> bias, const Tensor& winners,
+                                                            const Lrn& lrn, const IntList& kernel,
+                                                            const IntList& stride, Launch&& launch) {
   LrnPoolBlock p = block_of(x, lrn, kernel, stride);
   p.in = images_of(x, "x");
   p.out = pooled(p.in, p.pool, false);

@@ -1,9 +1,9 @@
 // ReLU + max pooling: parameters and launchers, free of PyTorch.
 //
-//   y = max(0, max of x over the window), NaN winning over all
-//   winner = the window's tap (row * kernel width + column) that y came from, in one byte: the first of equal values,
-//            the last NaN, 255 where no value is positive and no gradient flows
-//   dx = the sum of dy over the windows that this element won, gathered (no atomics, one fixed order)
+//   y = max(0, max of x over the window); a NaN in the window makes y NaN
+//   winner = the tap of the window (row * kernel width + column) that y came from, in one byte: the first of equal
+//            values, the last NaN, or 255 if no value is positive and no gradient flows
+//   dx = the sum of dy over the windows that this element won, gathered in one fixed order, without atomics
 #pragma once
 
 #include "../common/isa.h"
@@ -19,7 +19,8 @@ struct Pooling {
   int64_t kernel[2], stride[2], padding[2], dilation[2];
 };
 
-// Length of one pooled side (the rule of torch.nn.MaxPool2d; the same as pooled_size in alexnet_ext/ops/_checks.py).
+// The pooled length of side i, by the rule of torch.nn.MaxPool2d. (pooled_size in alexnet_ext/ops/_checks.py is the
+// same.)
 inline int64_t pooled_length(int64_t side, const Pooling& pool, int i, bool ceil_mode) {
   int64_t reach = side + 2 * pool.padding[i] - pool.dilation[i] * (pool.kernel[i] - 1) - 1;
   if (ceil_mode) reach += pool.stride[i] - 1;
@@ -34,8 +35,8 @@ struct ReluMaxPool2d {
   Pooling pool;
 };
 
-// Rows of images are dealt out in bands. A small batch gets more of them, so that two cores have work even for one
-// image; they must not depend on the number of threads, or sums over bands would.
+// Images are cut into bands of rows. A small batch gets more bands, so that several cores have work for one image. The
+// bands must not depend on the number of threads, or sums over bands would too.
 inline int64_t band_rows(const Images& s) { return s.batch >= 16 ? s.height : 8; }
 
 inline int64_t band_count(const Images& s) { return s.batch * ceil_div(s.height, band_rows(s)); }
@@ -49,7 +50,7 @@ inline Band band_of(const Images& s, int64_t unit) {
   return {unit / bands, first, first + rows < s.height ? first + rows : s.height};
 }
 
-// NCHW planes taken together, so that small planes do not cost more in calls than in values.
+// NCHW planes in one unit, so that calls do not dominate the cost of small planes.
 constexpr int64_t kPlanes = 16;
 
 // CPU units: groups of NCHW planes, or bands of NHWC rows (of the output forward, of the input backward).

@@ -1,4 +1,5 @@
-// ReLU + max pooling on the CPU: x read once, y and one byte a window written; backward the same in reverse.
+// ReLU + max pooling on the CPU. Bytes: forward reads x once and writes y and one byte a window; backward reads these
+// bytes and dy once and writes dx once.
 #include "relu_max_pool2d_rows.h"
 
 namespace alexnet_ext {
@@ -19,7 +20,7 @@ Piece piece_of(const Images& s, int64_t unit) {
   return {band.image, 0, s.channels, band.first, band.last};
 }
 
-// Whether rows of A can be used where they stand, not by way of scratch: vectors then end where a row does.
+// Whether rows can be used in place, without scratch memory: vectors of A end exactly at the end of a row.
 template <class A>
 bool whole_vectors(const Images& s) {
   return s.channels_last && s.channels % kLanes<A> == 0;

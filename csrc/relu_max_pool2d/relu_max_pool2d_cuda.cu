@@ -3,7 +3,7 @@
 namespace alexnet_ext {
 namespace {
 
-// f(constant V): channels-last tensors go 16 bytes at a time where the channels and the addresses allow it.
+// Calls f(Constant<V>): V fills 16 bytes for channels-last tensors whose channels and addresses allow it, else V is 1.
 template <class T, class F>
 cudaError_t with_vector(const Images& s, bool aligned, F&& f) {
   if (s.channels_last && s.channels % kVector<T> == 0 && aligned) return f(Constant<kVector<T>>{});

@@ -1,4 +1,5 @@
-// relu_max_pool2d as PyTorch operators on CUDA: the input's device, the current stream, the launch checked.
+// relu_max_pool2d as PyTorch operators on CUDA. They run on the input's device and its current stream, and check the
+// launch.
 #include <torch/csrc/stable/library.h>
 
 #include "../common/cuda_stream.h"

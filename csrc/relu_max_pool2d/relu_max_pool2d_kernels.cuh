@@ -1,6 +1,6 @@
-// ReLU + max pooling on CUDA: a thread makes V neighbouring channels of one output (forward) or input (backward).
-// Bytes: x read once from memory, as overlapping windows find it in L1 and L2; y and one byte a value written. Backward
-// reads dy and winners likewise, writes dx once, and adds in one fixed order.
+// ReLU + max pooling on CUDA: a thread computes V neighbouring channels of one output (forward) or input (backward).
+// Bytes: forward reads x from memory once, as overlapping windows find it in L1 and L2, and writes y and one byte a
+// value. Backward reads dy and winners in the same way, writes dx once, and adds in one fixed order.
 #pragma once
 
 #include "relu_max_pool2d_window.cuh"

@@ -10,9 +10,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, IntList kernel, IntList stri
                                    bool ceil_mode) {
   return on_windows(x, kernel, stride, padding, dilation, ceil_mode,
                     [](const ReluMaxPool2d& p, const void* in, void* y, uint8_t* winners) {
-                      parallel(relu_max_pool2d_units(p.out), [&](int64_t begin, int64_t end) {
-                        with_isa(best_isa(),
-                                 [&](auto isa) { relu_max_pool2d_cpu<isa.value>(p, in, y, winners, begin, end); });
+                      on_cpu(relu_max_pool2d_units(p.out), [&](auto isa, int64_t begin, int64_t end) {
+                        relu_max_pool2d_cpu<isa.value>(p, in, y, winners, begin, end);
                       });
                     });
 }
@@ -21,10 +20,8 @@ Tensor backward(const Tensor& dy, const Tensor& winners, int64_t height, int64_t
                 IntList padding, IntList dilation) {
   return on_windows_backward(dy, winners, height, width, kernel, stride, padding, dilation,
                              [](const ReluMaxPool2d& p, const void* gradient, const uint8_t* taps, void* dx) {
-                               parallel(relu_max_pool2d_units(p.in), [&](int64_t begin, int64_t end) {
-                                 with_isa(best_isa(), [&](auto isa) {
-                                   relu_max_pool2d_backward_cpu<isa.value>(p, gradient, taps, dx, begin, end);
-                                 });
+                               on_cpu(relu_max_pool2d_units(p.in), [&](auto isa, int64_t begin, int64_t end) {
+                                 relu_max_pool2d_backward_cpu<isa.value>(p, gradient, taps, dx, begin, end);
                                });
                              });
 }

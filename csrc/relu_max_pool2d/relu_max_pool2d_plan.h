@@ -1,11 +1,11 @@
-// Checks, layout and allocation of relu_max_pool2d for every device; `launch` runs the device's kernel.
+// Checks, layout and allocation of relu_max_pool2d for every device. `launch` runs the device's kernel.
 #pragma once
 
-#include "pooling.h"
+#include "../common/pooling.h"
 
 namespace alexnet_ext {
 
-// y, winners = launch(x).
+// Allocates y and winners and has launch(parameters, x, y, winners) fill them.
 template <class Launch>
 inline std::tuple<Tensor, Tensor> on_windows(const Tensor& x, const IntList& kernel, const IntList& stride,
                                              const IntList& padding, const IntList& dilation, bool ceil_mode,
@@ -18,7 +18,7 @@ inline std::tuple<Tensor, Tensor> on_windows(const Tensor& x, const IntList& ker
   return {y, winners};
 }
 
-// dx = launch(dy, winners).
+// Allocates dx and has launch(parameters, dy, winners, dx) fill it.
 template <class Launch>
 inline Tensor on_windows_backward(const Tensor& dy, const Tensor& winners, int64_t height, int64_t width,
                                   const IntList& kernel, const IntList& stride, const IntList& padding,

@@ -1,8 +1,8 @@
 // Max pooling of rows in scratch memory, forward and backward: the CPU core of every op that pools.
 //
-// A row is [channels][width] or, channels-last, [width][channels]. Vectors run along the channels in the second layout.
-// In the first they run along the output's width, so each input row is first split by column modulo the stride: then a
-// tap reads neighbouring values for neighbouring outputs.
+// A row is [channels][width] or, channels-last, [width][channels]. Channels-last, vectors run along the channels.
+// Otherwise they run along the width of the output. Each input row is then first split by column modulo the stride, so
+// that a tap reads adjacent values for adjacent outputs.
 #pragma once
 
 #include "../common/cpu_vector.h"
@@ -12,8 +12,9 @@ namespace alexnet_ext::ALEXNET_ISA {
 
 inline int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0); }
 
-// The columns of a window. Tap s of output `o` reads input column o * stride + shift(s), which is element
-// o + offset[s] of the input's phase[s]. Only the phases that some tap reads are kept.
+// The columns of a window. A phase is the columns with one residue modulo the stride. Tap s of output `o` reads input
+// column o * stride + shift(s), which is element o + offset[s] of the phase in slot[s]. Only the phases that some tap
+// reads have a slot.
 struct Columns {
   int64_t taps, stride, first, dilation, count = 0, lowest = 0, highest = 0;
   int64_t residue[kMaxTaps], slot[kMaxTaps], offset[kMaxTaps];
@@ -34,7 +35,8 @@ struct Columns {
   int64_t shift(int64_t s) const { return first + s * dilation; }
 };
 
-// Rows kept by their number, at most as many as the window has: each is made once and found again by the next output.
+// A cache of rows by row number, with as many slots as the window has rows. Each row is computed once, and the next
+// output finds it again.
 class RowCache {
  public:
   explicit RowCache(int64_t slots) : slots_(slots) { clear(); }
@@ -43,11 +45,11 @@ class RowCache {
     for (int64_t i = 0; i < slots_; ++i) kept_[i] = -1;
   }
 
-  // The slot of each wanted row (-1: none wanted); make(row, slot) fills those that are not there yet.
+  // Sets found[i] to the slot of rows[i], or to -1 if rows[i] is -1. make(row, slot) fills a slot whose row is missing.
   template <class Make>
   void want(const int64_t* rows, int64_t* found, Make&& make) {
     bool taken[kMaxTaps];
-    for (int64_t i = 0; i < slots_; ++i) taken[i] = false;  // and not all 225: a row of 13 pixels would notice
+    for (int64_t i = 0; i < slots_; ++i) taken[i] = false;  // all 225 would cost time in a row of 13 pixels
     for (int64_t r = 0; r < slots_; ++r) {
       found[r] = -1;
       for (int64_t i = 0; rows[r] >= 0 && i < slots_; ++i)
@@ -68,7 +70,7 @@ class RowCache {
   int64_t kept_[kMaxTaps];
 };
 
-// What meets in one vector of results: where each tap reads, and its number.
+// The taps of one vector of results: where each reads, and its number.
 template <class A, class Place>
 struct Taps {
   int64_t count = 0;
@@ -81,8 +83,8 @@ struct Taps {
   }
 };
 
-// f(count), as a constant for the counts of a 3 x 3 window at stride 2 (9 forward, 1, 2 or 4 backward) and of a 2 x 2
-// one: the loop over a tap's two instructions is then no loop.
+// Calls f(count). The counts of a 2 x 2 window and of a 3 x 3 window at stride 2 (9 forward; 1, 2 or 4 backward) are
+// passed as constants, which unrolls the loop over taps.
 template <class F>
 inline void with_count(int64_t count, F&& f) {
   switch (count) {
@@ -99,8 +101,8 @@ inline void with_count(int64_t count, F&& f) {
   }
 }
 
-// Pools one output row after the other. With `floor` the maximum starts at 0 (ReLU) and a window with nothing above it
-// has no winner; without, at its first value, and the windows must lie inside the image.
+// Pools one output row after the other. With `floor` the maximum starts at 0 (ReLU), and a window without a greater
+// value has no winner. Without, it starts at the first value, and every window must be inside the image.
 template <class A, bool floor>
 class PoolRows {
  public:
@@ -113,7 +115,7 @@ class PoolRows {
         out_width_(out_width),
         channels_(channels),
         length_(out_width + columns_.highest - columns_.lowest),
-        // A vector of slack behind each row: what fills it may write whole vectors.
+        // A vector of slack after each row, as rows are written in whole vectors.
         row_size_((channels_last_ ? width_ * channels : channels * columns_.count * length_) + kLanes<A>),
         cache_(pool.kernel[0]),
         rows_(pool.kernel[0] * row_size_),
@@ -122,8 +124,9 @@ class PoolRows {
         taps_(out_width * channels),
         winners_(out_width * channels) {}
 
-  // For each output row in [begin, end): make(row, A* scratch) returns where an input row that it needs is, in scratch
-  // or, channels-last, wherever whole vectors can be read; emit(row, y, winners) takes the result.
+  // For each output row in [begin, end), make(row, scratch) provides the input rows that it needs, and emit(row, y,
+  // winners) takes the result. make returns scratch, which it has filled. Channels-last it may instead return any place
+  // where whole vectors can be read.
   template <class Make, class Emit>
   void run(int64_t begin, int64_t end, Make&& make, Emit&& emit) {
     cache_.clear();
@@ -139,7 +142,7 @@ class PoolRows {
         starts_[slot] = channels_last_ ? made : split(made, kept);
       });
       channels_last_ ? pool_channels_last(found) : pool_contiguous(found);
-      // A row at a time: the compiler turns one vector of numbers into bytes with twenty scalar instructions.
+      // A whole row at a time, as the compiler turns a single vector into bytes with twenty scalar instructions.
       for (int64_t i = 0; i < out_width_ * channels_; ++i) winners_[i] = static_cast<uint8_t>(taps_[i]);
       emit(oh, static_cast<const A*>(y_), static_cast<const uint8_t*>(winners_));
     }
@@ -155,14 +158,14 @@ class PoolRows {
       Vec<A> v = load(p);
       if (empty) {
         empty = false;
-        // Under ReLU a window with nothing above zero returns its first value's zero, with that one's sign.
+        // Under ReLU a window without a positive value is 0. If its first value is a zero, its sign is kept.
         value = floor ? (v == 0 ? v : Vec<A>{}) : v;
         if (!floor) {
           tap = broadcast(candidate);
           return;
         }
       }
-      // A NaN takes this branch from any value and no value takes it from a NaN: the last NaN wins, as in PyTorch.
+      // A NaN replaces any value, and only another NaN replaces it: the last NaN wins, as in PyTorch.
       Vec<Int<A>> better = (v > value) | (v != v);
       value = better ? v : value;
       tap = better ? broadcast(candidate) : tap;
@@ -174,7 +177,7 @@ class PoolRows {
     store(taps_ + at, best.tap);
   }
 
-  // Lays a row [channels][width] out as [channels][phases][length], -inf where the padding is.
+  // Rearranges a row [channels][width] as [channels][phases][length], with -inf for the padding.
   const A* split(const A* row, A* kept) {
     const int64_t stride = columns_.stride;
     for (int64_t c = 0; c < channels_; ++c) {
@@ -198,14 +201,14 @@ class PoolRows {
     return kept;
   }
 
-  // The padding left of a row. Under ReLU its first value lends a window's zero its sign, so a zero of the first column
-  // that the window reaches stands here too; it is never above what it is compared with.
+  // The padding to the left of a row. Under ReLU the first value of a window may give its sign to the result. So if the
+  // first column that the window reaches is a zero, it is repeated here. A zero never exceeds the maximum.
   A left_of(const A* row, int64_t column) const {
     int64_t reached = column - floor_div(column, columns_.dilation) * columns_.dilation;
     return floor && reached < width_ && row[reached] == 0 ? row[reached] : -INFINITY;
   }
 
-  // The best of `taps`, each moved on by `shift`, for `length` results from `at` on, in whole vectors.
+  // Pools `length` results, stored from `at` on, in whole vectors. Every tap is moved by `shift`.
   void pool_run(const Taps<A, const A*>& taps, int64_t shift, int64_t length, int64_t at) {
     with_count(taps.count, [&](auto count) {
       for (int64_t i = 0; i < length; i += kLanes<A>) {
@@ -216,7 +219,7 @@ class PoolRows {
     });
   }
 
-  // What a vector writes beyond its channel, the next channel overwrites.
+  // A vector may write past the end of its channel; the next channel overwrites that part.
   void pool_contiguous(const int64_t* found) {
     Taps<A, const A*> taps;
     for (int64_t r = 0; r < pool_.kernel[0]; ++r)
@@ -243,13 +246,13 @@ class PoolRows {
   bool channels_last_;
   int64_t height_, width_, out_width_, channels_, length_, row_size_;
   RowCache cache_;
-  const A* starts_[kMaxTaps];  // where the row of each slot is
+  const A* starts_[kMaxTaps];  // the row in each slot
   Buffer<A> rows_, flat_, y_;
   Buffer<Int<A>> taps_;
   Buffer<uint8_t> winners_;
 };
 
-// The gradient of one input row after the other, gathered from the windows that reach it.
+// The gradient, one input row after the other, gathered from the windows that reach the row.
 template <class A>
 class UnpoolRows {
  public:
@@ -264,7 +267,7 @@ class UnpoolRows {
         phase_length_(ceil_div(in.width, columns_.stride)),
         before_(columns_.highest > 0 ? columns_.highest : 0),
         length_(before_ + longest(out.width, phase_length_ - columns_.lowest)),
-        // A vector of slack behind each row: what fills it may write whole vectors.
+        // A vector of slack after each row, as rows are written in whole vectors.
         row_size_((channels_last_ ? out.width * channels : channels * length_) + kLanes<A>),
         cache_(pool.kernel[0]),
         gradients_(pool.kernel[0] * row_size_),
@@ -282,9 +285,9 @@ class UnpoolRows {
       }
   }
 
-  // For each input row in [begin, end): make(row, A* dy, uint8_t* winners) fills the output rows that reach it,
-  // emit(row, A* scratch, gather) has gather(to) write the gradient to scratch or, channels-last, to wherever whole
-  // vectors can be written.
+  // For each input row in [begin, end), make(row, dy, winners) fills the output rows that reach it, and emit(row,
+  // scratch, gather) calls gather(to), which writes the gradient. `to` is scratch or, channels-last, any place where
+  // whole vectors can be written.
   template <class Make, class Emit>
   void run(int64_t begin, int64_t end, Make&& make, Emit&& emit) {
     cache_.clear();
@@ -308,7 +311,7 @@ class UnpoolRows {
  private:
   static int64_t longest(int64_t a, int64_t b) { return a > b ? a : b; }
 
-  // Winners widened to A's size; NCHW rows between zeros, where the outside windows would be.
+  // Widens winners to the size of A. NCHW rows are put between zeros, in place of the windows outside.
   void lay_out(A* gradients, Int<A>* taps) {
     if (channels_last_) return widened(winners_, taps, out_width_ * channels_);
     for (int64_t c = 0; c < channels_; ++c) {
@@ -321,7 +324,8 @@ class UnpoolRows {
     for (int64_t i = 0; i < n; ++i) taps[i] = winners[i];
   }
 
-  // The sums of the gradients that `taps`, each moved on by `shift`, won, for `length` results, in whole vectors.
+  // Sums, for `length` results, the gradients of the windows that they won, in whole vectors. Every tap is moved by
+  // `shift`.
   void sum_run(const Taps<A, int64_t>& taps, int64_t shift, int64_t length, A* to) {
     with_count(taps.count, [&](auto count) {
       for (int64_t i = 0; i < length; i += kLanes<A>) {
@@ -335,7 +339,7 @@ class UnpoolRows {
     });
   }
 
-  // Windows in ascending order, as PyTorch adds them: fp32 sums come out equal to the bit.
+  // Adds windows in ascending order, as PyTorch does, so that fp32 sums are equal to the bit.
   void gather_contiguous(const int64_t* found, A* dx) {
     if (columns_.count < columns_.stride) std::memset(dx, 0, width_ * channels_ * sizeof(A));
     for (int64_t q = 0; q < columns_.count; ++q) {
@@ -350,7 +354,7 @@ class UnpoolRows {
     for (int64_t c = 0; c < channels_; ++c) interleave(dx + c * width_, sums_ + c * phase_length_);
   }
 
-  // One row from the sums of its phases, which are `apart` apart. Even and odd together: stores of whole vectors.
+  // Merges the sums of the phases into one row. Even and odd columns are stored together, in whole vectors.
   void interleave(A* __restrict dx, const A* __restrict sums) {
     const int64_t stride = columns_.stride, apart = channels_ * phase_length_;
     if (stride == 2 && columns_.count == 2) {
@@ -386,7 +390,7 @@ class UnpoolRows {
   Buffer<A> flat_;
   Buffer<uint8_t> winners_;
   Buffer<A> sums_, dx_;
-  Buffer<int64_t> windows_;  // the window whose tap s an input column is, or -1: divisions are done once
+  Buffer<int64_t> windows_;  // [column][tap]: the window that has this column at this tap, or -1; saves divisions
 };
 
 }  // namespace alexnet_ext::ALEXNET_ISA

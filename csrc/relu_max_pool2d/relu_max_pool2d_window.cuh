@@ -1,4 +1,4 @@
-// Max pooling on the device: the taps of a window, the windows of a tap. The CUDA core of every op that pools.
+// Max pooling on the device: the taps of a window, and the windows of an input. The CUDA core of every op that pools.
 #pragma once
 
 #include "../common/images.cuh"
@@ -6,7 +6,7 @@
 
 namespace alexnet_ext {
 
-// The largest of a window's values, V channels side by side, taken in row-major order.
+// The maximum of a window so far, for V neighbouring channels. Values are taken in row-major order.
 template <class A, int V>
 struct Best {
   A value[V];
@@ -18,24 +18,24 @@ struct Best {
     for (int i = 0; i < V; ++i) value[i] = 0, tap[i] = kNoWinner;
   }
 
-  // With `floor` the maximum starts at ReLU's 0, and a window with nothing above it has no winner.
+  // With `floor` the maximum starts at ReLU's 0, and a window without a greater value has no winner.
   template <bool floor>
   __device__ void take(const A (&v)[V], int candidate) {
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      // Under ReLU a window with nothing above zero returns its first value's zero, with that one's sign.
+      // Under ReLU a window without a positive value is 0. If its first value is a zero, its sign is kept.
       if (floor && empty && v[i] == 0) value[i] = v[i];
-      // A NaN takes this branch from any value and no value takes it from a NaN: the last NaN wins, as in PyTorch.
+      // A NaN replaces any value, and only another NaN replaces it: the last NaN wins, as in PyTorch.
       if ((!floor && empty) || v[i] > value[i] || v[i] != v[i]) value[i] = v[i], tap[i] = candidate;
     }
     empty = false;
   }
 };
 
-// A pooling as kernels take it. Each [height, width].
+// Pooling as a kernel's argument. Each is [height, width].
 struct DevicePooling {
   int kernel[2], stride[2], padding[2], dilation[2];
-  // A tap lies in at most this many windows more than one, along each side.
+  // Along each side, an input is in at most 1 + more_windows windows.
   int more_windows[2];
   Divisor by_stride[2], by_dilation[2];
 
@@ -52,17 +52,18 @@ struct DevicePooling {
   }
 
  private:
-  // Of a stride longer than the side, or a dilation with one tap, only that it is long matters.
+  // A stride longer than the side, or the dilation of a single tap, may be cut: its exact value does not matter.
   static int64_t small(int64_t step) { return step < 2 * kMaxSide ? step : 2 * kMaxSide; }
 };
 
-// Whether taps can be counted in 32 bits. (In ceil_mode a stride beyond all sides could leave a window of any reach.)
+// Whether the offsets of taps fit into 32 bits. (In ceil_mode a stride longer than all sides allows a window of any
+// reach.)
 inline bool fits(const Pooling& p) {
   return (p.kernel[0] - 1) * p.dilation[0] <= 1 << 30 && (p.kernel[1] - 1) * p.dilation[1] <= 1 << 30;
 }
 
-// f(row, column, tap) for the taps of window (oh, ow) that lie inside the image. K: the window's side where it is known
-// and square (unrolled), else 0.
+// Calls f(row, column, tap) for the taps of window (oh, ow) that are inside the image. K is the side of a square window
+// that the compiler knows and unrolls, else 0.
 template <int K, class F>
 __device__ inline void for_taps(const DevicePooling& pool, const DeviceImages& in, int oh, int ow, F&& f) {
   const int height = K ? K : pool.kernel[0], width = K ? K : pool.kernel[1];
@@ -79,15 +80,16 @@ __device__ inline void for_taps(const DevicePooling& pool, const DeviceImages& i
   }
 }
 
-// The tap, along side i, at which window o holds an input whose padded index is `from`, or -1.
+// The tap, along side i, at which window o contains the input with the padded index `from`; -1 if there is none.
 __device__ inline int tap_of(const DevicePooling& pool, int i, int from, int o, int windows) {
   const int distance = from - o * pool.stride[i];
   const int tap = static_cast<int>(pool.by_dilation[i].divide(distance));
   return o >= 0 && o < windows && tap < pool.kernel[i] && tap * pool.dilation[i] == distance ? tap : -1;
 }
 
-// f(oh, ow, tap) for every window that could hold input (ih, iw), in ascending order, as PyTorch adds them; tap is -1
-// where it does not hold it. As often for all lanes of a warp, so that f may exchange values.
+// Calls f(oh, ow, tap) for every window that could contain input (ih, iw), in ascending order, as PyTorch adds them.
+// tap is -1 if the window does not contain it. Every lane of a warp calls f equally often, so that f may exchange
+// values.
 template <class F>
 __device__ inline void for_windows(const DevicePooling& pool, const DeviceImages& out, int ih, int iw, F&& f) {
   const int row = ih + pool.padding[0], column = iw + pool.padding[1];
@@ -104,7 +106,7 @@ __device__ inline void for_windows(const DevicePooling& pool, const DeviceImages
   }
 }
 
-// sum = the gradients of the windows that V neighbouring inputs won, the first of them at `at`.
+// sum = the gradients of the windows that V neighbouring inputs won. `at` is the first of the inputs.
 template <int V, class T>
 __device__ inline void gather(Acc<T> (&sum)[V], const DevicePooling& pool, const DeviceImages& out, const Position& at,
                               const T* __restrict__ dy, const uint8_t* __restrict__ winners) {

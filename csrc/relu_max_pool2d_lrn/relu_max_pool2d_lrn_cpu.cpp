@@ -1,4 +1,4 @@
-// CaffeNet's block on the CPU: x is read once; its pooled quarter is normalized while it is in cache.
+// CaffeNet's block on the CPU. Bytes: x is read once, and its pooled quarter is normalized while it is in the cache.
 #include "../common/cpu_bias.h"
 #include "../local_response_norm/local_response_norm_rows.h"
 #include "../relu_max_pool2d/relu_max_pool2d_rows.h"

@@ -5,7 +5,8 @@
 namespace alexnet_ext {
 namespace {
 
-// Tiles of the input, whose pixels have `lanes` vectors. A pooled vector costs some 240 instructions, an input 140.
+// Tiles of the input, whose pixels have `lanes` vectors. A pooled vector costs about 240 instructions, an input vector
+// 140.
 Tiles tiles_of(const LrnPoolBlock& p, int64_t lanes, int64_t most_needed) {
   const int64_t lengths[] = {p.out.height, p.out.width};
   return choose_tiles(p.in, lanes, most_needed, 240, 140, [&](int i, int64_t length) {
@@ -13,7 +14,8 @@ Tiles tiles_of(const LrnPoolBlock& p, int64_t lanes, int64_t most_needed) {
   });
 }
 
-// Those of the backward for AlexNet's LRN; none for any other LRN, or where a single input needs more than fits.
+// The tiles of the backward for AlexNet's LRN. There are none for another LRN, or if a single input needs too much
+// shared memory.
 Tiles backward_tiles(const LrnPoolBlock& p, bool lanes) {
   if (lanes)
     return tiles_of(p, p.in.channels / kLaneChannels,
@@ -87,7 +89,7 @@ int relu_max_pool2d_lrn_backward_cuda(const LrnPoolBlock& p, const void* dy, con
       const bool lanes = has_lanes(p, aligned(dy, pooled, winners, dx));
       const Tiles tiles = backward_tiles(p, lanes);
       if (lanes) {
-        // The bias sums go through the same shared memory.
+        // The bias sums use the same shared memory.
         const int64_t for_sums = kBlockThreads * kLaneChannels * sizeof(float);
         status = launch(relu_max_pool2d_lrn_lanes_backward_kernel<T, 5>, rows,
                         std::max(for_sums, tiles.shared_bytes(p.in.channels)), stream, block, tiles, gradient, kept,

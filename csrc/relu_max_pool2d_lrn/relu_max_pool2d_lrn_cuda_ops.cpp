@@ -1,4 +1,5 @@
-// relu_max_pool2d_lrn as PyTorch operators on CUDA: the input's device, the current stream, the launch checked.
+// relu_max_pool2d_lrn as PyTorch operators on CUDA. They run on the input's device and its current stream, and check
+// the launch.
 #include <torch/csrc/stable/library.h>
 
 #include "../common/cuda_stream.h"
@@ -10,18 +11,18 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, std::optional<Tensor> bias, int64_t lrn_size, double alpha,
                                            double beta, double k, IntList kernel, IntList stride) {
   CudaStream stream(x);
-  return on_block(x, bias, {lrn_size, alpha, beta, k}, kernel, stride,
-                  [&](const LrnPoolBlock& p, const void* in, const void* b, void* y, void* kept, uint8_t* winners) {
-                    stream.check("relu_max_pool2d_lrn",
-                                 relu_max_pool2d_lrn_cuda(p, in, b, y, kept, winners, stream.get()));
-                  });
+  return on_pool_then_lrn(
+      x, bias, {lrn_size, alpha, beta, k}, kernel, stride,
+      [&](const LrnPoolBlock& p, const void* in, const void* b, void* y, void* kept, uint8_t* winners) {
+        stream.check("relu_max_pool2d_lrn", relu_max_pool2d_lrn_cuda(p, in, b, y, kept, winners, stream.get()));
+      });
 }
 
 std::tuple<Tensor, Tensor> backward(const Tensor& dy, const Tensor& kept, const Tensor& winners, int64_t height,
                                     int64_t width, int64_t lrn_size, double alpha, double beta, double k,
                                     IntList kernel, IntList stride) {
   CudaStream stream(kept);
-  return on_block_backward(
+  return on_pool_then_lrn_backward(
       dy, kept, winners, height, width, {lrn_size, alpha, beta, k}, kernel, stride,
       [&](const LrnPoolBlock& p, const void* gradient, const void* activation, const uint8_t* taps, void* dx) {
         DeviceSums sums(kept, p.in);

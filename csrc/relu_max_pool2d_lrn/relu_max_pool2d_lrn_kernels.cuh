@@ -1,18 +1,20 @@
 // CaffeNet's block on CUDA: bias, ReLU, pooling and LRN of x in one kernel, and its backward in another.
 //
-// With AlexNet's LRN, channels-last, a lane holds eight channels and finds their neighbours in the lanes beside it;
-// contiguous, a thread walks along the channels with the window in its registers.
-// Bytes forward: x once, as windows overlap in L1 and L2; y, pooled and winners (each a quarter of x or less, at 3/2)
-// once. Backward: dy, pooled and winners once, and again what two tiles share, from L2; dx once, and the bias sums.
-// With any other LRN the backward is two kernels, and dpooled, a workspace of fp32, is written and read between them.
+// With AlexNet's LRN there are two fast ways. Channels-last, a lane holds eight channels and gets their neighbours from
+// the adjacent lanes. Contiguous, a thread walks along the channels with its window in registers.
+//
+// Bytes: forward reads x from memory once, as overlapping windows find it in L1 and L2. It writes y, pooled and winners
+// once, at 3/2 each a quarter of x or less. Backward reads dy, pooled and winners once, and from L2 again where two
+// tiles share them. It writes dx once and the bias sums. With any other LRN the backward is two kernels, which pass
+// dpooled through a workspace in the arithmetic type.
 #pragma once
 
-#include "../relu_lrn_max_pool2d/block_window.cuh"
+#include "../common/lrn_pool_block.cuh"
 #include "relu_max_pool2d_lrn.h"
 
 namespace alexnet_ext {
 
-// The first window along side i that reaches an input. (No padding, dilation 1.)
+// The first window along side i that contains input `at`. (No padding, dilation 1.)
 __device__ inline int first_window(const DevicePooling& pool, int i, int at) {
   return at < pool.kernel[i] ? 0 : static_cast<int>(pool.by_stride[i].divide(at - pool.kernel[i])) + 1;
 }
@@ -44,8 +46,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
   });
 }
 
-// A block computes the gradients of what was pooled, as a tile of inputs needs them, into shared memory, and gathers
-// from there.
+// For a tile of inputs, a block computes the gradients of the pooled values into shared memory, and gathers from there.
 template <class T, int N>
 __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
     relu_max_pool2d_lrn_lanes_backward_kernel(DeviceBlock<float> p, Tiles tiles, const T* __restrict__ dy,
@@ -53,7 +54,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
                                               T* __restrict__ dx, float* __restrict__ sums) {
   float* dpooled = shared_memory<float>();
   const int lanes = static_cast<int>(p.lanes.value), all = tiles.need_rows * tiles.need_columns * lanes;
-  const int owners = kBlockThreads / lanes * lanes;  // each of which stays at its channels
+  const int owners = kBlockThreads / lanes * lanes;  // threads; each keeps its channels
   float sum[kLaneChannels] = {};
   for (int64_t tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
     const Position first = tile_position(tiles, tile);
@@ -131,8 +132,8 @@ __global__ void __launch_bounds__(kBlockThreads, 2)  // 128 registers
   });
 }
 
-// Blocks of [rows][chunks]; a row takes every rows-th tile of inputs, whose windows' gradients its threads compute into
-// shared memory, eight channels at a time, and gather from there.
+// The grid is [rows][chunks]; a row takes every rows-th tile of inputs. Its threads compute the gradients of the tile's
+// windows into shared memory, eight channels at a time, and gather from there.
 template <class T, int N>
 __global__ void __launch_bounds__(kBlockThreads, 3)  // 80 registers
     relu_max_pool2d_lrn_pixels_backward_kernel(DeviceBlock<float> p, Tiles tiles, Chunks work, int64_t rows,
@@ -189,7 +190,7 @@ __global__ void __launch_bounds__(kBlockThreads, 3)  // 80 registers
   for (int i = thread; i < end - first; i += kBlockThreads) sums[block_row * p.in.channels + first + i] = totals[i];
 }
 
-// ---- any layout, window and beta: element by element, neighbours' parts by way of shared memory
+// ---- any layout, window and beta: element by element; neighbours' terms are shared in shared memory
 
 template <class T>
 __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
@@ -218,7 +219,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
   });
 }
 
-// Backward, first LRN's gradient of what was pooled, once for all inputs that the windows share.
+// The backward's first kernel: LRN's gradient of each pooled value, computed once for all inputs of its window.
 template <class T>
 __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
     relu_max_pool2d_lrn_pooled_backward_kernel(DeviceBlock<Acc<T>> p, ChannelBlocks work, const T* __restrict__ dy,
@@ -234,7 +235,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
   });
 }
 
-// Then the pooling's.
+// The second kernel: the pooling's gradient.
 template <class T>
 __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
     relu_max_pool2d_lrn_backward_kernel(DeviceBlock<Acc<T>> p, ChannelBlocks work, const Acc<T>* __restrict__ dpooled,

@@ -8,27 +8,24 @@ namespace {
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, std::optional<Tensor> bias, int64_t lrn_size, double alpha,
                                            double beta, double k, IntList kernel, IntList stride) {
-  return on_block(x, bias, {lrn_size, alpha, beta, k}, kernel, stride,
-                  [](const LrnPoolBlock& p, const void* in, const void* b, void* y, void* kept, uint8_t* winners) {
-                    parallel(band_count(p.out), [&](int64_t begin, int64_t end) {
-                      with_isa(best_isa(), [&](auto isa) {
-                        relu_max_pool2d_lrn_cpu<isa.value>(p, in, b, y, kept, winners, begin, end);
-                      });
-                    });
-                  });
+  return on_pool_then_lrn(
+      x, bias, {lrn_size, alpha, beta, k}, kernel, stride,
+      [](const LrnPoolBlock& p, const void* in, const void* b, void* y, void* kept, uint8_t* winners) {
+        on_cpu(band_count(p.out), [&](auto isa, int64_t begin, int64_t end) {
+          relu_max_pool2d_lrn_cpu<isa.value>(p, in, b, y, kept, winners, begin, end);
+        });
+      });
 }
 
 std::tuple<Tensor, Tensor> backward(const Tensor& dy, const Tensor& kept, const Tensor& winners, int64_t height,
                                     int64_t width, int64_t lrn_size, double alpha, double beta, double k,
                                     IntList kernel, IntList stride) {
-  return on_block_backward(
+  return on_pool_then_lrn_backward(
       dy, kept, winners, height, width, {lrn_size, alpha, beta, k}, kernel, stride,
       [&](const LrnPoolBlock& p, const void* gradient, const void* activation, const uint8_t* taps, void* dx) {
         BiasSums sums(p);
-        parallel(band_count(p.in), [&](int64_t begin, int64_t end) {
-          with_isa(best_isa(), [&](auto isa) {
-            relu_max_pool2d_lrn_backward_cpu<isa.value>(p, gradient, activation, taps, dx, sums.data(), begin, end);
-          });
+        on_cpu(band_count(p.in), [&](auto isa, int64_t begin, int64_t end) {
+          relu_max_pool2d_lrn_backward_cpu<isa.value>(p, gradient, activation, taps, dx, sums.data(), begin, end);
         });
         return sums.total(kept);
       });

@@ -1,15 +1,16 @@
-// Checks, layout and allocation of relu_max_pool2d_lrn for every device; `launch` runs the device's kernel.
+// Checks, layout and allocation of relu_max_pool2d_lrn for every device. `launch` runs the device's kernel.
 #pragma once
 
-#include "../relu_lrn_max_pool2d/block.h"
+#include "../common/lrn_pool_block.h"
 #include "relu_max_pool2d_lrn.h"
 
 namespace alexnet_ext {
 
-// y, pooled, winners = launch(x, bias).
+// Allocates y, pooled and winners and has launch(parameters, x, bias, y, pooled, winners) fill them.
 template <class Launch>
-inline std::tuple<Tensor, Tensor, Tensor> on_block(const Tensor& x, std::optional<Tensor> bias, const Lrn& lrn,
-                                                   const IntList& kernel, const IntList& stride, Launch&& launch) {
+inline std::tuple<Tensor, Tensor, Tensor> on_pool_then_lrn(const Tensor& x, std::optional<Tensor> bias, const Lrn& lrn,
+                                                           const IntList& kernel, const IntList& stride,
+                                                           Launch&& launch) {
   LrnPoolBlock p = block_of(x, lrn, kernel, stride);
   p.in = images_of(x, "x");
   p.out = pooled(p.in, p.pool, false);
@@ -22,11 +23,12 @@ inline std::tuple<Tensor, Tensor, Tensor> on_block(const Tensor& x, std::optiona
   return {y, kept, winners};
 }
 
-// dx, dbias = launch(dy, pooled, winners), which fills dx and returns dbias.
+// Allocates dx. launch(parameters, dy, pooled, winners, dx) fills it and returns dbias.
 template <class Launch>
-inline std::tuple<Tensor, Tensor> on_block_backward(const Tensor& dy, const Tensor& kept, const Tensor& winners,
-                                                    int64_t height, int64_t width, const Lrn& lrn,
-                                                    const IntList& kernel, const IntList& stride, Launch&& launch) {
+inline std::tuple<Tensor, Tensor> on_pool_then_lrn_backward(const Tensor& dy, const Tensor& kept, const Tensor& winners,
+                                                            int64_t height, int64_t width, const Lrn& lrn,
+                                                            const IntList& kernel, const IntList& stride,
+                                                            Launch&& launch) {
   LrnPoolBlock p = block_of(kept, lrn, kernel, stride);
   p.out = images_of(kept, "pooled");
   p.in = unpooled(p.out, height, width, p.pool);

@@ -1,6 +1,5 @@
-// LRN and a fused block (bias, ReLU, LRN, max pooling) of AlexNet's first layer in plain C++: on a stream of its own
-// where there is a GPU, else by the kernels of the CPU. Both results are compared with loops in double; the exit code
-// is 1 where one is off.
+// LRN and a fused block (bias, ReLU, LRN, max pooling) of AlexNet's first layer in plain C++: on a stream of its own if
+// there is a GPU, else on the CPU. Both results are compared with loops in double. If one is wrong the exit code is 1.
 #include <alexnet_ext/common/isa.h>
 #include <alexnet_ext/local_response_norm/local_response_norm.h>
 #include <alexnet_ext/relu_lrn_max_pool2d/relu_lrn_max_pool2d.h>
@@ -23,14 +22,14 @@ using Floats = std::vector<float>;
 
 namespace {
 
-// What runs the kernels: both functions give the seconds of one run.
+// A device that runs the kernels. Both functions return the seconds of one run.
 struct Device {
   std::string name;
   double (*local_response_norm)(const ax::LocalResponseNorm& p, const Floats& x, Floats& y);
   double (*block)(const ax::LrnPoolBlock& p, const Floats& x, const Floats& bias, Floats& y);
 };
 
-// ---- on the CPU: work comes in units, to be dealt out to any threads
+// ---- on the CPU: work is counted in units, which any number of threads may share
 
 template <class Run>
 double seconds_on_cpu(int64_t units, const Run& run) {
@@ -41,7 +40,7 @@ double seconds_on_cpu(int64_t units, const Run& run) {
       pool.emplace_back([&, t] { run(units * t / threads, units * (t + 1) / threads); });
     for (std::thread& thread : pool) thread.join();
   };
-  all();  // the first run finds pages that are not there yet
+  all();  // in the first run the pages of y are not mapped yet
   const auto began = std::chrono::steady_clock::now();
   all();
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
@@ -69,7 +68,7 @@ Device cpu() {
           local_response_norm_on_cpu, block_on_cpu};
 }
 
-// ---- on a GPU: launchers take a stream, and nothing waits but who asks for it
+// ---- on a GPU: launchers take a stream and do not wait
 
 #if defined(ALEXNET_CUDA)
 void must(int status, const char* what) {
@@ -193,7 +192,7 @@ std::vector<double> block_by_loops(const ax::LrnPoolBlock& p, const Floats& x, c
   return y;
 }
 
-// Prints how far y is off, and how fast it came. NaN is off.
+// Prints the error of y and the speed. NaN is an error.
 bool agrees(const char* name, const Floats& y, const std::vector<double>& expected, double bytes, double seconds) {
   double worst = 0;
   for (size_t i = 0; i < y.size(); ++i) {

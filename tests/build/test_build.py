@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -97,7 +98,7 @@ def configured(folder: Path, torch_facts: str, *options: str, with_nvcc: bool = 
     for name in ("cmake", "csrc"):
         shutil.copytree(ROOT / name, tree / name)
     shutil.copy(ROOT / "CMakeLists.txt", tree)
-    (tree / "csrc" / "torch_facts.py").write_text(f"print({torch_facts!r})\n")
+    (tree / "cmake" / "torch_facts.py").write_text(f"print({torch_facts!r})\n")
     command = ["cmake", "-G", "Ninja", "-S", str(tree), "-B", str(folder / "build")]
     command += [f"-DPython_EXECUTABLE={sys.executable}", f"-DALEXNET_EXT_OUTPUT={folder}", *options]
     done = run(command, folder, PATH=path)
@@ -239,7 +240,23 @@ def test_a_compile_error_is_the_compilers_own_message_and_no_traceback(tmp_path:
     assert "Traceback" not in done.stderr
 
 
-# ---- import without a library, or with a broken one
+def test_a_source_distribution_has_all_that_the_build_reads(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    for name in ("cmake", "csrc", "alexnet_ext"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("CMakeLists.txt", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py"):
+        shutil.copy(ROOT / name, tree)
+    done = run([sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", str(tmp_path)], tree)
+    assert done.returncode == 0, done.stderr
+    (made,) = tmp_path.glob("alexnet_ext-*.tar.gz")
+    with tarfile.open(made) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    sources = [path for folder in ("cmake", "csrc") for path in (ROOT / folder).rglob("*.*") if path.is_file()]
+    assert len(sources) > 50
+    assert {str(path.relative_to(ROOT)) for path in sources} | {"CMakeLists.txt", "setup.py"} <= names
+
+
+# ---- import without a library, or with one that is none
 
 STOCK_ONLY = """
 import json

@@ -106,7 +106,7 @@ def unwritten(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def described(problem: Problem) -> ctypes.Array[ctypes.c_int64]:
-    """The problem as Conv2d of conv2d_cutlass.h."""
+    """Conv2d of conv2d.h."""
     sizes = [*problem.x, problem.filters, *problem.kernel, *problem.y[2:], *problem.stride, *problem.padding]
     return (ctypes.c_int64 * 16)(*sizes, *problem.dilation, problem.groups)
 
@@ -216,7 +216,7 @@ def compiled_by(kind: str, architecture: str, base: Path) -> Programs:
     def compiled(direction: str) -> Program:
         with shared_folder(base, f"ptx_{kind}_{direction}") as folder:
             source = folder / f"{direction}.cu"
-            files = sorted(CSRC.glob(f"{direction}_*_{kind}.cu"))
+            files = sorted((CSRC / kind).glob(f"{direction}_*.cu"))
             source.write_text("".join(f'#include "{file}"\n' for file in files))
             return Program(source, Path(include), folder, architecture)
 

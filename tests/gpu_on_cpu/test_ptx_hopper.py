@@ -49,7 +49,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Programs:
 
 
 def workspace(problem: Problem) -> int:
-    """The size by sm90_weight_gradient_workspace of conv2d_cutlass.h: a result for each split of the pixels."""
+    """sm90_weight_gradient_workspace of conv2d_sm90.h: a result for each split of the pixels."""
     filters, channels, taps = (
         problem.filters // problem.groups,
         problem.weight[1],

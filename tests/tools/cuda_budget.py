@@ -1,7 +1,7 @@
 """``python -m tests.tools.cuda_budget``: what every CUDA kernel takes on every architecture, compared with a file.
 
-Compiles csrc/*/*_cuda.cu with nvcc for each architecture (no GPU is needed), csrc/*/*_cutlass.cu for the two that are
-built by default and csrc/*/*_sm90.cu for 9.0a, and reads ptxas's report: registers must not be more than
+Compiles csrc/*/*_cuda.cu with nvcc for each architecture (no GPU is needed), csrc/*/cutlass/*.cu for the two that are
+built by default and csrc/*/sm90/*.cu for 9.0a, and reads ptxas's report: registers must not be more than
 cuda_budget.json says, static shared memory likewise, and there is no stack and no spill at all. Kernels made for
 16-byte accesses or for tensor cores must have these in their machine code. Exit code 1 when something does not hold.
 Without CUTLASS's headers its kernels are left out.
@@ -123,7 +123,7 @@ def read_report(report: str) -> dict[str, Usage]:
 @functools.cache
 def cutlass_include() -> str:
     """The folder of CUTLASS's headers, as the build finds it; nothing where they are missing."""
-    return run(sys.executable, str(ROOT / "csrc" / "cutlass_include.py"))
+    return run(sys.executable, str(ROOT / "cmake" / "cutlass_include.py"))
 
 
 def cutlass_folders() -> tuple[str, ...]:
@@ -152,7 +152,7 @@ def measure(jobs: int) -> dict[str, dict[str, Usage]]:
     sources = dict.fromkeys(sorted((ROOT / "csrc").glob("*/*_cuda.cu")), ARCHITECTURES)
     if cutlass_include():
         for name, wanted in CUTLASS_ARCHITECTURES.items():
-            sources |= dict.fromkeys(sorted((ROOT / "csrc").glob(f"*/*_{name}.cu")), wanted)
+            sources |= dict.fromkeys(sorted((ROOT / "csrc").glob(f"*/{name}/*.cu")), wanted)
     found: dict[str, dict[str, Usage]] = {}
     with tempfile.TemporaryDirectory(prefix="cuda-budget-") as folder, ThreadPoolExecutor(jobs) as pool:
         tasks = [(source, architecture) for source, wanted in sources.items() for architecture in wanted]

@@ -37,17 +37,18 @@ CUDA_AUGMENT = "csrc/augment/augment_kernels.cuh"
 BIAS = "csrc/common/cpu_bias.h"
 CUDA_LRN = "csrc/local_response_norm/local_response_norm_window.cuh"
 CUDA_SUMS = "csrc/common/channel_sums.cuh"
-CUTLASS = "csrc/conv2d_bias_relu/conv2d_cutlass.cuh"
+CUTLASS = "csrc/conv2d_bias_relu/cutlass/conv2d_cutlass.cuh"
 CUTLASS_APPLIES = "alexnet_ext/ops/conv2d_bias_relu/cutlass.py"
-SM90 = "csrc/conv2d_bias_relu/conv2d_sm90.cuh"
-SM90_WEIGHT = "csrc/conv2d_bias_relu/weight_gradient_sm90.cuh"
+SM90 = "csrc/conv2d_bias_relu/sm90/conv2d_sm90.cuh"
+SM90_WEIGHT = "csrc/conv2d_bias_relu/sm90/weight_gradient_sm90.cuh"
 SURVEY, CALLS = "alexnet_ext/accelerate/survey.py", "alexnet_ext/accelerate/calls.py"
 WATCH, TRACING = "alexnet_ext/accelerate/watch.py", "alexnet_ext/accelerate/tracing.py"
 DRAWN = "tests/accelerate/test_accelerate_generated.py -k 'before and {}'"
 BY_MODULES, BY_FX = DRAWN.format("modules"), DRAWN.format("fx")
 # These need nvcc and CUTLASS's headers.
 PTX, SM90_PTX = "tests/gpu_on_cpu/test_ptx.py::test_", "tests/gpu_on_cpu/test_ptx_hopper.py::test_"
-WINOGRAD = "csrc/conv2d_bias_relu/winograd_cpu.cpp"
+WINOGRAD = "csrc/conv2d_bias_relu/cpu/winograd_cpu.cpp"
+WINOGRAD_CONVOLUTION = "csrc/conv2d_bias_relu/cpu/winograd_convolution.h"
 LRN_POOL_TEST = "tests/ops/relu_lrn_max_pool2d/test_relu_lrn_max_pool2d.py"
 EMULATOR = "tests/gpu_on_cpu/test_emulator.py"
 SECONDS = 240  # a fault may make a loop endless
@@ -108,15 +109,15 @@ FAULTS = (
           "first + rows < s.height ? first + rows : s.height", "s.height", "relu_lrn_max_pool2d"),
     Fault("ReLU: NaN turned to 0", "csrc/conv2d_bias_relu/conv2d_bias_relu_cpu.cpp", "widen(values[i]) <= 0 ?",
           "!(widen(values[i]) > 0) ?", "conv2d_bias_relu"),
-    Fault("ReLU: gradient 1 at 0", "csrc/conv2d_bias_relu/conv2d_bias_relu_cpu.cpp", "widen(result[i]) <= 0 ?",
-          "widen(result[i]) < 0 ?", "conv2d_bias_relu"),
+    Fault("ReLU: gradient 1 at 0", "csrc/common/relu_mask_cpu.cpp", "widen(result[i]) <= 0 ?",
+          "widen(result[i]) < 0 ?", "relu_mask"),
     Fault("Winograd: infinity passes for finite", WINOGRAD, "void look(const V& v) { zeros_ += v * 0.0f; }",
           "void look(const V&) {}", "winograd"),
     Fault("Winograd: tiles of the gradient overwrite one another", WINOGRAD, "load(to) + tile[q]", "tile[q]",
           "winograd"),
     Fault("Winograd: padding of the rows taken for the columns'", WINOGRAD, "w = j * 2 - p.padding[1]",
           "w = j * 2 - p.padding[0]", "winograd"),
-    Fault("Winograd: a reference to the products is never given back", "csrc/conv2d_bias_relu/winograd_plan.h",
+    Fault("Winograd: a reference to the products is never given back", WINOGRAD_CONVOLUTION,
           "torch::stable::detail::to<Tensor>(stack[0]);", "", "tests/ops/test_runtime.py -k 'given_back and 96'"),
     Fault("Winograd: weight's gradient of the first images alone", WINOGRAD, "part < parts", "part < 1",
           "tests/ops/conv2d_bias_relu/test_conv2d_bias_relu.py -k 'many_tiles and padding1'"),
@@ -171,7 +172,7 @@ FAULTS = (
     Fault("conv: the mask of a ReLU that was left out", "csrc/conv2d_bias_relu/conv2d_bias_relu_ops.cpp",
           "relu ? masked(dy, y) : dy", "masked(dy, y)",
           "tests/ops/conv2d_bias_relu/test_conv2d_bias_relu.py -k 'values_and_gradients and reluFalse and float32'"),
-    Fault("boundary: bias gradient of the first band alone", "csrc/relu_lrn_max_pool2d/block.h", "u < units_", "u < 1",
+    Fault("boundary: bias gradient of the first band alone", "csrc/common/lrn_pool_block.h", "u < units_", "u < 1",
           f"{LRN_POOL_TEST} -k 'values_and_gradients and contiguous and float32'"),
     Fault("CUDA: no barrier between filling a tile and pooling it",
           "csrc/relu_lrn_max_pool2d/relu_lrn_max_pool2d_kernels.cuh", "__syncthreads();\n    const int height",
@@ -308,8 +309,8 @@ class Tree:
             options = ("-x", "-n0", "-p", "no:cacheprovider", "--emulator", str(self.folder / "alexnet_ext"))
             return [sys.executable, "-m", "pytest", *options, *shlex.split(test)]
         # One kernel's file of all those that ctest's program links: the others may depend on the fault's file too.
-        (kernel,) = self.folder.glob(f"csrc/*/{test}_cpu.cpp")
-        (program,) = self.folder.glob(f"tests/ops/*/test_{test}.cpp")
+        (kernel,) = self.folder.glob(f"csrc/**/{test}_cpu.cpp")
+        (program,) = self.folder.glob(f"tests/ops/**/test_{test}.cpp")
         objects = [
             f"CMakeFiles/test_{test}.dir/{program.relative_to(self.folder)}.o",
             f"CMakeFiles/cpu_kernels_portable.dir/{kernel.relative_to(self.folder)}.o",

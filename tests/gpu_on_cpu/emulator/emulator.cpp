@@ -28,13 +28,14 @@ constexpr size_t kStack = 256 << 10;
 
 enum class State { ready, at_block, at_warp, ended };
 
-// A place to run: its stack, and where it left off. Kept between blocks, as making one costs a system call.
+// A thread's stack and the point where it left off. Fibers are reused by later blocks, as creating one costs a system
+// call.
 struct Fiber {
   std::unique_ptr<char[]> stack{new char[kStack]};
   ucontext_t start;
   jmp_buf left;
   bool begun = false;
-  void* fake_stack = nullptr;  // AddressSanitizer's
+  void* fake_stack = nullptr;  // for AddressSanitizer
 
   Dim index;
   State state = State::ended;
@@ -56,13 +57,13 @@ struct Emulator {
   Order order = Order::forward;
   std::mt19937 random{0};
   std::unique_ptr<unsigned char[]> shared;
-  // What the lanes give each other. Two sets: a lane may give its next value before all have read the last.
+  // The values that lanes exchange, in two sets: a lane may give its next value before all have read the last one.
   std::vector<uint64_t> given[2];
 };
 
 Emulator e;
 
-// Leaves the fiber for the scheduler; returns when it is resumed.
+// Switches from the fiber to the scheduler. Returns when the fiber is resumed.
 __attribute__((noinline)) void leave() {
   Fiber& fiber = *e.current;
   ANNOTATE(__sanitizer_start_switch_fiber(&fiber.fake_stack, e.scheduler_stack, e.scheduler_size));
@@ -120,7 +121,7 @@ std::string place(const Fiber& fiber) {
          file.substr(file.find_last_of('/') + 1);
 }
 
-// The fibers are left where they are: new ones take their place.
+// Drops the suspended fibers. Later launches create new ones.
 [[noreturn]] void fail(const std::string& what) {
   e.fibers.clear();
   throw std::runtime_error(what);
@@ -131,7 +132,7 @@ bool together(const Fiber& a, const Fiber& b) {
                                                             !std::strcmp(a.site.file_name(), b.site.file_name())));
 }
 
-// Runs the threads [first, last) of one warp until all wait for their block or have ended.
+// Runs the threads [first, last) of one warp until all wait at a barrier of the block or have ended.
 void run_warp(int first, int last) {
   for (;;) {
     for (int lane : ordered(last - first)) {
@@ -204,7 +205,8 @@ void run(Dim grid, Dim block, int64_t shared_bytes, const std::function<void()>&
     const int64_t at = e.order == Order::reverse ? blocks - 1 - i : i;
     blockIdx = {static_cast<unsigned>(at % grid.x), static_cast<unsigned>(at / grid.x % grid.y),
                 static_cast<unsigned>(at / grid.x / grid.y)};
-    // Allocated anew, so that AddressSanitizer sees its end; NaN in every type, and no 0 for a sum to start from.
+    // Allocated for each block, so that AddressSanitizer sees its end. 0xff is NaN in every type, so no sum starts at 0
+    // by luck.
     e.shared.reset(new unsigned char[shared_bytes]);
     std::memset(e.shared.get(), 0xff, shared_bytes);
     for (int t = 0; t < threads; ++t) {

@@ -1,9 +1,10 @@
-// Runs CUDA kernels on the CPU: one fiber a thread, block after block, so that the very kernel files that nvcc compiles
-// can be tested, sanitizers included, where there is no GPU.
+// Runs CUDA kernels on the CPU, so that the kernel files that nvcc compiles can be tested without a GPU, also under
+// sanitizers. Each thread is a fiber, and blocks run one after another.
 //
-// A warp runs alone until all its lanes wait at a block's barrier or have ended, each lane alone until it meets the
-// others of its warp. What a missing barrier leaves undefined hence differs between the orders of running, and a kernel
-// that is right gives the same bits in all. Not shown: what the memory model lets happen between blocks, and speed.
+// A warp runs alone until all its lanes have ended or wait at a barrier of the block. A lane runs alone until it
+// exchanges values with its warp. So where a barrier is missing, results differ between the orders of running; a
+// correct kernel gives the same bits in every order. Not shown are speed and the races that the memory model allows
+// between blocks.
 #pragma once
 
 #include <cstdint>
@@ -23,18 +24,18 @@ extern Dim gridDim, blockDim, blockIdx, threadIdx;
 
 enum class Order { forward, reverse, random };
 void set_order(Order order);
-int64_t launches();  // so far
+int64_t launches();  // the number of launches so far
 
-// Runs thread() for every thread of the grid. Throws std::runtime_error where threads of a block wait for each other
-// at different barriers, or for one that has ended.
+// Runs thread() for every thread of the grid. Throws std::runtime_error if threads of a block wait at different
+// barriers, or for a thread that has ended.
 void run(Dim grid, Dim block, int64_t shared_bytes, const std::function<void()>& thread);
 
-// The block's dynamic shared memory: exactly the bytes that the launch asked for, full of garbage at first.
+// The block's dynamic shared memory. It has exactly the size given to the launch, and is full of NaN at first.
 void* shared_memory();
 
 void wait_for_block(std::source_location site);
 
-// Every lane of the warp gives a value and gets read(all lanes' values, its own lane).
+// Every lane of the warp gives a value, and gets read(values of all lanes, its own lane).
 uint64_t exchange(unsigned mask, uint64_t value, std::source_location site,
                   const std::function<uint64_t(const uint64_t*, int)>& read);
 

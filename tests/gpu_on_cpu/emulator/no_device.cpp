@@ -1,4 +1,4 @@
-// What a binding asks of PyTorch's CUDA side, where every tensor lies on the CPU.
+// Stands in for the functions of PyTorch's CUDA side that bindings call. Every tensor is on the CPU.
 #include <torch/csrc/stable/c/shim.h>
 
 extern "C" {

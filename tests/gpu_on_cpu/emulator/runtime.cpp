@@ -1,4 +1,4 @@
-// What a test asks and sets.
+// The functions that Python's tests call.
 #include "emulator.h"
 
 extern "C" {

@@ -1,11 +1,12 @@
-// Augmentation against the formula in double: crops in every corner, flips, images of any strides, space-to-depth.
+// Compares augmentation with the formula in double: crops in every corner, flips, images of any strides,
+// space-to-depth.
 #include "augment/augment.h"
 #include "harness.h"
 
 namespace alexnet_ext::test {
 namespace {
 
-// Strides of NHWC, NCHW and of an image that is a window in a larger one.
+// NHWC, NCHW, and an image that is a window of a larger one.
 enum class Layout { dense, planes, window };
 
 constexpr double kMean[] = {120, 110.5, 90}, kDeviation[] = {58, 133, 31};
@@ -22,7 +23,7 @@ void check(Isa isa, int64_t batch, int64_t height, int64_t width, int64_t size, 
   for (int c = 0; c < 3; ++c) p.mean[c] = kMean[c], p.scale[c] = 1 / kDeviation[c];
 
   Random random(size + 100 * batch);
-  // Exactly as long as the last image's last byte: one more would be out of bounds.
+  // The array ends with the last byte of the last image, so that reading one more is out of bounds.
   Array<uint8_t> images(batch == 0 ? 0 : batch * p.image_step - (wide - width) * 3);
   for (int64_t i = 0; i < images.size(); ++i) images[i] = static_cast<uint8_t>(integer(random, 0, 255));
   Array<int64_t> offsets(batch * 2);

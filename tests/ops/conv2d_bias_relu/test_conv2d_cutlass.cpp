@@ -1,6 +1,7 @@
-// The host's arithmetic for the convolution on tensor cores: the weight gradient's splits fill a GPU, and their
-// workspace holds them.
-#include "conv2d_bias_relu/conv2d_cutlass.h"
+// The host's arithmetic for the convolution on tensor cores: the splits of the weight gradient fill a GPU, and the
+// workspace has room for them.
+#include "conv2d_bias_relu/cutlass/conv2d_cutlass.h"
+#include "conv2d_bias_relu/sm90/conv2d_sm90.h"
 #include "harness.h"
 
 namespace alexnet_ext::test {
@@ -13,21 +14,22 @@ Conv2d problem(int64_t batch, int64_t channels, int64_t side, int64_t filters, i
   return {batch, channels, side, side, filters, taps, taps, out, out, {1, 1}, {padding, padding}, {1, 1}, groups};
 }
 
-// With mma.sync, and for compute capability 9.0.
+// `splits` for mma.sync, `sm90_splits` for compute capability 9.0.
 void check_splits(const Conv2d& p, int64_t splits, int64_t sm90_splits) {
   report().where = "splits of " + std::to_string(p.filters) + " filters, batch " + std::to_string(p.batch);
   const int64_t blocks = ceil_div(p.group_filters(), kWeightBlock) * ceil_div(p.taps(), kWeightBlock);
   expect_value(weight_gradient_splits(p) == splits, "splits", 0, static_cast<double>(weight_gradient_splits(p)),
                static_cast<double>(splits), 0);
-  expect(splits == 1 || blocks * splits <= kMostBlocks, "more blocks than are wanted");
-  expect(splits == 1 || p.pixels() > (splits - 1) * kFewestPixels, "splits are of too few pixels");
+  expect(splits == 1 || blocks * splits <= kMostBlocks, "more blocks than a GPU runs at once");
+  expect(splits == 1 || p.pixels() > (splits - 1) * kFewestPixels, "splits have too few pixels");
   expect(weight_gradient_workspace(p) == p.groups * splits * p.group_filters() * p.taps(), "the workspace's size");
 
   const Sm90WeightPlan plan(p);
   expect_value(plan.splits == sm90_splits, "splits for 9.0", 0, static_cast<double>(plan.splits),
                static_cast<double>(sm90_splits), 0);
   const int64_t sm90_blocks = plan.column_blocks * plan.filter_blocks * p.groups;
-  expect(plan.splits == 1 || sm90_blocks * plan.splits <= kMostBlocks / 2, "more blocks than are wanted for 9.0");
+  expect(plan.splits == 1 || sm90_blocks * plan.splits <= kHopperMultiprocessors,
+         "more blocks than a GPU of 9.0 runs at once");
   expect((plan.splits - 1) * plan.steps_of_split < plan.steps && plan.splits * plan.steps_of_split >= plan.steps,
          "each split has pixels, and each pixel a split");
   expect(plan.column_blocks * kSm90WeightColumns * kSm90WeightChannels >= p.taps() &&

@@ -1,4 +1,4 @@
-// The linear layer and its gradients against plain sums in double.
+// Compares the linear layer and its gradients with plain sums in double.
 #include "harness.h"
 #include "linear_bias_relu/linear_bias_relu.h"
 

@@ -1,4 +1,5 @@
-// local_response_norm on the CPU against naive loops: types, strides, windows, betas, edge values, splits of the work.
+// Compares local_response_norm on the CPU with plain loops: types, strides, windows, betas, special values, splits of
+// units.
 #include "harness.h"
 #include "reference.h"
 
@@ -54,7 +55,7 @@ Results<T> run(Isa isa, const LocalResponseNorm& p, const Tensors<T>& in, Split 
   return out;
 }
 
-// A: the type of the reference, double for its precision or the kernel's own for its overflows.
+// A is the type of the reference: double for precision, or the kernel's arithmetic type to overflow as it does.
 template <class A, class T>
 void compare(const LocalResponseNorm& p, const Tensors<T>& in, const Results<T>& got) {
   const double rounding = 16 + 2 * p.lrn.size + 8 * std::fabs(p.lrn.beta);
@@ -93,7 +94,7 @@ void describe(Isa isa, const LocalResponseNorm& p, const char* what) {
                    std::to_string(p.pixel_stride) + " n=" + std::to_string(p.lrn.size) + " beta=" + text(p.lrn.beta);
 }
 
-// alpha far above AlexNet's 1e-4, under which a wrong window would hardly show.
+// alpha is far above AlexNet's 1e-4, at which a wrong window would hardly change a result.
 template <class T>
 void random_values(Isa isa) {
   constexpr Lrn kLrn{5, 1.5, 0.75, 2};
@@ -136,7 +137,7 @@ void random_values(Isa isa) {
     }
 }
 
-// inf, NaN and overflowing squares stay within their windows; a running sum would carry them through all channels.
+// inf, NaN and squares that overflow affect their own windows only. A running sum would carry them into all channels.
 template <class T>
 void special_values(Isa isa) {
   const double inf = INFINITY, nan = NAN, big = sizeof(T) == 8 ? 1e200 : kDType<T> == DType::f16 ? 6e4 : 1e20;
@@ -159,7 +160,7 @@ void special_values(Isa isa) {
     }
 }
 
-// alpha = 0, k = 1: y is x bit for bit, so every 16-bit number survives being widened and narrowed.
+// With alpha = 0 and k = 1, y equals x. So every 16-bit number must survive widening and narrowing.
 template <class T>
 void all_halves(Isa isa) {
   const LocalResponseNorm p = problem(kDType<T>, {1, 64, 1024}, {5, 0, 0.75, 1}, Order::nchw);
@@ -168,7 +169,7 @@ void all_halves(Isa isa) {
   for (int64_t i = 0; i < 1 << 16; ++i) in.x[i] = {static_cast<uint16_t>(i)}, in.dy[i] = rounded<T>(0);
   const Results<T> got = run(isa, p, in, Split::whole);
   for (int64_t i = 0; i < 1 << 16; ++i) {
-    // The squares of a neighbour's inf and NaN times alpha = 0 are NaN, so those rows are left to special_values.
+    // A neighbour whose square is inf or NaN makes 0 * its square NaN. special_values covers these.
     bool finite = true;
     for (int64_t c = i / 1024 - 2; c <= i / 1024 + 2; ++c)
       if (c >= 0 && c < 64) {

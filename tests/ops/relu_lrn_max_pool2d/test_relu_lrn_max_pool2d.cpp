@@ -1,4 +1,4 @@
-// relu_lrn_max_pool2d on the CPU against naive loops: bias, ReLU, LRN and pooling in one, and its gradient.
+// Compares relu_lrn_max_pool2d on the CPU with plain loops: bias, ReLU, LRN and pooling, and the gradient.
 #include "blocks.h"
 #include "relu_lrn_max_pool2d/relu_lrn_max_pool2d.h"
 
@@ -42,7 +42,7 @@ Gradients<T> backward(Isa isa, const LrnPoolBlock& p, const Array<T>& dy, const 
   return out;
 }
 
-// f(place of each channel) for every pixel of the input.
+// Calls f(place) for every pixel of the input; place(c) is the index of channel c.
 template <class F>
 void for_pixels(const Images& s, F&& f) {
   for (int64_t n = 0; n < s.batch; ++n)
@@ -66,8 +66,8 @@ void check(Isa isa, const LrnPoolBlock& p, const Array<T>& x, const Array<T>* bi
 
   const Results<T> got = forward(isa, p, x, bias, Split::whole);
   for_elements(p.out, [&](int64_t n, int64_t c, int64_t oh, int64_t ow) {
-    // The greatest value is known to rounding only, so any tap that comes so near it may win; of exactly equal ones
-    // (zeros, which ReLU makes) the first, and of NaNs the last.
+    // The maximum is known up to rounding, so any tap close enough may win. Of exactly equal values (the zeros of ReLU)
+    // the first must win, and of NaNs the last.
     double best = -INFINITY, chosen = -INFINITY, first_best = -1, last_nan = -1;
     const int64_t o = at(p.out, n, c, oh, ow);
     for_taps(p.in, p.pool, oh, ow, [&](int64_t h, int64_t w, int64_t tap) {

@@ -1,5 +1,5 @@
-// relu_max_pool2d on the CPU, to the bit: ties, NaN, padding, every stride and dilation, bands of rows, splits of the
-// work.
+// relu_max_pool2d on the CPU, to the bit: ties, NaN, padding, every stride and dilation, bands of rows, splits of
+// units.
 #include "harness.h"
 #include "reference.h"
 #include "relu_max_pool2d/relu_max_pool2d.h"
@@ -28,8 +28,9 @@ Results<T> run(Isa isa, const ReluMaxPool2d& p, const Array<T>& x, const Array<T
   return out;
 }
 
-// The first of the greatest values above 0, the last NaN, or no winner: then 0, with the sign that ReLU leaves the
-// first value's (-0 stays -0). In an NCHW window that begins left of the image the padding hides that sign.
+// The winner is the last NaN, or else the first of the greatest values above 0. Without a winner y is 0, and if the
+// first value of the window is a zero, y has its sign. In an NCHW window that begins to the left of the image, the
+// padding hides that sign.
 template <class T>
 void compare(const ReluMaxPool2d& p, const Array<T>& x, const Array<T>& dy, const Results<T>& got) {
   for_elements(p.out, [&](int64_t n, int64_t c, int64_t oh, int64_t ow) {
@@ -48,7 +49,7 @@ void compare(const ReluMaxPool2d& p, const Array<T>& x, const Array<T>& dy, cons
     if (best == 0 && sign_kept) expect_byte("sign of y", o, std::signbit(value(got.y[o])), std::signbit(best));
     expect_byte("winners", o, got.winners[o], winner);
   });
-  // dy holds small integers, so that sums are exact in every type.
+  // dy has small integers, so that sums are exact in every type.
   const std::vector<double> dx = unpool(p.in, p.out, p.pool, dy, got.winners);
   for (int64_t i = 0; i < count(p.in); ++i) expect_equal("dx", i, got.dx[i], dx[i]);
 }
@@ -65,7 +66,7 @@ void check(Isa isa, const Images& in, const Pooling& pool, bool ceil) {
                    std::to_string(pool.dilation[0]) + "," + std::to_string(pool.dilation[1]);
   if (p.out.height < 1 || p.out.width < 1) return expect(false, "the test's window does not fit");
   Random random(in.width + 7 * in.channels);
-  // Small integers make ties; then real numbers; then NaN and inf among them.
+  // First small integers, which make ties; then real numbers; then real numbers with NaN and inf.
   for (int mode = 0; mode < 3; ++mode) {
     Array<T> x(count(in)), dy(count(p.out)), x_before(count(in));
     for (int64_t i = 0; i < x.size(); ++i) {
@@ -100,7 +101,7 @@ void all_cases(Isa isa) {
   for (int64_t width : {3, 4, 15, 16, 17, 31, 33, 34, 35, 67}) cases.push_back({{1, 2, 5, width, false}, three_by_two});
   for (int64_t channels : {1, 7, 8, 9, 16, 31, 33, 65}) cases.push_back({{2, channels, 5, 7, false}, three_by_two});
   cases.push_back({{1, 1, 1, 1, false}, {{1, 1}, {1, 1}, {0, 0}, {1, 1}}});
-  // More rows than a band has, and enough images that a band is a whole one.
+  // Images with more rows than a band, and enough images that a band is a whole image.
   cases.push_back({{2, 3, 27, 9, false}, three_by_two});
   cases.push_back({{16, 2, 19, 5, false}, three_by_two});
   cases.push_back({{1, 3, 13, 9, false}, three_by_two, true});

@@ -1,4 +1,5 @@
-// relu_max_pool2d_lrn on the CPU against naive loops: bias, ReLU and pooling to the bit, then LRN, and its gradient.
+// Compares relu_max_pool2d_lrn on the CPU with plain loops: bias, ReLU and pooling to the bit, then LRN, and the
+// gradient.
 #include "blocks.h"
 #include "relu_max_pool2d_lrn/relu_max_pool2d_lrn.h"
 

@@ -1,4 +1,4 @@
-// The cases of both fused blocks, and what they share: tensors, the activation, sums over units.
+// Shared by the tests of both fused blocks: cases, random tensors, the biased input, and the comparison of bias sums.
 #pragma once
 
 #include "harness.h"
@@ -7,7 +7,7 @@
 
 namespace alexnet_ext::test {
 
-// f(problem, name) for every case in both layouts.
+// Calls f(problem, name) for every case in both layouts.
 template <class T, class F>
 void for_blocks(F&& f) {
   struct Case {
@@ -22,7 +22,7 @@ void for_blocks(F&& f) {
   for (int64_t size : {1, 2, 4, 15}) cases.push_back({1, 6, 5, 7, {3, 3}, {2, 2}, {size, 1.5, 0.75, 2}});
   for (double beta : {0.0, 0.5, 1.0, 0.3}) cases.push_back({1, 7, 5, 7, {3, 3}, {2, 2}, {4, 1.5, beta, 2}});
   cases.push_back({1, 1, 1, 1, {1, 1}, {1, 1}, kLrn});
-  // More rows than a band has, and enough images that a band is a whole one.
+  // Images with more rows than a band, and enough images that a band is a whole image.
   cases.push_back({2, 3, 27, 5, {3, 3}, {2, 2}, kLrn});
   cases.push_back({16, 2, 19, 3, {3, 3}, {2, 2}, kLrn});
   cases.push_back({1, 5, 6, 9, {2, 3}, {1, 2}, kLrn});
@@ -43,7 +43,7 @@ void for_blocks(F&& f) {
     }
 }
 
-// x + bias, rounded as the kernel's arithmetic type rounds it.
+// x + bias, rounded to the kernel's arithmetic type.
 template <class T>
 Acc<T> biased(const Array<T>& x, const Array<T>* bias, int64_t i, int64_t c) {
   const Acc<T> v = value(x[i]);
@@ -57,7 +57,7 @@ Array<T> random_array(Random& random, int64_t size) {
   return values;
 }
 
-// The sums over units against the sums of dx's exact values; `magnitude` as in dx.
+// Compares the sums over all units with the sums of the exact dx. `magnitude` has one value for each dx.
 template <class T>
 void compare_bias_sums(const LrnPoolBlock& p, const Array<Acc<T>>& sums, const std::vector<double>& dx,
                        const std::vector<double>& magnitude, double rounding) {

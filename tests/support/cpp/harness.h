@@ -1,6 +1,8 @@
-// What the plain C++ tests of the CPU kernels share: elements converted independently of the kernels, arrays of exact
-// size (so that AddressSanitizer sees one element too far), every instruction set that this CPU has, and the units of a
-// kernel split over calls and threads in several ways, which must not change a bit (and lets ThreadSanitizer look).
+// Shared by the plain C++ tests of the CPU kernels.
+//   elements are converted independently of the kernels
+//   arrays have their exact size, so that AddressSanitizer sees an access one element too far
+//   every instruction set of this CPU is tested
+//   units are split over calls and threads in several ways, for ThreadSanitizer; no split may change a bit
 #pragma once
 
 #include <cmath>
@@ -18,11 +20,11 @@
 
 namespace alexnet_ext::test {
 
-// ---- failures: a sentence each, the first few printed
+// ---- failures, a sentence each; the first 20 are printed
 
 struct Report {
   int64_t checks = 0, failures = 0;
-  std::string where;  // the case at work
+  std::string where;  // the current case
 };
 
 inline Report& report() {
@@ -37,7 +39,7 @@ inline void expect(bool holds, const std::string& what) {
   std::printf("FAILED %s: %s\n", r.where.c_str(), what.c_str());
 }
 
-// The exit code. A test that checked nothing has failed.
+// Returns the exit code. A test without any check has failed.
 inline int finish(const char* name) {
   const Report& r = report();
   std::printf("%s: %lld checks, %lld failures\n", name, static_cast<long long>(r.checks),
@@ -99,7 +101,7 @@ inline double value(float v) { return v; }
 inline double value(bf16 v) { return bits_as<float>(static_cast<uint32_t>(v.bits) << 16); }
 inline double value(f16 v) { return static_cast<double>(bits_as<_Float16>(v.bits)); }
 
-// v rounded to the nearest T, ties to even.
+// v, rounded to the nearest T, ties to even.
 template <class T>
 T rounded(double v) {
   if constexpr (kDType<T> == DType::f16) {
@@ -116,7 +118,7 @@ T rounded(double v) {
   }
 }
 
-// Half a unit in the last place of T at v; 0 for the types whose kernels store what they computed.
+// Half a unit in the last place of T at v; 0 for fp32 and fp64, whose kernels store results without rounding.
 template <class T>
 double half_ulp(double v) {
   if (sizeof(T) != 2) return 0;
@@ -128,7 +130,7 @@ double half_ulp(double v) {
 template <class T>
 constexpr double kEpsilon = sizeof(T) == 8 ? 0x1p-53 : 0x1p-24;
 
-// ---- arrays of exact size, first filled with a pattern that is no right answer anywhere
+// ---- arrays of exact size, filled at first with a pattern that is no right answer
 
 template <class T>
 class Array {
@@ -163,13 +165,21 @@ inline int64_t integer(Random& random, int64_t low, int64_t high) {
   return std::uniform_int_distribution<int64_t>(low, high)(random);
 }
 
+// Every fourth value is NaN, inf, -inf, 0 or -0.
+template <class T>
+T special_or_normal(Random& random) {
+  const double specials[] = {NAN, INFINITY, -INFINITY, 0.0, -0.0};
+  const int64_t pick = integer(random, 0, 19);
+  return rounded<T>(pick < 5 ? specials[pick] : normal(random));
+}
+
 // ---- units
 
 enum class Split { whole, units, threads };
 
 constexpr Split kSplits[] = {Split::whole, Split::units, Split::threads};
 
-// f(begin, end) until all units are done: in one call, in one call a unit (the last first), or on three threads.
+// Calls f(begin, end) for all units: in one call, in one call a unit (the last unit first), or on three threads.
 template <class F>
 void run_units(Split split, int64_t units, F&& f) {
   if (split == Split::whole) return f(0, units);
@@ -198,7 +208,7 @@ inline void expect_value(bool holds, const char* name, int64_t i, double got, do
                     " within " + text(allowed));
 }
 
-// got is `exact` within half a place of T and `rounding` epsilons of the arithmetic type at `magnitude`.
+// Expects got to be within half a unit of `exact`, plus `rounding` epsilons of the arithmetic type at `magnitude`.
 template <class T>
 void expect_near(const char* name, int64_t i, T got, double exact, double magnitude, double rounding) {
   const double v = value(got), allowed = half_ulp<T>(exact) + rounding * kEpsilon<T> * magnitude + 1e-45;
@@ -206,7 +216,7 @@ void expect_near(const char* name, int64_t i, T got, double exact, double magnit
   expect_value(holds, name, i, v, exact, allowed);
 }
 
-// Equal as numbers; NaN equals NaN.
+// Expects numbers to be equal; NaN equals NaN.
 template <class T>
 void expect_equal(const char* name, int64_t i, T got, double exact) {
   const double v = value(got);
@@ -217,7 +227,7 @@ inline void expect_byte(const char* name, int64_t i, int got, int exact) {
   expect_value(got == exact, name, i, got, exact, 0);
 }
 
-// f(Type<T>{}) for the four element types.
+// Calls f(Type<T>{}) for the four element types.
 template <class F>
 void for_types(F&& f) {
   f(Type<double>{});

@@ -1,4 +1,4 @@
-// Naive loops over plain indices, written from the formulas and not from the kernels.
+// The formulas as plain loops over indices, written independently of the kernels.
 #pragma once
 
 #include "harness.h"
@@ -7,7 +7,7 @@
 
 namespace alexnet_ext::test {
 
-// ---- local response normalization of one pixel's channels, in A
+// ---- local response normalization of one pixel's channels, in the type A
 
 // s_c = k + alpha/n * sum of x_j^2 for j in [c - n/2, c + (n-1)/2]
 template <class A>
@@ -31,7 +31,7 @@ std::vector<A> lrn(const Lrn& lrn, const std::vector<A>& x) {
   return y;
 }
 
-// dx, and in `magnitude` the size of the terms that it is the difference of.
+// dx. `magnitude` is set to the sum of the absolute values of its terms.
 template <class A>
 std::vector<A> lrn_gradient(const Lrn& lrn, const std::vector<A>& x, const std::vector<A>& dy,
                             std::vector<A>* magnitude) {
@@ -68,8 +68,8 @@ inline std::string text(const Images& s) {
          std::to_string(s.width) + (s.channels_last ? " NHWC" : " NCHW");
 }
 
-// The size of one pooled side as torch.nn.MaxPool2d gives it: the windows that fit, and with `ceil` one that does not
-// where it still starts inside the image or its left padding.
+// The size of a pooled side, by the rule of torch.nn.MaxPool2d: the windows that fit. With `ceil` there is one more if
+// it starts inside the image or its left padding.
 inline int64_t pooled_side(int64_t side, const Pooling& p, int i, bool ceil) {
   const int64_t last = side + 2 * p.padding[i] - p.dilation[i] * (p.kernel[i] - 1) - 1;
   int64_t windows = 0;
@@ -78,7 +78,7 @@ inline int64_t pooled_side(int64_t side, const Pooling& p, int i, bool ceil) {
   return windows + (ceil && next - last < p.stride[i] && next < side + p.padding[i]);
 }
 
-// f(input row, input column, tap) for the taps of an output that lie in the image, in row-major order.
+// Calls f(input row, input column, tap) for the taps of an output that are inside the image, in row-major order.
 template <class F>
 void for_taps(const Images& in, const Pooling& p, int64_t oh, int64_t ow, F&& f) {
   for (int64_t r = 0; r < p.kernel[0]; ++r)
@@ -89,7 +89,7 @@ void for_taps(const Images& in, const Pooling& p, int64_t oh, int64_t ow, F&& f)
     }
 }
 
-// f(n, c, h, w) for all elements.
+// Calls f(n, c, h, w) for all elements.
 template <class F>
 void for_elements(const Images& s, F&& f) {
   for (int64_t n = 0; n < s.batch; ++n)
@@ -98,7 +98,7 @@ void for_elements(const Images& s, F&& f) {
         for (int64_t w = 0; w < s.width; ++w) f(n, c, h, w);
 }
 
-// The gradient that reaches each input element from the windows it won, in double.
+// The gradient of each input element, in double: the sum over the windows that it won.
 template <class T>
 std::vector<double> unpool(const Images& in, const Images& out, const Pooling& p, const Array<T>& dy,
                            const Array<uint8_t>& winners) {

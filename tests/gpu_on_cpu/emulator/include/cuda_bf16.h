@@ -1,4 +1,4 @@
-// fp32 to bf16 and back as CUDA does it: to nearest, ties to even, every NaN becoming one.
+// Conversion of fp32 to bf16 and back as in CUDA: to nearest, ties to even, and every NaN becomes the same NaN.
 #pragma once
 
 #include "cuda_runtime.h"

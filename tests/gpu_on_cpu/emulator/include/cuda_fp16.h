@@ -1,4 +1,4 @@
-// fp32 to fp16 and back as CUDA does it, by g++'s own half type.
+// Conversion of fp32 to fp16 and back as in CUDA, by g++'s own half type.
 #pragma once
 
 #include "cuda_runtime.h"

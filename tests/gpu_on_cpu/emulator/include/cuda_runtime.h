@@ -1,4 +1,4 @@
-// What the kernels use of CUDA C++, for g++: tests/gpu_on_cpu/emulator/emulator.h runs them.
+// The part of CUDA C++ that the kernels use, for g++. tests/gpu_on_cpu/emulator/emulator.h runs them.
 #pragma once
 
 #include <bit>
@@ -23,7 +23,7 @@ using emulator::blockIdx;
 using emulator::gridDim;
 using emulator::threadIdx;
 
-// The place of the call tells barriers apart: threads that wait at different ones have diverged.
+// A barrier is known by the place of its call. Threads that wait at different barriers have diverged.
 using CallSite = std::source_location;
 
 inline void __syncthreads(CallSite site = CallSite::current()) { emulator::wait_for_block(site); }
@@ -32,7 +32,7 @@ inline void __syncwarp(unsigned mask = 0xffffffff, CallSite site = CallSite::cur
   emulator::exchange(mask, 0, site, [](const uint64_t*, int) { return uint64_t{0}; });
 }
 
-// A lane whose source lies outside its warp keeps its own value.
+// A lane whose source is outside its warp keeps its own value.
 template <class T>
 T __shfl_up_sync(unsigned mask, T value, unsigned delta, CallSite site = CallSite::current()) {
   return emulator::exchange_values(mask, value, site, [=](int lane) { return lane - static_cast<int>(delta); });

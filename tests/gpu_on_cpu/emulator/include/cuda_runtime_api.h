@@ -1,4 +1,4 @@
-// What the kernels' launchers and bindings use of CUDA's runtime, for g++. It declares nothing that they do not use.
+// The part of CUDA's runtime that launchers and bindings use, for g++. Nothing else is declared.
 #pragma once
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };

@@ -1,8 +1,9 @@
-// The convolution by CUTLASS as PyTorch operators: forward with bias and ReLU, and the gradient of x or weight for that
-// of what is before the ReLU.
+// CUTLASS's convolution as PyTorch operators: forward with bias and ReLU, and the gradient of x or weight. The gradient
+// takes dz, the gradient before the ReLU.
 #include <torch/csrc/stable/library.h>
 
-#include "conv2d_cutlass_plan.h"
+#include "../conv2d_binding.h"
+#include "conv2d_cutlass.h"
 
 namespace alexnet_ext {
 namespace {

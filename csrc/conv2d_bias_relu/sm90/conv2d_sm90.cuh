@@ -1,6 +1,6 @@
-// The convolution and its gradient of x as CUTLASS's implicit products for compute capability 9.0 alone: wgmma, fed by
-// TMA, which gathers pixels itself (im2col). Channels-last operands, fp32 sums, up to kGroupsAtOnce groups a launch,
-// each a slice of the whole tensors as in conv2d_cutlass.cuh. One direction and dtype is compiled a file.
+// The convolution and its gradient of x as CUTLASS's implicit products for compute capability 9.0 alone. TMA gathers
+// the pixels (im2col) and feeds wgmma. Operands are channels-last, sums fp32. A launch takes up to kGroupsAtOnce
+// groups, each a slice of the whole tensors. Each .cu file compiles one direction and dtype.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -13,15 +13,15 @@
 #include <cutlass/conv/kernel/conv_universal.hpp>
 #include <cutlass/epilogue/collective/collective_builder.hpp>
 
-#include "../common/images.cuh"
-#include "conv2d_cutlass.h"
-#include "cutlass_element.h"
+#include "../../common/images.cuh"
+#include "../cutlass_element.h"
+#include "conv2d_sm90.h"
 
 namespace alexnet_ext {
 
 using cutlass::conv::Operator;
 
-// What is stored for sums: themselves, or max(least, sum + bias), where a null bias is 0 and NaN stays.
+// The epilogues. Sums stores the sums; Forward stores max(least, sum + bias), where a null bias is 0 and NaN passes.
 namespace stored {
 namespace fusion = cutlass::epilogue::fusion;
 constexpr auto kRound = cutlass::FloatRoundStyle::round_to_nearest;
@@ -35,10 +35,10 @@ using Sums =
     fusion::Sm90EVT<fusion::Sm90Compute<cutlass::epilogue::thread::Identity, E, float, kRound>, fusion::Sm90AccFetch>;
 }  // namespace stored
 
-// The kernel of a direction for blocks of 128 pixels x kColumns channels, in steps of 128 bytes of channels of one tap:
-// a warp that loads, four that multiply, and as many steps in flight as kBlocks blocks leave room for in shared memory.
-// Two blocks of a cluster need the same weights, and each reads one half of them for both: by arithmetic a block of 128
-// x 128 reads 48 bytes a clock at full speed instead of 64.
+// The kernel of a direction. A block computes 128 pixels x kColumns channels, in steps of 128 bytes of channels of one
+// tap. One warp loads and four multiply; kBlocks blocks share a multiprocessor and fill its shared memory with steps in
+// flight. The two blocks of a cluster need the same weights, and each reads one half for both. By arithmetic a block of
+// 128 x 128 then reads 48 bytes a clock at full speed instead of 64.
 template <Operator kDirection, class T, int kColumns, int kBlocks>
 struct Sm90Product {
   using E = Element<T>;
@@ -51,7 +51,7 @@ struct Sm90Product {
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster,
       cutlass::epilogue::collective::EpilogueTileAuto, float, float, void, Nhwc, kAccess, E, Nhwc, kAccess,
       cutlass::epilogue::TmaWarpSpecialized, Stored>::CollectiveOp;
-  // Of 228 KiB each block takes 1 KiB for itself.
+  // A multiprocessor has 228 KiB, and the system reserves 1 KiB of it for each block.
   static constexpr int kOthersBytes = (kBlocks - 1) * (228 * 1024 / kBlocks + 1024);
   using Mainloop = typename cutlass::conv::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, kDirection, E, Nhwc, kAccess, E, Nhwc, kAccess, float, Tile,
@@ -65,7 +65,7 @@ struct Sm90Product {
   };
 };
 
-// One kernel, whose blocks of index z compute group z: AlexNet's two towers fill a GPU better together.
+// Several groups in one kernel: blocks with z-index z compute group z. AlexNet's two towers fill a GPU better together.
 constexpr int kGroupsAtOnce = 2;
 template <class Kernel>
 struct Groups {
@@ -81,7 +81,7 @@ struct Groups {
   }
 };
 
-// One group as a problem of its own, with the strides of the whole tensors.
+// One group as a convolution without groups, with the strides of the whole tensors.
 template <Operator kDirection>
 cutlass::conv::ConvProblemShape<kDirection, 2> sm90_problem_of_group(const Conv2d& p) {
   auto n = [](int64_t v) { return static_cast<int>(v); };
@@ -104,14 +104,14 @@ cutlass::conv::ConvProblemShape<kDirection, 2> sm90_problem_of_group(const Conv2
           1};
 }
 
-// Whether CUTLASS takes a group: alignment, and taps that reach no further than 8 bits say.
+// Whether CUTLASS accepts a group: stride 1, aligned pointers, and offsets of taps that fit into 8 bits.
 template <class Kernel>
 bool sm90_takes(const typename Kernel::Arguments& arguments) {
   return arguments.problem_shape.traversal_stride == cute::array<int, 2>{1, 1} && Kernel::can_implement(arguments) &&
          aligned(arguments.mainloop.ptr_A, arguments.mainloop.ptr_B, arguments.epilogue.ptr_D);
 }
 
-// Launches arguments_of(slice) for each group.
+// Launches every group with arguments_of(its slice), kGroupsAtOnce groups at a time.
 template <class Kernel, class F>
 int launch_groups(const Conv2d& p, void* stream, F&& arguments_of) {
   const auto kernel = reinterpret_cast<const void*>(&cutlass::device_kernel<Groups<Kernel>>);
@@ -146,8 +146,8 @@ int launch_groups(const Conv2d& p, void* stream, F&& arguments_of) {
 
 template <class T>
 using Sm90Forward = typename Sm90Product<Operator::kFprop, T, 128, 1>::Kernel;
-// The results' columns are a group's channels, in AlexNet 48, 192 and 256. At 96 the sums leave registers for two
-// blocks, of which one multiplies while the other one stores.
+// The columns are a group's channels: in AlexNet 48, 192 and 256. With 96 columns a block, the sums leave registers for
+// two blocks, so that one multiplies while the other stores.
 template <class T>
 using Sm90InputGradient = typename Sm90Product<Operator::kDgrad, T, 96, 2>::Kernel;
 

@@ -1,4 +1,4 @@
-"""Prints the folder of CUTLASS's headers, which the PyPI package nvidia-cutlass brings; nothing where it is missing."""
+"""Prints the folder of CUTLASS's headers in the PyPI package nvidia-cutlass, or nothing if it is not installed."""
 
 from importlib.util import find_spec
 from pathlib import Path

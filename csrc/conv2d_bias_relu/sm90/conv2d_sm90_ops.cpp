@@ -1,8 +1,9 @@
-// The convolution for compute capability 9.0 as PyTorch operators; conv2d_cutlass_ops.cpp has that for 8.0 and newer.
-// wgmma has no gradients of TF32.
+// The convolution for compute capability 9.0 as PyTorch operators. ../cutlass has those for 8.0 and newer. TF32 has no
+// gradients here (conv2d_sm90.h).
 #include <torch/csrc/stable/library.h>
 
-#include "conv2d_cutlass_plan.h"
+#include "../conv2d_binding.h"
+#include "conv2d_sm90.h"
 
 namespace alexnet_ext {
 namespace {

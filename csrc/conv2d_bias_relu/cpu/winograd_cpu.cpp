@@ -1,5 +1,5 @@
 // The transforms of Winograd's convolution on the CPU, with vectors along the channels.
-#include "../common/cpu_vector.h"
+#include "../../common/cpu_vector.h"
 #include "winograd.h"
 
 namespace alexnet_ext {
@@ -9,7 +9,8 @@ namespace {
 using V = Vec<float>;
 constexpr int64_t kStep = kLanes<float>;
 
-// The five maps along one side of a tile. Each is a template so that 4 values come in and 2 go out, and so on.
+// The six maps along one side of a tile. Their sizes differ: Output takes 4 values and gives 2, WeightMap takes 3 and
+// gives 4.
 struct Input {  // B'
   static void apply(const V (&d)[4], V (&v)[4]) {
     v[0] = d[0] - d[2], v[1] = d[1] + d[2], v[2] = d[2] - d[1], v[3] = d[1] - d[3];
@@ -37,7 +38,7 @@ struct WeightTransposed {  // G'
   }
 };
 
-// Map along the columns, then along the rows.
+// Applies Map along the columns, then along the rows.
 template <class Map, int kFrom, int kTo>
 inline void both_ways(const V (&in)[kFrom * kFrom], V (&out)[kTo * kTo]) {
   V half[kTo][kFrom];
@@ -54,7 +55,7 @@ inline void both_ways(const V (&in)[kFrom * kFrom], V (&out)[kTo * kTo]) {
   }
 }
 
-// Whether values were finite: 0 times anything else is NaN, and stays.
+// Whether all values were finite. 0 times any other value is NaN, and stays NaN in the sum.
 class Finite {
  public:
   void look(const V& v) { zeros_ += v * 0.0f; }
@@ -68,15 +69,15 @@ class Finite {
   V zeros_{};
 };
 
-// Where row `row` of place 0 and group g stands in a matrix of `rows` rows and `channels` columns a group, and how far
-// apart places are.
+// Matrices of [16][groups][rows][channels]: where row `row` of group g begins at place 0, and the distance between
+// places.
 struct Matrix {
   int64_t groups, rows, channels;
   int64_t at(int64_t g, int64_t row) const { return (g * rows + row) * channels; }
   int64_t apart() const { return groups * rows * channels; }
 };
 
-// f(image, tile row, tile column, row of the matrix) for the tiles of the units [begin, end).
+// Calls f(image, tile row, tile column, row of the matrix) for the tiles of the units [begin, end).
 template <class F>
 inline void for_tiles(const Winograd& p, int64_t first, int64_t begin, int64_t end, F&& f) {
   for (int64_t unit = begin; unit < end; ++unit)

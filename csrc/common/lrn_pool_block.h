@@ -1,8 +1,8 @@
-// The fused blocks' arguments at the boundary, shared by both orders.
+// Arguments and CPU bias sums of the blocks that fuse ReLU, LRN and max pooling, at the boundary, for both orders.
 #pragma once
 
-#include "../relu_max_pool2d/pooling.h"
-#include "relu_lrn_max_pool2d.h"
+#include "../relu_lrn_max_pool2d/relu_lrn_max_pool2d.h"
+#include "pooling.h"
 
 namespace alexnet_ext {
 
@@ -11,7 +11,7 @@ inline LrnPoolBlock block_of(const Tensor& x, const Lrn& lrn, const IntList& ker
   return {dtype_of(x, "x"), {}, {}, pooling_of(kernel, stride, {0, 0}, {1, 1}), lrn};
 }
 
-// The units' bias sums, [units][channels], and their total in x's dtype.
+// The bias sums of each CPU unit, [units][channels] in the arithmetic type.
 class BiasSums {
  public:
   explicit BiasSums(const LrnPoolBlock& p)
@@ -21,7 +21,7 @@ class BiasSums {
 
   void* data() { return sums_.data(); }
 
-  // Adds the units up in their order, in fp64.
+  // The total of all units in x's dtype, added in their order in fp64.
   Tensor total(const Tensor& x) const {
     const int64_t size[] = {channels_};
     Tensor total = torch::stable::empty({size, 1}, ScalarType::Double, std::nullopt, x.device());

@@ -1,5 +1,6 @@
 // The convolution and its two gradients as CUTLASS's implicit products for compute capability 8.0 and newer (mma.sync,
-// cp.async): channels-last operands, fp32 sums, one launch a group. One direction and dtype is compiled a file.
+// cp.async). Operands are channels-last, sums fp32; each group is one launch. Each .cu file compiles one direction and
+// dtype.
 #pragma once
 
 #include <cutlass/conv/conv2d_problem_size.h>
@@ -8,9 +9,9 @@
 #include <cutlass/conv/kernel/default_conv2d_fprop.h>
 #include <cutlass/conv/kernel/default_conv2d_wgrad.h>
 
-#include "../common/channel_sums.cuh"
+#include "../../common/channel_sums.cuh"
+#include "../cutlass_element.h"
 #include "conv2d_cutlass.h"
-#include "cutlass_element.h"
 
 namespace alexnet_ext {
 
@@ -18,7 +19,7 @@ using cutlass::conv::StrideSupport;
 using cutlass::gemm::GemmShape;
 using Nhwc = cutlass::layout::TensorNHWC;
 
-// CUTLASS's mma.sync instruction, and how deep a block's step is: 64 bytes of channels or pixels.
+// CUTLASS's mma.sync instruction, and the depth of a block's step: 64 bytes of channels or pixels.
 template <class T>
 struct TensorCore;
 template <>
@@ -32,12 +33,12 @@ struct TensorCore<f16> {
   static constexpr int kDepth = 32;
 };
 template <>
-struct TensorCore<float> {  // fragments are rounded to the nearest TF32 on their way from shared memory
+struct TensorCore<float> {  // operands are rounded to the nearest TF32 when they are read from shared memory
   using Instruction = GemmShape<16, 8, 8>;
   static constexpr int kDepth = 16;
 };
 
-// What is stored for fp32 sums, in the type E, 16 bytes at a time: themselves, or max(least, sum + bias).
+// The epilogue: stores fp32 sums in the type E, 16 bytes at a time. Forward it stores max(least, sum + bias).
 template <class E, bool kForward>
 struct Stored {
   using ElementOutput = E;
@@ -62,7 +63,7 @@ struct Stored {
   CUTLASS_HOST_DEVICE FragmentOutput operator()(FragmentAccumulator sums) const {
     if constexpr (kForward) {
       CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < kCount; ++i) sums[i] = sums[i] < least ? least : sums[i];  // written so that NaN stays
+      for (int i = 0; i < kCount; ++i) sums[i] = sums[i] < least ? least : sums[i];  // <, so that NaN passes
     }
     return cutlass::NumericArrayConverter<E, float, kCount>()(sums);
   }
@@ -75,8 +76,9 @@ struct Stored {
   }
 };
 
-// The kernel of a direction (DefaultConv2dFprop, Dgrad or Wgrad) for blocks of kRows x kColumns results: four warps of
-// 64 x 64, and four steps in flight, at most 80 KiB, so that two blocks share a multiprocessor of 164 KiB and more.
+// The kernel of a direction (DefaultConv2dFprop, Dgrad or Wgrad). A block computes kRows x kColumns results with four
+// warps of 64 x 64. Four steps are in flight; they take at most 80 KiB, so that two blocks share a multiprocessor of
+// 164 KiB.
 template <template <class, class, class, class, class, class, class, class, class, class, class, class, class, class,
                     int, class, cutlass::conv::IteratorAlgorithm, StrideSupport, int, int> class Direction,
           class T, int kRows, int kColumns, class Output, StrideSupport kStride, class E = Element<T>,
@@ -88,7 +90,7 @@ using ProductKernel =
                        cutlass::gemm::threadblock::GemmIdentityThreadblockSwizzle<4>, 4, cutlass::arch::OpMultiplyAdd,
                        cutlass::conv::IteratorAlgorithm::kOptimized, kStride, 16 / sizeof(E), 16 / sizeof(E)>::Kernel;
 
-// A batch of images or the filters, as the whole tensor lies in memory.
+// Strides of a batch of images, or of the filters, in the whole tensor.
 inline Nhwc layout_of(int64_t height, int64_t width, int64_t channels) {
   return {static_cast<int>(channels), static_cast<int>(width * channels), static_cast<int>(height * width * channels)};
 }
@@ -101,7 +103,7 @@ inline cutlass::TensorRef<E, Nhwc> slice(const void* tensor, int64_t first, cons
   return {static_cast<E*>(const_cast<void*>(tensor)) + first, layout};
 }
 
-// One group as a problem of its own.
+// One group as a convolution without groups.
 inline cutlass::conv::Conv2dProblemSize problem_of_group(const Conv2d& p, int64_t splits = 1) {
   auto n = [](int64_t v) { return static_cast<int>(v); };
   const int channels = n(p.group_channels()), filters = n(p.group_filters());
@@ -112,7 +114,8 @@ inline cutlass::conv::Conv2dProblemSize problem_of_group(const Conv2d& p, int64_
           n(splits)};
 }
 
-// Not by launch(), whose grids are lines of kBlockThreads, nor by CUTLASS's adapter, which clears the workspace first.
+// launch() does not serve here, as its grids are lines of kBlockThreads, nor does CUTLASS's adapter, which clears the
+// workspace first.
 template <class Kernel>
 inline int launch_product(const typename Kernel::Arguments& arguments, void* stream) {
   const bool boundary =
@@ -130,7 +133,7 @@ inline int launch_product(const typename Kernel::Arguments& arguments, void* str
                           Kernel::kThreadCount, given, kBytes, static_cast<cudaStream_t>(stream));
 }
 
-// f(slice) for each group until one fails.
+// Calls f(group, slice) for each group until one fails.
 template <class F>
 inline int for_groups(const Conv2d& p, F&& f) {
   int status = cudaSuccess;
@@ -140,7 +143,8 @@ inline int for_groups(const Conv2d& p, F&& f) {
 
 // ---- each direction's kernel, its arguments for a group, and its launcher
 
-// 64 columns a block: AlexNet's groups have 48, 96, 128, 192 and 384 channels, and 128 columns leave a quarter unused.
+// 64 columns a block. AlexNet's groups have 48, 96, 128, 192 and 384 channels: 128 columns would leave a quarter or
+// more unused.
 template <class T>
 using ForwardKernel = ProductKernel<cutlass::conv::kernel::DefaultConv2dFprop, T, 256, 64, Stored<Element<T>, true>,
                                     StrideSupport::kStrided>;
@@ -155,7 +159,7 @@ template <class T>
 typename ForwardKernel<T>::Arguments forward_arguments(const Conv2d& p, const Conv2dSlice& first, const void* x,
                                                        const void* weight, const void* bias, bool relu, void* y) {
   using E = Element<T>;
-  // Strides of 0: every pixel of the source is the bias.
+  // With strides of 0 every pixel of the source is the bias.
   const auto source = bias == nullptr ? cutlass::TensorRef<E, Nhwc>() : slice<E>(bias, first.y, {0, 0, 0});
   return {problem_of_group(p),
           slice<E>(x, first.x, layout_of_x(p)),
@@ -178,7 +182,7 @@ typename InputGradientKernel<T>::Arguments input_gradient_arguments(const Conv2d
           {}};
 }
 
-// Split i leaves its sums in partial[i], of [group_filters][taps].
+// Split i writes its sums to partial[i], of [group_filters][taps].
 template <class T>
 typename WeightGradientKernel<T>::Arguments weight_gradient_arguments(const Conv2d& p, const Conv2dSlice& first,
                                                                       const void* dz, const void* x, float* partial) {

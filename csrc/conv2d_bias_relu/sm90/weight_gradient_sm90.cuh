@@ -1,9 +1,9 @@
-// The convolution's gradient of the weight for compute capability 9.0 alone: wgmma, fed by TMA, with fp32 sums. Of bf16
-// or fp16, channels-last, all groups in one launch, each a slice of the whole tensors.
+// The convolution's gradient of the weight for compute capability 9.0 alone: wgmma, fed by TMA, with fp32 sums.
+// Operands are bf16 or fp16 and channels-last. One launch takes all groups, each a slice of the whole tensors.
 //
-// Not by CUTLASS's collective for it, which wants dense tensors, one tap a block and all pixels in it: AlexNet's 48
-// channels of a tap would leave most of a block to nothing, and its 25 to 54 blocks most of a GPU. A block here takes
-// up to four columns, each a tap's 64 channels, for which the pixels of dz are loaded once.
+// CUTLASS's own collective does not serve: it needs dense tensors, and a block takes one tap and all pixels. AlexNet's
+// 48 channels of a tap would leave most of a block idle, and its 25 to 54 blocks most of a GPU. A block here takes up
+// to four columns, each 64 channels of one tap, and loads the pixels of dz once for all four.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,21 +12,22 @@
 #include <cutlass/cuda_host_adapter.hpp>
 #include <cutlass/pipeline/pipeline.hpp>
 
-#include "../common/channel_sums.cuh"
-#include "../common/images.cuh"
-#include "conv2d_cutlass.h"
-#include "cutlass_element.h"
+#include "../../common/channel_sums.cuh"
+#include "../../common/images.cuh"
+#include "../cutlass_element.h"
+#include "conv2d_sm90.h"
 
 namespace alexnet_ext {
 
-// Two groups of four warps multiply, 64 filters x 256 each, whose sums are 128 registers a thread; one warp loads.
+// Two groups of four warps multiply; each has 64 filters x 256 channels of sums, 128 registers a thread. One warp
+// loads.
 constexpr int kSm90WeightThreads = 2 * 128 + 32;
-// A step's pixels: a box of 64 pixels x 64 channels is 8 KiB, 128 bytes a pixel. Six boxes a step, four steps in
-// flight.
+// A box of 64 pixels x 64 channels is 8 KiB, 128 bytes a pixel. A step has six boxes, and four steps are in flight.
 constexpr int kSm90WeightStages = 4;
 constexpr int kBoxBytes = kSm90WeightPixels * kSm90WeightChannels * 2;
 
-// What all blocks are given. `x` gathers an output's pixels for a tap; of `channels` and `filters` a group has so many.
+// The kernel's arguments, the same for every block. The descriptor `x` gathers the pixels that a tap of 64 output
+// pixels reads (im2col). `channels` and `filters` are those of a group.
 struct Sm90WeightWork {
   CUtensorMap dz, x;
   float* sums;  // [splits][groups][filters][taps][channels]
@@ -46,7 +47,7 @@ struct Sm90WeightProduct {
   using Mma = decltype(cute::make_tiled_mma(
       cute::GMMA::ss_op_selector<E, E, float, cute::Shape<Filters, Columns, Pixels>, kAcross, kAcross>(),
       cute::Layout<cute::Shape<cute::_2, cute::_1, cute::_1>>{}));
-  // Boxes one behind the other, as TMA swizzles them.
+  // Boxes one after the other, swizzled as TMA writes them.
   template <class Rows>
   using Boxes = decltype(cute::tile_to_shape(cute::GMMA::Layout_MN_SW128_Atom<E>{},
                                              cute::Shape<Rows, Pixels, cute::Int<kSm90WeightStages>>{},
@@ -59,7 +60,7 @@ struct Sm90WeightProduct {
   };
 };
 
-// The block's slice of the work: of one group's filters and columns in one split of the pixels.
+// The block's part of the work: filters and columns of one group, over one split of the pixels.
 struct Sm90WeightBlock {
   int split, group, filter, column, columns, begin, end;
 
@@ -105,7 +106,8 @@ __device__ inline void load_sm90_weight_pixels(const Sm90WeightWork& work, const
   }
 }
 
-// Neighbouring channels of a filter, two a store: four lanes of a warp write 32 bytes of each of two filters.
+// A store writes two neighbouring channels of a filter. Four lanes of a warp together write 32 bytes, for each of two
+// filters.
 template <class Sums>
 __device__ inline void store_sm90_weight_sums(const Sm90WeightWork& work, const Sm90WeightBlock& block, int thread,
                                               const Sums& sums) {
@@ -134,7 +136,7 @@ __global__ void __launch_bounds__(kSm90WeightThreads, 1)
     weight_gradient_sm90_kernel(const __grid_constant__ Sm90WeightWork work) {
   using P = Sm90WeightProduct<T>;
   using Pipeline = typename P::Pipeline;
-  auto& shared = *shared_memory<typename P::Shared>();  // which begins on 1 KiB, as the kernel has no other
+  auto& shared = *shared_memory<typename P::Shared>();  // aligned to 1 KiB, as the kernel has no other shared memory
   const Sm90WeightBlock block(work);
   const int thread = threadIdx.x;
   const bool loads = cutlass::canonical_warp_idx_sync() == kSm90WeightThreads / kWarp - 1;
@@ -167,7 +169,7 @@ __global__ void __launch_bounds__(kSm90WeightThreads, 1)
     cute::warpgroup_arrive();
     cute::gemm(product, dz(cute::_, cute::_, cute::_, here.index()), x(cute::_, cute::_, cute::_, here.index()), sums);
     cute::warpgroup_commit_batch();
-    // This step's products go on while the next ones are waited for; the last one's boxes are free.
+    // This step's products are still running; the products of the step before have ended, so its boxes are free.
     cute::warpgroup_wait<1>();
     cute::warpgroup_fence_operand(sums);
     if (step == block.begin) continue;
@@ -181,8 +183,8 @@ __global__ void __launch_bounds__(kSm90WeightThreads, 1)
 
 // ---- on the host
 
-// dz as pixels of filters, and x as what TMA gathers at each tap of an output's pixel. False where a descriptor cannot
-// say so.
+// Sets the descriptors: dz as [pixels][filters], and x as the pixels that TMA gathers for a tap of output pixels.
+// Returns false if a descriptor cannot express the problem.
 template <class T>
 bool describe_sm90_weight_pixels(const Conv2d& p, const void* dz, const void* x, Sm90WeightWork& work) {
   const auto type = cute::TMA::to_CUtensorMapDataType<Element<T>>();

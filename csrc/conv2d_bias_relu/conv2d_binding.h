@@ -1,14 +1,13 @@
-// Checks, layout and allocation that the bindings of the convolutions by CUTLASS share. Results are channels-last.
+// The PyTorch operators of the convolutions on tensor cores, shared by cutlass/ and sm90/: checks, layout, allocation,
+// launch. Results are channels-last.
 #pragma once
 
 #include "../common/cuda_stream.h"
-#include "conv2d_cutlass.h"
+#include "conv2d.h"
 
 namespace alexnet_ext {
 
-using IntList = std::vector<int64_t>;
-
-// t or a copy of it, channels-last and on a boundary of 16 bytes.
+// t, channels-last and aligned to 16 bytes: t itself, or a copy.
 inline Tensor on_boundary(const Tensor& t, const char* name) {
   Images images = images_of(t, name);
   images.channels_last = true;
@@ -50,7 +49,7 @@ inline Tensor empty_channels_last(const Tensor& like, int64_t batch, int64_t cha
   return empty_images(like, {batch, channels, height, width, true}, like.scalar_type());
 }
 
-// f(Type<T>{}) for the T of dtype; fp64 has no kernel.
+// Calls f(Type<T>{}) with the C++ type of dtype. fp64 has no kernel.
 template <class F>
 int with_tensor_core_type(DType dtype, F&& f) {
   int status = cudaErrorInvalidValue;
@@ -60,8 +59,8 @@ int with_tensor_core_type(DType dtype, F&& f) {
   return status;
 }
 
-// Kernels has the launchers by T, forward, input_gradient and weight_gradient, the last one's workspace in floats, and
-// whether there are gradients of T (kGradients).
+// Kernels has the launchers forward<T>, input_gradient<T> and weight_gradient<T>, and workspace(p), the floats that the
+// last one needs. kGradients<T> says whether T has gradients.
 template <class Kernels>
 Tensor forward_by(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, IntList stride, IntList padding,
                   IntList dilation, int64_t groups, bool relu) {
@@ -80,7 +79,7 @@ Tensor forward_by(const Tensor& x, const Tensor& weight, std::optional<Tensor> b
   return y;
 }
 
-// The gradient of x (wanted 0) or of weight (wanted 1).
+// `wanted` is 0 for the gradient of x and 1 for the gradient of weight.
 template <class Kernels>
 Tensor gradient_by(const Tensor& dz, const Tensor& x, const Tensor& weight, IntList stride, IntList padding,
                    IntList dilation, int64_t groups, int64_t wanted) {

@@ -1,20 +1,21 @@
-// What the CUDA kernels of both fused blocks share: their parameters, the activation, and the bias gradient.
+// Shared by the CUDA kernels of both blocks that fuse ReLU, LRN and max pooling: parameters, activation, tiles of
+// images, sums of a warp.
 #pragma once
 
-#include "../common/channel_sums.cuh"
 #include "../local_response_norm/local_response_norm_window.cuh"
+#include "../relu_lrn_max_pool2d/relu_lrn_max_pool2d.h"
 #include "../relu_max_pool2d/relu_max_pool2d_window.cuh"
-#include "relu_lrn_max_pool2d.h"
+#include "channel_sums.cuh"
 
 namespace alexnet_ext {
 
-// LrnPoolBlock as kernels take it.
+// LrnPoolBlock as a kernel's argument.
 template <class A>
 struct DeviceBlock {
   DeviceLrn<A> lrn;
   DevicePooling pool;
   DeviceImages in, out;
-  Divisor lanes;  // of eight channels
+  Divisor lanes;  // division by the lanes of a pixel, of eight channels each
 
   explicit DeviceBlock(const LrnPoolBlock& p)
       : lrn(p.lrn, p.in.channels),
@@ -24,19 +25,19 @@ struct DeviceBlock {
         lanes(p.in.channels < kLaneChannels ? 1 : p.in.channels / kLaneChannels) {}
 };
 
-// Whether lanes of eight channels do it: AlexNet's LRN, channels-last.
+// Whether the kernels for lanes of eight channels apply: AlexNet's LRN, channels-last.
 inline bool has_lanes(const LrnPoolBlock& p, bool aligned) {
   return p.dtype != DType::f64 && p.lrn.size == 5 && has_fast_lrn(p.lrn) && p.in.channels_last &&
          p.in.channels % kLaneChannels == 0 && p.in.channels <= kMaxLaneSums && aligned;
 }
 
-// Whether threads that walk along the channels do it: AlexNet's LRN, contiguous.
+// Whether the kernels whose threads walk along the channels apply: AlexNet's LRN, contiguous.
 inline bool has_pixels(const LrnPoolBlock& p) {
   return p.dtype != DType::f64 && p.lrn.size == 5 && has_fast_lrn(p.lrn) && !p.in.channels_last &&
          p.in.channels <= kMaxLaneSums;
 }
 
-// Written as !(v <= 0) so that NaN stays.
+// The test is v <= 0 so that NaN passes.
 template <class A>
 __device__ inline A relu(A v) {
   return v <= 0 ? A(0) : v;
@@ -56,7 +57,7 @@ __device__ inline void add_bias(float (&values)[kLaneChannels], const T* __restr
   for (int i = 0; i < kLaneChannels; ++i) values[i] += b[i];
 }
 
-// A lane's first channel, and whether its pixel has channels before and behind its eight.
+// A lane's first channel, and whether the lane is the first or the last of its pixel.
 struct Lane {
   int channel;
   bool first, last;
@@ -69,23 +70,24 @@ struct Lane {
   }
 };
 
-// ---- tiles: what several windows share is computed once, and kept in shared memory
+// ---- tiles: values that several windows share are computed once and kept in shared memory
 
 constexpr int64_t kSharedBytes = 48 << 10;
 
-// Images cut into tiles of rows x columns, each of which needs need_rows x need_columns pixels of the other images.
+// One side's images (input or output), cut into tiles of rows x columns. Each tile needs need_rows x need_columns
+// pixels of the other side.
 struct Tiles {
   int rows = 0, columns = 0, need_rows = 0, need_columns = 0;
-  int64_t count = 0;  // 0: not one needed window fits
+  int64_t count = 0;  // 0: even the smallest tile needs too much shared memory
   Divisor by_down{1}, by_across{1};
-  Divisor by_need_row{1}, by_row{1}, by_rows{1};  // a row counted in lanes
+  Divisor by_need_row{1}, by_row{1}, by_rows{1};  // rows are counted in lanes
 
   int64_t shared_bytes(int64_t channels) const { return need_rows * need_columns * channels * sizeof(float); }
 };
 
-// The tiles of s that cost least, in instructions for each needed pixel and each own one, kFullGpu blocks at a time.
-// need(i, length): how many pixels a tile of that length needs along side i, together at most
-// most_needed. A pixel has `lanes` vectors, or is one itself.
+// The cheapest tiles of s. A tile costs need_cost instructions a needed pixel and own_cost a pixel of its own; kFullGpu
+// blocks run at a time. need(i, length) is the number of pixels that a tile of that length needs along side i. A tile
+// needs at most most_needed pixels. A pixel has `lanes` vectors.
 template <class Need>
 inline Tiles choose_tiles(const Images& s, int64_t lanes, int64_t most_needed, int64_t need_cost, int64_t own_cost,
                           Need&& need) {
@@ -115,7 +117,7 @@ inline Tiles choose_tiles(const Images& s, int64_t lanes, int64_t most_needed, i
   return best;
 }
 
-// Enough chunks of channels for as many blocks.
+// Enough chunks of channels to fill a GPU with blocks.
 inline Chunks chunks_of(const Tiles& tiles, const Images& s) {
   return Chunks(1, s.channels, tiles.count == 0 ? 1 : ceil_div(kFullGpu, tiles.count));
 }
@@ -127,7 +129,7 @@ __device__ inline Position tile_position(const Tiles& tiles, int64_t tile) {
           static_cast<int>(tile - line * tiles.by_across.value) * tiles.columns};
 }
 
-// The place of vector v of a tile whose rows have by_row vectors.
+// The place of vector v in a tile. by_row divides by the vectors of a row.
 struct TilePlace {
   int row, column, lane;
 
@@ -139,7 +141,8 @@ struct TilePlace {
   }
 };
 
-// Eight channels in shared memory, as two halves, each next to its neighbours' (no bank is asked twice at once).
+// Eight channels are stored in shared memory as two halves. Each half is next to the same half of the neighbours, so
+// that no two lanes of a quarter warp hit one bank.
 __device__ inline void put(float* shared, int vectors, int v, const float (&values)[kLaneChannels]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -160,11 +163,11 @@ __device__ inline void get(float (&values)[kLaneChannels], const float* shared, 
   }
 }
 
-// ---- contiguous: a warp for each of the eight channels of a run
+// ---- contiguous: each of a block's eight warps takes one channel of a run
 
 constexpr int kRun = kBlockThreads / kWarp;
 
-// totals[channel] += the sum of what f() returns in the lanes of a warp.
+// totals[channel] += the sum of f() over the lanes of a warp.
 template <class F>
 __device__ inline void sum_warp(float* totals, int channel, F&& f) {
   float sum = f();

@@ -1,12 +1,10 @@
-// Pooling arguments at the boundary, shared by the ops that pool.
+// Checks of pooling arguments at the boundary, and sizes of pooled images, for every op that pools.
 #pragma once
 
-#include "../common/tensor.h"
-#include "relu_max_pool2d.h"
+#include "../relu_max_pool2d/relu_max_pool2d.h"
+#include "tensor.h"
 
 namespace alexnet_ext {
-
-using IntList = std::vector<int64_t>;
 
 inline Pooling pooling_of(const IntList& kernel, const IntList& stride, const IntList& padding,
                           const IntList& dilation) {
@@ -29,7 +27,7 @@ inline Pooling pooling_of(const IntList& kernel, const IntList& stride, const In
   return pool;
 }
 
-// The output's images.
+// The images that `in` pools to.
 inline Images pooled(const Images& in, const Pooling& pool, bool ceil_mode) {
   Images out = in;
   out.height = pooled_length(in.height, pool, 0, ceil_mode);
@@ -45,7 +43,7 @@ inline void check_winners(const Tensor& winners, const Tensor& dy) {
   check_shape(dy, "dy", {winners.size(0), winners.size(1), winners.size(2), winners.size(3)});
 }
 
-// Images of the input that pooled to `out`; height and width must pool to out's.
+// The images of `height` x `width` that pooled to `out`. Throws where such images pool to another size.
 inline Images unpooled(const Images& out, int64_t height, int64_t width, const Pooling& pool) {
   check(height > 0 && width > 0, "height and width must be at least 1, got ", height, " x ", width);
   Images in = out;

@@ -1,4 +1,4 @@
-"""What the build asks of PyTorch, as a CMake list: folder, version, CUDA version, architectures of the GPUs present."""
+"""Prints facts of PyTorch as a CMake list: folder, version, CUDA version, architectures of the GPUs present."""
 
 from pathlib import Path
 
