@@ -4,7 +4,7 @@
 # shared memory, 16-byte accesses, and torch.compile seeing the kernels. What those for 8.0 and 9.0 compute, on the CPU.
 triton_ahead() {
   enter cuda
-  pytest tests/gpu_on_cpu/test_triton_ahead.py tests/gpu_on_cpu/test_ptx_triton.py -m ahead -n0
+  pytest tests/gpu_on_cpu/test_triton_ahead.py tests/gpu_on_cpu/test_ptx_triton.py -m slow -n0
 }
 
 # Both leave a core idle most of the time, so they share the two.

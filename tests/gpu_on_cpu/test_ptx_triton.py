@@ -2,7 +2,7 @@
 
 Unlike the interpreter this has products of bf16, TF32 and fp64 as the tensor cores do them, accesses of 16 bytes, and
 approximate instructions that err as far as they may. A process of its own compiles (``triton_compiled.py``);
-``pytest -m ahead`` runs more of them, most of those for 9.0 among them.
+``pytest -m slow`` runs more of them, most of those for 9.0 among them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PRODUCTS = {
     },
 }
 CASES = [
-    pytest.param(op, grid, capability, marks=[pytest.mark.ahead] if grid == "full" or capability == 90 else [])
+    pytest.param(op, grid, capability, marks=[pytest.mark.slow] if grid == "full" or capability == 90 else [])
     for op in cases.named("on_gpu")
     for grid, capability in (("quick", 80), ("full", 80), ("quick", 90))
 ]

@@ -29,9 +29,9 @@ LAYOUTS = ("contiguous", "channels_last", "transposed", "sliced")
 
 
 def sampled(values: list[Any], every: int) -> list[Any]:
-    """Of these parameters one in so many in the plain suite, the others with ``pytest -m long``: it is slow here."""
+    """Of these parameters one in so many in the plain suite, the others with ``pytest -m slow``: it is slow here."""
     return [
-        pytest.param(*value.values, id=value.id, marks=[pytest.mark.long] if i % every else [])
+        pytest.param(*value.values, id=value.id, marks=[pytest.mark.slow] if i % every else [])
         for i, value in enumerate(values)
     ]
 
@@ -249,7 +249,7 @@ def test_double_backward_autocast_and_vmap_as_the_compiled_op(case: Case) -> Non
     tensors = cases.make(case, requires_grad=False)
     with torch.autocast("cpu", torch.float16):
         y = cases.fused(case, tensors, "triton")
-    assert y.dtype == (torch.float16 if case.op == "conv2d_bias_relu" else torch.float32)
+    assert y.dtype == (torch.float16 if case.op in cases.PRODUCTS else torch.float32)
     x = torch.stack([tensors["x"], -tensors["x"]])
     mapped = torch.vmap(lambda x: cases.fused(case, tensors | {"x": x}, "triton"))(x)
     torch.testing.assert_close(mapped, torch.stack([cases.fused(case, tensors | {"x": x}, "triton") for x in x]))

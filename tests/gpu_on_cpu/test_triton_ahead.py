@@ -1,6 +1,6 @@
 """What Triton's compiler makes of the kernels, with no GPU: tensor cores, 16-byte accesses, no spills, shared memory.
 
-A process of its own compiles, as this one may be under Triton's interpreter. ``pytest -m ahead`` compiles every kernel
+A process of its own compiles, as this one may be under Triton's interpreter. ``pytest -m slow`` compiles every kernel
 and configuration for compute capability 8.0, 9.0 and 10.0 (10 minutes on one core); the plain suite a sample.
 """
 
@@ -21,7 +21,7 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 PRODUCT = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}
 CONVOLUTION = ("_product_kernel", "_weight_kernel")
 
-grids = pytest.mark.parametrize("grid", ["quick", pytest.param("full", marks=pytest.mark.ahead)])
+grids = pytest.mark.parametrize("grid", ["quick", pytest.param("full", marks=pytest.mark.slow)])
 
 
 @cache
@@ -82,7 +82,7 @@ def test_memory_bound_kernels_move_16_bytes_at_a_time(grid: str) -> None:
     assert [named(row) for row in loads if not row["wide_loads"]] == []
 
 
-@pytest.mark.ahead
+@pytest.mark.slow
 def test_torch_compile_sees_the_kernels() -> None:
     """The graph a backend is handed has the kernels in it and no op it cannot see into."""
     rows = compiled("traced")

@@ -1,4 +1,4 @@
-"""Random shapes, constants, dtypes and layouts against float64: 500 cases an op, and 20,000 with ``pytest -m long``."""
+"""Random shapes, constants, dtypes and layouts against float64: 500 cases an op, and 20,000 with ``pytest -m slow``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ AMX = torch.cpu._is_amx_tile_supported()
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("examples", [500, pytest.param(20_000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("examples", [500, pytest.param(20_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("op", cases.OPS)
 def test_fuzz(op: str, examples: int) -> None:
     """500 are the same ones every time; the long run draws new ones and prints how to repeat a failure."""

@@ -188,14 +188,15 @@ def test_memory_that_is_kept_is_seen() -> None:
     assert bytes_left(lambda: kept.append(torch.empty(1000))) == 4000
 
 
-@pytest.mark.parametrize("case", cases.params(c for c in cases.EXAMPLES if c.op != "relu_max_pool2d"))
+@each_example
 def test_writing_into_what_was_saved_raises(case: Case) -> None:
     tensors = cases.make(case)
     leaf, tensors["x"] = tensors["x"], tensors["x"] * 1.0
     y = cases.fused(case, tensors)
-    saves_y = case.op in cases.PRODUCTS and case.constants.get("relu", True)
+    needed = set().union(*cases.SPECS[case.op].needs.values())
+    saves_y = "y" in needed and case.constants.get("relu", True)
     (y if saves_y else tensors["x"]).detach().add_(1)
-    if case.op == "relu_max_pool2d_lrn":  # keeps its own copy of what it needs
+    if not needed:  # keeps its own copy of what it needs
         y.sum().backward()
         untouched = cases.make(case)
         cases.fused(case, untouched).sum().backward()
@@ -219,7 +220,7 @@ def test_one_dimension_beyond_65535(case: Case) -> None:
     oracle.assert_matches_float64(case, cases.make(case))
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_more_than_2_to_31_elements() -> None:
     """Offsets beyond 32 bits: the first and last rows equal those of a tensor of four rows."""
     if (free := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")) < 12 * 2**30:
