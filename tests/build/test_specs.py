@@ -37,7 +37,7 @@ def test_a_spec_without_a_field_is_none(name: str) -> None:
         *((CPU_ALONE, name) for name in ("edges", "small", "backward_arguments", "needs", "saved", "fuzz")),
         *((CPU_ALONE, name) for name in ("bad_calls", "bad_backward_calls")),
         *((WITHOUT_GRADIENT, name) for name in ("emulated", "ptx", "runs", "triton_kernels")),
-        (GRADIENT, "emulated_orders"),
+        *((GRADIENT, name) for name in ("emulated_orders", "large")),
     ],
 )
 def test_a_spec_that_leaves_a_suite_without_work_is_refused(op: str, name: str) -> None:

@@ -78,6 +78,11 @@ def test_kernels_are_launched_in_one_place_and_declare_no_shared_memory() -> Non
         assert [path for path, text in sources.items() if words in text] == [launch], words
 
 
+def test_readme_names_every_op() -> None:
+    named = re.findall(r"^\| `ops\.(\w+)\(", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(_backend.OPS) <= set(named)
+
+
 @each_op
 def test_every_op_says_what_it_equals(op: str) -> None:
     assert "Equals ``" in getattr(ops, op).__doc__.replace("\n    ", " ")

@@ -317,13 +317,13 @@ class Spec:
 
     def __post_init__(self) -> None:
         always = ("cases", "examples", "alexnet", "faults")
-        with_gradient = ("edges", "small", "backward_arguments", "needs", "saved", "bad_calls", "bad_backward_calls")
+        with_gradient = ("edges", "small", "backward_arguments", "needs", "saved", "fuzz")
+        with_gradient += ("bad_calls", "bad_backward_calls")
         on_gpu = ("emulated", "ptx", "runs", "triton_kernels")
-        needed = always + (*with_gradient, "fuzz") * self.gradient + on_gpu * self.on_gpu
+        needed = always + with_gradient * self.gradient + on_gpu * self.on_gpu
+        needed += ("emulated_orders", "large") * (self.gradient and self.on_gpu)
         if empty := [name for name in needed if not getattr(self, name)]:
             raise ValueError(f"the spec of {self.name} has nothing in {', '.join(empty)}: a suite would leave it out")
-        if self.gradient and self.on_gpu and not self.emulated_orders:
-            raise ValueError(f"the spec of {self.name} has nothing in emulated_orders: a suite would leave it out")
         given = (self.cases, self.examples, self.edges, self.small, self.large, self.many, self.alexnet)
         if strangers := {case.op for cases in given for case in cases} - {self.name}:
             raise ValueError(f"the spec of {self.name} has cases of {', '.join(sorted(strangers))}")
