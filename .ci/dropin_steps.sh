@@ -20,4 +20,4 @@ other_packages() {
   ! grep SKIPPED "$work/log" || return 1
 }
 
-compilers() { pytest -m long tests/models/test_export.py; }
+compilers() { pytest -m slow tests/models/test_export.py; }

@@ -5,7 +5,7 @@
 # 8.0 and 9.0, on the CPU.
 triton_ahead() {
   enter cuda
-  pytest tests/gpu_on_cpu/test_triton_ahead.py tests/gpu_on_cpu/test_ptx_triton.py -m ahead -n0 --part $part
+  pytest tests/gpu_on_cpu/test_triton_ahead.py tests/gpu_on_cpu/test_ptx_triton.py -m slow -n0 --part $part
 }
 
 # Both leave a core idle most of the time, so they share the two.

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import platform
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -20,9 +18,6 @@ import alexnet_ext as ax
 from alexnet_ext import _library
 from tests.support import cases
 from tests.support.cases import Case
-
-if TYPE_CHECKING:
-    from pytest_benchmark.fixture import BenchmarkFixture
 
 BATCH = 32
 DIRECTIONS = ("forward", "forward+backward")
@@ -41,16 +36,6 @@ def device_name() -> str:
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
-def alexnet_cases(op: str, batch: int = BATCH) -> tuple[Case, ...]:
-    """The op's calls in AlexNet, at this batch size."""
-
-    def batched(case: Case) -> Case:
-        grown = {"x"} if "x" in case.shapes else set(case.shapes)
-        return replace(case, shapes={n: (batch, *s[1:]) if s and n in grown else s for n, s in case.items()})
-
-    return tuple(batched(case) for case in cases.ALEXNET[op])
-
-
 def layer_name(case: Case) -> str:
     """``32x96x55x55``; then a convolution's kernel, and whether space becomes depth."""
     name = "x".join(map(str, next(shape for shape in case.shapes.values() if shape)))
@@ -61,7 +46,7 @@ def layer_name(case: Case) -> str:
 
 
 def directions(op: str) -> tuple[str, ...]:
-    return DIRECTIONS[:1] if op in cases.WITHOUT_GRADIENT else DIRECTIONS
+    return DIRECTIONS if cases.SPECS[op].gradient else DIRECTIONS[:1]
 
 
 def layouts(op: str) -> tuple[str, ...]:
@@ -72,7 +57,7 @@ def layouts(op: str) -> tuple[str, ...]:
 def op_run(case: Case, direction: str, backend: str, layout: str = "contiguous") -> Run:
     """A function that runs the op once. Images need no gradient, so neither does a convolution of 3 channels."""
     tensors = cases.make(case, layout=layout)
-    if case.op == "augment":  # image by image, as data loaders do: faster than the indexing of backend="stock"
+    if not cases.SPECS[case.op].gradient:
         return (
             partial(cases.stock, case, tensors) if backend == "stock" else partial(cases.fused, case, tensors, backend)
         )
@@ -133,40 +118,9 @@ def network_run(
     return step
 
 
-def bytes_moved(case: Case) -> int | None:
-    """The fewest bytes that forward and backward must read and write (fp32); None if arithmetic is the bound."""
-    if case.op == "augment":  # each crop read, y written in its dtype
-        crops = 3 * case.shapes["images"][0] * case.constants["size"] ** 2
-        return crops + crops * case.constants["dtype"].itemsize
-    x = 4 * math.prod(case.shapes["x"])
-    if case.op in cases.PRODUCTS:
-        return None
-    if case.op == "local_response_norm":
-        return 5 * x  # read x, write y; read dy and x, write dx
-    y_shape = cases.stock(
-        case, {n: None if s is None else torch.empty(s, device="meta") for n, s in case.items()}
-    ).shape
-    elements = math.prod(y_shape)
-    y, winners = 4 * elements, elements
-    return {
-        "relu_max_pool2d": (x + y + winners) + (y + winners + x),
-        "relu_lrn_max_pool2d": (x + y + winners) + (y + x + winners + x),
-        "relu_max_pool2d_lrn": (x + y + y + winners) + (y + y + winners + x),
-    }[case.op]
-
-
-def op_benchmark(op: str) -> Callable[..., None]:
-    """A pytest-benchmark test of the op: native and stock in one group for each layer and direction."""
-
-    @pytest.mark.parametrize("backend", ["native", "stock"])
-    @pytest.mark.parametrize("direction", directions(op))
-    @pytest.mark.parametrize("case", [pytest.param(c, id=layer_name(c).replace(" ", "-")) for c in alexnet_cases(op)])
-    def test(benchmark: BenchmarkFixture, case: Case, direction: str, backend: str) -> None:
-        require_library(backend)
-        benchmark.group = f"{op} {layer_name(case)} {direction}"
-        benchmark(op_run(case, direction, backend))
-
-    return test
+def floor_bytes(case: Case) -> int | None:
+    """Bytes that forward and backward must move at least (fp32), or None where arithmetic bounds."""
+    return None if cases.SPECS[case.op].product else sum(cases.bytes_moved(case))
 
 
 def require_library(backend: str) -> None:

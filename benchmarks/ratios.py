@@ -27,27 +27,13 @@ from rich.table import Table
 
 import alexnet_ext as ax
 from alexnet_ext import _library
+from tests.support.specs import SPECS, alexnet_cases
 
 from . import harness, worker
 from .harness import Run, device_name
 
 RESULTS = Path(__file__).parent / "results"
-OPS = (
-    "local_response_norm",
-    "relu_max_pool2d",
-    "relu_lrn_max_pool2d",
-    "relu_max_pool2d_lrn",
-    "conv2d_bias_relu",
-    "linear_bias_relu",
-    "augment",
-)
-TARGETS = {
-    "local_response_norm": 10.0,
-    "relu_max_pool2d": 2.0,
-    "relu_lrn_max_pool2d": 10.0,
-    "training step": 1.8,
-    "inference": 1.3,
-}
+TARGETS = {"training step": 1.8, "inference": 1.3}
 
 
 @dataclass(frozen=True)
@@ -108,15 +94,15 @@ def copy_rate() -> float:
 
 
 def op_rows(batch: int, seconds: float, rate: float) -> Iterator[Row]:
-    """A row for each of an op's layers, then their sum; the target is for the sum."""
-    for op, layout in [(name, layout) for name in OPS for layout in harness.layouts(name)]:
+    """A row for each of an op's layers, then their sum, which the target is for."""
+    for op, layout in [(name, layout) for name in SPECS for layout in harness.layouts(name)]:
         rows = []
-        for case in harness.alexnet_cases(op, batch):
+        for case in alexnet_cases(op, batch):
             runs = (
                 harness.op_run(case, harness.directions(op)[-1], backend, layout) for backend in ("native", "stock")
             )
             ours, stock, rounds = contest(*runs, seconds)
-            moved = harness.bytes_moved(case)
+            moved = harness.floor_bytes(case)
             floor = None if moved is None else moved / rate
             rows.append(Row(op, layout, harness.layer_name(case), stock, ours, floor, None, rounds))
             yield rows[-1]
@@ -128,7 +114,7 @@ def op_rows(batch: int, seconds: float, rate: float) -> Iterator[Row]:
             sum(row.stock_ms for row in rows),
             sum(row.ours_ms for row in rows),
             sum(floors) if floors else None,
-            TARGETS.get(op),
+            SPECS[op].target,
             min(row.rounds for row in rows),
         )
 

@@ -106,7 +106,7 @@ def attempt(name: str, check: Callable[[], Any], **about: str) -> Finding:
 
 def examples(device: str, wanted: Callable[[str], bool] = lambda way: True) -> Iterator[tuple[Case, str]]:
     """(case, way) of one plain case an op."""
-    for case in cases.EXAMPLES + cases.AUGMENT_EXAMPLES:
+    for case in cases.EXAMPLES + cases.OTHER_EXAMPLES:
         for way in filter(wanted, ways(case.op, device)):
             yield case, way
 

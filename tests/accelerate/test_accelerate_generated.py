@@ -225,7 +225,7 @@ def counted(examples: int) -> Any:
 
 
 @pytest.mark.parametrize("method", ["modules", "fx"])
-@pytest.mark.parametrize("examples", [300, pytest.param(5_000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("examples", [300, pytest.param(5_000, marks=pytest.mark.slow)])
 def test_drawn_modules_are_as_before(examples: int, method: str) -> None:
     actions = set()
 

@@ -39,7 +39,7 @@ def test_stages_that_need_a_gpu_find_nothing_on_a_cpu(name: str) -> None:
 
 def test_the_lists_that_must_not_be_asked_of_the_package_are_its_own() -> None:
     assert set(stages.OPS) == set(_backend.OPS)
-    assert set(stages.BLOCKS) == set(cases.BLOCKS)
+    assert set(stages.ON_GPU) == set(cases.named("on_gpu"))
     assert set(stages.DTYPES) == {cases.dtype_id(dtype) for dtype in correctness.DTYPES}
     assert {name.rpartition(" ")[0] for name in stages.NETWORKS} == set(harness.NETWORK)
 
@@ -278,9 +278,7 @@ def test_the_convolution_that_won_stands_beside_stock() -> None:
 
 def test_bytes_that_must_move() -> None:
     def moved(case: cases.Case, backward: bool) -> int:
-        tensors = cases.make(case, torch.bfloat16)
-        y = torch.empty(cases.stock(case, {n: t.float() for n, t in tensors.items()}).shape, dtype=torch.bfloat16)
-        return speed.moved_bytes(case, tensors, y, backward)
+        return cases.bytes_moved(case, 2)[backward]
 
     x, y = 2 * 2 * 6 * 7 * 9, 2 * 6 * 3 * 4  # bytes of x; elements of y
     assert moved(cases.lrn((2, 6, 7, 9)), False) == 2 * x

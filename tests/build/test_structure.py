@@ -17,7 +17,7 @@ LONGEST = 500
 CPU_ENDINGS = (".h", "_cpu.cpp", "_ops.cpp")
 ENDINGS = (*CPU_ENDINGS, "_plan.h", "_kernels.cuh", "_cuda.cu", "_cuda_ops.cpp")
 
-ON_GPU = (*cases.ON_GPU, *cases.WITHOUT_GRADIENT)
+ON_GPU = cases.named("on_gpu")
 each_op = pytest.mark.parametrize("op", _backend.OPS)
 
 
@@ -29,7 +29,7 @@ def test_the_op_folders_are_the_ops() -> None:
     assert folders("alexnet_ext/ops") == set(_backend.OPS)
     assert folders("csrc") == {*_backend.OPS, "common"}
     assert folders("tests/ops") == set(_backend.OPS)
-    assert {*cases.OPS, *cases.WITHOUT_GRADIENT} == set(_backend.OPS) == set(cases.CASES) == set(cases.ALEXNET)
+    assert set(cases.SPECS) == set(_backend.OPS)
     assert set(ops.__all__) == {*_backend.OPS, "use_backend"}
 
 
@@ -40,8 +40,7 @@ def test_every_op_has_its_files(op: str) -> None:
         *(f"csrc/{op}/{op}{ending}" for ending in (ENDINGS if on_gpu else CPU_ENDINGS)),
         *(f"alexnet_ext/ops/{op}/{name}" for name in ("__init__.py", "op.py", "reference.py")),
         *([f"alexnet_ext/ops/{op}/triton_kernels.py"] if on_gpu else []),
-        *(f"tests/ops/{op}/{name}" for name in ("__init__.py", f"test_{op}.py", f"test_{op}.cpp")),
-        f"benchmarks/test_{op}.py",
+        *(f"tests/ops/{op}/{name}" for name in ("__init__.py", "spec.py", f"test_{op}.py", f"test_{op}.cpp")),
     ]
     assert [path for path in expected if not (ROOT / path).is_file()] == []
 
@@ -77,6 +76,11 @@ def test_kernels_are_launched_in_one_place_and_declare_no_shared_memory() -> Non
     launch = ROOT / "csrc/common/launch.cuh"
     for words in ("<<<", "__shared__"):
         assert [path for path, text in sources.items() if words in text] == [launch], words
+
+
+def test_readme_names_every_op() -> None:
+    named = re.findall(r"^\| `ops\.(\w+)\(", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(_backend.OPS) <= set(named)
 
 
 @each_op

@@ -30,7 +30,7 @@ def library(folder: Path) -> ctypes.CDLL:
 
 def operators(namespace: str) -> Iterator[str]:
     """The ops and backwards that have a CUDA kernel."""
-    for name in (*cases.OPS, *(f"{op}_backward" for op in cases.OPS), *cases.WITHOUT_GRADIENT):
+    for name in (*cases.SPECS, *(f"{op}_backward" for op in cases.OPS)):
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{name}", "CUDA"):
             yield name
 

@@ -16,7 +16,7 @@ import torch
 
 from tests.gpu_on_cpu import emulated
 from tests.support import cases, oracle
-from tests.support.cases import Case, augment, block, conv, each_dtype, lrn, pool
+from tests.support.cases import Case, block, each_dtype, lrn
 
 LAYOUTS = ("contiguous", "channels_last", "sliced", "offset")
 
@@ -35,62 +35,7 @@ def emulator(folder: Path) -> Iterator[ctypes.CDLL]:
         yield library
 
 
-# Vectors of 8 channels and warps of 32 lanes, blocks of 256 threads: one below, at and one above; several blocks.
-LRN_CASES = (
-    *(lrn((2, channels, 3, 5)) for channels in (1, 7, 8, 9, 16, 40)),
-    *(lrn((1, 8, 1, pixels)) for pixels in (29, 30, 31, 61)),
-    *(lrn((2, 24, 3, 5), size=size) for size in (1, 2, 3, 4, 7, 15)),
-    *(lrn((2, 16, 3, 5), beta=beta) for beta in (0.0, 0.5, 1.0, 0.3)),
-    *(lrn((2, channels, 2, 3), size) for channels, size in ((65, 4), (130, 9), (150, 100), (70, 300))),
-    *(lrn(shape) for shape in ((0, 3, 2, 2), (2, 0, 2, 2), (2, 264, 2, 2), (3, 16, 17, 11))),
-)
-POOL_CASES = (
-    pool((0, 3, 4, 5), 1, 1),
-    pool((2, 8, 5, 7)),
-    pool((2, 3, 13, 9), ceil_mode=True),
-    pool((1, 16, 6, 8), 3, 2, padding=1, ceil_mode=True),
-    pool((2, 3, 9, 11), (3, 2), (1, 2), padding=(1, 0)),
-    pool((1, 8, 11, 9), (2, 3), (2, 1), padding=(0, 1), dilation=(3, 2)),
-    pool((2, 5, 8, 6), 2, 2),
-    pool((1, 8, 9, 10), 2, 4),
-    pool((1, 1, 16, 17), 15, 1, padding=7),
-    pool((3, 7, 6), 3, 2),
-    pool((2, 40, 9, 17)),
-)
-BLOCK_CASES = tuple(
-    case
-    for op in cases.BLOCKS
-    for case in (
-        block(op, (2, 6, 7, 5)),
-        block(op, (2, 16, 7, 5), bias=False),
-        block(op, (1, 1, 1, 1), kernel_size=1, stride=1),
-        block(op, (0, 8, 4, 5)),
-        *(block(op, (2, channels, 5, 7)) for channels in (1, 7, 8, 9, 24, 40)),
-        *(block(op, (2, 8, 5, 7), lrn_size=size) for size in (1, 2, 3, 4, 7, 15)),
-        *(block(op, (2, 16, 5, 7), beta=beta) for beta in (0.0, 0.3, 0.5, 1.0)),
-        # Threads share their neighbours' parts: around 16 and 64 channels a block, windows beyond the channels.
-        *(block(op, (1, channels, 5, 7), lrn_size=4) for channels in (15, 16, 17, 63, 64, 65)),
-        *(block(op, (1, 70, 4, 5), lrn_size=size, kernel_size=2) for size in (2, 7, 15, 100, 300)),
-        block(op, (2, 8, 6, 9), kernel_size=(2, 3), stride=(1, 2)),
-        block(op, (2, 8, 9, 8), kernel_size=2, stride=3),
-        block(op, (1, 24, 6, 5), kernel_size=3, stride=1),
-        block(op, (3, 24, 11, 13)),  # several blocks, and rows of bias sums
-    )
-)
-CONV_CASES = (
-    conv((2, 4, 7, 5), 6, (3, 3), padding=1, groups=2),
-    conv((2, 4, 7, 5), 6, (3, 3), bias=False),
-    conv((1, 1, 1, 1), 1, (1, 1)),
-    conv((0, 2, 3, 4), 4, (3, 3), padding=1),
-    conv((2, 4, 5, 6), 16, (1, 1), groups=2),  # planes of 30: vectors reach from one into the next
-    conv((3, 3, 15, 13), 24, (3, 2), stride=(2, 1), padding=(1, 0)),
-    conv((2, 8, 3, 3), 40, (1, 1)),
-)
-CASES = LRN_CASES + POOL_CASES + BLOCK_CASES + CONV_CASES
-EXAMPLES = (lrn((3, 48, 3, 5)), lrn((2, 24, 3, 5), size=4), pool((2, 24, 9, 7), padding=1), pool((2, 5, 9, 7), 2, 2))
-EXAMPLES += tuple(block(op, (2, channels, 7, 9)) for op in cases.BLOCKS for channels in (9, 24))
-EXAMPLES += tuple(block(op, (3, 70, 7, 9), lrn_size=size) for op in cases.BLOCKS for size in (4, 15))
-EXAMPLES += (conv((3, 4, 9, 7), 24, (3, 3)), conv((3, 4, 9, 7), 9, (3, 3)))
+CASES = cases.of_all("emulated", cases.ON_GPU)
 
 
 @pytest.mark.usefixtures("poisoned", "emulator")
@@ -101,37 +46,17 @@ def test_values_and_gradients(case: Case, dtype: torch.dtype, layout: str) -> No
     oracle.assert_matches_float64(case, cases.make(case, dtype, layout), "native")
 
 
-# Many blocks, images that end within a tile of several pixels, threads and blocks that take more than one turn.
-LARGE_CASES = (
-    pool((70_000, 1, 2, 3), 2, 1),
-    lrn((70_000, 1, 1, 1)),
-    *(block(op, shape) for op in cases.BLOCKS for shape in ((100, 8, 13, 11), (41, 24, 10, 17))),
-    *(block(op, (70, 20, 13, 9), lrn_size=4) for op in cases.BLOCKS),
-)
-
-
 @pytest.mark.usefixtures("poisoned", "emulator")
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("case", cases.params(LARGE_CASES))
+@pytest.mark.parametrize("case", cases.params(cases.of_all("emulated_many", cases.ON_GPU)))
 def test_many_blocks(case: Case, layout: str) -> None:
     oracle.assert_matches_float64(case, cases.make(case, layout=layout), "native")
-
-
-# Sixteen bytes that begin in one row, or image, and end in another; images that end within them; several blocks.
-AUGMENT_CASES = tuple(
-    augment(images, size, block)
-    for block in (1, 4)
-    for images, size in (
-        *(((5, size + 2, size + 3, 3), size) for size in (1, 2, 3, 5, 8, 9, 17)),
-        *(((1, 7, 6, 3), 6), ((3, 33, 34, 3), 31), ((70_000, 2, 3, 3), 1)),
-    )
-)
 
 
 @pytest.mark.usefixtures("poisoned")
 @each_dtype
 @pytest.mark.parametrize("layout", ["contiguous", "sliced"])
-@pytest.mark.parametrize("case", cases.params(AUGMENT_CASES))
+@pytest.mark.parametrize("case", cases.params(cases.of_all("emulated", cases.WITHOUT_GRADIENT)))
 def test_augment_equals_the_cpu_kernels_to_the_bit(folder: Path, case: Case, layout: str, dtype: torch.dtype) -> None:
     case = cases.in_dtype(case, dtype)
     tensors = cases.make(case, layout=layout)
@@ -146,7 +71,7 @@ def test_augment_equals_the_cpu_kernels_to_the_bit(folder: Path, case: Case, lay
 @pytest.mark.usefixtures("emulator")
 @pytest.mark.parametrize("far", [1, 2**33, -1, -(2**33)])
 def test_augment_moves_a_crop_inside_its_image(far: int) -> None:
-    for case in cases.AUGMENT_EXAMPLES:
+    for case in cases.SPECS["augment"].examples:
         tensors = cases.make(case)
         most = torch.tensor([3, 5])
         inside = tensors | {"offsets": (most if far > 0 else torch.zeros_like(most)).expand(5, 2)}
@@ -169,7 +94,7 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", cases.params(EXAMPLES))
+@pytest.mark.parametrize("case", cases.params(cases.of_all("emulated_orders", cases.ON_GPU)))
 def test_the_order_of_lanes_changes_no_bit(folder: Path, case: Case, layout: str) -> None:
     tensors = cases.make(case, layout=layout, requires_grad=False)
     found = {}
@@ -185,7 +110,7 @@ def test_the_order_of_lanes_changes_no_bit(folder: Path, case: Case, layout: str
 
 @each_dtype
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", cases.params(c for c in CASES if c.op == "relu_max_pool2d" and c.shapes["x"][0]))
+@pytest.mark.parametrize("case", cases.params(c for c in cases.SPECS["relu_max_pool2d"].emulated if c.shapes["x"][0]))
 def test_pooling_equals_the_cpu_kernels_to_the_bit(folder: Path, case: Case, layout: str, dtype: torch.dtype) -> None:
     """Ties, NaN, inf and both zeros included: values, winners, gradients."""
     generator = torch.Generator().manual_seed(3)

@@ -15,36 +15,9 @@ import torch
 from tests.gpu_on_cpu.cuda_adapter import CompiledOps
 from tests.gpu_on_cpu.ptx.runtime import shared_folder
 from tests.support import cases, oracle
-from tests.support.cases import augment, block, conv, lrn, pool
+from tests.support.cases import block
 
-# Every kernel of an op's file is launched by these, in one dtype and layout or another.
 pytestmark = pytest.mark.drawn
-
-CASES = (
-    *(lrn((1, 8, 1, 30)), lrn((2, 7, 3, 5)), lrn((2, 24, 3, 5), size=3), lrn((2, 24, 3, 5), size=7)),
-    *(lrn((2, 16, 3, 5), beta=0.3), lrn((1, 130, 2, 3), size=4)),
-    *(pool((1, 8, 9, 10), 2, 4), pool((2, 5, 8, 6), 2, 2), pool((3, 7, 6), 3, 2)),
-    *(pool((1, 16, 6, 8), 3, 2, padding=1, ceil_mode=True), pool((1, 8, 11, 9), (2, 3), (2, 1), dilation=(3, 2))),
-    *(
-        conv((1, 1, 1, 1), 1, (1, 1)),
-        conv((2, 8, 3, 3), 40, (1, 1)),
-        conv((2, 4, 7, 5), 6, (3, 3), groups=2, bias=False),
-    ),
-    *(
-        case
-        for op in cases.BLOCKS
-        for case in (
-            block(op, (1, 1, 1, 1), kernel_size=1, stride=1),
-            block(op, (2, 8, 5, 7), lrn_size=1),
-            *(block(op, (2, channels, 5, 7)) for channels in (1, 8, 24)),
-            *(block(op, (2, 16, 5, 7), beta=beta, bias=False) for beta in (0.0, 0.3)),
-            block(op, (2, 8, 9, 8), kernel_size=2, stride=3),
-            block(op, (1, 65, 5, 7), lrn_size=4),
-        )
-    ),
-)
-OPS = sorted({case.op for case in CASES})
-AUGMENT_CASES = tuple(augment((5, size + 2, size + 3, 3), size, depth) for depth in (1, 4) for size in (1, 8, 17))
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +29,10 @@ def ops(tmp_path_factory: pytest.TempPathFactory) -> CompiledOps:
 
 
 @pytest.mark.usefixtures("native")
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", cases.ON_GPU)
 def test_compiled_kernels_match_float64(op: str, ops: CompiledOps) -> None:
     with ops.in_place() as launched:
-        for case in (case for case in CASES if case.op == op):
+        for case in cases.SPECS[op].ptx:
             for dtype in cases.DTYPES:
                 for layout in ("contiguous", "channels_last"):
                     oracle.assert_matches_float64(case, cases.make(case, dtype, layout), "native")
@@ -67,15 +40,16 @@ def test_compiled_kernels_match_float64(op: str, ops: CompiledOps) -> None:
 
 
 @pytest.mark.usefixtures("native")
-def test_augment_equals_the_cpu_kernel_to_the_bit(ops: CompiledOps) -> None:
+@pytest.mark.parametrize("op", cases.WITHOUT_GRADIENT)
+def test_without_a_gradient_they_equal_the_cpu_kernel_to_the_bit(op: str, ops: CompiledOps) -> None:
     found: set[str] = set()
-    for case in (cases.in_dtype(case, dtype) for case in AUGMENT_CASES for dtype in cases.DTYPES):
+    for case in (cases.in_dtype(case, dtype) for case in cases.SPECS[op].ptx for dtype in cases.DTYPES):
         tensors = cases.make(case)
         expected = cases.fused(case, tensors, "native")
         with ops.in_place() as launched:
             assert torch.equal(cases.fused(case, tensors, "native"), expected)
         found |= launched
-    assert set(ops.kernels["augment"]) <= found
+    assert set(ops.kernels[op]) <= found
 
 
 @pytest.mark.usefixtures("native")

@@ -1,8 +1,8 @@
 """The results of the Triton kernels as compiled for compute capability 8.0 and 9.0: their PTX, run by ptx.
 
-Unlike the interpreter this has the tensor cores' products of bf16, TF32 and fp64, and accesses of 16 bytes.
-Approximate instructions err as far as they may. A process of its own compiles (``triton_compiled.py``);
-``pytest -m ahead`` runs more of them, most of those for 9.0 among them.
+Unlike the interpreter this has products of bf16, TF32 and fp64 as the tensor cores do them, accesses of 16 bytes, and
+approximate instructions that err as far as they may. A process of its own compiles (``triton_compiled.py``);
+``pytest -m slow`` runs more of them, most of those for 9.0 among them.
 """
 
 from __future__ import annotations
@@ -33,21 +33,11 @@ PRODUCTS = {
         "float64": FP64_PRODUCT,
     },
 }
-KERNELS = {
-    "augment": {"augment_forward_kernel"},
-    "conv2d_bias_relu": {f"conv2d_bias_relu_{name}_kernel" for name in ("product", "weight", "mask")},
-    # The gradient of pooling, then normalization, uses the kernels of both.
-    "relu_max_pool2d_lrn": {
-        "relu_max_pool2d_lrn_forward_kernel",
-        "local_response_norm_backward_kernel",
-        "relu_max_pool2d_backward_kernel",
-    },
-}
-
-
 CASES = [
-    pytest.param(op, grid, capability, marks=[pytest.mark.ahead] if grid == "full" or capability == 90 else [])
-    for op in (*cases.ON_GPU, *cases.WITHOUT_GRADIENT)
+    pytest.param(
+        op, grid, capability, marks=[pytest.mark.slow, pytest.mark.drawn] if grid == "full" or capability == 90 else []
+    )
+    for op in cases.named("on_gpu")
     for grid, capability in (("quick", 80), ("full", 80), ("quick", 90))
 ]
 
@@ -63,8 +53,7 @@ def test_compiled_kernels_match_float64(op: str, grid: str, capability: int) -> 
     assert not failed, "\n".join(failed)
     unnoticed = [row["missing"] for row in every if row["missing"] and not row["error"]]
     assert unnoticed == [], "left out of the kernels, these change nothing"
-    each = KERNELS.get(op, {f"{op}_forward_kernel", f"{op}_backward_kernel"})
-    assert each <= {kernel for row in rows for kernel in row["kernels"]}
+    assert cases.SPECS[op].triton_kernels <= {kernel for row in rows for kernel in row["kernels"]}
     if op == "conv2d_bias_relu":
         for row in rows:
             product = PRODUCTS[capability].get("tf32" if row["tf32"] else row["dtype"])

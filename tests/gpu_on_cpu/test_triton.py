@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import alexnet_ext as ax
+from tests.ops.local_response_norm.spec import OTHER_RANKS
 from tests.support import cases, oracle
 from tests.support.cases import Case, block, lrn, pool
 
@@ -24,14 +25,13 @@ pytestmark = pytest.mark.usefixtures("interpreter")
 EXAMPLES = [case for case in cases.EXAMPLES if case.op in cases.ON_GPU and case.shapes.get("bias", True)]
 each_example = pytest.mark.parametrize("case", cases.params(EXAMPLES))
 
-MEMORY_BOUND = [op for op in cases.ON_GPU if op != "conv2d_bias_relu"]
 LAYOUTS = ("contiguous", "channels_last", "transposed", "sliced")
 
 
 def sampled(values: list[Any], every: int) -> list[Any]:
-    """One in ``every`` of these parameters in the plain suite, the others with ``pytest -m long``: it is slow here."""
+    """Of these parameters one in so many in the plain suite, the others with ``pytest -m slow``: it is slow here."""
     return [
-        pytest.param(*value.values, id=value.id, marks=[pytest.mark.long] if i % every else [])
+        pytest.param(*value.values, id=value.id, marks=[pytest.mark.slow] if i % every else [])
         for i, value in enumerate(values)
     ]
 
@@ -40,13 +40,13 @@ def sampled(values: list[Any], every: int) -> list[Any]:
 SHARED = sampled(
     [
         pytest.param(case, LAYOUTS[i // 3 % 2], id=f"{case.id}-{LAYOUTS[i // 3 % 2]}")
-        for op in MEMORY_BOUND
+        for op in cases.MEMORY_BOUND
         for i, case in enumerate(cases.CASES[op])
         if cases.is_covered(case)
     ],
     every=3,
 )
-SHARED += [pytest.param(case, "contiguous", id=case.id) for case in cases.LRN_OTHER_RANKS]
+SHARED += [pytest.param(case, "contiguous", id=case.id) for case in OTHER_RANKS]
 
 
 @pytest.mark.parametrize(("case", "layout"), SHARED)
@@ -60,7 +60,7 @@ def test_shared_cases_in_fp32(case: Case, layout: str) -> None:
         [
             pytest.param(case, dtype, layout, id=f"{case.id}-{cases.dtype_id(dtype)}-{layout}")
             for case in EXAMPLES
-            if case.op in MEMORY_BOUND
+            if case.op in cases.MEMORY_BOUND
             for dtype in (torch.float64, torch.bfloat16, torch.float16)
             for layout in LAYOUTS
         ],
@@ -249,7 +249,7 @@ def test_double_backward_autocast_and_vmap_as_the_compiled_op(case: Case) -> Non
     tensors = cases.make(case, requires_grad=False)
     with torch.autocast("cpu", torch.float16):
         y = cases.fused(case, tensors, "triton")
-    assert y.dtype == (torch.float16 if case.op == "conv2d_bias_relu" else torch.float32)
+    assert y.dtype == (torch.float16 if case.op in cases.PRODUCTS else torch.float32)
     x = torch.stack([tensors["x"], -tensors["x"]])
     mapped = torch.vmap(lambda x: cases.fused(case, tensors | {"x": x}, "triton"))(x)
     torch.testing.assert_close(mapped, torch.stack([cases.fused(case, tensors | {"x": x}, "triton") for x in x]))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.ops.conv2d_bias_relu.spec import LAYERS
 from tests.support import cases, oracle
 from tests.support.cases import Case, conv
 
@@ -15,14 +16,7 @@ kernels = pytest.importorskip(
 )
 pytestmark = pytest.mark.usefixtures("interpreter")
 
-# AlexNet's five layers at reduced size and width, then other kinds of convolutions.
-LAYERS = (
-    conv((2, 3, 35, 39), 24, (11, 11), stride=4),
-    conv((1, 48, 9, 7), 32, (5, 5), padding=2, groups=2),
-    conv((1, 32, 6, 7), 48, (3, 3), padding=1),
-    conv((1, 48, 6, 7), 48, (3, 3), padding=1, groups=2),
-    conv((1, 48, 6, 7), 32, (3, 3), padding=1, groups=2),
-)
+# What else a convolution may be than AlexNet's five.
 OTHERS = (
     conv((2, 9, 7, 6), 6, (3, 3), padding=1, groups=3),
     conv((1, 5, 9, 8), 7, (3, 2), stride=(2, 1), padding=(1, 0)),
@@ -38,7 +32,7 @@ OTHERS = (
     ("case", "layout"),
     [
         pytest.param(case, ("contiguous", "channels_last")[i % 2], id=case.id)
-        for i, case in enumerate(LAYERS + OTHERS + cases.CONV_CASES)
+        for i, case in enumerate(LAYERS + OTHERS + cases.CASES["conv2d_bias_relu"])
     ],
 )
 def test_fp32(case: Case, layout: str) -> None:

@@ -10,12 +10,15 @@ architectures asked for with the argument types and alignments that it would hav
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,14 +33,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from alexnet_ext.ops.augment import triton_kernels as augment
 from alexnet_ext.ops.conv2d_bias_relu import configs
 from alexnet_ext.ops.conv2d_bias_relu import triton_kernels as conv2d_bias_relu
-from alexnet_ext.ops.local_response_norm import triton_kernels as local_response_norm
-from alexnet_ext.ops.relu_lrn_max_pool2d import triton_kernels as relu_lrn_max_pool2d
-from alexnet_ext.ops.relu_max_pool2d import triton_kernels as relu_max_pool2d
-from alexnet_ext.ops.relu_max_pool2d_lrn import triton_kernels as relu_max_pool2d_lrn
 from tests.support import cases
+from tests.support.cases import Case
 
 ARCHITECTURES = (80, 90, 100)
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -49,19 +48,7 @@ POINTERS = {
     torch.uint8: "*u8",
     torch.int64: "*i64",
 }
-LRN = (5, 1e-4, 0.75, 2.0)
-POOL = ([3, 3], [2, 2])
-COLOURS = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-IMAGES = (((128, 256, 256, 3), torch.uint8), ((128, 2), torch.int64))
-
-# AlexNet's convolutions: x, weight, stride, padding, groups.
-LAYERS = (
-    ((128, 3, 227, 227), (96, 3, 11, 11), 4, 0, 1),
-    ((128, 96, 27, 27), (256, 48, 5, 5), 1, 2, 2),
-    ((128, 256, 13, 13), (384, 256, 3, 3), 1, 1, 1),
-    ((128, 384, 13, 13), (384, 192, 3, 3), 1, 1, 2),
-    ((128, 384, 13, 13), (256, 192, 3, 3), 1, 1, 2),
-)
+LAYERS = cases.alexnet_cases("conv2d_bias_relu", 128)
 
 Launch = tuple[JITFunction, dict[str, Any]]
 
@@ -129,35 +116,44 @@ def facts(launch: Launch, capability: int) -> dict[str, Any]:
     }
 
 
+def without_values(case: Case, dtype: torch.dtype, layout: torch.memory_format) -> dict[str, torch.Tensor]:
+    """The case's tensors: x in this layout, all in this dtype where their op leaves it to them."""
+    spec = cases.SPECS[case.op]
+    drawn = spec.draw(spec.examples[0], torch.Generator())
+    tensors = {
+        name: torch.empty(shape, dtype=dtype if spec.gradient else drawn[name].dtype, device="meta")
+        for name, shape in case.items()
+    }
+    return {name: t.to(memory_format=layout) if name == "x" else t for name, t in tensors.items()}
+
+
 def memory_bound(
     dtype: torch.dtype, layout: torch.memory_format, channels: int = 96
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """AlexNet's input, and its first normalization and pooling in each op, forward and backward."""
-    x = torch.empty(128, channels, 55, 55, dtype=dtype, device="meta").to(memory_format=layout)
-    y = torch.empty(128, channels, 27, 27, dtype=dtype, device="meta").to(memory_format=layout)
-    winners, bias = torch.empty_like(y, dtype=torch.uint8), torch.empty(channels, dtype=dtype, device="meta")
-    padding, dilation = [0, 0], [1, 1]
-    bytes_, offsets = (torch.empty(s, dtype=t, device="meta") for s, t in IMAGES)
-    drawn = offsets, torch.empty(128, dtype=torch.bool, device="meta"), torch.empty(128, 3, device="meta")
-    for block in (1, 4):
-        yield "augment", lambda block=block: augment.forward(bytes_, *drawn, 227, *COLOURS, dtype, block)
-    yield "local_response_norm", lambda: local_response_norm.forward(x, *LRN)
-    yield "local_response_norm_backward", lambda: local_response_norm.backward(x, x, *LRN)
-    yield "relu_max_pool2d", lambda: relu_max_pool2d.forward(x, *POOL, padding, dilation, False)
-    yield "relu_max_pool2d_backward", lambda: relu_max_pool2d.backward(y, winners, 55, 55, *POOL, padding, dilation)
-    yield "relu_lrn_max_pool2d", lambda: relu_lrn_max_pool2d.forward(x, bias, *LRN, *POOL)
-    yield "relu_lrn_max_pool2d_backward", lambda: relu_lrn_max_pool2d.backward(y, x, bias, winners, *LRN, *POOL)
-    yield "relu_max_pool2d_lrn", lambda: relu_max_pool2d_lrn.forward(x, bias, *LRN, *POOL)
-    yield "relu_max_pool2d_lrn_backward", lambda: relu_max_pool2d_lrn.backward(y, y, winners, 55, 55, *LRN, *POOL)
+    """AlexNet's first layer of each op, with this many channels, forward and backward. Of an op without a gradient,
+    which takes images, every call."""
+    for op in cases.named("on_gpu", "not product"):
+        kernels = importlib.import_module(f"alexnet_ext.ops.{op}.triton_kernels")
+        first, *others = (cases.in_dtype(case, dtype) for case in cases.alexnet_cases(op, 128))
+        if not cases.SPECS[op].gradient:
+            for case in (first, *others) if channels == 96 else ():
+                arguments = cases.raw_forward(case, without_values(case, dtype, layout))
+                yield op, partial(kernels.forward, *arguments)
+            continue
+        widened = {"x": (128, channels, *first.shapes["x"][2:]), "bias": (channels,)}
+        case = replace(first, shapes={name: widened[name] for name in first.shapes})
+        tensors = without_values(case, dtype, layout)
+        arguments = cases.raw_forward(case, tensors)
+        yield op, partial(kernels.forward, *arguments)
+        outputs = getattr(torch.ops.alexnet_ext, op)(*arguments)
+        y, *saved = outputs if isinstance(outputs, tuple) else (outputs,)
+        given = cases.SPECS[op].backward_arguments(y, tensors, y, saved, arguments[len(tensors) :])
+        yield f"{op}_backward", partial(kernels.backward, *given)
 
 
 def convolutions(layer: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
-    shape, weight_shape, stride, padding, groups = LAYERS[layer]
-    last = torch.channels_last
-    x = torch.empty(shape, dtype=dtype, device="meta").to(memory_format=last)
-    weight = torch.empty(weight_shape, dtype=dtype, device="meta")
-    bias = torch.empty(weight_shape[0], dtype=dtype, device="meta")
-    constants = ([stride] * 2, [padding] * 2, [1, 1], groups)
+    tensors = without_values(LAYERS[layer], dtype, torch.channels_last)
+    x, weight, bias, *constants = cases.raw_forward(LAYERS[layer], tensors)
     y = conv2d_bias_relu.empty_result(x, weight, *constants[:3])
 
     def persistent() -> None:
@@ -191,24 +187,23 @@ def quick() -> Iterator[Work]:
         yield name, torch.bfloat16, 96, "channels_last", 90, run
     for capability in ARCHITECTURES:
         for name, run in list(convolutions(1, torch.bfloat16))[:2]:
-            yield name, torch.bfloat16, LAYERS[1][1][0], "channels_last", capability, run
+            yield name, torch.bfloat16, LAYERS[1].shapes["weight"][0], "channels_last", capability, run
 
 
 def full(capability: int) -> Iterator[Work]:
     """Every kernel and every configuration; the code for fp16 and bf16 differs in the products alone."""
     others = (torch.float32, torch.float64)
-    layouts = {"channels_last": torch.channels_last} | (
-        {"contiguous": torch.contiguous_format} if capability == 90 else {}
-    )
+    layouts = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+    if capability != 90:
+        del layouts["contiguous"]
     for layout, memory_format in layouts.items():
         for dtype, channels in ((torch.bfloat16, 96), *((other, 96) for other in others), *WIDTHS):
             for name, run in memory_bound(dtype, memory_format, channels):
-                if channels == 96 or name != "augment":
-                    yield name, dtype, channels, layout, capability, run
+                yield name, dtype, channels, layout, capability, run
     for layer in range(len(LAYERS)):
         for dtype in (torch.bfloat16, torch.float16, *others) if layer == 1 else (torch.bfloat16,):
             for name, run in convolutions(layer, dtype):
-                yield name, dtype, LAYERS[layer][1][0], "channels_last", capability, run
+                yield name, dtype, LAYERS[layer].shapes["weight"][0], "channels_last", capability, run
 
 
 def traced() -> None:
@@ -221,7 +216,7 @@ def traced() -> None:
         return make_boxed_func(module.forward)
 
     backward = (("_backward", cases.raw_backward),)
-    for case in (*(example for example in cases.EXAMPLES if example.op in cases.ON_GPU), *cases.AUGMENT_EXAMPLES):
+    for case in (*(example for example in cases.EXAMPLES if example.op in cases.ON_GPU), *cases.OTHER_EXAMPLES):
         tensors = cases.make(case, requires_grad=False)
         for suffix, arguments in (("", cases.raw_forward), *(backward if case.op in cases.OPS else ())):
             op = getattr(torch.ops.alexnet_ext, f"{case.op}_triton{suffix}")

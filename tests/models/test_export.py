@@ -251,7 +251,7 @@ for batch in (x, x[:1]):
 """
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.usefixtures("native")
 def test_an_aoti_package_runs_with_torch_and_the_library_alone(tmp_path: Path) -> None:
     caffenet = (BLOCK[0], BLOCK[1], BLOCK[3], BLOCK[2])
@@ -267,7 +267,7 @@ def test_an_aoti_package_runs_with_torch_and_the_library_alone(tmp_path: Path) -
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])
 def test_torch_compile_with_any_batch(mode: str) -> None:
     """One graph, one compilation for all batch sizes, values and gradients."""

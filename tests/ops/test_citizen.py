@@ -12,15 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.support import cases, oracle
-from tests.support.cases import Case, block, conv, each_dtype, each_example, linear, lrn, pool
+from tests.support.cases import Case, conv, each_dtype, each_example, linear, lrn, pool
 
-EMPTY_AND_ONE = (
-    *(lrn((0, 3, 4, 5)), lrn((1, 1, 1, 1))),
-    *(pool((0, 3, 7, 5)), pool((1, 1, 1, 1), 1, 1)),
-    *(conv((0, 2, 5, 4), 4, (3, 3)), conv((1, 1, 1, 1), 1, (1, 1))),
-    *(block(op, (0, 3, 7, 5)) for op in cases.BLOCKS),
-    *(block(op, (1, 1, 1, 1), kernel_size=1, stride=1) for op in cases.BLOCKS),
-)
 layouts_of_memory = pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
 
 
@@ -39,7 +32,7 @@ opcheck_samples = pytest.mark.parametrize(
     ("case", "layout", "requires_grad"),
     [
         pytest.param(case, layout, requires_grad, id=f"{case.id}-{layout}-{'grad' if requires_grad else 'no_grad'}")
-        for case in cases.EXAMPLES + EMPTY_AND_ONE
+        for case in cases.EXAMPLES + cases.of_all("edges")
         for layout, requires_grad in (
             [("contiguous", False), ("channels_last", False), ("transposed", False), ("contiguous", True)]
             if case in cases.EXAMPLES
@@ -186,14 +179,7 @@ def test_vectorized_second_derivatives_as_stock(case: Case) -> None:
     )
 
 
-SMALL = (
-    *(lrn((1, 3, 1, 2), size=2), pool((1, 2, 3, 4), 2, 1), linear((2, 3), 2), linear((2, 3), 2, bias=False)),
-    *(conv((1, 2, 3, 3), 2, (2, 2), bias=bias, relu=bias) for bias in (True, False)),
-    *(block(op, (1, 3, 2, 3), bias, kernel_size=2, stride=1) for op in cases.BLOCKS for bias in (True, False)),
-)
-
-
-@pytest.mark.parametrize("case", cases.params(SMALL))
+@pytest.mark.parametrize("case", cases.params(cases.of_all("small")))
 def test_a_whole_hessian_at_once(case: Case) -> None:
     tensors = cases.make(case, torch.float64)
     given = tuple(tensor.detach() for tensor in values(tensors))

@@ -41,7 +41,7 @@ for case in cases.EXAMPLES:
         cases.fused(case, tensors, backend="native")
     except RuntimeError as error:
         print(error)
-for case in cases.AUGMENT_EXAMPLES:
+for case in cases.OTHER_EXAMPLES:
     for dtype in cases.DTYPES:
         oracle.assert_matches_float64(cases.in_dtype(case, dtype), cases.make(case))
     tensors = cases.make(case)
@@ -79,7 +79,7 @@ def said_without_library(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize("op", _backend.OPS)
 def test_without_library_every_op_runs_and_native_says_why_it_does_not(op: str, said_without_library: str) -> None:
     refusals = [line for line in said_without_library.splitlines() if line.startswith("backend='native'")]
-    assert len(refusals) == len(cases.EXAMPLES + cases.AUGMENT_EXAMPLES)
+    assert len(refusals) == len(cases.EXAMPLES + cases.OTHER_EXAMPLES)
     assert any(f"no compiled kernel for {op} is loaded; `alexnet info` says why" in line for line in refusals)
 
 
@@ -149,9 +149,9 @@ def test_triton_is_refused_where_there_is_no_such_kernel() -> None:
         ops.linear_bias_relu(torch.randn(9, 3), torch.randn(4, 3), backend="triton")
 
 
-@pytest.mark.parametrize("op", [*cases.ON_GPU, *cases.WITHOUT_GRADIENT])
+@pytest.mark.parametrize("op", cases.named("on_gpu"))
 def test_triton_says_what_to_do_where_it_cannot_run(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = next(example for example in cases.EXAMPLES + cases.AUGMENT_EXAMPLES if example.op == op)
+    case = next(example for example in cases.EXAMPLES + cases.OTHER_EXAMPLES if example.op == op)
     monkeypatch.setattr(_backend, "TRITON", {name: {"cpu": False, "cuda": True} for name in _backend.OPS})
     found = _library.Library("triton", "cuda", True)
     monkeypatch.setattr(_library, "TRITON", found)

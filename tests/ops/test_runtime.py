@@ -7,7 +7,6 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -15,14 +14,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from alexnet_ext import ops
+from tests.ops.conv2d_bias_relu.spec import WINOGRAD_CASES
 from tests.support import ROOT, cases, oracle
-from tests.support.cases import Case, block, conv, each_dtype, each_example, lrn, pool
+from tests.support.cases import Case, each_dtype, each_example, pool
 
-# Large enough to be split between threads.
-LARGE = (
-    *(lrn((4, 24, 33, 31)), pool((4, 24, 33, 31)), conv((4, 8, 33, 31), 16, (3, 3), groups=2)),
-    *(block(op, (4, 24, 33, 31)) for op in cases.BLOCKS),
-)
+LARGE = cases.of_all("large")
 
 
 def forward_backward(case: Case, tensors: cases.Tensors, dy: Tensor | None = None) -> list[Tensor]:
@@ -88,17 +84,6 @@ def test_the_same_bits_every_time_on_any_number_of_threads(case: Case, dtype: to
             assert_same_bits(found, expected)
 
 
-# Bytes saved for the backward, not counting parameters, as a function of input and output.
-SAVED: dict[str, Callable[[Tensor, Tensor], int]] = {
-    "local_response_norm": lambda x, y: x.nbytes,
-    "relu_max_pool2d": lambda x, y: y.numel(),
-    "conv2d_bias_relu": lambda x, y: x.nbytes + y.nbytes,
-    "linear_bias_relu": lambda x, y: x.nbytes + y.nbytes,
-    "relu_lrn_max_pool2d": lambda x, y: x.nbytes + y.numel() + x.shape[1] * x.itemsize,  # the last a copy of bias
-    "relu_max_pool2d_lrn": lambda x, y: y.nbytes + y.numel(),
-}
-
-
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=cases.dtype_id)
 @each_example
@@ -115,7 +100,7 @@ def test_no_more_is_saved_than_promised(case: Case, dtype: torch.dtype) -> None:
         y = cases.fused(case, tensors)
     assert saved, "the hook saw nothing"
     found = sum(tensor.nbytes for tensor in saved if tensor.data_ptr() not in parameters)
-    assert found <= SAVED[case.op](tensors["x"], y)
+    assert found <= cases.SPECS[case.op].saved(tensors["x"], y)
 
 
 @each_example
@@ -192,7 +177,7 @@ def bytes_left(run: Callable[[], object]) -> int:
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @each_dtype
-@pytest.mark.parametrize("case", cases.params((*cases.EXAMPLES, *LARGE, *cases.WINOGRAD)))
+@pytest.mark.parametrize("case", cases.params((*cases.EXAMPLES, *LARGE, *WINOGRAD_CASES)))
 def test_all_memory_is_given_back(case: Case, dtype: torch.dtype, layout: str) -> None:
     tensors = cases.make(case, dtype, layout)
     assert bytes_left(lambda: forward_backward(case, tensors)) == 0
@@ -203,14 +188,15 @@ def test_memory_that_is_kept_is_seen() -> None:
     assert bytes_left(lambda: kept.append(torch.empty(1000))) == 4000
 
 
-@pytest.mark.parametrize("case", cases.params(c for c in cases.EXAMPLES if c.op != "relu_max_pool2d"))
+@each_example
 def test_writing_into_what_was_saved_raises(case: Case) -> None:
     tensors = cases.make(case)
     leaf, tensors["x"] = tensors["x"], tensors["x"] * 1.0
     y = cases.fused(case, tensors)
-    saves_y = case.op in cases.PRODUCTS and case.constants.get("relu", True)
+    needed = set().union(*cases.SPECS[case.op].needs.values())
+    saves_y = "y" in needed and case.constants.get("relu", True)
     (y if saves_y else tensors["x"]).detach().add_(1)
-    if case.op == "relu_max_pool2d_lrn":  # it keeps its own copy
+    if not needed:  # keeps its own copy of what it needs
         y.sum().backward()
         untouched = cases.make(case)
         cases.fused(case, untouched).sum().backward()
@@ -229,17 +215,12 @@ def test_the_pool_does_not_need_its_input_for_the_backward() -> None:
     assert x.grad.sum() > 0
 
 
-@pytest.mark.parametrize("many", [(70_000, 3, 1, 2), (1, 70_000, 2, 1), (2, 3, 1, 70_001), (1, 1, 70_001, 3)], ids=str)
-@pytest.mark.parametrize("op", ["local_response_norm", *cases.BLOCKS, "relu_max_pool2d"])
-def test_one_dimension_beyond_65535(op: str, many: tuple[int, ...]) -> None:
-    case = {"local_response_norm": lrn(many), "relu_max_pool2d": pool(many, 1, 1)}.get(op) or block(
-        op, many, kernel_size=1, stride=1
-    )
-    tensors = cases.make(case)
-    oracle.assert_matches_float64(case, tensors)
+@pytest.mark.parametrize("case", cases.params(cases.of_all("many")))
+def test_one_dimension_beyond_65535(case: Case) -> None:
+    oracle.assert_matches_float64(case, cases.make(case))
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_more_than_2_to_31_elements() -> None:
     """Offsets beyond 32 bits: the first and last rows equal those of a tensor of four rows."""
     if (free := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")) < 12 * 2**30:
@@ -277,140 +258,8 @@ def test_every_instruction_set_computes_right(instructions: str) -> None:
     assert f"on {instructions.upper()}" in result.stdout
 
 
-def change(position: int, value: Any) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
-    """The arguments with one replaced; a function is applied to the old one."""
-    return lambda given: (
-        *given[:position],
-        value(given[position]) if callable(value) else value,
-        *given[position + 1 :],
-    )
-
-
-def smaller(tensor: Tensor) -> Tensor:
-    return tensor[..., :-1]
-
-
-def flat(tensor: Tensor) -> Tensor:
-    return tensor.flatten()
-
-
-LRN_BAD = {"size0": change(-4, 0), "size_negative": change(-4, -3)}
-POOL_BAD = {"kernel0": change(-2, [0, 3]), "kernel_negative": change(-2, [-1, 3]), "stride0": change(-1, [0, 1])}
-BLOCK_LRN_BAD = {"size0": change(-6, 0), "size_negative": change(-6, -(2**40))}
-X_BAD = {
-    "x_int": change(0, lambda x: x.int()),
-    "x_complex": change(0, lambda x: x.to(torch.complex64)),
-    "x_rank1": change(0, flat),
-}
-DY_BAD = {"dy_shape": change(0, smaller), "dy_rank": change(0, flat), "dy_dtype": change(0, lambda dy: dy.double())}
-BAD_CALLS: dict[str, dict[str, Callable[[tuple[Any, ...]], tuple[Any, ...]]]] = {
-    "local_response_norm": X_BAD | LRN_BAD,
-    "local_response_norm_backward": DY_BAD | LRN_BAD | {"x_dtype": change(1, lambda x: x.half())},
-    "relu_max_pool2d": {
-        **X_BAD,
-        "kernel0": change(1, [0, 3]),
-        "kernel_huge": change(1, [2**40, 3]),
-        "kernel_too_many_taps": change(1, [16, 16]),
-        "kernel_beyond_x": change(1, [15, 3]),
-        "stride0": change(2, [1, 0]),
-        "stride_negative": change(2, [-1, 1]),
-        "padding_negative": change(3, [-1, 0]),
-        "padding_above_half": change(3, [2, 0]),
-        "dilation0": change(4, [0, 1]),
-        "dilation_huge": change(4, [2**62, 1]),
-        "empty_channels": change(0, lambda x: x[:, :0]),
-    },
-    "relu_max_pool2d_backward": {
-        "dy_shape": DY_BAD["dy_shape"],
-        "dy_rank": DY_BAD["dy_rank"],
-        "dy_int": change(0, lambda dy: dy.int()),
-        "winners_shape": change(1, smaller),
-        "winners_rank": change(1, flat),
-        "winners_dtype": change(1, lambda winners: winners.long()),
-        "height0": change(2, 0),
-        "height_negative": change(2, -7),
-        "height_huge": change(2, 2**40),
-        "width_of_another_x": change(3, 40),
-        "kernel0": change(4, [0, 3]),
-        "stride0": change(5, [0, 1]),
-        "padding_negative": change(6, [-1, 0]),
-        "dilation0": change(7, [0, 1]),
-    },
-    "conv2d_bias_relu": {
-        **X_BAD,
-        "weight_dtype": change(1, lambda w: w.double()),
-        "weight_rank": change(1, flat),
-        "weight_channels": change(1, lambda w: w[:, :1]),
-        "bias_length": change(2, smaller),
-        "bias_rank": change(2, lambda b: b[:, None]),
-        "bias_dtype": change(2, lambda b: b.half()),
-        "stride0": change(3, [0, 1]),
-        "padding_negative": change(4, [-1, 0]),
-        "dilation0": change(5, [0, 1]),
-        "groups0": change(6, 0),
-        "groups3": change(6, 3),
-    },
-    "conv2d_bias_relu_backward": {
-        **DY_BAD,
-        "x_channels": change(1, lambda x: x[:, :2]),
-        "weight_rank": change(2, flat),
-        "y_shape": change(3, smaller),
-        "y_dtype": change(3, lambda y: y.half()),
-        "stride0": change(4, [0, 1]),
-        "groups0": change(7, 0),
-    },
-    "linear_bias_relu": {
-        "x_int": change(0, lambda x: x.int()),
-        "x_rank": change(0, flat),
-        "x_inputs": change(0, smaller),
-        "weight_dtype": change(1, lambda w: w.double()),
-        "weight_rank": change(1, flat),
-        "weight_inputs": change(1, lambda w: w[:, :1]),
-        "bias_length": change(2, smaller),
-        "bias_rank": change(2, lambda b: b[:, None]),
-        "bias_dtype": change(2, lambda b: b.half()),
-    },
-    "linear_bias_relu_backward": {
-        **DY_BAD,
-        "x_inputs": change(1, lambda x: x[:, :2]),
-        "weight_rank": change(2, flat),
-        "y_shape": change(3, smaller),
-        "y_dtype": change(3, lambda y: y.half()),
-    },
-    **{
-        op: {
-            **X_BAD,
-            **POOL_BAD,
-            **BLOCK_LRN_BAD,
-            "bias_length": change(1, smaller),
-            "bias_rank": change(1, lambda b: b[:, None]),
-            "bias_dtype": change(1, lambda b: b.half()),
-            "kernel_too_many_taps": change(-2, [16, 16]),
-        }
-        for op in cases.BLOCKS
-    },
-    "relu_lrn_max_pool2d_backward": {
-        **DY_BAD,
-        **POOL_BAD,
-        **BLOCK_LRN_BAD,
-        "x_shape": change(1, lambda x: x[:, :-1]),
-        "x_dtype": change(1, lambda x: x.half()),
-        "bias_length": change(2, smaller),
-        "winners_shape": change(3, smaller),
-        "winners_dtype": change(3, lambda winners: winners.int()),
-    },
-    "relu_max_pool2d_lrn_backward": {
-        **DY_BAD,
-        **POOL_BAD,
-        **BLOCK_LRN_BAD,
-        "pooled_shape": change(1, smaller),
-        "pooled_dtype": change(1, lambda pooled: pooled.half()),
-        "winners_shape": change(2, smaller),
-        "winners_dtype": change(2, lambda winners: winners.int()),
-        "height0": change(3, 0),
-        "width_of_another_x": change(4, 40),
-    },
-}
+BAD_CALLS = {name: spec.bad_calls for name, spec in cases.SPECS.items()}
+BAD_CALLS |= {f"{name}_backward": spec.bad_backward_calls for name, spec in cases.SPECS.items()}
 
 
 @pytest.mark.usefixtures("native")

@@ -13,19 +13,9 @@ from torch import Tensor
 from tests.support import cases, oracle
 from tests.support.cases import Case
 
-# The arguments, and perhaps the result, that an op needs for each gradient. Other saved tensors are its own.
-NEEDS: dict[str, dict[str, set[str]]] = {
-    "local_response_norm": {"x": {"x"}},
-    "relu_max_pool2d": {"x": set()},
-    "conv2d_bias_relu": {"x": {"weight", "y"}, "weight": {"x", "y"}, "bias": {"y"}},
-    "linear_bias_relu": {"x": {"weight", "y"}, "weight": {"x", "y"}, "bias": {"y"}},
-    "relu_lrn_max_pool2d": {"x": {"x"}, "bias": {"x"}},
-    "relu_max_pool2d_lrn": {"x": set(), "bias": set()},
-}
-
 
 def needed(case: Case, wanted: tuple[str, ...]) -> set[str]:
-    names = set().union(*(NEEDS[case.op][name] for name in wanted))
+    names = set().union(*(cases.SPECS[case.op].needs[name] for name in wanted))
     return names if case.constants.get("relu", True) else names - {"y"}
 
 

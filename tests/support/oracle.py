@@ -6,14 +6,17 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from tests.support import cases
-from tests.support.cases import Case, Tensors
+from tests.support import specs
+from tests.support.spec import Case, Tensors, lay_out
+from tests.support.specs import SPECS
 
 Apply = Callable[[Tensor], Tensor]
 
+# Error allowed, in units of eps * sqrt(summands) * max|exact|. fp32 and fp64 leave room for a power and for
+# cancellation in a gradient; bf16 and fp16 are computed in fp32, so that one rounding is most of their error.
+TOLERANCE = {torch.float64: 32.0, torch.float32: 16.0, torch.bfloat16: 2.0, torch.float16: 2.0}
 ENOUGH = 64
 """Of fewer distinct values stock's largest error is luck, and no yardstick."""
 
@@ -37,48 +40,49 @@ def assert_matches_float64(
     yardstick where it has a kernel: our error may be twice its error. Outputs whose gradient depends on a
     rounding get none, see ``settled``. Of an op without a gradient the output alone is compared.
     """
-    if case.op in cases.WITHOUT_GRADIENT:
-        return assert_augmented(case, tensors, backend)
+    spec = SPECS[case.op]
+    if not spec.gradient:
+        return assert_values_match_float64(case, tensors, backend)
     dtype = tensors["x"].dtype
     then = then or (lambda y: y)
     exact_inputs = widened(tensors)
-    exact = cases.stock(case, exact_inputs)
+    exact = specs.stock(case, exact_inputs)
     with torch.no_grad():
         mask = settled(case, exact_inputs, dtype).double()
         mask = then(mask) == then(torch.ones_like(mask))
         weights = torch.randn(mask.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
         dy = torch.where(mask, weights, 0.0).to(dtype)
-        placed = cases.lay_out(dy.to(tensors["x"].device), dy_layout)
+        placed = lay_out(dy.to(tensors["x"].device), dy_layout)
         dy = placed.cpu()
 
     def gradients(y: Tensor, inputs: Tensors, dy: Tensor) -> dict[str, Tensor]:
-        wanted = cases.wanting_grad(inputs)
+        wanted = specs.wanting_grad(inputs)
         if not wanted:
             return {}
         found = torch.autograd.grad(then(y), list(wanted.values()), dy.to(y.dtype))
         return dict(zip(wanted, found, strict=True))
 
-    ours = cases.fused(case, tensors, backend)
+    ours = specs.fused(case, tensors, backend)
     assert ours.dtype == dtype
     results = {"y": ours, **gradients(ours, tensors, placed)}
     expected = {"y": exact, **gradients(exact, exact_inputs, dy)}
     try:
-        compared = cases.stock(case, tensors)
+        compared = specs.stock(case, tensors)
         stock = {"y": compared, **gradients(compared, tensors, placed)}
     except NotImplementedError:  # bf16 and fp16 LRN has no CPU kernel in stock
         stock = {}
-    if case.op in cases.PRODUCTS:
+    if spec.product:
         parts = {name: None if tensor is None else tensor.detach().abs() for name, tensor in exact_inputs.items()}
         parts = {n: t if t is None else t.requires_grad_(tensors[n].requires_grad) for n, t in parts.items()}
-        whole = cases.stock(case, parts)
+        whole = specs.stock(case, parts)
         terms = {"y": whole, **gradients(whole, parts, dy.abs())}
     else:
         terms = terms_of_gradients(case, expected, dy)
     for name, result in results.items():
         magnitude = terms[name].max().item() if name in terms and result.numel() else 0.0
-        # oneDNN's order of summation, and so stock's error, differs by CPU: allow products at least 3 ulps.
-        least = 3 if case.op in cases.PRODUCTS else 0
-        assert_accurate(name, result, expected[name], stock.get(name), summands(case, name), magnitude, least)
+        # How near stock's products come hangs on the order that this CPU's oneDNN adds them up in.
+        least = 3 if spec.product else 0
+        assert_accurate(name, result, expected[name], stock.get(name), spec.summands(case, name), magnitude, least)
         if name != "y":
             assert result.dtype == tensors[name].dtype, name
     return ours
@@ -86,11 +90,11 @@ def assert_matches_float64(
 
 def assert_gradients_of(case: Case, wanted: Sequence[str]) -> None:
     """Run the op with gradients wanted of these of its tensors: they have them, as float64 has, and no other."""
-    tensors = cases.make(case, requires_grad=False)
+    tensors = specs.make(case, requires_grad=False)
     for name in wanted:
         tensors[name].requires_grad_()
     exact = widened(tensors)
-    y, expected = cases.fused(case, tensors), cases.stock(case, exact)
+    y, expected = specs.fused(case, tensors), specs.stock(case, exact)
     assert y.requires_grad == bool(wanted)
     if wanted:
         y.sum().backward()
@@ -102,16 +106,16 @@ def assert_gradients_of(case: Case, wanted: Sequence[str]) -> None:
             assert tensor.grad is None
 
 
-def assert_augmented(case: Case, tensors: Tensors, backend: str = "auto") -> Tensor:
-    """``assert_matches_float64`` of ``augment``, whose dtype is a constant."""
-    constants = case.constants
+def assert_values_match_float64(case: Case, tensors: Tensors, backend: str = "auto") -> Tensor:
+    """``assert_matches_float64`` of an op without a gradient, whose dtype is a constant."""
+    dtype = case.constants["dtype"]
     on_cpu = {name: tensor.cpu() for name, tensor in tensors.items()}
-    exact, stock = (cases.stock(cases.in_dtype(case, dtype), on_cpu) for dtype in (torch.float64, constants["dtype"]))
-    ours = cases.fused(case, tensors, backend)
-    assert ours.dtype == constants["dtype"]
+    exact, stock = (specs.stock(specs.in_dtype(case, one), on_cpu) for one in (torch.float64, dtype))
+    ours = specs.fused(case, tensors, backend)
+    assert ours.dtype == dtype
     assert ours.is_contiguous(memory_format=torch.channels_last)
-    # A byte and a mean may cancel.
-    assert_accurate("y", ours, exact, stock, 1, 1 / min(constants["std"]))
+    spec = SPECS[case.op]
+    assert_accurate("y", ours, exact, stock, spec.summands(case, "y"), spec.magnitude(case))
     return ours
 
 
@@ -126,7 +130,7 @@ def terms_of_gradients(case: Case, expected: dict[str, Tensor], dy: Tensor) -> d
         if "bias" in expected:
             terms["bias"] = expected["x"].abs().flatten(-2).sum(-1).view(-1, case.shapes["bias"][0]).sum(0)
         if expected["x"].numel() < ENOUGH:
-            terms["x"] = dy.double().abs().max() * case.constants.get("k", 1.0) ** -case.constants.get("beta", 0.0)
+            terms["x"] = dy.double().abs().max() * SPECS[case.op].magnitude(case)
     return terms
 
 
@@ -153,7 +157,7 @@ def assert_accurate(
     eps = torch.finfo(ours.dtype).eps
     error = _largest_error(ours, exact)
     scale = max(math.sqrt(terms) * largest, magnitude)
-    cap = cases.TOLERANCE[ours.dtype] * eps * scale + torch.finfo(ours.dtype).smallest_normal
+    cap = TOLERANCE[ours.dtype] * eps * scale + torch.finfo(ours.dtype).smallest_normal
     assert error <= cap, f"{name}: error {error:.3g} of {largest:.3g} in {ours.dtype}, at most {cap:.3g}"
     if stock is not None and ours.dtype != torch.float64 and exact.unique().numel() >= ENOUGH:
         ulp = eps * largest
@@ -166,56 +170,8 @@ def _largest_error(values: Tensor, exact: Tensor) -> float:
     return torch.where(same, 0.0, (values.double() - exact).abs()).max().item()
 
 
-def summands(case: Case, name: str) -> int:
-    """How many products the longest sum behind a result has."""
-    x = case.shapes["x"]
-    if case.op == "linear_bias_relu":
-        outputs, inputs = case.shapes["weight"]
-        rows = max(1, math.prod(x[:-1]))
-        return {"y": max(1, inputs), "x": outputs, "weight": rows, "bias": rows}[name]
-    batch_and_pixels = math.prod(x[:-3]) * math.prod(x[-2:])
-    if name == "bias":
-        return max(1, batch_and_pixels)
-    if case.op == "conv2d_bias_relu":
-        weight = case.shapes["weight"]
-        taps = math.prod(weight[2:])
-        return {"y": weight[1] * taps, "x": weight[0] * taps, "weight": max(1, batch_and_pixels)}[name]
-    window = case.constants.get("size", case.constants.get("lrn_size", 1))
-    taps = math.prod(cases.pair(case.constants.get("kernel_size", 1)))
-    return window * (taps if name == "x" else 1)
-
-
 def settled(case: Case, exact: Tensors, dtype: torch.dtype) -> Tensor:
-    """Outputs whose gradient rounding cannot send elsewhere, as a mask.
-
-    A pre-activation within rounding of 0 may fall on either side of ReLU, and two values of a window within
-    rounding of each other may each win it: both answers are right.
-    """
-    eps = 8 * torch.finfo(dtype).eps
-    c = case.constants
-    if not c.get("relu", True):
-        return torch.ones(cases.stock(case, exact).shape, dtype=torch.bool)
-    if case.op in cases.PRODUCTS:
-        product = F.linear if case.op == "linear_bias_relu" else F.conv2d
-        options = [c[name] for name in ("stride", "padding", "dilation", "groups") if name in c]
-        bias = exact["bias"]
-        value = product(exact["x"], exact["weight"], bias, *options)
-        scale = product(exact["x"].abs(), exact["weight"].abs(), None if bias is None else bias.abs(), *options)
-        return ~(value.abs() <= eps * scale) | (scale == 0)
-    if case.op not in cases.BLOCKS:
-        return torch.ones(cases.stock(case, exact).shape, dtype=torch.bool)
-    z = exact["x"] if exact["bias"] is None else exact["x"] + exact["bias"][:, None, None]
-    values = F.relu(z)
-    if case.op == "relu_lrn_max_pool2d":
-        values = F.local_response_norm(values, c["lrn_size"], c["alpha"], c["beta"], c["k"])
-    (height, width), (down, right) = cases.pair(c["kernel_size"]), cases.pair(c["stride"])
-    windows = values.unfold(-2, height, down).unfold(-2, width, right).flatten(-2)
-    if windows.shape[-1] == 1:
-        return torch.ones(windows.shape[:-1], dtype=torch.bool)
-    first, second = windows.topk(2).values.unbind(-1)
-    open_windows = (first - second <= eps * first.abs()) & (first != 0)
-    if case.op == "relu_max_pool2d_lrn":  # an output's gradient goes on to its neighbouring channels' windows
-        reach = c["lrn_size"] // 2
-        beside = F.pad(open_windows.movedim(1, -1), (reach, reach))
-        open_windows = beside.unfold(-1, 2 * reach + 1, 1).any(-1).movedim(-1, 1)
-    return ~open_windows
+    """Outputs whose gradient rounding cannot send elsewhere, as a mask: see ``Spec.settled``."""
+    found = SPECS[case.op].settled(case, exact, 8 * torch.finfo(dtype).eps)
+    shape = specs.stock(case, exact).shape
+    return torch.full(shape, found) if isinstance(found, bool) else found

@@ -17,8 +17,7 @@ GRID = 40  # a test of more parameter sets is a grid
 # What a plain run leaves out, and the command that runs it.
 KINDS = {
     "of grids": "pytest --part rest",
-    "long": "pytest -m long",
-    "compiled ahead": "pytest -m ahead --part whole",
+    "slow": "pytest -m slow --part whole",
 }
 LEFT: Counter[str] = Counter()  # tests that this process leaves out, by kind
 
@@ -61,9 +60,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     sizes = Counter(_function(item) for item in items)
     kept, left = [], []
     for item in items:
-        parted = _kind(item) != "long" and (
-            any(item.iter_markers("ahead")) or any(item.iter_markers("drawn")) or sizes[_function(item)] > GRID
-        )
+        grid = sizes[_function(item)] > GRID and _kind(item) != "slow"
+        parted = grid or any(item.iter_markers("drawn")) or _third(item) is not None
         wanted = not parted or _is_picked(item) if part == "third" else parted and not _is_picked(item)
         (kept if wanted else left).append(item)
     config.hook.pytest_deselected(items=left)
@@ -74,14 +72,18 @@ def _function(item: pytest.Item) -> str:
     return item.nodeid.partition("[")[0]
 
 
+def _third(item: pytest.Item) -> int | None:
+    """The third that a test's mark ``slow(third=...)`` names: tests of one costly preparation are of the same."""
+    return next((mark.kwargs["third"] for mark in item.iter_markers("slow") if mark.kwargs), None)
+
+
 def _is_picked(item: pytest.Item) -> bool:
-    ahead = item.get_closest_marker("ahead")
-    return (ahead.kwargs.get("third") if ahead and ahead.kwargs else third_of(item.nodeid)) == picked()
+    third = _third(item)
+    return (third_of(item.nodeid) if third is None else third) == picked()
 
 
 def _kind(item: pytest.Item) -> str:
-    marks = {"long": "long", "ahead": "compiled ahead"}
-    return next((kind for mark, kind in marks.items() if any(item.iter_markers(mark))), "of grids")
+    return "slow" if any(item.iter_markers("slow")) else "of grids"
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from alexnet_ext import _library
 from alexnet_ext.ops import _backend
 from alexnet_ext.ops._tuning import Candidate
-from benchmarks import harness
 from tests.support import cases, oracle
 from tests.support.cases import Case
 
@@ -31,7 +30,7 @@ from . import Task
 LAYOUTS = {"native": ("channels_last", "contiguous", "sliced", "offset"), "triton": ("channels_last", "contiguous")}
 """Triton compiles a second for each new set of constants: layouts that it treats alike are left out."""
 DTYPES = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
-EXAMPLES = cases.EXAMPLES + cases.AUGMENT_EXAMPLES
+EXAMPLES = cases.EXAMPLES + cases.OTHER_EXAMPLES
 SHOWN = 5
 SIDES = {227: 35, 27: 9, 13: 7}
 """Smaller sides of AlexNet's images, as float64 is slow. A product's blocks depend on channels, groups and taps."""
@@ -135,7 +134,7 @@ def cutlass_findings(dtype: torch.dtype) -> Iterator[Finding]:
         if reason:
             yield Finding(f"conv2d_bias_relu {library.name} {cases.dtype_id(dtype)}", None, f"skipped: {reason}")
             continue
-        for case in harness.alexnet_cases("conv2d_bias_relu", 4):
+        for case in cases.alexnet_cases("conv2d_bias_relu", 4):
             name = f"{case.id} channels_last {cases.dtype_id(dtype)} {library.name}"
             yield attempt(name, partial(compare_cutlass, case, dtype, "cuda", sm90), backend="measured")
 
@@ -144,6 +143,7 @@ def compare_cutlass(case: Case, dtype: torch.dtype, device: str, sm90: bool = Fa
     """All values are of bf16, and exact in fp16 and TF32 too: only sums are rounded. One value of x is NaN."""
     from alexnet_ext.ops.conv2d_bias_relu import cutlass
 
+    summands = cases.SPECS[case.op].summands
     tensors = cases.make(case, torch.bfloat16, "channels_last", requires_grad=False, device=device)
     x, weight, bias, *constants = cases.raw_forward(
         case, {n: t if t is None else t.to(dtype) for n, t in tensors.items()}
@@ -159,7 +159,7 @@ def compare_cutlass(case: Case, dtype: torch.dtype, device: str, sm90: bool = Fa
         y = F.conv2d(*exact, *constants)
         y = F.relu(y) if relu else y
         ours = cutlass.forward(holed, weight, bias, *constants, relu=relu, sm90=sm90)
-        oracle.assert_accurate("y", ours, y.cpu(), None, oracle.summands(case, "y"), size)
+        oracle.assert_accurate("y", ours, y.cpu(), None, summands(case, "y"), size)
     dz = torch.randn_like(y).bfloat16()
     mask = [True, True, False]
     given = [t.double() for t in (dz, x, weight)]
@@ -170,4 +170,4 @@ def compare_cutlass(case: Case, dtype: torch.dtype, device: str, sm90: bool = Fa
     for wanted, name in gradients:
         (ours,) = cutlass.gradients(dz.to(dtype), x, weight, *constants, wanted, sm90)
         largest = of_parts[wanted].max().item()
-        oracle.assert_accurate(name, ours, exact_gradients[wanted].cpu(), None, oracle.summands(case, name), largest)
+        oracle.assert_accurate(name, ours, exact_gradients[wanted].cpu(), None, summands(case, name), largest)

@@ -8,7 +8,6 @@ from functools import partial
 import torch
 
 from alexnet_ext.ops import _backend
-from benchmarks import harness
 from tests.support import cases
 from tests.support.cases import Case
 
@@ -21,7 +20,7 @@ def run(task: Task) -> Iterator[Finding]:
     sizes = SIZES[task.device]
     torch.backends.cudnn.deterministic = True  # cuDNN's own choice is not examined here
     for op in _backend.OPS:
-        case = harness.alexnet_cases(op, min(sizes.batch, 32))[-1]
+        case = cases.alexnet_cases(op, min(sizes.batch, 32))[-1]
         for way in filter(task.wants, ways(op, task.device)):
             for dtype in sizes.dtypes:
                 name = f"{op} {way} {cases.dtype_id(dtype)}, {sizes.runs} runs"

@@ -27,13 +27,6 @@ from ..report import Finding
 from ..timing import Backward, Run, copy_of, copy_rate, median_ms, product_rate, warm_up
 from . import Task
 
-ALLOWED = {
-    "local_response_norm": 1.15,
-    "relu_max_pool2d": 1.15,
-    "relu_lrn_max_pool2d": 1.25,
-    "relu_max_pool2d_lrn": 1.25,
-}
-"""The target, in times of a copy of the same bytes."""
 OURS = ("native", "triton", "measured")
 
 
@@ -43,13 +36,10 @@ def run(task: Task) -> Iterator[Finding]:
     warm_up(device)
     rate = copy_rate(device)
     yield Finding(f"copy {task.part}".strip(), None, f"{rate / 1e6:.3g} GB/s, read and written")
-    for op in (*ALLOWED, "conv2d_bias_relu"):
-        if task.wants(op):
-            yield from op_findings(op, device)
+    for op in filter(task.wants, cases.named("on_gpu")):
+        yield from (op_findings if cases.SPECS[op].gradient else typed_findings)(op, device)
     if task.wants("convolution"):
         yield from convolution_findings(device)
-    if task.wants("augment"):
-        yield from augment_findings(device)
 
 
 def made(case: Case, dtype: torch.dtype, layout: str, device: str) -> Tensors:
@@ -67,20 +57,6 @@ def made(case: Case, dtype: torch.dtype, layout: str, device: str) -> Tensors:
     return tensors
 
 
-def moved_bytes(case: Case, tensors: Tensors, y: Tensor, backward: bool) -> int:
-    """The bytes to read and write. Pooling keeps a byte an output element; LRN's gradient needs its input again."""
-    x, winners = tensors["x"], y.numel() if "pool" in case.op else 0
-    given = sum(tensor.nbytes for tensor in tensors.values() if tensor is not None)
-    if case.op in cases.PRODUCTS:  # y shows where ReLU was open; a gradient is as large as its tensor
-        wanted = sum(tensor.nbytes for tensor in cases.wanting_grad(tensors).values())
-        return 2 * y.nbytes + given + wanted if backward else given + y.nbytes
-    pooled = y.nbytes if case.op == "relu_max_pool2d_lrn" else 0
-    if not backward:
-        return given + y.nbytes + pooled + winners
-    again = x.nbytes if case.op in ("local_response_norm", "relu_lrn_max_pool2d") else 0
-    return y.nbytes + again + pooled + winners + x.nbytes
-
-
 def operations(case: Case, y: Tensor, directions: int = 1) -> int:
     """The multiplications and additions of a product."""
     return 2 * y.numel() * math.prod(case.shapes["weight"][1:]) * directions
@@ -91,7 +67,7 @@ def op_findings(op: str, device: str) -> Iterator[Finding]:
     for dtype in sizes.dtypes:
         rate = product_rate(device, dtype) if op in cases.PRODUCTS else math.nan
         for layout, (index, case) in itertools.product(
-            ("channels_last", "contiguous"), enumerate(harness.alexnet_cases(op, sizes.batch))
+            ("channels_last", "contiguous"), enumerate(cases.alexnet_cases(op, sizes.batch))
         ):
             # Compiling takes seconds: one layer for each op, dtype and layout (the first convolution with two towers).
             with_compiled = device == "cuda" and index == (op in cases.PRODUCTS)
@@ -114,7 +90,7 @@ def case_findings(
         runs["compiled stock"] = partial(compiled, tensors)
     for direction in ("forward", "backward"):
         backward = direction == "backward"
-        moved = moved_bytes(case, tensors, y, backward)
+        moved = cases.bytes_moved(case, dtype.itemsize)[backward]
         contestants: dict[str, Any] = {
             name: Backward(run, wanted, dy) if backward else run for name, run in runs.items()
         }
@@ -140,7 +116,7 @@ def compared(op: str, found: dict[str, float], moved: int, floor: float) -> dict
         **{f"{name} ms": found.get(name) for name in (*OURS, "stock", "compiled stock")},
         "fastest": min(found, key=found.__getitem__, default=""),
         "% of floor": 100 * floor / best,
-        "target": 100 / ALLOWED[op] if op in ALLOWED else None,
+        "target": 100 / copies if (copies := cases.SPECS[op].copies) else None,
         "times stock": found["stock"] / best if "stock" in found else None,
         "times compiled": compiled / best if compiled else None,
     }
@@ -154,7 +130,7 @@ def convolution_findings(device: str) -> Iterator[Finding]:
         if not library.loaded:
             yield Finding(f"conv2d_bias_relu {library.name}", None, f"skipped: {library.reason}")
     sizes = SIZES[device]
-    layers = harness.alexnet_cases("conv2d_bias_relu", sizes.batch)
+    layers = cases.alexnet_cases("conv2d_bias_relu", sizes.batch)
     for dtype, layout, case in itertools.product(sizes.dtypes, ("channels_last", "contiguous"), layers):
         offered: dict[str, Sequence[Candidate]] = {}
 
@@ -236,21 +212,22 @@ def beside(towers: Sequence[Run], streams: Sequence[torch.cuda.Stream]) -> list[
     return results
 
 
-def augment_findings(device: str) -> Iterator[Finding]:
-    """Compared with PyTorch's own operators (`backend="stock"`): a loop over images would wait for each one."""
+def typed_findings(op: str, device: str) -> Iterator[Finding]:
+    """Of an op whose dtype is a constant, without a gradient. Stock is PyTorch's own operators, `backend="stock"`: a
+    loop over images would wait for each."""
     sizes = SIZES[device]
-    for dtype, case in itertools.product(sizes.dtypes, harness.alexnet_cases("augment", sizes.batch)):
+    for dtype, case in itertools.product(sizes.dtypes, cases.alexnet_cases(op, sizes.batch)):
         typed = cases.in_dtype(case, dtype)
         tensors = cases.make(typed, device=device)
         stock = partial(cases.fused, typed, backend="stock")
-        runs: dict[str, Run] = {way: partial(fused, typed, tensors, way) for way in ways("augment", device)}
+        runs: dict[str, Run] = {way: partial(fused, typed, tensors, way) for way in ways(op, device)}
         runs["stock"] = partial(stock, tensors)
         if device == "cuda":
             torch._dynamo.reset()
             runs["compiled stock"] = partial(torch.compile(stock, dynamic=False), tensors)
-        moved = harness.bytes_moved(typed) or 0
+        moved = sum(cases.bytes_moved(typed))
         found = median_ms(runs | {"copy": copy_of(moved, device)}, device)
         floor = found.pop("copy")
-        about = {"kind": "op", "op": "augment", "dtype": str(cases.dtype_id(dtype)), "layout": harness.layer_name(case)}
-        name = f"augment {harness.layer_name(case)} {cases.dtype_id(dtype)}"
-        yield Finding(name, None, numbers=compared("augment", found, moved, floor), about=about)
+        about = {"kind": "op", "op": op, "dtype": str(cases.dtype_id(dtype)), "layout": harness.layer_name(case)}
+        name = f"{op} {harness.layer_name(case)} {cases.dtype_id(dtype)}"
+        yield Finding(name, None, numbers=compared(op, found, moved, floor), about=about)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alexnet_ext.ops import conv2d_bias_relu
+from tests.ops.conv2d_bias_relu.spec import WINOGRAD_CASES
 from tests.support import cases, oracle
 from tests.support.cases import Case, conv, each_dtype, each_layout
 
@@ -24,7 +25,7 @@ TOWERS = conv((2, 4, 7, 5), 6, (3, 3), padding=1, groups=2)
 @pytest.mark.usefixtures("poisoned")
 @each_dtype
 @each_layout
-@pytest.mark.parametrize("case", cases.params(cases.CONV_CASES))
+@pytest.mark.parametrize("case", cases.params(cases.CASES["conv2d_bias_relu"]))
 def test_values_and_gradients(case: Case, dtype: torch.dtype, layout: str) -> None:
     oracle.assert_matches_float64(case, cases.make(case, dtype, layout))
 
@@ -117,7 +118,7 @@ def test_relu_as_stock_at_zero_nan_and_inf(dtype: torch.dtype, layout: str) -> N
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("weight_layout", ["contiguous", "channels_last", "transposed"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("case", cases.params(cases.WINOGRAD))
+@pytest.mark.parametrize("case", cases.params(WINOGRAD_CASES))
 def test_many_tiles(case: Case, layout: str, weight_layout: str, request: pytest.FixtureRequest) -> None:
     tensors = cases.make(case, torch.float32, layout)
     tensors["weight"] = cases.lay_out(tensors["weight"].detach(), weight_layout).requires_grad_()
@@ -133,9 +134,9 @@ def test_many_tiles(case: Case, layout: str, weight_layout: str, request: pytest
 @pytest.mark.parametrize("value", [nan, math.inf, 2e38], ids=str)
 @pytest.mark.parametrize("name", ["x", "weight", "dy"])
 def test_many_tiles_are_convolved_where_a_value_is_not_finite(name: str, value: float, layout: str) -> None:
-    """Winograd's tiles turn inf into NaN, and 2e38 next to -2e38 into inf; a convolution does not."""
-    tensors = cases.make(cases.WINOGRAD[0], torch.float32, layout)
-    dy = torch.randn(cases.stock(cases.WINOGRAD[0], tensors).shape)
+    """Of inf, and of 2e38 beside -2e38, Winograd's tiles make NaN, or inf, where a convolution does not."""
+    tensors = cases.make(WINOGRAD_CASES[0], torch.float32, layout)
+    dy = torch.randn(cases.stock(WINOGRAD_CASES[0], tensors).shape)
     with torch.no_grad():
         given = dy if name == "dy" else tensors[name]
         if value == 2e38:
@@ -145,7 +146,7 @@ def test_many_tiles_are_convolved_where_a_value_is_not_finite(name: str, value: 
         given[1, 3, :, 2] = -value
     results = []
     for run in (cases.fused, cases.stock):
-        y = run(cases.WINOGRAD[0], tensors)
+        y = run(WINOGRAD_CASES[0], tensors)
         results.append((y, *torch.autograd.grad(y, (tensors["x"], tensors["weight"]), dy)))
     for ours, theirs in zip(*results, strict=True):
         largest = theirs.nan_to_num(0, 0, 0).abs().max().item()

@@ -14,10 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alexnet_ext import _library
-from alexnet_ext.ops import _backend
 from alexnet_ext.ops._tuning import Candidate
-from benchmarks.verify_gpu.stages import correctness, speed
-from tests.gpu_on_cpu.test_triton_conv2d_bias_relu import LAYERS
+from tests.ops.conv2d_bias_relu.spec import LAYERS
 from tests.ops.test_tuning import convolve_by
 from tests.support import cases, oracle
 from tests.support.cases import Case, conv
@@ -239,40 +237,7 @@ def test_where_it_does_not_apply_another_one_runs(
     assert sum("cutlass" in names for names in offered[:3]) == directions
 
 
-@pytest.mark.usefixtures("kernels", "hopper")
-@pytest.mark.parametrize(
-    ("dtype", "sm90"),
-    [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True), (torch.bfloat16, True)],
-    ids=["float32", "bfloat16", "float32-sm90", "bfloat16-sm90"],
-)
-@pytest.mark.parametrize("case", cases.params(LAYERS))
-def test_what_a_gpu_will_be_asked(case: Case, dtype: torch.dtype, sm90: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check of ``benchmarks.verify_gpu`` passes for a correct kernel, and fails for a ReLU that loses NaN."""
-    correctness.compare_cutlass(case, dtype, "cpu", sm90)
-    right = cutlass.forward
-    monkeypatch.setattr(cutlass, "forward", lambda *given, **how: right(*given, **how).nan_to_num(0))
-    with pytest.raises(AssertionError, match="NaN in other places"):
-        correctness.compare_cutlass(case, dtype, "cpu", sm90)
-
-
-@pytest.mark.usefixtures("interpreter", "kernels", "hopper")
-def test_every_candidate_will_be_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = speed.SIZES["cpu"]._replace(dtypes=(torch.float16,))
-    monkeypatch.setitem(speed.SIZES, "cpu", sizes)
-    monkeypatch.setattr(speed.harness, "alexnet_cases", lambda op, batch: [LAYERS[3]])
-    monkeypatch.setattr(
-        speed, "median_ms", lambda runs, device: {name: float(bool(run())) for name, run in runs.items()}
-    )
-    monkeypatch.setitem(_backend.MEASURED, "conv2d_bias_relu", {"cpu": True, "cuda": True})
-    monkeypatch.setattr(_library, "CUTLASS", BUILT)
-    monkeypatch.setattr(_library, "SM90", _library.Library("sm90", "cuda", True))
-    findings = list(speed.convolution_findings("cpu"))
-    assert len(findings) == 6
-    assert all({"cudnn channels_last ms", "triton ms", "cutlass ms"} <= set(finding.numbers) for finding in findings)
-    assert all("cutlass sm90 ms" in finding.numbers for finding in findings)
-
-
-# ---- the build record
+# ---- what is known of the build
 
 
 def test_the_library_says_why_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alexnet_ext.ops import local_response_norm
+from tests.ops.local_response_norm.spec import OTHER_RANKS
 from tests.support import cases, oracle
 from tests.support.cases import Case, each_dtype, each_layout, lrn
 
@@ -20,19 +21,19 @@ inf, nan = math.inf, math.nan
 @pytest.mark.usefixtures("poisoned")
 @each_dtype
 @each_layout
-@pytest.mark.parametrize("case", cases.params(cases.LRN_CASES))
+@pytest.mark.parametrize("case", cases.params(cases.CASES["local_response_norm"]))
 def test_values_and_gradients(case: Case, dtype: torch.dtype, layout: str) -> None:
     tensors = cases.make(case, dtype, layout)
     y = oracle.assert_matches_float64(case, tensors)
     exact = cases.stock(case, oracle.widened(tensors))
-    bound = cases.TOLERANCE[dtype] * torch.finfo(dtype).eps * exact.abs() + torch.finfo(dtype).smallest_normal
+    bound = oracle.TOLERANCE[dtype] * torch.finfo(dtype).eps * exact.abs() + torch.finfo(dtype).smallest_normal
     assert ((y.double() - exact).abs() <= bound).all(), "nothing cancels in the forward: every value is near"
 
 
 @pytest.mark.usefixtures("poisoned")
 @each_dtype
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "offset", "expanded_batch"])
-@pytest.mark.parametrize("case", cases.params(cases.LRN_OTHER_RANKS))
+@pytest.mark.parametrize("case", cases.params(OTHER_RANKS))
 def test_other_ranks(case: Case, dtype: torch.dtype, layout: str) -> None:
     oracle.assert_matches_float64(case, cases.make(case, dtype, layout))
 
@@ -40,7 +41,7 @@ def test_other_ranks(case: Case, dtype: torch.dtype, layout: str) -> None:
 @pytest.mark.usefixtures("native", "poisoned")
 @each_dtype
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded"])
-@pytest.mark.parametrize("case", cases.params(cases.LRN_OTHER_RANKS))
+@pytest.mark.parametrize("case", cases.params(OTHER_RANKS))
 def test_other_ranks_with_strides_that_stock_refuses(case: Case, dtype: torch.dtype, layout: str) -> None:
     tensors = cases.make(case, dtype, layout)
     plain = {"x": tensors["x"].detach().clone(memory_format=torch.contiguous_format).requires_grad_()}

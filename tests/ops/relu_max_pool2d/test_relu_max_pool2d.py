@@ -31,7 +31,7 @@ def assert_exactly_stock(case: Case, x: Tensor) -> None:
 @pytest.mark.usefixtures("poisoned")
 @each_dtype
 @each_layout
-@pytest.mark.parametrize("case", cases.params(cases.POOL_CASES))
+@pytest.mark.parametrize("case", cases.params(cases.CASES["relu_max_pool2d"]))
 def test_values_and_gradients(case: Case, dtype: torch.dtype, layout: str) -> None:
     tensors = cases.make(case, dtype, layout)
     oracle.assert_matches_float64(case, tensors)
@@ -41,7 +41,7 @@ def test_values_and_gradients(case: Case, dtype: torch.dtype, layout: str) -> No
 @pytest.mark.usefixtures("poisoned")
 @each_dtype
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
-@pytest.mark.parametrize("case", cases.params(cases.POOL_CASES))
+@pytest.mark.parametrize("case", cases.params(cases.CASES["relu_max_pool2d"]))
 def test_ties_nan_inf_and_zeros(case: Case, dtype: torch.dtype, layout: str) -> None:
     values = torch.tensor([-2, -1, -0.0, 0, 1, 2, 1, 2, nan, inf, -inf], dtype=dtype)
     for kinds in (8, 9, 11):

@@ -1,0 +1,76 @@
+"""relu_lrn_max_pool2d, as tests, benchmarks and planted faults know it (ops/blocks.py: what the other block shares)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.ops import blocks
+from tests.ops.blocks import LRN_BAD, POOL_BAD, activation
+from tests.support import spec
+from tests.support.spec import DY_BAD, EMULATOR, Case, Fault, Spec, Tensors, change, smaller
+
+LRN_POOL_TEST = "tests/ops/relu_lrn_max_pool2d/test_relu_lrn_max_pool2d.py"
+
+
+def normalized(x: Tensor, bias: Tensor | None, lrn_size: int, alpha: float, beta: float, k: float) -> Tensor:
+    return F.local_response_norm(activation(x, bias), lrn_size, alpha, beta, k)
+
+
+def stock(x: Tensor, bias: Tensor | None, *, kernel_size: Any, stride: Any, **lrn: Any) -> Tensor:
+    return F.max_pool2d(normalized(x, bias, **lrn), kernel_size, stride)
+
+
+def settled(case: Case, exact: Tensors, eps: float) -> Tensor | bool:
+    constants = {name: case.constants[name] for name in ("lrn_size", "alpha", "beta", "k")}
+    return blocks.settled(case, normalized(**exact, **constants), eps)
+
+
+def moved(case: Case, width: int) -> tuple[int, int]:
+    """The winners are a byte each; the backward normalizes x again."""
+    elements, x = blocks.output_size(case), width * math.prod(case.shapes["x"])
+    y, bias = width * elements, width * math.prod(case.shapes["bias"] or (0,))
+    return x + bias + y + elements, y + x + elements + x
+
+
+FAULTS = (
+    Fault("block: ReLU's mask dropped", "csrc/relu_lrn_max_pool2d/relu_lrn_max_pool2d_cpu.cpp",
+          "mask<A>(gradient, activation, row_size);", "", "relu_lrn_max_pool2d"),
+    Fault("block: bias left out of the recomputed activation",
+          "csrc/relu_lrn_max_pool2d/relu_lrn_max_pool2d_cpu.cpp",
+          "add_bias(row, static_cast<const T*>(bias), p.in);", "", "relu_lrn_max_pool2d"),
+    Fault("boundary: bias gradient of the first band alone", "csrc/common/lrn_pool_block.h", "u < units_", "u < 1",
+          f"{LRN_POOL_TEST} -k 'values_and_gradients and contiguous and float32'"),
+    Fault("CUDA: no barrier between filling a tile and pooling it",
+          "csrc/relu_lrn_max_pool2d/relu_lrn_max_pool2d_kernels.cuh", "__syncthreads();\n    const int height",
+          "const int height", f"{EMULATOR} -k 'relu_lrn_max_pool2d and float32 and channels_last'"),
+)  # fmt: skip
+
+
+SPEC = Spec(
+    **blocks.common("relu_lrn_max_pool2d"),
+    stock=stock,
+    draw=spec.normal,
+    backward_arguments=lambda dy, tensors, y, saved, constants: (dy, *tensors.values(), *saved, *constants),
+    needs={"x": {"x"}, "bias": {"x"}},
+    saved=lambda x, y: x.nbytes + y.numel() + x.shape[1] * x.itemsize,  # the last a copy of bias
+    moved=moved,
+    target=10.0,
+    copies=1.25,
+    bad_backward_calls={
+        **DY_BAD,
+        **POOL_BAD,
+        **LRN_BAD,
+        "x_shape": change(1, lambda x: x[:, :-1]),
+        "x_dtype": change(1, lambda x: x.half()),
+        "bias_length": change(2, smaller),
+        "winners_shape": change(3, smaller),
+        "winners_dtype": change(3, lambda winners: winners.int()),
+    },
+    settled=settled,
+    triton_kernels=frozenset({"relu_lrn_max_pool2d_forward_kernel", "relu_lrn_max_pool2d_backward_kernel"}),
+    faults=FAULTS,
+)
