@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from . import _library
+from ._errors import CommandError, os_error, path_text
 from .accelerate import accelerate
-from .data.errors import CommandError, os_error, path_text
 from .data.folder import imagenet_preprocessing
 from .models import AlexNet, alexnet, load_weights
 from .models.weights import VARIANT_OF, missing

@@ -254,9 +254,9 @@ FAULTS = (
     Fault("accelerate: ReLU moved behind what writes into its input", CALLS, "graph.inserting_before(relu)",
           "graph.inserting_before(node)", BY_FX),
     Fault("accelerate: a ReLU in place whose input is read", CALLS, "or len(given.users) != 1:", "or False:", BY_FX),
-    Fault("tune: unproven kernels measured", "alexnet_ext/tuning.py", " if _is_right(op, way, device)]", "]",
+    Fault("tune: unproven kernels measured", "alexnet_ext/selfcheck/tune.py", " if _is_right(op, way, device)]", "]",
           "tests/test_tuning.py -k wrong_here"),
-    Fault("auto: another device's choice", "alexnet_ext/ops/_tuning.py", " | {device_name(device)} | ", " | ",
+    Fault("auto: another device's choice", "alexnet_ext/ops/_choices.py", " | {device_name(device)} | ", " | ",
           "tests/test_tuning.py -k 'choices_are_of_one or auto_follows'"),
 )  # fmt: skip
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from alexnet_ext import _library
 from alexnet_ext.ops import _backend
-from alexnet_ext.ops._tuning import Candidate
+from alexnet_ext.ops._choices import Candidate
 from benchmarks.verify_gpu.stages import correctness, speed
 
 from . import cases, oracle

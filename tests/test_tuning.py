@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, nn
 
 import alexnet_ext as ax
-from alexnet_ext import _check, cli, tuning
-from alexnet_ext.ops import _backend, _tuning
-from alexnet_ext.ops._tuning import Candidate, Choices, fastest
-from alexnet_ext.tuning import calls_of
+from alexnet_ext import cli
+from alexnet_ext.ops import _backend, _choices
+from alexnet_ext.ops._choices import Candidate, Choices, fastest
+from alexnet_ext.selfcheck import compare, tune
+from alexnet_ext.selfcheck.info import choice
+from alexnet_ext.selfcheck.tune import calls_of
 
 from . import cases, oracle
 from .cases import conv
@@ -59,22 +61,22 @@ def clock() -> FakeTime:
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The cache folder is the test's own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    _tuning.choices.cache_clear()
-    _tuning.versions.cache_clear()
+    _choices.choices.cache_clear()
+    _choices.versions.cache_clear()
     yield tmp_path / "alexnet_ext" / "choices.json"
-    _tuning.choices.cache_clear()
-    _tuning.versions.cache_clear()
+    _choices.choices.cache_clear()
+    _choices.versions.cache_clear()
 
 
 def anew() -> None:
     """As in another process: only the file is left."""
-    _tuning.choices.cache_clear()
+    _choices.choices.cache_clear()
 
 
 def test_the_fastest_is_picked_and_measured_once(clock: FakeTime, file: Path) -> None:
     given = [clock.candidate("a", 3), clock.candidate("b", 1), clock.candidate("c", 2)]
     assert fastest("call", CPU, given, clock).name == "b"
-    assert clock.runs.count("b") == 1 + _tuning.ROUNDS * _tuning.REPEATS
+    assert clock.runs.count("b") == 1 + _choices.ROUNDS * _choices.REPEATS
     assert clock.runs[1:4] == ["b", "c", "a"], "the first runs, then rounds that take turns"
     clock.runs.clear()
     assert fastest("call", CPU, given, clock).name == "b"
@@ -121,20 +123,20 @@ def test_choices_are_of_one_call_device_and_version(clock: FakeTime, monkeypatch
     assert fastest("call", CPU, turned, clock).name == "a"
     assert fastest("another call", CPU, turned, clock).name == "b"
     with monkeypatch.context() as patch:
-        patch.setattr(_tuning, "device_name", lambda _: "another device 9.0")
+        patch.setattr(_choices, "device_name", lambda _: "another device 9.0")
         assert fastest("call", CPU, turned, clock).name == "b"
-    for module, name in ((_tuning, "__version__"), (torch, "__version__")):
+    for module, name in ((_choices, "__version__"), (torch, "__version__")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, "99.0")
-            _tuning.versions.cache_clear()
-            assert "99.0" in _tuning.versions()
+            _choices.versions.cache_clear()
+            assert "99.0" in _choices.versions()
             assert fastest("call", CPU, turned, clock).name == "b"
-        _tuning.versions.cache_clear()
+        _choices.versions.cache_clear()
     with monkeypatch.context() as patch:
-        patch.setattr(_tuning.importlib.metadata, "version", lambda _: "98.0")
-        _tuning.versions.cache_clear()
+        patch.setattr(_choices.importlib.metadata, "version", lambda _: "98.0")
+        _choices.versions.cache_clear()
         assert fastest("call", CPU, turned, clock).name == "b"
-    _tuning.versions.cache_clear()
+    _choices.versions.cache_clear()
     assert fastest("call", CPU, turned, clock).name == "a"
 
 
@@ -250,11 +252,11 @@ def test_the_persistent_forward_is_offered_last_and_on_tensor_cores_alone(
 
 @interpreted
 def test_a_direction_that_is_not_wanted_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_tuning, "ROUNDS", 0)
+    monkeypatch.setattr(_choices, "ROUNDS", 0)
     tensors = cases.make(LAYER)
     tensors["x"] = tensors["x"].detach()
     torch.ops.alexnet_ext.conv2d_bias_relu_measured(*cases.raw_forward(LAYER, tensors)).sum().backward()
-    kept = [key.split(" x ")[0] for key in _tuning.choices().known()]
+    kept = [key.split(" x ")[0] for key in _choices.choices().known()]
     assert kept == ["conv2d_bias_relu forward", "conv2d_bias_relu weight gradient"]
 
 
@@ -265,11 +267,11 @@ SMALL = {"local_response_norm": (2, 9, 7, 5), "conv2d_bias_relu": (2, 4, 6, 5), 
 def quick_tune(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU in a GPU's place: the compiled kernels and the interpreted ones, on small tensors, timed once."""
     monkeypatch.setattr(_backend, "TUNED", ("cpu",))
-    monkeypatch.setattr(_tuning, "ROUNDS", 1)
-    monkeypatch.setattr(_tuning, "REPEATS", 1)
+    monkeypatch.setattr(_choices, "ROUNDS", 1)
+    monkeypatch.setattr(_choices, "REPEATS", 1)
     monkeypatch.setitem(_backend.TRITON["augment"], "cpu", False)  # its images are no smaller
     small = []
-    for case in _check.CASES:
+    for case in compare.CASES:
         x = SMALL.get(case.op, SMALL["local_response_norm"])
         weights = {
             "conv2d_bias_relu": ((6, 4 // (1 + ("two" in case.name)), 3, 3), (6,)),
@@ -277,7 +279,7 @@ def quick_tune(monkeypatch: pytest.MonkeyPatch) -> None:
         }
         others = weights.get(case.op, ((x[1],),) if len(case.shapes) == 2 else ())
         small.append(replace(case, shapes=(x, *others)))
-    for module in (_check, tuning):
+    for module in (compare, tune):
         monkeypatch.setattr(module, "CASES", tuple(small))
 
 
@@ -311,7 +313,7 @@ def test_tune_measures_a_networks_convolutions_and_every_op(file: Path) -> None:
         assert row.microseconds.keys() == (without_triton | with_measured).get(op, {"native", "triton", "stock"})
         if row.choice != "measured":  # of which the CPU has none
             assert _backend.preferred(op, CPU) == row.choice
-            assert ax.diagnostics.choice(op, "cpu").reason == "right and fastest here, as `alexnet tune` found"
+            assert choice(op, "cpu").reason == "right and fastest here, as `alexnet tune` found"
     info = ax.info()
     assert info.measured_file == str(file)
     assert f"{rows[0].choice}: conv2d_bias_relu forward x [2, 3, 9, 8]" in str(info)
@@ -323,9 +325,9 @@ def test_what_is_wrong_here_is_no_candidate(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(_backend, "TRITON", {op: {"cpu": False} for op in _backend.OPS})
     wrong = [
         replace(case, ours=lambda x, case=case: case.ours(x) * 1.01) if case.op == "local_response_norm" else case
-        for case in _check.CASES
+        for case in compare.CASES
     ]
-    monkeypatch.setattr(_check, "CASES", tuple(wrong))
+    monkeypatch.setattr(compare, "CASES", tuple(wrong))
     with pytest.warns(UserWarning, match="local_response_norm by native is not used, as in fp32, contiguous, its y is"):
         rows = {row.layer: row for row in ax.tune(small_network(), (2, 3, 9, 8), device="cpu")}
     assert rows["local_response_norm"].microseconds.keys() == {"stock"}
@@ -337,14 +339,14 @@ def test_what_is_wrong_here_is_no_candidate(monkeypatch: pytest.MonkeyPatch) -> 
 def test_what_does_not_run_at_the_models_shapes_is_no_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where memory does not suffice for it."""
     monkeypatch.setattr(_backend, "TRITON", {op: {"cpu": False} for op in _backend.OPS})
-    run = tuning.Call.run
+    run = tune.Call.run
 
-    def limited(call: tuning.Call, backend: str, arguments: Any) -> list[Tensor]:
+    def limited(call: tune.Call, backend: str, arguments: Any) -> list[Tensor]:
         if call.op == "relu_max_pool2d" and backend == "native":
             raise torch.OutOfMemoryError("as large as that")
         return run(call, backend, arguments)
 
-    monkeypatch.setattr(tuning.Call, "run", limited)
+    monkeypatch.setattr(tune.Call, "run", limited)
     with pytest.warns(UserWarning, match="native is not measured, as it raises OutOfMemoryError"):
         rows = {row.layer: row for row in ax.tune(small_network(), (2, 3, 9, 8), device="cpu")}
     assert rows["relu_max_pool2d"].microseconds.keys() == {"stock"}
@@ -362,10 +364,10 @@ def test_tune_refuses_what_is_no_gpu() -> None:
 @interpreted
 @pytest.mark.usefixtures("native", "quick_tune")
 def test_a_convolution_that_differs_from_stock_is_not_left_to_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
-    measured = importlib.import_module("alexnet_ext.ops.conv2d_bias_relu.measured")
+    measured = importlib.import_module("alexnet_ext.ops.conv2d_bias_relu.candidates")
     epilogue = measured.epilogue
     monkeypatch.setattr(measured, "epilogue", lambda y, bias, relu: epilogue(y, bias, relu).mul_(1.1))
-    monkeypatch.setattr(tuning, "calls_of", lambda *given: [c for c in calls_of(*given) if c.op == "conv2d_bias_relu"])
+    monkeypatch.setattr(tune, "calls_of", lambda *given: [c for c in calls_of(*given) if c.op == "conv2d_bias_relu"])
     with pytest.warns(
         UserWarning, match="conv2d_bias_relu: what is fastest differs from stock PyTorch and is not used"
     ):
@@ -385,7 +387,7 @@ def test_auto_follows_what_was_found_on_this_device(monkeypatch: pytest.MonkeyPa
 
     def runs(found: str, dtype: torch.dtype = torch.float32) -> str:
         """What runs, eager and compiled, once this is found."""
-        _tuning.choices().remember(_tuning.key_of("local_response_norm", CPU), {found: 1.0, "another": 2.0})
+        _choices.choices().remember(_choices.key_of("local_response_norm", CPU), {found: 1.0, "another": 2.0})
         torch.compiler.reset()
         torch.compile(lambda x: ax.ops.local_response_norm(x, 5), backend=backend, fullgraph=True)(x.to(dtype))
         traced = "native" if "alexnet_ext" in graphs.pop() else "stock"
@@ -399,7 +401,7 @@ def test_auto_follows_what_was_found_on_this_device(monkeypatch: pytest.MonkeyPa
     assert runs("stock") == "stock"
     with _backend.preferring(("native",), "cpu"):
         assert _backend.preferred("local_response_norm", CPU) == "native"
-    monkeypatch.setattr(_tuning, "device_name", lambda _: "another device 9.0")
+    monkeypatch.setattr(_choices, "device_name", lambda _: "another device 9.0")
     assert _backend.preferred("local_response_norm", CPU) == "native"
 
 

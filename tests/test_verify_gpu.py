@@ -364,7 +364,7 @@ def test_the_time_limit_leaves_a_fair_sample(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_each_candidate_of_the_convolution_is_held_against_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     """cuDNN's place is taken by PyTorch's convolution; a candidate that is wrong in one direction is seen."""
-    measured = importlib.import_module("alexnet_ext.ops.conv2d_bias_relu.measured")
+    measured = importlib.import_module("alexnet_ext.ops.conv2d_bias_relu.candidates")
     case = cases.conv((2, 8, 7, 6), 8, (3, 3), padding=1, groups=2)
     monkeypatch.setitem(_backend.MEASURED, "conv2d_bias_relu", {"cpu": True, "cuda": True})
     monkeypatch.setattr(correctness, "layers", lambda: [case])

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import BadImage, require
+from .._errors import BadImage, require
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.errors import path_text
+from .._errors import path_text
 from ..data.preprocessing import Preprocessing
 from ..variants import LRN
 from .alexnet import AlexNet

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..data.errors import path_text
+from .._errors import path_text
 from ..variants import LRN
 from .alexnet import AlexNet
 from .weights import Contents, Entry, linear_or_conv, missing

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..data.errors import first_line, path_text
+from .._errors import first_line, path_text
 from ..data.preprocessing import IMAGENET, Preprocessing
 from ..variants import LRN, VARIANTS
 from .alexnet import AlexNet, from_torchvision

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 from .. import _library
 from ._checks import overrides
-from ._tuning import assume_constant_result, tuned
+from ._choices import assume_constant_result, tuned
 
 BACKENDS = ("auto", "native", "triton", "stock")
 OPS = (

@@ -59,14 +59,14 @@ def register(
     ``name_backward``. ``autocast(dtype, *args)`` returns the arguments as they should be under autocast to ``dtype``;
     without it the op keeps its input's dtype there. ``batched``: the positions of the arguments with a batch dimension
     to fold a vmapped one into; with none, vmap loops. ``measured``: there is a third twin, ``name_measured`` of
-    ``ops/name/measured.py``, which chooses at run time; torch.compile sees no further than its name. ``product``: each
+    ``ops/name/candidates.py``, which chooses at run time; torch.compile sees no further than its name. ``product``: each
     result is a sum over the dimensions of ``weight`` but its first, which ``FlopCounterMode`` counts.
     """
     twins = [name] if _library.LIBRARIES[0].loaded else []
     if _library.has_triton(name):
         twins.append(_define(name, "triton", "triton_kernels", _triton_op, schema, gradient))
         if measured:
-            twins.append(_define(name, "measured", "measured", torch.library.custom_op, schema, gradient))
+            twins.append(_define(name, "measured", "candidates", torch.library.custom_op, schema, gradient))
     for twin in twins:
         op = f"alexnet_ext::{twin}"
         torch.library.register_fake(op, fake)

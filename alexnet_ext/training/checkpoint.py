@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import models
-from ..data.errors import CommandError, first_line, os_error, path_text
+from .._errors import CommandError, first_line, os_error, path_text
 from ..data.preprocessing import Preprocessing
 from .files import new_folder
 

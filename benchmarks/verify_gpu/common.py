@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from alexnet_ext.ops import _backend
-from alexnet_ext.ops._tuning import Candidate
+from alexnet_ext.ops._choices import Candidate
 from tests import cases
 from tests.cases import Case, Tensors
 
@@ -57,15 +57,15 @@ def preferring(way: str, device: str) -> AbstractContextManager[None]:
 @contextmanager
 def choosing(choose: Callable[[str, Sequence[Candidate]], Candidate], device: str) -> Iterator[None]:
     """The convolution by what is measured, with ``choose(the call in words, candidates)`` for a measurement."""
-    from alexnet_ext.ops.conv2d_bias_relu import measured
+    from alexnet_ext.ops.conv2d_bias_relu import candidates
 
-    fastest = measured.fastest
-    measured.fastest = lambda what, device, given: choose(what, given)
+    fastest = candidates.fastest
+    candidates.fastest = lambda what, device, given: choose(what, given)
     try:
         with preferring("measured", device):
             yield
     finally:
-        measured.fastest = fastest
+        candidates.fastest = fastest
 
 
 def fused(case: Case, tensors: Tensors, way: str) -> Tensor:

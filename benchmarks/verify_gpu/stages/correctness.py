@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from alexnet_ext import _library
 from alexnet_ext.ops import _backend
-from alexnet_ext.ops._tuning import Candidate
+from alexnet_ext.ops._choices import Candidate
 from benchmarks import harness
 from tests import cases, oracle
 from tests.cases import Case

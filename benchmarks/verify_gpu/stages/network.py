@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 import alexnet_ext as ax
-from alexnet_ext import diagnostics
 from alexnet_ext.ops import _backend
+from alexnet_ext.selfcheck import compare
 
 from ..common import SIZES, attempt, each_way, preferring
 from ..report import Finding
@@ -30,7 +30,7 @@ def run(task: Task) -> Iterator[Finding]:
     for way in asked:
         yield attempt(f"what {way} runs", partial(runs_ours, way, device), backend=way)
         with preferring(way, device):
-            for row in diagnostics.check(device, op_names=(), variants=variants, dtypes=dtypes):
+            for row in compare.check(device, op_names=(), variants=variants, dtypes=dtypes):
                 detail = f"error {row.error:.2g}, at most {row.tolerance:.2g} {row.note}"
                 yield Finding(f"{row.name} {row.dtype} {row.layout} {way}", row.ok, detail, about={"backend": way})
     if asked:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from alexnet_ext import _library
 from alexnet_ext.ops import _backend
-from alexnet_ext.ops._tuning import Candidate
+from alexnet_ext.ops._choices import Candidate
 from benchmarks import harness
 from tests import cases
 from tests.cases import Case, Tensors

@@ -1,4 +1,4 @@
-"""What this installation is and whether it computes right: ``info()`` and ``check()``."""
+"""What this installation is: ``info()``."""
 
 from __future__ import annotations
 
@@ -9,12 +9,9 @@ from typing import Any
 
 import torch
 
-from . import _library
-from ._check import CheckRow, check, check_table, verdict
-from ._version import __version__
-from .ops import _backend, _tuning
-
-__all__ = ["CheckRow", "Choice", "Info", "check", "check_table", "choice", "info", "verdict"]
+from .. import _library
+from .._version import __version__
+from ..ops import _backend, _choices
 
 DEVICES = ("cpu", "cuda")
 KERNELS = {"native": "compiled kernel", "triton": "Triton kernel", "measured": "whatever measures fastest"}
@@ -98,8 +95,8 @@ def info() -> Info:
         libraries=(*_library.LIBRARIES, _library.TRITON, _library.CUTLASS, _library.SM90),
         build_record=_library.build_record(),
         choices=[choice(op, device) for op in _backend.OPS for device in DEVICES],
-        measured_file=str(_tuning.cache_file()),
-        measured={call: str(found["choice"]) for call, found in _tuning.choices().known().items()},
+        measured_file=str(_choices.cache_file()),
+        measured={call: str(found["choice"]) for call, found in _choices.choices().known().items()},
     )
 
 
@@ -109,7 +106,7 @@ def choice(op: str, device: str) -> Choice:
     if current == "stock":
         return Choice(op, device, "stock", "use_backend('stock') is in force")
     picked = _backend.preferred(op, torch.device(device)) if current == "auto" else current
-    if current == "auto" and device in _backend.TUNED and picked == _tuning.tuned(op, torch.device(device)):
+    if current == "auto" and device in _backend.TUNED and picked == _choices.tuned(op, torch.device(device)):
         return Choice(op, device, picked, "right and fastest here, as `alexnet tune` found")
     if picked != "stock" and _backend.has_kernel(picked, op, device):
         return Choice(op, device, picked, KERNELS[picked])

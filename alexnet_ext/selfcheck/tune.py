@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import ops
-from ._check import CASES, check
-from .ops import _backend, _tuning
+from .. import ops
+from ..ops import _backend, _choices
+from .compare import CASES, check
 
 CONVOLUTION = "conv2d_bias_relu"
 OURS = ("native", "triton")
@@ -60,7 +60,7 @@ class Call:
     def run(self, backend: str, arguments: Sequence[Any]) -> list[Tensor]:
         """[y, gradients of all tensors that want one] by this backend."""
         if backend == "stock":
-            function = getattr(importlib.import_module(f".ops.{self.op}.reference", __package__), self.op)
+            function = getattr(importlib.import_module(f"..ops.{self.op}.reference", __package__), self.op)
         else:
             function = getattr(torch.ops.alexnet_ext, self.op if backend == "native" else f"{self.op}_{backend}")
         y = function(*arguments)
@@ -169,7 +169,7 @@ def rows(
         if op == CONVOLUTION and "triton" in found:
             for call, arguments in given:
                 yield from _directions(call, arguments, device)
-            if all(_tuning.agree(call.run("measured", values), call.run("stock", values)) for call, values in given):
+            if all(_choices.agree(call.run("measured", values), call.run("stock", values)) for call, values in given):
                 ways.insert(0, "measured")
             else:
                 warnings.warn(f"{op}: what is fastest differs from stock PyTorch and is not used", stacklevel=2)
@@ -177,15 +177,15 @@ def rows(
         def run(way: str, given: list[tuple[Call, list[Any]]] = given) -> list[Tensor]:
             return [result for call, arguments in given for result in call.run(way, arguments)]
 
-        candidates = [_tuning.Candidate(way, partial(run, way)) for way in (*ways, "stock")]
-        left = [candidate for candidate, _ in _tuning.that_run(candidates, _tuning.gpu_clock)]
-        _tuning.choices().remember(_tuning.key_of(op, device), _tuning.race(left, _tuning.gpu_clock))
+        candidates = [_choices.Candidate(way, partial(run, way)) for way in (*ways, "stock")]
+        left = [candidate for candidate, _ in _choices.that_run(candidates, _choices.gpu_clock)]
+        _choices.choices().remember(_choices.key_of(op, device), _choices.race(left, _choices.gpu_clock))
         yield TunedRow(op, "forward and backward", *_known(op, device))
 
 
 def _directions(call: Call, arguments: list[Any], device: torch.device) -> Iterator[TunedRow]:
     """A convolution's: running it measures what is not known."""
-    from .ops.conv2d_bias_relu.measured import FORWARD, describe
+    from ..ops.conv2d_bias_relu.candidates import FORWARD, describe
 
     call.run("measured", arguments)
     x, weight, _, *constants, relu = arguments
@@ -194,7 +194,7 @@ def _directions(call: Call, arguments: list[Any], device: torch.device) -> Itera
 
 
 def _known(what: str, device: torch.device) -> tuple[str, dict[str, float]]:
-    entry = _tuning.choices().known()[_tuning.key_of(what, device)]
+    entry = _choices.choices().known()[_choices.key_of(what, device)]
     return entry["choice"], entry["microseconds"]
 
 

@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops
-from .models import VARIANTS, AlexNet, alexnet
-from .ops._backend import OPS
+from .. import ops
+from ..models import VARIANTS, AlexNet, alexnet
+from ..ops._backend import OPS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -386,7 +386,7 @@ def _norm_error(value: Tensor, reference: Tensor) -> float:
 
 
 def _backend_of(op_names: Sequence[str], device: torch.device) -> str:
-    from .diagnostics import choice
+    from .info import choice
 
     return " + ".join(dict.fromkeys(choice(op, device.type).backend for op in op_names))
 

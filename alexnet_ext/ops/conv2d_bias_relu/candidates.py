@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._choices import Candidate, fastest
 from .._layout import convolved_format
 from .._triton import accumulator, is_wide, offset, place, tile, tile_at, wrap_triton
-from .._tuning import Candidate, fastest
 from . import configs, cutlass, triton_kernels
 from .triton_kernels import before_relu, precision
 
