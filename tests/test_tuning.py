@@ -208,7 +208,7 @@ LAYER = conv((2, 4, 6, 5), 6, (3, 3), padding=1, groups=2)
 def convolve_by(pick: Callable[[str, list[Candidate]], Candidate], monkeypatch: pytest.MonkeyPatch) -> None:
     """``conv2d_bias_relu`` is the measured one, ``pick(the call in words, candidates)`` in place of a measurement."""
     folder = "alexnet_ext.ops.conv2d_bias_relu"
-    measured = importlib.import_module(f"{folder}.measured")
+    measured = importlib.import_module(f"{folder}.candidates")
     monkeypatch.setattr(measured, "fastest", lambda what, device, given: pick(what, given))
     op = torch.ops.alexnet_ext.conv2d_bias_relu_measured
     monkeypatch.setattr(importlib.import_module(f"{folder}.op"), "operator", lambda *_: op)

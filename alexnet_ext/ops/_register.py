@@ -226,13 +226,3 @@ def _vmap_rule(op: str, batched: Sequence[int]) -> Callable[..., Any]:
         return outputs, (0,) * len(outputs) if isinstance(outputs, tuple) else 0
 
     return rule
-
-
-def first_gradient(outputs: Tensor, inputs: Sequence[Tensor], dy: Tensor) -> tuple[Tensor, ...]:
-    """d outputs / d inputs times dy, itself differentiable; what it does not depend on gets zeros."""
-    found = torch.autograd.grad(outputs, list(inputs), dy, create_graph=True, allow_unused=True)
-    return tuple(torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True))
-
-
-def differentiable(x: Tensor) -> Tensor:
-    return x if x.requires_grad else x.detach().requires_grad_()

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._layout import convolved_format, new_images
+from .._reference import differentiable, first_gradient
 from .space_to_depth import convolved_size
 
 
@@ -37,8 +38,6 @@ def conv2d_bias_relu_backward(
     relu: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dweight, dbias); what output_mask leaves out is an empty tensor."""
-    from .._register import differentiable, first_gradient
-
     bias = x.new_zeros(weight.shape[0], requires_grad=True)
     inputs = (differentiable(x), differentiable(weight), bias)
     z = F.conv2d(*inputs, stride, padding, dilation, groups)

@@ -25,8 +25,20 @@ import triton.language as tl
 from torch import Tensor
 
 from .._layout import convolved_format, new_images
-from .._triton import accumulator, accumulator_dtype, is_wide, offset, place, sides, tile, tile_at, wrap_triton
-from ..relu_max_pool2d.triton_kernels import PARTIAL_SUMS, store_sums, total
+from .._triton import (
+    PARTIAL_SUMS,
+    accumulator,
+    accumulator_dtype,
+    is_wide,
+    offset,
+    place,
+    sides,
+    store_sums,
+    tile,
+    tile_at,
+    total,
+    wrap_triton,
+)
 from . import configs
 from .reference import empty_result
 from .space_to_depth import rewritten

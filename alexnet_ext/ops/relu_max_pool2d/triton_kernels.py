@@ -13,11 +13,20 @@ from torch import Tensor
 
 from .._checks import pooled_size
 from .._layout import empty_images
-from .._triton import accumulator, accumulator_dtype, is_wide, offset, place, sides, tile, tile_at, wrap_triton
-
-PARTIAL_SUMS = 1024
-"""Programs that share a bias gradient. It hangs on nothing but the shape, so that the sum's order does not either."""
-
+from .._triton import (
+    PARTIAL_SUMS,
+    accumulator,
+    accumulator_dtype,
+    is_wide,
+    offset,
+    place,
+    sides,
+    store_sums,
+    tile,
+    tile_at,
+    total,
+    wrap_triton,
+)
 
 @triton.jit
 def take(value, winner, v, tap):
@@ -247,15 +256,6 @@ def _backward_kernel(
         store_sums(sums, sums_ptr, channels, HALO, BLOCK_C)
 
 
-@triton.jit
-def store_sums(sums, sums_ptr, channels, HALO: tl.constexpr, BLOCK_C: tl.constexpr):
-    """This program's row of [programs, channels]."""
-    lane = tl.arange(0, BLOCK_C)[None, :]
-    channel = tl.program_id(1) * (BLOCK_C - 2 * HALO) - HALO + lane
-    own = (lane >= HALO) & (lane < BLOCK_C - HALO) & (channel < channels)
-    tl.store(sums_ptr + tl.program_id(0).to(tl.int64) * channels + channel, sums, own)
-
-
 def window(
     kernel_size: list[int], stride: list[int], padding: list[int] | None = None, dilation: list[int] | None = None
 ) -> dict[str, int]:
@@ -333,11 +333,6 @@ def gradient(
         WIDE=is_wide(dy, winners, dx),
     )
     return dx, total(partial, dtype) if sums else partial
-
-
-def total(partial: Tensor, dtype: torch.dtype) -> Tensor:
-    """The programs' sums [programs, channels] added up, in fp64 and in one order."""
-    return partial.sum(0, dtype=torch.float64).to(dtype)
 
 
 def backward(
