@@ -101,9 +101,20 @@ def _find_cutlass(name: str) -> Library:
     return Library(name, "cuda", False, reason, record.get(f"{name}_remedy") or REBUILD)
 
 
-def has_triton(op: str) -> bool:
-    """Whether ``op`` has Triton kernels (``ops/<op>/triton_kernels.py``) that this process can run."""
-    return TRITON.loaded and importlib.util.find_spec(f"{__package__}.ops.{op}.triton_kernels") is not None
+def _has_module(op: str, name: str) -> bool:
+    return importlib.util.find_spec(f"{__package__}.ops.{op}.{name}") is not None
+
+
+def triton_devices(op: str) -> tuple[str, ...]:
+    """Kinds of devices on which this process can run the Triton kernels of ``op``; empty where it has none."""
+    if not TRITON.loaded or not _has_module(op, "triton_kernels"):
+        return ()
+    return ("cpu", "cuda") if INTERPRETED else ("cuda",)
+
+
+def has_candidates(op: str) -> bool:
+    """Whether ``op`` has kernels for a GPU to choose among by measurement (``ops/<op>/candidates.py``)."""
+    return (TRITON.loaded or LIBRARIES[1].loaded) and _has_module(op, "candidates")
 
 
 def has_kernel(op: str, device_type: str) -> bool:

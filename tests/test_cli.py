@@ -89,7 +89,7 @@ def test_train_says_that_the_kernels_wait_for_tune(
 ) -> None:
     """The CPU in the place of a GPU that nothing has been proven on."""
     monkeypatch.setattr(_backend, "TUNED", ("cpu",))
-    monkeypatch.setattr(_backend, "UNPROVEN", {("native", "cpu")})
+    monkeypatch.setitem(_backend.STANDINGS, ("native", "cpu"), _backend.Standing("unknown", "nobody has looked"))
     monkeypatch.setattr(_backend, "tuned", lambda *_: "")
     options = ["train", "--data", "synthetic", *SMALL, "--steps", "1", "--out"]
     assert cli.run_command([*options, str(tmp_path / "run")]) == 0
@@ -98,7 +98,7 @@ def test_train_says_that_the_kernels_wait_for_tune(
     assert cli.run_command([*options, str(tmp_path / "another")]) == 0
     assert "alexnet tune" not in capsys.readouterr().out
     monkeypatch.setattr(_backend, "tuned", lambda *_: "")
-    monkeypatch.setattr(_backend, "UNPROVEN", set())
+    monkeypatch.setitem(_backend.STANDINGS, ("native", "cpu"), _backend.Standing("proven", "all have looked"))
     assert not _backend.is_untuned(torch.device("cpu")), "what is proven for everybody runs untuned"
 
 

@@ -42,8 +42,7 @@ def test_info_of_this_installation() -> None:
     assert {(c.op, c.device) for c in info.choices} == {(op, device) for op in OPS for device in ("cpu", "cuda")}
     for c in info.choices:
         assert c.reason
-        proven = _backend.NATIVE[c.op][c.device] and ("native", c.device) not in _backend.UNPROVEN
-        assert (c.backend == "native") == bool(proven)
+        assert (c.backend == "native") == (c.device == "cpu" and "native" in _backend.kernels(c.op, "cpu"))
     assert json.loads(json.dumps(info.as_dict()))["version"] == ax.__version__
 
 
@@ -58,8 +57,7 @@ def test_info_names_what_is_missing_why_and_the_remedy(monkeypatch: pytest.Monke
     monkeypatch.setattr(_library, "CUTLASS", headless)
     elsewhere = _library.Library("sm90", "cuda", False, "9.0 was not wanted", "want it")
     monkeypatch.setattr(_library, "SM90", elsewhere)
-    for kernels in ("NATIVE", "TRITON"):
-        monkeypatch.setattr(_backend, kernels, {op: {"cpu": False, "cuda": False} for op in OPS})
+    monkeypatch.setattr(_backend, "KERNELS", {op: {} for op in OPS})
     lines = str(ax.info()).splitlines()
     assert "  cpu     not loaded: no compiler was found" in lines
     assert "          to mend it: apt install g++" in lines
@@ -81,8 +79,10 @@ def test_info_says_why_each_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     libraries = (_library.Library("cpu", "cpu", True), _library.Library("cuda", "cuda", True))
     monkeypatch.setattr(_library, "LIBRARIES", libraries)
     monkeypatch.setattr(_library, "build_record", lambda: {"torch": "2.13.0", "isa": ["AVX2", "AVX512"]})
-    monkeypatch.setattr(_backend, "NATIVE", {op: {"cpu": True, "cuda": op == OPS[0]} for op in OPS})
-    monkeypatch.setattr(_backend, "TRITON", {op: {"cpu": False, "cuda": op == OPS[2]} for op in OPS})
+    kernels = {op: {"cpu": {"native": op}, "cuda": {}} for op in OPS}
+    kernels[OPS[0]]["cuda"] = {"native": OPS[0]}
+    kernels[OPS[2]]["cuda"] = {"triton": f"{OPS[2]}_triton"}
+    monkeypatch.setattr(_backend, "KERNELS", kernels)
     text = str(ax.info())
     assert "  cpu     loaded" in text
     assert '  isa: ["AVX2", "AVX512"]' in text
@@ -94,11 +94,20 @@ def test_info_says_why_each_backend(monkeypatch: pytest.MonkeyPatch) -> None:
         assert choice(OPS[0], "cuda").backend == "native"
     with ax.use_backend("triton"):
         assert choice(OPS[2], "cuda").reason == "Triton kernel"
-    monkeypatch.setattr(_backend, "UNPROVEN", {("native", "cuda"), ("measured", "cuda")})
-    assert choice(OPS[2], "cuda").backend == "triton"
-    monkeypatch.setattr(_backend, "MEASURED", {op: {"cpu": False, "cuda": op == OPS[2]} for op in OPS})
-    monkeypatch.setattr(_backend, "UNPROVEN", {("native", "cuda")})
-    assert choice(OPS[2], "cuda").reason == "whatever measures fastest"
+    with ax.use_backend("native"):
+        assert choice(OPS[2], "cuda") == Choice(
+            OPS[2],
+            "cuda",
+            "none",
+            f"backend='native' does not cover device 'cuda' (no compiled kernel for {OPS[2]} is loaded; "
+            "`alexnet info` says why)",
+        )
+    monkeypatch.setitem(_backend.STANDINGS, ("triton", "cuda"), _backend.Standing("proven", "run on many"))
+    assert choice(OPS[2], "cuda") == Choice(OPS[2], "cuda", "triton", "Triton kernel")
+    kernels[OPS[2]]["cuda"] = {"auto": f"{OPS[2]}_auto", **kernels[OPS[2]]["cuda"]}
+    assert choice(OPS[2], "cuda").backend == "triton", "what is not proven is passed over"
+    monkeypatch.setitem(_backend.STANDINGS, ("auto", "cuda"), _backend.Standing("proven", "run on many"))
+    assert choice(OPS[2], "cuda").reason == "each direction by whatever measures fastest"
     assert choice(OPS[1], "cuda") == Choice(OPS[1], "cuda", "stock", "the cuda library has no kernel for it")
     with ax.use_backend("stock"):
         assert {c.backend for c in ax.info().choices} == {"stock"}
@@ -285,7 +294,7 @@ def test_nothing_compared_is_no_pass() -> None:
 
 
 def test_unknown_names_raise_before_any_work() -> None:
-    with pytest.raises(ValueError, match=r"op_names must be of local_response_norm, .*, got 'lrn'"):
+    with pytest.raises(ValueError, match=r"op_names must be of augment, .*, got 'lrn'"):
         check("cpu", op_names=["lrn"])
     with pytest.raises(ValueError, match="dtypes must be of fp32, bf16, fp16, got 'fp8'"):
         check("cpu", dtypes=["fp8"])

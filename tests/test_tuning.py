@@ -21,7 +21,7 @@ from alexnet_ext import cli
 from alexnet_ext.ops import _backend, _choices
 from alexnet_ext.ops._choices import Candidate, Choices, fastest
 from alexnet_ext.selfcheck import compare, tune
-from alexnet_ext.selfcheck.info import choice
+from alexnet_ext.selfcheck.info import Choice, choice
 from alexnet_ext.selfcheck.tune import calls_of
 
 from . import cases, oracle
@@ -206,11 +206,11 @@ LAYER = conv((2, 4, 6, 5), 6, (3, 3), padding=1, groups=2)
 
 
 def convolve_by(pick: Callable[[str, list[Candidate]], Candidate], monkeypatch: pytest.MonkeyPatch) -> None:
-    """``conv2d_bias_relu`` is the measured one, ``pick(the call in words, candidates)`` in place of a measurement."""
+    """``conv2d_bias_relu`` by ``pick(the call in words, candidates)``, in place of a measurement."""
     folder = "alexnet_ext.ops.conv2d_bias_relu"
-    measured = importlib.import_module(f"{folder}.candidates")
-    monkeypatch.setattr(measured, "fastest", lambda what, device, given: pick(what, given))
-    op = torch.ops.alexnet_ext.conv2d_bias_relu_measured
+    candidates = importlib.import_module(f"{folder}.candidates")
+    monkeypatch.setattr(candidates, "fastest", lambda what, device, given: pick(what, given))
+    op = torch.ops.alexnet_ext.conv2d_bias_relu_auto
     monkeypatch.setattr(importlib.import_module(f"{folder}.op"), "operator", lambda *_: op)
 
 
@@ -255,7 +255,7 @@ def test_a_direction_that_is_not_wanted_is_not_measured(monkeypatch: pytest.Monk
     monkeypatch.setattr(_choices, "ROUNDS", 0)
     tensors = cases.make(LAYER)
     tensors["x"] = tensors["x"].detach()
-    torch.ops.alexnet_ext.conv2d_bias_relu_measured(*cases.raw_forward(LAYER, tensors)).sum().backward()
+    torch.ops.alexnet_ext.conv2d_bias_relu_auto(*cases.raw_forward(LAYER, tensors)).sum().backward()
     kept = [key.split(" x ")[0] for key in _choices.choices().known()]
     assert kept == ["conv2d_bias_relu forward", "conv2d_bias_relu weight gradient"]
 
@@ -269,7 +269,8 @@ def quick_tune(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_backend, "TUNED", ("cpu",))
     monkeypatch.setattr(_choices, "ROUNDS", 1)
     monkeypatch.setattr(_choices, "REPEATS", 1)
-    monkeypatch.setitem(_backend.TRITON["augment"], "cpu", False)  # its images are no smaller
+    monkeypatch.delitem(_backend.KERNELS["augment"]["cpu"], "triton", raising=False)  # its images are no smaller
+    monkeypatch.setitem(_backend.KERNELS["conv2d_bias_relu"]["cpu"], "auto", "conv2d_bias_relu_auto")
     small = []
     for case in compare.CASES:
         x = SMALL.get(case.op, SMALL["local_response_norm"])
@@ -281,6 +282,12 @@ def quick_tune(monkeypatch: pytest.MonkeyPatch) -> None:
         small.append(replace(case, shapes=(x, *others)))
     for module in (compare, tune):
         monkeypatch.setattr(module, "CASES", tuple(small))
+
+
+def without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    for found in _backend.KERNELS.values():
+        for backend in ("triton", "auto"):
+            monkeypatch.delitem(found["cpu"], backend, raising=False)
 
 
 def small_network() -> nn.Module:
@@ -307,13 +314,11 @@ def test_tune_measures_a_networks_convolutions_and_every_op(file: Path) -> None:
     assert all(row.choice == min(row.microseconds, key=row.microseconds.__getitem__) for row in rows)
     assert all(len(row.microseconds) == 4 for row in rows[:6])
     by_op = {row.layer: row for row in rows[6:]}
-    without_triton = {op: {"native", "stock"} for op in ("linear_bias_relu", "augment")}
-    with_measured = {"conv2d_bias_relu": {"measured", "native", "stock"}}
+    others = {op: {"native", "stock"} for op in ("linear_bias_relu", "augment")}
+    others["conv2d_bias_relu"] = {"auto", "native", "stock"}
     for op, row in by_op.items():
-        assert row.microseconds.keys() == (without_triton | with_measured).get(op, {"native", "triton", "stock"})
-        if row.choice != "measured":  # of which the CPU has none
-            assert _backend.preferred(op, CPU) == row.choice
-            assert choice(op, "cpu").reason == "right and fastest here, as `alexnet tune` found"
+        assert row.microseconds.keys() == others.get(op, {"native", "triton", "stock"})
+        assert choice(op, "cpu") == Choice(op, "cpu", row.choice, "right and fastest here, as `alexnet tune` found")
     info = ax.info()
     assert info.measured_file == str(file)
     assert f"{rows[0].choice}: conv2d_bias_relu forward x [2, 3, 9, 8]" in str(info)
@@ -322,7 +327,7 @@ def test_tune_measures_a_networks_convolutions_and_every_op(file: Path) -> None:
 
 @pytest.mark.usefixtures("native", "quick_tune")
 def test_what_is_wrong_here_is_no_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_backend, "TRITON", {op: {"cpu": False} for op in _backend.OPS})
+    without_triton(monkeypatch)
     wrong = [
         replace(case, ours=lambda x, case=case: case.ours(x) * 1.01) if case.op == "local_response_norm" else case
         for case in compare.CASES
@@ -331,14 +336,14 @@ def test_what_is_wrong_here_is_no_candidate(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.warns(UserWarning, match="local_response_norm by native is not used, as in fp32, contiguous, its y is"):
         rows = {row.layer: row for row in ax.tune(small_network(), (2, 3, 9, 8), device="cpu")}
     assert rows["local_response_norm"].microseconds.keys() == {"stock"}
-    assert _backend.preferred("local_response_norm", CPU) == "stock"
+    assert _backend.decide("local_response_norm", CPU).backend == "stock"
     assert rows["relu_max_pool2d"].microseconds.keys() == {"native", "stock"}
 
 
 @pytest.mark.usefixtures("native", "quick_tune")
 def test_what_does_not_run_at_the_models_shapes_is_no_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where memory does not suffice for it."""
-    monkeypatch.setattr(_backend, "TRITON", {op: {"cpu": False} for op in _backend.OPS})
+    without_triton(monkeypatch)
     run = tune.Call.run
 
     def limited(call: tune.Call, backend: str, arguments: Any) -> list[Tensor]:
@@ -364,9 +369,9 @@ def test_tune_refuses_what_is_no_gpu() -> None:
 @interpreted
 @pytest.mark.usefixtures("native", "quick_tune")
 def test_a_convolution_that_differs_from_stock_is_not_left_to_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
-    measured = importlib.import_module("alexnet_ext.ops.conv2d_bias_relu.candidates")
-    epilogue = measured.epilogue
-    monkeypatch.setattr(measured, "epilogue", lambda y, bias, relu: epilogue(y, bias, relu).mul_(1.1))
+    candidates = importlib.import_module("alexnet_ext.ops.conv2d_bias_relu.candidates")
+    forward = candidates.CuDNN.forward
+    monkeypatch.setattr(candidates.CuDNN, "forward", lambda *given: forward(*given) * 1.1)
     monkeypatch.setattr(tune, "calls_of", lambda *given: [c for c in calls_of(*given) if c.op == "conv2d_bias_relu"])
     with pytest.warns(
         UserWarning, match="conv2d_bias_relu: what is fastest differs from stock PyTorch and is not used"
@@ -391,7 +396,7 @@ def test_auto_follows_what_was_found_on_this_device(monkeypatch: pytest.MonkeyPa
         torch.compiler.reset()
         torch.compile(lambda x: ax.ops.local_response_norm(x, 5), backend=backend, fullgraph=True)(x.to(dtype))
         traced = "native" if "alexnet_ext" in graphs.pop() else "stock"
-        assert _backend.choose("local_response_norm", "auto", x.to(dtype)) == traced
+        assert _backend.decide("local_response_norm", CPU, dtype).backend == traced
         return traced
 
     assert runs("stock") == "stock"
@@ -400,9 +405,9 @@ def test_auto_follows_what_was_found_on_this_device(monkeypatch: pytest.MonkeyPa
     assert runs("gone") == "native", "what has no kernel any more: the static order holds"
     assert runs("stock") == "stock"
     with _backend.preferring(("native",), "cpu"):
-        assert _backend.preferred("local_response_norm", CPU) == "native"
+        assert _backend.decide("local_response_norm", CPU).backend == "native"
     monkeypatch.setattr(_choices, "device_name", lambda _: "another device 9.0")
-    assert _backend.preferred("local_response_norm", CPU) == "native"
+    assert _backend.decide("local_response_norm", CPU).backend == "native"
 
 
 def test_the_command_says_that_it_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:

@@ -157,7 +157,7 @@ def convolutions(layer: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable
     weight = torch.empty(weight_shape, dtype=dtype, device="meta")
     bias = torch.empty(weight_shape[0], dtype=dtype, device="meta")
     constants = ([stride] * 2, [padding] * 2, [1, 1], groups)
-    y = conv2d_bias_relu.empty_result(x, weight, *constants[:3])
+    y = conv2d_bias_relu.empty_result(x, weight, conv2d_bias_relu.Convolution(*constants))
 
     def persistent() -> None:
         if configs.has_persistent(x, conv2d_bias_relu.precision(dtype)):

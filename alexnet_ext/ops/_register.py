@@ -2,7 +2,8 @@
 
 An op ``NAME`` comes with its schema and kernels from C++ (csrc/library.cpp), and so does its ``NAME_backward`` unless
 it has no gradient. Their Triton twins, ``NAME_triton`` and ``NAME_triton_backward``, are defined here with the same
-schemas from ``forward`` and ``backward`` of ``ops/NAME/triton_kernels.py``. Both get the same everything else.
+schemas from ``forward`` and ``backward`` of ``ops/NAME/triton_kernels.py``. So are ``NAME_auto`` and its backward,
+which choose at run time, from those of ``ops/NAME/candidates.py``. Everything else is the same for all of them.
 """
 
 from __future__ import annotations
@@ -42,31 +43,49 @@ class Gradient:
     batched: Sequence[int] = ()
 
 
+@dataclass(frozen=True)
+class Record:
+    """What an op said of itself to ``register``, for those who look at ops one by one (``alexnet check``, ``tune``).
+
+    ``stock`` is the op in plain PyTorch, called with what the operator is called with.
+    """
+
+    stock: Callable[..., Any]
+    gradient: Gradient | None
+
+
+RECORDS: dict[str, Record] = {}
+"""By the op's name, in the order that ops are imported in."""
+
+
 def register(
     name: str,
     *,
+    stock: Callable[..., Any],
     schema: str = "",
     fake: Callable[..., Any],
     gradient: Gradient | None,
     autocast: Callable[..., tuple[Any, ...]] | None = None,
     batched: Sequence[int] = (),
-    measured: bool = False,
     product: bool = False,
 ) -> None:
-    """Register everything but the compiled kernels of ``alexnet_ext::name``, its backward and their Triton twins.
+    """Register all of ``alexnet_ext::name``, its backward and their twins except the compiled kernels.
 
-    The schema is that of csrc/library.cpp, given for a Triton twin. ``gradient`` None: the op has none, and no
-    ``name_backward``. ``autocast(dtype, *args)`` returns the arguments as they should be under autocast to ``dtype``;
-    without it the op keeps its input's dtype there. ``batched``: the positions of the arguments with a batch dimension
-    to fold a vmapped one into; with none, vmap loops. ``measured``: there is a third twin, ``name_measured`` of
-    ``ops/name/candidates.py``, which chooses at run time; torch.compile sees no further than its name. ``product``: each
-    result is a sum over the dimensions of ``weight`` but its first, which ``FlopCounterMode`` counts.
+    Args:
+        stock: the op in plain PyTorch, with the operator's arguments.
+        schema: that of csrc/library.cpp, given for twins.
+        gradient: None for an op that has none, and no ``name_backward``.
+        autocast: ``autocast(dtype, *args)`` returns the arguments that autocast to ``dtype`` makes of them. Without it
+            the op keeps its input's dtype there.
+        batched: positions of the arguments with a batch dimension to fold a vmapped one into; with none, vmap loops.
+        product: each result is a sum over the dimensions of ``weight`` except its first. ``FlopCounterMode`` counts it.
     """
+    RECORDS[name] = Record(stock, gradient)
     twins = [name] if _library.LIBRARIES[0].loaded else []
-    if _library.has_triton(name):
+    if _library.triton_devices(name):
         twins.append(_define(name, "triton", "triton_kernels", _triton_op, schema, gradient))
-        if measured:
-            twins.append(_define(name, "measured", "candidates", torch.library.custom_op, schema, gradient))
+    if _library.has_candidates(name):  # torch.compile sees no further than its name
+        twins.append(_define(name, "auto", "candidates", torch.library.custom_op, schema, gradient))
     for twin in twins:
         op = f"alexnet_ext::{twin}"
         torch.library.register_fake(op, fake)

@@ -63,7 +63,7 @@ def offset(at, channel, strides):
 
 
 PARTIAL_SUMS = 1024
-"""The most programs that share a sum by channel. Their number depends on the shape alone, and so does the sum's order."""
+"""The most programs that share a sum by channel. Their number, and so the sum's order, depends on the shape alone."""
 
 
 @triton.jit

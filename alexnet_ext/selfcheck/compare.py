@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import ops
 from ..models import VARIANTS, AlexNet, alexnet
-from ..ops._backend import OPS
+from ..ops._backend import OPS, decide
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -386,9 +386,7 @@ def _norm_error(value: Tensor, reference: Tensor) -> float:
 
 
 def _backend_of(op_names: Sequence[str], device: torch.device) -> str:
-    from .info import choice
-
-    return " + ".join(dict.fromkeys(choice(op, device.type).backend for op in op_names))
+    return " + ".join(dict.fromkeys(decide(op, device).backend for op in op_names))
 
 
 def _baseline(

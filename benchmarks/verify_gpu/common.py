@@ -32,21 +32,21 @@ SIZES = {
     "cpu": Sizes(2, 3, (torch.float32,), 5),
 }
 # What "auto" would prefer were it all proven, by what is looked at; what has no kernel there runs stock.
-PREFERRED = {"native": ("native",), "triton": ("triton",), "measured": ("measured", *BACKENDS), "stock": ()}
+PREFERRED = {"native": ("native",), "triton": ("triton",), "auto": ("auto", *BACKENDS), "stock": ()}
 
 
 def backends(op: str, device: str) -> list[str]:
     """Ours, that have kernels for the op on this device and can be asked for by name."""
-    return [name for name in BACKENDS if _backend.has_kernel(name, op, device)]
+    return [name for name in BACKENDS if name in _backend.kernels(op, device)]
 
 
 def ways(op: str, device: str) -> list[str]:
-    """The same, and by measurement where the op has that."""
-    return backends(op, device) + ["measured"] * _backend.has_kernel("measured", op, device)
+    """The same, and ``"auto"`` where the op chooses by measurement, each direction for itself."""
+    return backends(op, device) + ["auto"] * ("auto" in _backend.kernels(op, device))
 
 
 def each_way(device: str) -> list[str]:
-    return [name for name in (*BACKENDS, "measured") if any(name in ways(op, device) for op in _backend.OPS)]
+    return [name for name in (*BACKENDS, "auto") if any(name in ways(op, device) for op in _backend.OPS)]
 
 
 def preferring(way: str, device: str) -> AbstractContextManager[None]:
@@ -56,13 +56,13 @@ def preferring(way: str, device: str) -> AbstractContextManager[None]:
 
 @contextmanager
 def choosing(choose: Callable[[str, Sequence[Candidate]], Candidate], device: str) -> Iterator[None]:
-    """The convolution by what is measured, with ``choose(the call in words, candidates)`` for a measurement."""
+    """The convolution by ``choose(the call in words, candidates)``, in place of a measurement."""
     from alexnet_ext.ops.conv2d_bias_relu import candidates
 
     fastest = candidates.fastest
     candidates.fastest = lambda what, device, given: choose(what, given)
     try:
-        with preferring("measured", device):
+        with preferring("auto", device):
             yield
     finally:
         candidates.fastest = fastest
@@ -74,7 +74,7 @@ def fused(case: Case, tensors: Tensors, way: str) -> Tensor:
         return cases.fused(case, tensors, way)
     device = next(tensor.device.type for tensor in tensors.values() if tensor is not None)
     with preferring(way, device):
-        if _backend.preferred(case.op, torch.device(device)) != way:
+        if _backend.decide(case.op, torch.device(device)).backend != way:
             raise RuntimeError(f"{case.op} has no kernel for {way!r} on {device}")
         return cases.fused(case, tensors)
 

@@ -1,164 +1,167 @@
-"""conv2d_bias_relu by what is fastest for the call, each direction for itself: products by Triton, cuDNN or CUTLASS.
+"""conv2d_bias_relu by what is fastest for the call, each direction for itself: products by cuDNN, Triton or CUTLASS.
 
-cuDNN runs contiguous, channels-last, or one group at a time, with our epilogue (bias and ReLU in one pass) behind it
-and our masked gradient before it. On the CPU its place is taken by PyTorch's convolution there, which is for tests.
+``ALGORITHMS`` lists the ways there are. Those of the compiled library need no Triton. On the CPU PyTorch's convolution
+takes the place of cuDNN's, for tests.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from ..._library import TRITON
+from .._backend import kernels
 from .._choices import Candidate, fastest
 from .._layout import convolved_format
-from .._triton import accumulator, is_wide, offset, place, tile, tile_at, wrap_triton
-from . import configs, cutlass, triton_kernels
-from .triton_kernels import before_relu, precision
+from . import cutlass, reference, shared
+from .shared import Convolution, Direction, precision, zero_gradients
 
-NO_OUTPUT_PADDING = [0, 0]
-FORWARD = {True: "forward", False: "forward without relu"}
+if TRITON.loaded:
+    from . import configs, triton_kernels
 
-
-@triton.jit
-def _epilogue_kernel(
-    y_ptr,
-    bias_ptr,
-    pixels,
-    channels,
-    height,
-    width,
-    y_batch,
-    y_channel,
-    y_row,
-    y_column,
-    BIAS: tl.constexpr,
-    RELU: tl.constexpr,
-    HALO: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    pixel, channel, inside, _ = tile_at(tl.program_id(0), pixels, channels, HALO, BLOCK_P, BLOCK_C, WIDE)
-    at = offset(place(pixel, height, width), channel, (y_batch, y_channel, y_row, y_column))
-    y = accumulator(tl.load(y_ptr + at, inside, 0.0))
-    if BIAS:
-        y += accumulator(tl.load(bias_ptr + channel, channel < channels, 0.0))
-    if RELU:
-        y = tl.where(y <= 0, 0.0, y)  # written so that NaN stays
-    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), inside)
+    before_relu = triton_kernels.before_relu
+else:
+    before_relu = shared.before_relu
 
 
-def epilogue(y: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
-    """y + bias, with relu max(0, .) of it, in place."""
-    batch, channels, height, width = y.shape
-    if y.numel() == 0 or (bias is None and not relu):
-        return y
-    blocks, channel_blocks = tile(channels, y.stride(1), None, y.dtype)
-    pixels = batch * height * width
-    wrap_triton(_epilogue_kernel)[(triton.cdiv(pixels, blocks["BLOCK_P"]), channel_blocks)](
-        y,
-        y if bias is None else bias.contiguous(),
-        pixels,
-        channels,
-        height,
-        width,
-        *y.stride(),
-        BIAS=bias is not None,
-        RELU=relu,
-        **blocks,
-        WIDE=is_wide(y),
-    )
-    return y
+@dataclass(frozen=True)
+class Algorithm:
+    """A way to compute a convolution: its name in the choices file, where it applies, how it runs."""
+
+    name: str
+    layout: torch.memory_format | None = None  # that it brings its operands to, where it depends on nothing else
+
+    def applies(self, x: Tensor, weight: Tensor, p: Convolution, direction: Direction) -> bool:
+        return True
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, p: Convolution, relu: bool) -> Tensor:
+        """The result, in any memory format."""
+        raise NotImplementedError
+
+    def gradient(self, dz: Tensor, x: Tensor, weight: Tensor, p: Convolution, direction: Direction) -> Tensor:
+        """The gradient of x or weight, in any memory format, from that of what is before the ReLU (channels-last)."""
+        raise NotImplementedError
 
 
-def convolve(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    relu: bool,
-    layout: torch.memory_format,
-    towers: bool,
-) -> list[Tensor]:
-    """[y] by PyTorch's convolution of tensors in ``layout``, with ``towers`` one group at a time."""
+class CuDNN(Algorithm):
+    """PyTorch's convolution in one memory format; bias and ReLU by the compiled kernel, in one pass in place.
 
-    def run(x: Tensor, weight: Tensor, groups: int) -> Tensor:
-        return torch.conv2d(
-            x.contiguous(memory_format=layout),
-            weight.contiguous(memory_format=layout),
-            None,
-            stride,
-            padding,
-            dilation,
-            groups,
-        )
+    Where that is not built, PyTorch adds the bias and takes the ReLU.
+    """
 
-    if towers:
-        parts = zip(x.tensor_split(groups, 1), weight.tensor_split(groups), strict=True)
-        return [epilogue(torch.cat([run(*part, 1) for part in parts], 1), bias, relu)]
-    return [epilogue(run(x, weight, groups), bias, relu)]
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, p: Convolution, relu: bool) -> Tensor:
+        layout = self.layout or convolved_format(x, weight)
+        native = kernels("conv2d_bias_relu", x.device.type).get("native")
+        run: Any = getattr(torch.ops.alexnet_ext, native) if native else reference.conv2d_bias_relu
+        return run(x.contiguous(memory_format=layout), weight.contiguous(memory_format=layout), bias, *p, relu)
 
-
-def differentiate(
-    dz: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    wanted: int,
-    layout: torch.memory_format,
-    towers: bool,
-) -> list[Tensor]:
-    """[dx] (wanted 0) or [dweight] (wanted 1) by PyTorch's convolution, as ``convolve``."""
-    mask = [wanted == 0, wanted == 1, False]
-
-    def run(dz: Tensor, x: Tensor, weight: Tensor, groups: int) -> Tensor:
+    def gradient(self, dz: Tensor, x: Tensor, weight: Tensor, p: Convolution, direction: Direction) -> Tensor:
+        layout = self.layout or convolved_format(x, weight)
         given = (tensor.contiguous(memory_format=layout) for tensor in (dz, x, weight))
-        return torch.ops.aten.convolution_backward(
-            *given, None, stride, padding, dilation, False, NO_OUTPUT_PADDING, groups, mask
-        )[wanted]
-
-    if towers:
-        parts = zip(dz.tensor_split(groups, 1), x.tensor_split(groups, 1), weight.tensor_split(groups), strict=True)
-        return [torch.cat([run(*part, 1) for part in parts], 1 - wanted)]
-    return [run(dz, x, weight, groups)]
+        mask = [direction == Direction.INPUT, direction == Direction.WEIGHT, False]
+        constants = (p.stride, p.padding, p.dilation, False, [0, 0], p.groups)
+        return torch.ops.aten.convolution_backward(*given, None, *constants, mask)[direction]
 
 
-def candidates(
-    triton_run: Callable[[], Sequence[Tensor]],
-    stock_run: Callable[..., Sequence[Tensor]],
-    layout: torch.memory_format,
-    groups: int,
-) -> list[Candidate]:
-    """Every way, in the static order: cuDNN in the layout that is there, Triton, cuDNN in the other, by towers."""
-    last, first = torch.channels_last, torch.contiguous_format
-    cudnn = {
-        form: Candidate(f"cudnn {name}", partial(stock_run, layout=form, towers=False))
-        for form, name in ((first, "contiguous"), (last, "channels_last"))
-    }
-    found = [cudnn.pop(layout), Candidate("triton", triton_run), *cudnn.values()]
-    if groups > 1:
-        found.append(Candidate("cudnn per tower", partial(stock_run, layout=layout, towers=True)))
-    return found
+class CuDNNByTower(CuDNN):
+    """The same one group at a time, in the memory format of the call."""
+
+    def applies(self, x: Tensor, weight: Tensor, p: Convolution, direction: Direction) -> bool:
+        return p.groups > 1
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, p: Convolution, relu: bool) -> Tensor:
+        biases = [None] * p.groups if bias is None else bias.tensor_split(p.groups)
+        parts = zip(x.tensor_split(p.groups, 1), weight.tensor_split(p.groups), biases, strict=True)
+        alone = p._replace(groups=1)
+        return torch.cat([super(CuDNNByTower, self).forward(*part, alone, relu) for part in parts], 1)
+
+    def gradient(self, dz: Tensor, x: Tensor, weight: Tensor, p: Convolution, direction: Direction) -> Tensor:
+        operands = (dz.tensor_split(p.groups, 1), x.tensor_split(p.groups, 1), weight.tensor_split(p.groups))
+        alone = p._replace(groups=1)
+        parts = [super(CuDNNByTower, self).gradient(*part, alone, direction) for part in zip(*operands, strict=True)]
+        return torch.cat(parts, 1 if direction == Direction.INPUT else 0)
 
 
-def describe(direction: str, x: Tensor, weight: Tensor, *constants: object) -> str:
-    """The call in words: what its speed hangs on."""
-    layouts = "channels_last" if convolved_format(x, weight) == torch.channels_last else "contiguous"
+class Triton(Algorithm):
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, p: Convolution, relu: bool) -> Tensor:
+        return triton_kernels.forward(x, weight, bias, *p, relu)
+
+    def gradient(self, dz: Tensor, x: Tensor, weight: Tensor, p: Convolution, direction: Direction) -> Tensor:
+        return triton_kernels.gradient(dz, x, weight, p, direction)
+
+
+class TritonPersistent(Algorithm):
+    def applies(self, x: Tensor, weight: Tensor, p: Convolution, direction: Direction) -> bool:
+        return direction == Direction.FORWARD and configs.has_persistent(x, precision(x.dtype))
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, p: Convolution, relu: bool) -> Tensor:
+        return triton_kernels.forward(x, weight, bias, *p, relu, persistent=True)
+
+
+@dataclass(frozen=True)
+class Cutlass(Algorithm):
+    sm90: bool = False
+
+    def applies(self, x: Tensor, weight: Tensor, p: Convolution, direction: Direction) -> bool:
+        return cutlass.applies(x, weight, p, direction, self.sm90)
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, p: Convolution, relu: bool) -> Tensor:
+        return cutlass.forward(x, weight, bias, p, relu, self.sm90)
+
+    def gradient(self, dz: Tensor, x: Tensor, weight: Tensor, p: Convolution, direction: Direction) -> Tensor:
+        return cutlass.gradient(dz, x, weight, p, direction, self.sm90)
+
+
+ALGORITHMS: tuple[Algorithm, ...] = (
+    *([Triton("triton")] if TRITON.loaded else []),
+    CuDNN("cudnn contiguous", torch.contiguous_format),
+    CuDNN("cudnn channels_last", torch.channels_last),
+    CuDNNByTower("cudnn per tower"),
+    *([TritonPersistent("triton persistent")] if TRITON.loaded else []),
+    Cutlass("cutlass"),
+    Cutlass("cutlass sm90", sm90=True),
+)
+
+
+def offered(x: Tensor, weight: Tensor, p: Convolution, direction: Direction) -> list[Algorithm]:
+    """The algorithms that apply; first, as the trusted one, cuDNN in the memory format that is there already."""
+    layout = convolved_format(x, weight)
+    found = [algorithm for algorithm in ALGORITHMS if algorithm.applies(x, weight, p, direction)]
+    return sorted(found, key=lambda algorithm: algorithm.layout != layout)
+
+
+def title(direction: Direction, relu: bool) -> str:
+    if direction == Direction.FORWARD:
+        return "forward" if relu else "forward without relu"
+    return "input gradient" if direction == Direction.INPUT else "weight gradient"
+
+
+def describe(x: Tensor, weight: Tensor, p: Convolution, direction: Direction, relu: bool) -> str:
+    """The call in words: all that its speed depends on."""
+    layout = "channels_last" if convolved_format(x, weight) == torch.channels_last else "contiguous"
     return (
-        f"conv2d_bias_relu {direction} x {list(x.shape)} weight {list(weight.shape)} "
-        f"stride, padding, dilation, groups {list(constants)} {x.dtype} {precision(x.dtype)} {layouts}"
+        f"conv2d_bias_relu {title(direction, relu)} x {list(x.shape)} weight {list(weight.shape)} "
+        f"stride, padding, dilation, groups {list(p)} {x.dtype} {precision(x.dtype)} {layout}"
     )
+
+
+def _run_fastest(
+    x: Tensor,
+    weight: Tensor,
+    p: Convolution,
+    direction: Direction,
+    relu: bool,
+    run: Callable[[Algorithm], Tensor],
+) -> Tensor:
+    """``run`` of the fastest algorithm, in the memory format that a convolution of these operands has."""
+    given = [Candidate(a.name, partial(lambda a: [run(a)], a)) for a in offered(x, weight, p, direction)]
+    (result,) = fastest(describe(x, weight, p, direction, relu), x.device, given).run()
+    return result.contiguous(memory_format=convolved_format(x, weight))
 
 
 def forward(
@@ -171,22 +174,11 @@ def forward(
     groups: int,
     relu: bool = True,
 ) -> Tensor:
-    given = (x, weight, bias, stride, padding, dilation, groups, relu)
+    p = Convolution(stride, padding, dilation, groups)
     if x.numel() == 0 or weight.numel() == 0:
-        return triton_kernels.forward(*given)
-    layout = convolved_format(x, weight)
-    found = candidates(lambda: [triton_kernels.forward(*given)], partial(convolve, *given), layout, groups)
-    if configs.has_persistent(x, precision(x.dtype)):
-        found.append(Candidate("triton persistent", lambda: [triton_kernels.forward(*given, persistent=True)]))
-
-    def by_cutlass(sm90: bool) -> list[Tensor]:
-        return [cutlass.forward(*given, sm90=sm90)]
-
-    for sm90, name in cutlass.NAMES.items():
-        if cutlass.applies(x, weight, stride, padding, dilation, groups, sm90=sm90):
-            found.append(Candidate(name, partial(by_cutlass, sm90)))
-    (y,) = fastest(describe(FORWARD[relu], x, weight, stride, padding, dilation, groups), x.device, found).run()
-    return y.contiguous(memory_format=layout)
+        y = reference.conv2d_bias_relu(x, weight, bias, *p, relu)
+        return y.contiguous(memory_format=convolved_format(x, weight))
+    return _run_fastest(x, weight, p, Direction.FORWARD, relu, lambda a: a.forward(x, weight, bias, p, relu))
 
 
 def backward(
@@ -201,25 +193,16 @@ def backward(
     output_mask: list[bool],
     relu: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    constants = (stride, padding, dilation, groups)
-    if y.numel() == 0 or weight.numel() == 0:
-        return triton_kernels.backward(dy, x, weight, y, *constants, output_mask, relu)
-    layout, gradients = convolved_format(x, weight), [x.new_empty(0) for _ in range(3)]
+    p = Convolution(stride, padding, dilation, groups)
+    if y.numel() == 0:
+        return zero_gradients(x, weight, output_mask)
     dz, dbias = before_relu(dy, y, output_mask[2], relu)
-    for wanted, direction in ((0, "input gradient"), (1, "weight gradient")):
-        if not output_mask[wanted]:
-            continue
-        found = candidates(
-            partial(triton_kernels.gradients, dz, x, weight, *constants, wanted=wanted),
-            partial(differentiate, dz, x, weight, *constants, wanted),
-            layout,
-            groups,
-        )
-        for sm90, name in cutlass.NAMES.items():
-            if cutlass.applies(x, weight, *constants, wanted, sm90):
-                found.append(Candidate(name, partial(cutlass.gradients, dz, x, weight, *constants, wanted, sm90)))
-        (gradient,) = fastest(describe(direction, x, weight, *constants), x.device, found).run()
-        gradients[wanted] = gradient.contiguous(memory_format=layout)
-    if output_mask[2]:
-        gradients[2] = dbias
-    return gradients[0], gradients[1], gradients[2]
+
+    def of(direction: Direction) -> Tensor:
+        if not output_mask[direction]:
+            return x.new_empty(0)
+        if weight.numel() == 0:
+            return torch.zeros_like((x, weight)[direction])
+        return _run_fastest(x, weight, p, direction, relu, lambda a: a.gradient(dz, x, weight, p, direction))
+
+    return of(Direction.INPUT), of(Direction.WEIGHT), dbias if output_mask[2] else x.new_empty(0)

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from .._backend import by_functions, operator, wrapper
 from .._checks import IntPair, autocast_enabled, check_bias, check_same, check_tensor, integer, pair
-from .._layout import convolved_format, new_images, outline
+from .._layout import new_images, outline
 from .._register import Gradient, all_but_fp64, register
 from . import reference
+from .shared import Convolution, empty_gradients, empty_result
 
 
 def conv2d_bias_relu(
@@ -154,7 +155,7 @@ def _fake(
     groups: int,
     relu: bool = True,
 ) -> Tensor:
-    return reference.empty_result(x, weight, stride, padding, dilation)
+    return empty_result(x, weight, Convolution(stride, padding, dilation, groups))
 
 
 def _fake_backward(
@@ -169,14 +170,7 @@ def _fake_backward(
     output_mask: list[bool],
     relu: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    layout = convolved_format(x, weight)
-    for_x, for_weight, for_bias = output_mask
-    empty = x.new_empty(0)
-    return (
-        new_images(x, x.shape, layout) if for_x else empty,
-        new_images(x, weight.shape, layout) if for_weight else empty,
-        x.new_empty(weight.shape[0]) if for_bias else empty,
-    )
+    return empty_gradients(x, weight, output_mask)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -197,6 +191,7 @@ def _backward(op: Any, ctx: Any, dy: Tensor) -> tuple[Any, ...]:
 
 register(
     "conv2d_bias_relu",
+    stock=reference.conv2d_bias_relu,
     schema="(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, int groups, "
     "bool relu=True) -> Tensor",
     fake=_fake,
@@ -209,6 +204,5 @@ register(
         reference=reference.conv2d_bias_relu_backward,
     ),
     autocast=all_but_fp64,
-    measured=True,
     product=True,
 )

@@ -94,6 +94,7 @@ def _backward(op: Any, ctx: Any, dy: Tensor) -> tuple[Any, ...]:
 
 register(
     "linear_bias_relu",
+    stock=reference.linear_bias_relu,
     fake=_fake,
     gradient=Gradient(
         fake=_fake_backward,

@@ -72,6 +72,7 @@ def _backward(op: Any, ctx: Any, dy: Tensor) -> tuple[Any, ...]:
 
 register(
     "local_response_norm",
+    stock=reference.local_response_norm,
     schema="(Tensor x, int size, float alpha, float beta, float k) -> Tensor",
     fake=_fake,
     gradient=Gradient(

@@ -139,6 +139,7 @@ def _backward(op: Any, ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[A
 
 register(
     "relu_lrn_max_pool2d",
+    stock=reference.relu_lrn_max_pool2d,
     schema="(Tensor x, Tensor? bias, int lrn_size, float alpha, float beta, float k, int[2] kernel_size, int[2] "
     "stride) -> (Tensor y, Tensor winners)",
     fake=_fake,

@@ -28,6 +28,7 @@ from .._triton import (
     wrap_triton,
 )
 
+
 @triton.jit
 def take(value, winner, v, tap):
     """The best of a window so far, after ``v``. Start with (0, 255) under ReLU, else with (-inf, 0).

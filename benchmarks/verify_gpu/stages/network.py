@@ -46,15 +46,15 @@ def runs_ours(way: str, device: str) -> str:
         model(images).sum().backward()
 
     with preferring(way, device):
-        chosen = {op: _backend.preferred(op, torch.device(device)) for op in IN_IT}
+        chosen = {op: _backend.decide(op, torch.device(device)).backend for op in IN_IT}
         step()
         with profile(activities=[ProfilerActivity.CPU]) as profiled:
             step()
     called = {
         event.key.removeprefix("alexnet_ext::") for event in profiled.key_averages() if "alexnet_ext::" in event.key
     }
-    suffix = {"native": "", "triton": "_triton", "measured": "_measured"}
-    wanted = {f"{op}{suffix[by]}{end}" for op, by in chosen.items() if by != "stock" for end in ("", "_backward")}
+    operators = [_backend.kernels(op, device)[by] for op, by in chosen.items() if by != "stock"]
+    wanted = {f"{name}{end}" for name in operators for end in ("", "_backward")}
     assert wanted, f"all of {', '.join(IN_IT)} run stock"
     assert wanted <= called, f"not called: {', '.join(sorted(wanted - called))}; called: {', '.join(sorted(called))}"
     return ", ".join(f"{op} by {by}" for op, by in chosen.items())

@@ -34,7 +34,7 @@ ALLOWED = {
     "relu_max_pool2d_lrn": 1.25,
 }
 """Times a copy of the same bytes: the target."""
-OURS = ("native", "triton", "measured")
+OURS = ("native", "triton", "auto")
 
 
 def run(task: Task) -> Iterator[Finding]:
@@ -148,7 +148,7 @@ def compared(op: str, found: dict[str, float], moved: int, floor: float) -> dict
 
 def convolution_findings(device: str) -> Iterator[Finding]:
     """Every way that the convolution may take, each direction for itself, beside stock's."""
-    if not _backend.has_kernel("measured", "conv2d_bias_relu", device):
+    if "auto" not in _backend.kernels("conv2d_bias_relu", device):
         return
     for library in (_library.CUTLASS, _library.SM90):
         if not library.loaded:
@@ -183,7 +183,7 @@ def convolution_findings(device: str) -> Iterator[Finding]:
             yield Finding(f"{what} {layer}", None, numbers=numbers, about={"kind": "convolution"})
             for missing in runs.keys() - found.keys():
                 detail = "it does not run, and is not chosen"
-                yield Finding(f"{what} {layer} by {missing}", False, detail, about={"backend": "measured"})
+                yield Finding(f"{what} {layer} by {missing}", False, detail, about={"backend": "auto"})
 
 
 def stock_ways(case: Case, tensors: Tensors, y: Tensor, what: str, device: str) -> dict[str, Run]:

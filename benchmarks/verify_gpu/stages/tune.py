@@ -47,7 +47,7 @@ def measured(row: TunedRow, said: list[str]) -> Finding:
 def judged(row: TunedRow, device: torch.device, said: list[str]) -> Finding:
     """All that has kernels is right here, and what "auto" runs from now on is the fastest of it."""
     left_out = set(ways(row.layer, device.type)) - row.microseconds.keys()
-    runs = _backend.preferred(row.layer, device)
+    runs = _backend.decide(row.layer, device).backend
     detail = "; ".join([f"auto runs {runs}", *(f"{way} is left out" for way in sorted(left_out)), *said])
     return Finding(f"{row.layer}: {row.choice}", not left_out and runs == row.choice, detail, microseconds(row))
 
