@@ -1,27 +1,25 @@
-"""Errors that the command line prints as one line, and the import of packages that only training needs."""
+"""Errors that the command line prints as one line, and the text of paths and exceptions on one line."""
 
 from __future__ import annotations
 
-import importlib
 import os
-from types import ModuleType
 from typing import Any
 
 
 def path_text(path: str | os.PathLike[str]) -> str:
-    """A path on one line: whatever a file name holds, a newline or a terminal's escape does not get printed."""
+    """A path on one line, without what a file name may hold and no terminal should get: newlines, escapes."""
     text = os.fspath(path)
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what an exception says, without a full stop, to stand inside of a sentence."""
+    """The first line of an exception's text, without a full stop, for use inside a sentence."""
     text = str(error).strip() or type(error).__name__
     return path_text(text.splitlines()[0][:200]).rstrip(".")
 
 
 class CommandError(Exception):
-    """What the user can mend: one sentence for stderr, and the exit code (2: wrong usage, 1: anything else)."""
+    """An error that the user can fix: one sentence for stderr, and the exit code (2: wrong usage, 1: anything else)."""
 
     def __init__(self, message: str, code: int = 1) -> None:
         super().__init__(message)
@@ -46,13 +44,3 @@ class BadImage(CommandError):
 def os_error(path: str | os.PathLike[str], error: OSError) -> CommandError:
     """One line for a failed system call: the file, and the system's words for what is wrong."""
     return CommandError(f"{path_text(path)}: {error.strerror or error}")
-
-
-def require(name: str, extra: str = "train") -> ModuleType:
-    """Import a module of an optional package; CommandError with the pip command where it is missing."""
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or name.split(".")[0] != error.name.split(".")[0]:
-            raise
-        raise CommandError(f"{name.split('.')[0]} is not installed: pip install -e '.[{extra}]'") from error

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from . import _library
 from ._errors import CommandError, os_error, path_text
+from ._optional import missing
 from .accelerate import accelerate
 from .data.folder import imagenet_preprocessing
 from .models import AlexNet, alexnet, load_weights
-from .models.weights import VARIANT_OF, missing
+from .models.weights import VARIANT_OF
 from .ops import use_backend
 
 if TYPE_CHECKING:

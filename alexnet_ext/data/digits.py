@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from .._errors import require
+from .._optional import require
 from .batches import Sample
 from .preprocessing import Preprocessing
 

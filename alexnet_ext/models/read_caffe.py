@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from .._errors import path_text
+from .._optional import missing
 from ..data.preprocessing import Preprocessing
 from ..variants import LRN
 from .alexnet import AlexNet
-from .weights import Contents, Entry, linear_or_conv, missing
+from .contents import Contents, Entry, linear_or_conv
 
 # The part of Caffe's schema that holds weights: message, field, number, type ("*" before it: repeated). A packed
 # repeated float has the encoding of bytes, and as bytes 61 million numbers need no Python object each.

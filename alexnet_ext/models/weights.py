@@ -9,45 +9,21 @@ import pickle
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._errors import first_line, path_text
 from ..data.preprocessing import IMAGENET, Preprocessing
-from ..variants import LRN, VARIANTS
+from ..variants import VARIANTS
+from . import read_caffe, read_onnx
 from .alexnet import AlexNet, from_torchvision
+from .contents import Contents, Entry
 
 LAST = ("classifier.fc8.weight", "classifier.fc8.bias")
 # The variant that a file of this ending is of as a rule.
 VARIANT_OF = {".pth": "torchvision", ".pt": "torchvision", ".caffemodel": "caffe", ".onnx": "paper"}
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-
-class Entry(NamedTuple):
-    """A tensor of a file, its shape known before its values are read."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    read: Callable[[], Tensor]
-
-
-class Contents(NamedTuple):
-    """What a reader finds in a file, under this package's names."""
-
-    entries: dict[str, Entry]
-    order: tuple[str, ...] | None = None
-    """The kinds behind conv1 as ``Variant.order`` has them, where the format tells."""
-    variant: str | None = None
-    """The variant, where the format names it."""
-    groups: tuple[int, ...] | None = None
-    """The groups of each convolution, where the format tells."""
-    lrn: LRN | None = None
-    """The constants of the normalization, where the format tells."""
-    preprocessing: Preprocessing | None = None
-    bgr: bool = False
-    """Whether conv1 takes blue, green, red."""
 
 
 def load_weights(
@@ -119,13 +95,9 @@ def _reader(file: Path) -> Reader:
     if file.suffix in (".pth", ".pt"):
         return _read_torch
     if file.suffix == ".caffemodel":
-        from .read_caffe import read
-
-        return read
+        return read_caffe.read
     if file.suffix == ".onnx":
-        from .read_onnx import read
-
-        return read
+        return read_onnx.read
     raise ValueError(f"{path_text(file)}: expected a .safetensors, .pth, .pt, .caffemodel or .onnx file")
 
 
@@ -228,13 +200,3 @@ def _read_torch(file: Path, model: AlexNet) -> Contents:
             )
     entries = {name: Entry(tuple(t.shape), t.dtype, t.clone) for name, t in loaded.items()}
     return Contents(entries, variant=variant, preprocessing=preprocessing)
-
-
-def missing(package: str, extra: str, what: str) -> ImportError:
-    """The error for a reader or a writer whose package is not there."""
-    return ImportError(f"{what} needs {package}: pip install 'alexnet_ext[{extra}]'")
-
-
-def linear_or_conv(name: str) -> str:
-    """The module of a layer called conv1 ... fc8."""
-    return f"{'features' if name.startswith('conv') else 'classifier'}.{name}"

@@ -24,7 +24,7 @@ def augment(
     space_to_depth: int,
 ) -> Tensor:
     inside = torch.stack([offsets[:, i].clamp(0, images.shape[1 + i] - size) for i in (0, 1)], 1)
-    if not images.is_cuda:  # on a GPU the failed assertion would end the use of the device
+    if not images.is_cuda:  # on a GPU a failed assertion makes every later call fail
         torch._assert_async((inside == offsets).all(), OUT_OF_RANGE)
     side = torch.arange(size, device=images.device)
     rows = inside[:, :1] + side
