@@ -6,6 +6,8 @@ import importlib
 import json
 import multiprocessing
 import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -199,6 +201,70 @@ def test_nothing_is_measured_while_a_graph_is_captured(clock: FakeTime, monkeypa
     assert fastest("call", CPU, given, clock).name == "b"
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert fastest("call", CPU, given, clock).name == "b", "what is known already holds in a capture too"
+
+
+WITHOUT_TRITON = """
+import sys
+
+sys.modules["triton"] = None
+import torch
+import torch.nn.functional as F
+from alexnet_ext import _library
+from alexnet_ext.ops import _backend
+from alexnet_ext.ops.conv2d_bias_relu import candidates, cutlass
+from alexnet_ext.ops.conv2d_bias_relu.shared import Convolution, Direction
+
+assert not _library.TRITON.loaded
+on_gpu = {"auto", "native"} if _library.LIBRARIES[1].loaded else set()
+assert set(_backend.kernels("conv2d_bias_relu", "cuda")) == on_gpu
+
+
+def forward(x, weight, bias, *constants):
+    y = F.conv2d(x, weight, bias, *constants[:4])
+    return (F.relu(y) if constants[4] else y).contiguous(memory_format=torch.channels_last)
+
+
+def gradient(dz, x, weight, stride, padding, dilation, groups, wanted):
+    mask = [wanted == 0, wanted == 1, False]
+    constants = (None, stride, padding, dilation, False, [0, 0], groups, mask)
+    return torch.ops.aten.convolution_backward(dz, x, weight, *constants)[wanted]
+
+
+cutlass.CUTLASS = cutlass.SM90 = _library.Library("for a test", "cuda", True)
+cutlass.capability = lambda x: (9, 0)
+chosen = []
+x = torch.randn(2, 16, 7, 6, dtype=torch.float16).contiguous(memory_format=torch.channels_last)
+weight, bias = torch.randn(32, 8, 3, 3, dtype=torch.float16) / 8, torch.randn(32, dtype=torch.float16)
+p = Convolution([1, 1], [1, 1], [1, 1], 2)
+exact = [t.double().requires_grad_() for t in (x, weight, bias)]
+expected = F.relu(F.conv2d(*exact, padding=1, groups=2))
+dy = torch.randn_like(expected).half()
+gradients = torch.autograd.grad(expected, exact, dy.double())
+with torch.library._scoped_library("alexnet_ext", "IMPL") as library:
+    for name in ("cutlass", "sm90"):
+        library.impl(f"conv2d_bias_relu_{name}", forward, "CPU")
+        library.impl(f"conv2d_bias_relu_{name}_gradient", gradient, "CPU")
+    for name in [algorithm.name for algorithm in candidates.offered(x, weight, p, Direction.FORWARD)]:
+        def fastest(what, device, given):
+            chosen.append(name)
+            return next(candidate for candidate in given if candidate.name == name)
+
+        candidates.fastest = fastest
+        y = candidates.forward(x, weight, bias, *p)
+        found = candidates.backward(dy, x, weight, y, *p, [True, True, True])
+        for ours, right in zip((y, *found), (expected, *gradients), strict=True):
+            assert (ours - right).abs().max() <= 2**-8 * right.abs().max(), name
+print(*dict.fromkeys(chosen), sep=", ")
+"""
+
+
+@pytest.mark.usefixtures("native")
+def test_the_compiled_candidates_need_no_triton() -> None:
+    """PyTorch's convolution stands for the kernels of CUTLASS, as for cuDNN's."""
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    said = "cudnn channels_last, cudnn contiguous, cudnn per tower, cutlass, cutlass sm90"
+    assert done.stdout.splitlines()[-1] == said
 
 
 interpreted = pytest.mark.usefixtures("interpreter")
@@ -402,7 +468,8 @@ def test_auto_follows_what_was_found_on_this_device(monkeypatch: pytest.MonkeyPa
     assert runs("stock") == "stock"
     assert runs("native") == "native"
     assert runs("stock", torch.float64) == "native", "which tune does not prove: the static order holds"
-    assert runs("gone") == "native", "what has no kernel any more: the static order holds"
+    for gone in ("gone", "measured"):  # the latter as earlier versions called "auto"
+        assert runs(gone) == "native", "what has no kernel any more: the static order holds"
     assert runs("stock") == "stock"
     with _backend.preferring(("native",), "cpu"):
         assert _backend.decide("local_response_norm", CPU).backend == "native"
