@@ -20,7 +20,7 @@ REBUILD = "pip install -e . --no-build-isolation --no-deps"
 
 @dataclass(frozen=True)
 class Library:
-    """One compiled library: what it serves, whether it is loaded, and if not why and what mends it."""
+    """One compiled library: what it serves, whether it is loaded, and if not, the reason and the remedy."""
 
     name: str
     device: str

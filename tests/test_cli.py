@@ -98,7 +98,7 @@ def test_train_says_that_the_kernels_wait_for_tune(
     assert cli.run_command([*options, str(tmp_path / "another")]) == 0
     assert "alexnet tune" not in capsys.readouterr().out
     monkeypatch.setattr(_backend, "tuned", lambda *_: "")
-    monkeypatch.setitem(_backend.STANDINGS, ("native", "cpu"), _backend.Standing("proven", "all have looked"))
+    monkeypatch.setitem(_backend.STANDINGS, ("native", "cpu"), _backend.PROVEN)
     assert not _backend.is_untuned(torch.device("cpu")), "what is proven for everybody runs untuned"
 
 

@@ -102,11 +102,11 @@ def test_info_says_why_each_backend(monkeypatch: pytest.MonkeyPatch) -> None:
             f"backend='native' does not cover device 'cuda' (no compiled kernel for {OPS[2]} is loaded; "
             "`alexnet info` says why)",
         )
-    monkeypatch.setitem(_backend.STANDINGS, ("triton", "cuda"), _backend.Standing("proven", "run on many"))
+    monkeypatch.setitem(_backend.STANDINGS, ("triton", "cuda"), _backend.PROVEN)
     assert choice(OPS[2], "cuda") == Choice(OPS[2], "cuda", "triton", "Triton kernel")
     kernels[OPS[2]]["cuda"] = {"auto": f"{OPS[2]}_auto", **kernels[OPS[2]]["cuda"]}
     assert choice(OPS[2], "cuda").backend == "triton", "what is not proven is passed over"
-    monkeypatch.setitem(_backend.STANDINGS, ("auto", "cuda"), _backend.Standing("proven", "run on many"))
+    monkeypatch.setitem(_backend.STANDINGS, ("auto", "cuda"), _backend.PROVEN)
     assert choice(OPS[2], "cuda").reason == "each direction by whatever measures fastest"
     assert choice(OPS[1], "cuda") == Choice(OPS[1], "cuda", "stock", "the cuda library has no kernel for it")
     with ax.use_backend("stock"):

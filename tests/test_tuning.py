@@ -163,6 +163,14 @@ def test_a_corrupt_file_is_a_warning_and_is_replaced(content: str, file: Path, c
     assert clock.runs == []
 
 
+@pytest.mark.parametrize("entry", [3, {}, {"choice": ["a"], "microseconds": {}}, {"choice": "a", "microseconds": 3}])
+def test_an_entry_of_another_form_is_passed_over(entry: object, file: Path, clock: FakeTime) -> None:
+    file.parent.mkdir()
+    file.write_text(json.dumps({_choices.key_of("call", CPU): entry}), encoding="utf-8")
+    given = [clock.candidate("a", 2), clock.candidate("b", 1)]
+    assert fastest("call", CPU, given, clock).name == "b"
+
+
 def test_a_folder_that_cannot_be_written_is_a_warning(file: Path, clock: FakeTime) -> None:
     file.parent.write_text("a file stands where the folder should be", encoding="utf-8")
     given = [clock.candidate("a", 2), clock.candidate("b", 1)]

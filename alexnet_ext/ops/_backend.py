@@ -41,25 +41,32 @@ class Decision(NamedTuple):
 
 
 class Standing(NamedTuple):
-    """What is known of a backend's kernels on a device, and why. ``"auto"`` runs proven ones alone."""
+    """What is known of a backend's kernels on a device, and the reason where they are not proven.
+
+    ``"auto"`` runs proven kernels alone.
+    """
 
     state: Literal["proven", "unknown", "refused"]
-    reason: str
+    reason: str = ""
+
+
+PROVEN = Standing("proven")
 
 
 def _unknown(what: str) -> Standing:
-    return Standing("unknown", f"{what} not been run on a GPU by its authors: `alexnet tune` proves it on yours")
+    reason = f"its {what} has not been run on a GPU by its authors: `alexnet tune` proves it on yours"
+    return Standing("unknown", reason)
 
 
-# By backend and kind of device, where `alexnet tune` has found nothing. On the meta device no kernel runs.
+# By backend and kind of device, for all that `alexnet tune` has not looked at. On the meta device no kernel runs.
 STANDINGS = {
-    ("native", "cpu"): Standing("proven", "compiled kernel"),
+    ("native", "cpu"): PROVEN,
     ("triton", "cpu"): Standing("refused", "Triton's interpreter is for tests"),
-    ("auto", "cuda"): _unknown("its choice by measurement has"),
-    ("native", "cuda"): _unknown("its compiled kernel has"),
-    ("triton", "cuda"): _unknown("its Triton kernel has"),
-    ("native", "meta"): Standing("proven", "compiled kernel"),
-    ("triton", "meta"): Standing("proven", "Triton kernel"),
+    ("auto", "cuda"): _unknown("choice by measurement"),
+    ("native", "cuda"): _unknown("compiled kernel"),
+    ("triton", "cuda"): _unknown("Triton kernel"),
+    ("native", "meta"): PROVEN,
+    ("triton", "meta"): PROVEN,
 }
 
 
@@ -75,8 +82,8 @@ def _kernels_of(op: str) -> dict[str, dict[str, str]]:
     return found
 
 
-# [op][kind of device][backend]: the operator, in the order that "auto" prefers. Looked up once, at import, as
-# torch.compile can trace a look-up here, but no question to the dispatcher.
+# [op][kind of device][backend]: the operator, in the order that "auto" prefers. Filled at import, as torch.compile can
+# trace a look-up in it, but no question to the dispatcher.
 KERNELS = {op: _kernels_of(op) for op in OPS}
 
 _RUNS = {
@@ -98,14 +105,14 @@ def check_backend(backend: str) -> None:
 
 
 class _Choice:
-    """One entry into a ``use_backend`` block, or what holds outside of all."""
+    """One entry into a ``use_backend`` block, or the state outside of all blocks."""
 
     def __init__(self, backend: str) -> None:
         self.backend = backend
 
 
-# The blocks that are open in the process, the newest last; each leaves by itself, in whatever order they end. A plain
-# list and not a ContextVar: torch.compile guards on the one in every version and breaks the graph at the other in some.
+# The open blocks of the process, the newest last; each removes its own entry, in whatever order they end. A plain list:
+# torch.compile guards on it in every version, and breaks the graph at a ContextVar in some.
 _open = [_Choice("auto")]
 
 
@@ -121,8 +128,9 @@ class use_backend:
     ...     y = model(x)
 
     Raises ValueError for a name other than ``"auto"``, ``"native"``, ``"triton"`` and ``"stock"``.
-    The choice holds for the whole process, worker and autograd threads included. Of several open blocks, be they of
-    other threads or tasks, the newest counts; they may end in any order, and after the last ``"auto"`` is itself again.
+    The choice holds for the whole process, worker and autograd threads included. Of several open blocks the newest
+    counts, even where others belong to other threads or tasks. They may end in any order. After the last one ``"auto"``
+    is itself again.
     """
 
     def __init__(self, backend: str) -> None:
@@ -149,7 +157,7 @@ def _transform() -> str:
     return "the gradient transforms of torch.func" if _is_in_gradient_transform() else ""
 
 
-@assume_constant_result  # torch.compile cannot trace it, and guards on the transforms around itself
+@assume_constant_result  # torch.compile cannot trace it; it guards on the transforms around a call by itself
 def _is_in_gradient_transform() -> bool:
     if not torch._C._are_functorch_transforms_active():
         return False
@@ -227,7 +235,7 @@ def _automatic(op: str, device: torch.device, dtype: torch.dtype) -> Decision:
         for backend in _preferred[kind]:
             if backend in there:
                 return _RUNS[backend]
-        return Decision("stock", "no kernel is there of those that are preferred at the moment")
+        return Decision("stock", "the backends that are preferred at the moment have no kernel for it")
     if kind in TUNED and dtype in TUNED_DTYPES:
         found = tuned(op, device)
         if found == "stock" or found in there:

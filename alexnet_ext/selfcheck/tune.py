@@ -181,7 +181,7 @@ def rows(
             return [result for call, arguments in given for result in call.run(backend, arguments)]
 
         candidates = [_choices.Candidate(backend, partial(run, backend)) for backend in (*backends, "stock")]
-        left = [candidate for candidate, _ in _choices.that_run(candidates, _choices.gpu_clock)]
+        left = [candidate for candidate, _ in _choices.running(candidates, _choices.gpu_clock)]
         _choices.choices().remember(_choices.key_of(op, device), _choices.race(left, _choices.gpu_clock))
         yield TunedRow(op, "forward and backward", *_known(op, device))
 
