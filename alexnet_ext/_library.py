@@ -30,7 +30,7 @@ class Library:
 
 
 def build_record() -> dict[str, str]:
-    """What the build wrote about itself (torch version, instruction sets, what was left out and why)."""
+    """The build's record of itself: torch version, instruction sets, what was left out and why."""
     try:
         record = json.loads((FOLDER / "build_info.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -38,11 +38,11 @@ def build_record() -> dict[str, str]:
     return record if isinstance(record, dict) else {}
 
 
-def _load(name: str, device: str, wanted: str) -> Library:
-    """Load one library unless ``wanted`` says why this torch has no use for it."""
+def _load(name: str, device: str, unwanted: str) -> Library:
+    """Load one library unless ``unwanted`` says why this torch has no use for it."""
     path = FOLDER / f"libalexnet_ext_{name}.so"
-    if wanted:
-        return Library(name, device, False, wanted)
+    if unwanted:
+        return Library(name, device, False, unwanted)
     if not path.exists():
         record = build_record()
         reason = record.get(f"{name}_reason") or f"{path.name} is not built"
@@ -77,7 +77,7 @@ def _find_triton() -> Library:
         return Library("triton", "cuda", False, "Triton is not installed", "pip install triton")
     try:
         import triton  # noqa: F401
-    except Exception as error:  # whatever an installation that is broken raises
+    except Exception as error:  # a broken installation may raise anything
         return Library("triton", "cuda", False, f"Triton does not import: {error}", "pip install triton")
     return Library("triton", "cuda", True)
 

@@ -117,7 +117,7 @@ _open = [_Choice("auto")]
 
 
 def current() -> str:
-    """What ``"auto"`` stands for at this moment: the backend of the newest open ``use_backend`` block, or itself."""
+    """What ``"auto"`` means at this moment: the backend of the newest open ``use_backend`` block, or itself."""
     return _open[-1].backend
 
 

@@ -58,8 +58,8 @@ def check_bias(bias: torch.Tensor | None, channels: int, x: torch.Tensor) -> Non
 
 def expands(value: torch.Tensor, shape: Sequence[int]) -> bool:
     """Whether ``value.expand(shape)`` is possible."""
-    behind = shape[len(shape) - value.dim() :]
-    return value.dim() <= len(shape) and all(n in (1, m) for n, m in zip(value.shape, behind, strict=True))
+    last = shape[len(shape) - value.dim() :]
+    return value.dim() <= len(shape) and all(n in (1, m) for n, m in zip(value.shape, last, strict=True))
 
 
 def check_lrn(size: Any, alpha: Any, beta: Any, k: Any, name: str = "size") -> tuple[Any, ...]:
@@ -78,7 +78,7 @@ def check_lrn(size: Any, alpha: Any, beta: Any, k: Any, name: str = "size") -> t
 
 
 def integer(value: Any) -> Any:
-    """``value`` as an int where PyTorch takes it for one, as it does NumPy's integers; else None."""
+    """``value`` as an int where PyTorch accepts it as one, as it does NumPy's integers; else None."""
     if isinstance(value, (int, torch.SymInt)):
         return None if isinstance(value, bool) else value
     try:
@@ -88,7 +88,7 @@ def integer(value: Any) -> Any:
 
 
 def pair(name: str, value: IntPair, at_least: int) -> list[int]:
-    """``value`` as [height, width]; one int stands for both."""
+    """``value`` as [height, width]; one int means both."""
     values: list[Any] = [integer(v) for v in (value if isinstance(value, (list, tuple)) else [value])]
     if len(values) == 1:
         values *= 2

@@ -2,8 +2,8 @@
 
 An op ``NAME`` comes with its schema and kernels from C++ (csrc/library.cpp), and so does its ``NAME_backward`` unless
 it has no gradient. Their Triton twins, ``NAME_triton`` and ``NAME_triton_backward``, are defined here with the same
-schemas from ``forward`` and ``backward`` of ``ops/NAME/triton_kernels.py``. So are ``NAME_auto`` and its backward,
-which choose at run time, from those of ``ops/NAME/candidates.py``. Everything else is the same for all of them.
+schemas from ``forward`` and ``backward`` of ``ops/NAME/triton_kernels.py``. ``NAME_auto`` and its backward,
+which choose at run time, come from ``ops/NAME/candidates.py`` in the same way. All else is the same for all of them.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _fragment = torch.library.Library("alexnet_ext", "FRAGMENT")
 
 @dataclass(frozen=True)
 class Gradient:
-    """What gives an op its gradient: the op ``NAME_backward``.
+    """The gradient of an op: how its backward op, ``NAME_backward``, is called and registered.
 
-    ``schema`` is that of csrc/library.cpp, given for a Triton twin. ``backward(op, ctx, *gradients)`` is handed the
-    backward op of the twin that ran forward. ``reference`` is the backward op in differentiable stock PyTorch: double
-    backward goes through it. ``batched`` as in ``register``.
+    ``schema`` repeats csrc/library.cpp, for twins. ``backward(op, ctx, *gradients)`` gets the backward op of the twin
+    that ran forward. ``reference`` is the backward op in differentiable stock PyTorch: double backward goes through it.
+    ``batched`` as in ``register``.
     """
 
     fake: Callable[..., Any]
@@ -73,7 +73,7 @@ def register(
 
     Args:
         stock: the op in plain PyTorch, with the operator's arguments.
-        schema: that of csrc/library.cpp, given for twins.
+        schema: repeats csrc/library.cpp, for twins.
         gradient: None for an op that has none, and no ``name_backward``.
         autocast: ``autocast(dtype, *args)`` returns the arguments that autocast to ``dtype`` makes of them. Without it
             the op keeps its input's dtype there.
@@ -135,8 +135,10 @@ def _define(name: str, kind: str, module: str, define: Any, schema: str, gradien
 
 
 class _FoundLater:
-    """The Triton kernels inside of ``run``, for the key of torch.compile's cache: looked for when that asks, as the
-    search imports torch._inductor, a second of work."""
+    """The Triton kernels inside ``run``, for the key of torch.compile's cache.
+
+    The search imports torch._inductor, a second of work, so it waits until the cache asks.
+    """
 
     def __init__(self, find: Callable[..., Iterable[object]], run: Callable[..., Any]) -> None:
         self.find, self.run = find, run
@@ -146,8 +148,7 @@ class _FoundLater:
 
 
 def _triton_op(name: str, run: Callable[..., Any], *, mutates_args: Sequence[str], schema: str) -> None:
-    """``torch.library.triton_op``, of which some versions infer a schema although they are given one, and some look for
-    kernels at once."""
+    """``torch.library.triton_op``. Some versions infer a schema that they are given, some look for kernels at once."""
     library = torch._library.triton
     replaced: dict[str, Callable[..., Any]] = {"infer_schema": lambda *_, **__: schema}
     if hasattr(library, "get_inner_triton_kernels"):

@@ -36,7 +36,7 @@ PREFERRED = {"native": ("native",), "triton": ("triton",), "auto": ("auto", *BAC
 
 
 def backends(op: str, device: str) -> list[str]:
-    """Ours, that have kernels for the op on this device and can be asked for by name."""
+    """Our backends that have kernels for the op on this device and that a caller can name."""
     return [name for name in BACKENDS if name in _backend.kernels(op, device)]
 
 
@@ -112,7 +112,7 @@ def examples(device: str, wanted: Callable[[str], bool] = lambda way: True) -> I
 
 
 def captured(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """``work`` warmed up beside, as PyTorch asks, then captured."""
+    """``work`` captured, after a warm-up on a side stream, as PyTorch requires."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

@@ -34,7 +34,7 @@ class Algorithm:
     """A way to compute a convolution: its name in the choices file, where it applies, how it runs."""
 
     name: str
-    layout: torch.memory_format | None = None  # that it brings its operands to, where it depends on nothing else
+    layout: torch.memory_format | None = None  # of its operands, where that does not depend on the call
 
     def applies(self, x: Tensor, weight: Tensor, p: Convolution, direction: Direction) -> bool:
         return True
@@ -44,7 +44,7 @@ class Algorithm:
         raise NotImplementedError
 
     def gradient(self, dz: Tensor, x: Tensor, weight: Tensor, p: Convolution, direction: Direction) -> Tensor:
-        """The gradient of x or weight, in any memory format, from that of what is before the ReLU (channels-last)."""
+        """The gradient of x or weight, in any memory format. ``dz``, channels-last, is that before the ReLU."""
         raise NotImplementedError
 
 

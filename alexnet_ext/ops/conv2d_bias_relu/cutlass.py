@@ -1,7 +1,7 @@
 """conv2d_bias_relu by CUTLASS's products on tensor cores, where they were built and apply; candidates.py offers them.
 
-Groups are slices of the channels-last tensors as they lie. There are kernels for compute capability 8.0 and newer, and
-others (sm90) for 9.0 alone, whose instructions no other has. Not yet run on a GPU.
+Groups are slices of the channels-last tensors, without a copy. There are kernels for compute capability 8.0 and newer,
+and others (sm90) for 9.0 alone, whose instructions no other has. Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, p: Convolution, relu
 
 
 def gradient(dz: Tensor, x: Tensor, weight: Tensor, p: Convolution, direction: Direction, sm90: bool = False) -> Tensor:
-    """The gradient of x or weight, from that of what is before the ReLU."""
+    """The gradient of x or weight; ``dz`` is the gradient before the ReLU."""
     rewrite, x, weight, p = rewritten(x, weight, p)
     ops = torch.ops.alexnet_ext
     run = ops.conv2d_bias_relu_sm90_gradient if sm90 else ops.conv2d_bias_relu_cutlass_gradient

@@ -29,10 +29,11 @@ def conv2d_bias_relu(
 ) -> Tensor:
     """``max(0, conv2d(x, weight) + bias)``. Equals ``F.relu(F.conv2d(x, weight, bias, ...))``, NaN kept.
 
-    On a CPU without AVX-512 an fp32 layer of 3 x 3 taps at stride 1, at least 96 channels a group in and out, multiples
-    of 16, and 384 tiles of 2 x 2 results is computed by Winograd's F(2 x 2, 3 x 3) (Lavin and Gray, 2015), gradients
-    too, and everything else by PyTorch's convolution; so is such a layer again where one of its results is not finite.
-    Winograd's error is relative to the values of a tile and its neighbours, not to each result.
+    On a CPU without AVX-512 some fp32 layers and their gradients are computed by Winograd's F(2 x 2, 3 x 3) (Lavin and
+    Gray, 2015). They have 3 x 3 taps, stride 1, at least 384 tiles of 2 x 2 results and, in and out, at least 96
+    channels a group, a multiple of 16. All others are computed by PyTorch's convolution, and so is such a layer again
+    where one of its results is not finite. Winograd's error is relative to the values of a tile and its neighbours, not
+    to each result.
 
     Args:
         x: (N, C_in, H, W) or (C_in, H, W), fp64, fp32, bf16 or fp16.
@@ -41,12 +42,12 @@ def conv2d_bias_relu(
         stride, dilation: an int or (height, width).
         padding: an int, (height, width), ``"valid"``, or ``"same"`` with stride 1.
         groups: divides C_in and C_out; group g of the output sees only group g of the input.
-        relu: False leaves ``max(0, .)`` out, for a block of other ops behind the convolution.
+        relu: False leaves ``max(0, .)`` out, for a block of other ops after the convolution.
         backend: ``"auto"``, ``"native"``, ``"triton"`` or ``"stock"``.
 
     Returns:
         (N, C_out, H_out, W_out) in the memory format that ``F.conv2d`` gives. Under autocast x, weight and
-        bias are cast to the autocast dtype, as in stock. Saves for the backward x where weight wants a gradient,
+        bias are cast to the autocast dtype, as in stock. Saves for the backward x where weight requires a gradient,
         weight where x does, and, with relu, the result.
 
     Raises:
@@ -124,7 +125,7 @@ def _check_shapes(x: Tensor, weight: Tensor, given: Any) -> int:
 
 
 def _check_not_empty(x: Tensor, weight: Tensor, groups: int) -> None:
-    """Raise where stock does, whose convolution has no kernel for nothing. Of no channels it makes zeros."""
+    """Raise where stock does: its convolution has no kernel for empty operands. Without channels it gives zeros."""
     if weight.shape[0] == 0:
         raise RuntimeError(f"weight has shape {list(weight.shape)}, expected at least {groups} output channels")
     if weight.shape[1] == 0:

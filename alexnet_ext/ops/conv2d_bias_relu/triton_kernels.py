@@ -10,7 +10,7 @@ so that 48 channels a group waste nothing of a power-of-two block (48 x 25 = 120
   pixels. It is split into parts, which a second pass adds up in order: no atomics.
 
 The ReLU mask is applied to dy in a pass of its own, which also brings any strides of dy to channels-last and adds up
-the bias gradient: three times the bytes of y, where masking inside both products would read y beside dy once a tap.
+the bias gradient. It moves three times the bytes of y; masking inside both products would read y and dy once a tap.
 
 A first layer (few channels, a stride) is rewritten exactly by space-to-depth: stride x stride x 3 channels, stride 1.
 """
@@ -85,7 +85,7 @@ def _product_kernel(
 ):
     """y[pixel, group, n] = sum over k = (tap, c) of x[pixel moved by tap, group, c] * weight[group, n, k].
 
-    x: channels-last; weight: [groups * C_OUT, taps, C_IN]; y: any strides. With SPREAD above 1, x stands for an
+    x: channels-last; weight: [groups * C_OUT, taps, C_IN]; y: any strides. With SPREAD above 1, x represents an
     image in which SPREAD - 1 zeros follow each of its rows (columns). A program has one block of y or,
     where PERSISTENT, every num_programs-th, so that the next one's loads are in flight while it stores.
     """
@@ -409,7 +409,7 @@ def backward(
 
 
 def gradient(dz: Tensor, x: Tensor, weight: Tensor, p: Convolution, direction: Direction) -> Tensor:
-    """The gradient of x or weight for the masked gradient."""
+    """The gradient of x or weight; ``dz`` is the gradient before the ReLU."""
     result = new_images(x, (x.shape, weight.shape)[direction], convolved_format(x, weight))
     rewrite, x, weight, p = rewritten(x, weight, p)
     if direction == Direction.WEIGHT:

@@ -22,13 +22,13 @@ def linear_bias_relu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, b
     Args:
         x: (*, inputs), rank 1 or more, fp64, fp32, bf16 or fp16 (computed in fp32).
         weight: (outputs, inputs), in x's dtype.
-        bias: (outputs,) or None. As in stock also a single value, or what else expands to the result or to its
-            rows, which runs stock PyTorch.
+        bias: (outputs,) or None. As in stock also a single value, or any other shape that expands to the result or
+            to its rows, for which stock PyTorch runs.
         backend: ``"auto"``, ``"native"``, ``"triton"`` or ``"stock"``.
 
     Returns:
         (*, outputs), contiguous. Under autocast x, weight and bias are cast to the autocast dtype, as in stock.
-        Saves for the backward the result, x where weight wants a gradient, and weight where x does.
+        Saves for the backward the result, x where weight requires a gradient, and weight where x does.
 
     Raises:
         RuntimeError: rank, size, dtype or device that do not fit together.

@@ -35,7 +35,7 @@ def local_response_norm(
 
     Raises:
         ValueError: x has fewer than 3 dimensions, or the backend is unknown.
-        RuntimeError: size is not positive, or the backend asked for does not cover the call.
+        RuntimeError: size is not positive, or the requested backend does not cover the call.
         TypeError: size is not an int, or a constant not a number.
     """
     if by_functions(backend, x):

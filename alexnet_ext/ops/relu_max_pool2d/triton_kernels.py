@@ -71,8 +71,8 @@ def pool(
 ):
     """(values, winners) of a tile of windows ``at`` their (image, row, column) of the output.
 
-    What is pooled is ``normalize(x + bias, LRN)``; None: x + bias, the ReLU falling to the pooling. ``sides`` are the
-    input's (height, width), None where every window lies within them.
+    The windows pool ``normalize(x + bias, LRN)``. With ``normalize`` None they pool x + bias, and the ReLU is theirs.
+    ``sides`` are the input's (height, width), None where every window is within them.
     """
     KERNEL_H: tl.constexpr = WINDOW[0]
     KERNEL_W: tl.constexpr = WINDOW[1]
@@ -135,7 +135,7 @@ def unpool(
             reaches &= (down % DILATION_H == 0) & (right % DILATION_W == 0)
             there = (image, oh, ow)
             winner = tl.load(winners_ptr + offset(there, channel, winner_strides), reaches, 255).to(tl.int32)
-            # Loaded whether it won or not: a mask that hangs on data would break up the 16-byte loads.
+            # Loaded whether it won or not: a mask that depends on data would break up the 16-byte loads.
             dy = accumulator(tl.load(dy_ptr + offset(there, channel, dy_strides), reaches, 0.0))
             total += tl.where(winner == down // DILATION_H * KERNEL_W + right // DILATION_W, dy, 0.0)
     return total

@@ -141,7 +141,7 @@ def cutlass_findings(dtype: torch.dtype) -> Iterator[Finding]:
 
 
 def compare_cutlass(case: Case, dtype: torch.dtype, device: str, sm90: bool = False) -> None:
-    """All values are of bf16, which fp16 and TF32 can say as well: but for sums nothing is rounded. One of x is NaN."""
+    """All values are exact in bf16, fp16 and TF32: nothing is rounded except sums. One value of x is NaN."""
     from alexnet_ext.ops.conv2d_bias_relu import cutlass
     from alexnet_ext.ops.conv2d_bias_relu.shared import Convolution, Direction
 

@@ -109,7 +109,7 @@ def case_findings(
     runs: dict[str, Callable[[], Tensor]] = {way: partial(fused, case, tensors, way) for way in ways(case.op, device)}
     runs["stock"] = partial(cases.stock, case, tensors)
     if with_compiled:
-        torch._dynamo.reset()  # all cases are one function's, of which so many are compiled before it gives up
+        torch._dynamo.reset()  # every case compiles the same function, which Dynamo stops doing at its cache limit
         compiled = torch.compile(partial(cases.stock, case), fullgraph=True, dynamic=False)
         runs["compiled stock"] = partial(compiled, tensors)
     for direction in ("forward", "backward"):
