@@ -104,6 +104,8 @@ def test_info_says_why_each_backend(monkeypatch: pytest.MonkeyPatch) -> None:
         )
     monkeypatch.setitem(_backend.STANDINGS, ("triton", "cuda"), _backend.PROVEN)
     assert choice(OPS[2], "cuda") == Choice(OPS[2], "cuda", "triton", "Triton kernel")
+    kernels[OPS[3]]["cpu"] = {"triton": f"{OPS[3]}_triton"}
+    assert choice(OPS[3], "cpu").reason == "no compiled kernel is loaded, and Triton's interpreter is for tests"
     kernels[OPS[2]]["cuda"] = {"auto": f"{OPS[2]}_auto", **kernels[OPS[2]]["cuda"]}
     assert choice(OPS[2], "cuda").backend == "triton", "what is not proven is passed over"
     monkeypatch.setitem(_backend.STANDINGS, ("auto", "cuda"), _backend.PROVEN)

@@ -61,7 +61,7 @@ def _unknown(what: str) -> Standing:
 # By backend and kind of device, for all that `alexnet tune` has not looked at. On the meta device no kernel runs.
 STANDINGS = {
     ("native", "cpu"): PROVEN,
-    ("triton", "cpu"): Standing("refused", "Triton's interpreter is for tests"),
+    ("triton", "cpu"): Standing("refused", "no compiled kernel is loaded, and Triton's interpreter is for tests"),
     ("auto", "cuda"): _unknown("choice by measurement"),
     ("native", "cuda"): _unknown("compiled kernel"),
     ("triton", "cuda"): _unknown("Triton kernel"),
