@@ -255,7 +255,7 @@ def test_check_compares_and_its_exit_code_tells(
     monkeypatch.setattr(compare, "check", lambda *_, **__: [compare.CheckRow(*[*vars(row).values()][:-2], False)])
     assert cli.run_command(["check"]) == 1
     assert "FAILED" in capsys.readouterr().out
-    assert "expected one of local_response_norm" in fails(capsys, 2, "check", "--only", "lenet")
+    assert "expected one of augment, " in fails(capsys, 2, "check", "--only", "lenet")
 
 
 def test_check_passes_for_an_op(capsys: pytest.CaptureFixture[str]) -> None:
