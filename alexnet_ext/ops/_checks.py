@@ -56,6 +56,14 @@ def check_bias(bias: torch.Tensor | None, channels: int, x: torch.Tensor) -> Non
         raise RuntimeError(f"bias is on device {bias.device}, expected {x.device}, the device of x")
 
 
+def check_operands(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """A product's weight and bias must live where x lives, in its dtype; autocast brings dtypes together itself."""
+    if weight.device != x.device or not autocast_enabled(x):
+        check_same("weight", weight, x)
+        if bias is not None:
+            check_same("bias", bias, x)
+
+
 def expands(value: torch.Tensor, shape: Sequence[int]) -> bool:
     """Whether ``value.expand(shape)`` is possible."""
     last = shape[len(shape) - value.dim() :]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._backend import by_functions, operator, wrapper
-from .._checks import IntPair, autocast_enabled, check_bias, check_same, check_tensor, integer, pair
+from .._checks import IntPair, check_bias, check_operands, check_tensor, integer, pair
 from .._layout import new_images, outline
 from .._register import Gradient, all_but_fp64, register
 from . import reference
@@ -62,10 +62,7 @@ def conv2d_bias_relu(
     pad = _padding(padding, step)
     groups = _check_shapes(x, weight, groups)
     check_bias(bias, weight.shape[0], x)
-    if weight.device != x.device or not autocast_enabled(x):
-        check_same("weight", weight, x)
-        if bias is not None:
-            check_same("bias", bias, x)
+    check_operands(x, weight, bias)
     unsupported = wrapper(weight, bias)
     if 0 in weight.shape[1:]:
         unsupported = f"a weight of shape {list(weight.shape)}"

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from .._backend import by_functions, operator, wrapper
-from .._checks import autocast_enabled, check_bias, check_same, check_tensor, expands
+from .._checks import check_bias, check_operands, check_tensor, expands
 from .._layout import new_images, outline
 from .._register import Gradient, all_but_fp64, register
 from . import reference
@@ -52,10 +52,7 @@ def linear_bias_relu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, b
             unsupported = f"a bias of shape {list(bias.shape)}"
     if not unsupported:
         check_bias(bias, outputs, x)
-    if weight.device != x.device or not autocast_enabled(x):
-        check_same("weight", weight, x)
-        if bias is not None:
-            check_same("bias", bias, x)
+    check_operands(x, weight, bias)
     op = operator("linear_bias_relu", backend, x, unsupported or wrapper(weight, bias))
     if op is None:
         return reference.linear_bias_relu(x, weight, bias)
