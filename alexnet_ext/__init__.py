@@ -8,9 +8,9 @@ from ._version import __version__
 if TYPE_CHECKING or not COMMAND:
     from . import models, nn, ops
     from .accelerate import Report, accelerate, accelerated, restore
-    from .diagnostics import info
     from .ops import use_backend
-    from .tuning import tune
+    from .selfcheck.info import info
+    from .selfcheck.tune import tune
 else:
     from .training.interrupt import begin
 

@@ -38,11 +38,11 @@ def build_record() -> dict[str, str]:
     return record if isinstance(record, dict) else {}
 
 
-def _load(name: str, device: str, wanted: str) -> Library:
-    """Load one library, unless ``wanted`` gives a reason why this torch cannot use it."""
+def _load(name: str, device: str, unwanted: str) -> Library:
+    """Load one library unless ``unwanted`` says why this torch has no use for it."""
     path = FOLDER / f"libalexnet_ext_{name}.so"
-    if wanted:
-        return Library(name, device, False, wanted)
+    if unwanted:
+        return Library(name, device, False, unwanted)
     if not path.exists():
         record = build_record()
         reason = record.get(f"{name}_reason") or f"{path.name} is not built"
@@ -101,9 +101,20 @@ def _find_cutlass(name: str) -> Library:
     return Library(name, "cuda", False, reason, record.get(f"{name}_remedy") or REBUILD)
 
 
-def has_triton(op: str) -> bool:
-    """Whether ``op`` has Triton kernels (``ops/<op>/triton_kernels.py``) that this process can run."""
-    return TRITON.loaded and importlib.util.find_spec(f"{__package__}.ops.{op}.triton_kernels") is not None
+def _has_module(op: str, name: str) -> bool:
+    return importlib.util.find_spec(f"{__package__}.ops.{op}.{name}") is not None
+
+
+def triton_devices(op: str) -> tuple[str, ...]:
+    """Kinds of devices on which this process can run the Triton kernels of ``op``; empty where it has none."""
+    if not TRITON.loaded or not _has_module(op, "triton_kernels"):
+        return ()
+    return ("cpu", "cuda") if INTERPRETED else ("cuda",)
+
+
+def has_candidates(op: str) -> bool:
+    """Whether ``op`` has kernels for a GPU to choose among by measurement (``ops/<op>/candidates.py``)."""
+    return (TRITON.loaded or LIBRARIES[1].loaded) and _has_module(op, "candidates")
 
 
 def has_kernel(op: str, device_type: str) -> bool:

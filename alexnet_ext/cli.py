@@ -19,9 +19,9 @@ from rich.table import Table
 from rich.text import Text
 
 from . import cli_results, cli_train, layers
+from ._errors import CommandError, os_error, path_text
 from ._version import __version__
 from .cli_options import Device, Last, Precision, UsageError, Variant, path, warn
-from .data.errors import CommandError, os_error, path_text
 from .training.interrupt import STOPPED, Interrupted, starting
 from .variants import VARIANTS, AlexNetConfig, config_of
 
@@ -102,9 +102,9 @@ def summary(
 def info() -> None:
     """Say what is built and loaded, which backend each op uses, and why."""
     with starting():
-        from . import diagnostics
+        from .selfcheck.info import info
 
-    print(diagnostics.info())
+    print(info())
 
 
 @app.command()
@@ -116,8 +116,8 @@ def check(
     from rich.progress import Progress, SpinnerColumn, TextColumn
 
     with starting():
-        from . import diagnostics
         from .ops._backend import OPS
+        from .selfcheck import compare
         from .training.run import device_of
 
     chosen = only or [*OPS, *VARIANTS]
@@ -130,11 +130,11 @@ def check(
     rows = []
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), console=console, transient=True) as progress:
         task = progress.add_task("comparing")
-        for row in diagnostics.check(device_of(device), op_names=op_names, variants=variants):
+        for row in compare.check(device_of(device), op_names=op_names, variants=variants):
             rows.append(row)
             progress.update(task, description=f"{len(rows)} compared, last {row.name} {row.dtype}")
-    console.print(diagnostics.check_table(rows))
-    passed, _ = diagnostics.verdict(rows)
+    console.print(compare.check_table(rows))
+    passed, _ = compare.verdict(rows)
     if not passed:
         raise typer.Exit(1)
 
@@ -151,10 +151,10 @@ def tune(
     with starting():
         import torch
 
-        from .ops import _tuning
+        from .ops import _choices
+        from .selfcheck.tune import rows
         from .training.evaluate import DTYPES
         from .training.run import device_of
-        from .tuning import rows
 
     config, where = _config(model, image_size), device_of(device)
     if where.type != "cuda":
@@ -167,7 +167,7 @@ def tune(
         times = ", ".join(f"{name} {time:.0f}" for name, time in sorted(row.microseconds.items(), key=lambda t: t[1]))
         table.add_row(row.layer, row.direction, row.choice, times)
     console.print(table)
-    console.print(f"Kept in {path_text(_tuning.cache_file())}")
+    console.print(f"Kept in {path_text(_choices.cache_file())}")
 
 
 def _config(model: Variant | None, image_size: int | None, classes: int = 1000) -> AlexNetConfig:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from ._errors import BadImage, CommandError, path_text
 from .cli_options import Device, Last, Model, Precision, Stock, Weights, Workers, path, warn, workers_of
-from .data.errors import BadImage, CommandError, path_text
 from .training.interrupt import starting
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ._errors import path_text
 from .cli_options import MOST_THREADS, Device, Precision, Stock, UsageError, Variant, Workers, path, warn, workers_of
-from .data.errors import path_text
 from .training.interrupt import starting
 from .training.recipe import INIT_NAMES, RECIPES, SCHEDULES, Recipe, chosen
 

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from . import _library
+from ._errors import CommandError, os_error, path_text
+from ._optional import missing
 from .accelerate import accelerate
-from .data.errors import CommandError, os_error, path_text
 from .data.folder import imagenet_preprocessing
 from .models import AlexNet, alexnet, load_weights
-from .models.weights import find_variant, missing
+from .models.weights import find_variant
 from .ops import use_backend
 
 if TYPE_CHECKING:

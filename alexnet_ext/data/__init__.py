@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from .._command import COMMAND
-from .errors import BadImage, CommandError
+from .._errors import BadImage, CommandError
 
 if TYPE_CHECKING or not COMMAND:
     from .batches import Batch, batches

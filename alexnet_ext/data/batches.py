@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .errors import BadImage
+from .._errors import BadImage
 
 
 class Drawn(NamedTuple):

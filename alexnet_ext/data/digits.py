@@ -7,8 +7,8 @@ import functools
 import torch
 from torch import Tensor
 
+from .._optional import require
 from .batches import Sample
-from .errors import require
 from .preprocessing import Preprocessing
 
 TRAINING, HELD_OUT = 4000, 1000

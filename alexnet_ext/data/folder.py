@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._errors import BadImage, CommandError, path_text
+from .._optional import require
 from .batches import Drawn, Sample
-from .errors import BadImage, CommandError, path_text, require
 from .images import crop, read_image
 from .listing import HELD_OUT, Listing, Parts, digest, find_parts, hold_out, list_images
 from .preprocessing import IMAGENET, Preprocessing

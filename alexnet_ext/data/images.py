@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import BadImage, require
+from .._errors import BadImage
+from .._optional import require
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from .errors import CommandError, path_text
+from .._errors import CommandError, path_text
 from .images import EXTENSIONS
 
 TRAINING_NAMES = ("train", "training")

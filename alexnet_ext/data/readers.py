@@ -14,8 +14,8 @@ from types import TracebackType
 
 import torch
 
+from .._errors import CommandError
 from .batches import Batch, Dataset, Key, read_batch
-from .errors import CommandError
 
 LOOK_EVERY = 0.1  # seconds of waiting
 

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.errors import path_text
+from .._errors import path_text
+from .._optional import missing
 from ..data.preprocessing import Preprocessing
 from ..variants import LRN
 from .alexnet import AlexNet
-from .weights import Contents, Entry, linear_or_conv, missing
+from .contents import Contents, Entry, linear_or_conv
 
 # The part of Caffe's schema that holds weights: message, field, number, type ("*" before it: repeated). A packed
 # repeated float is encoded like bytes. Read as bytes, 61 million numbers do not each become a Python object.

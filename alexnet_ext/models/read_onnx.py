@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from ..data.errors import path_text
+from .._errors import path_text
+from .._optional import missing
 from ..variants import LRN
 from .alexnet import AlexNet
-from .weights import Contents, Entry, linear_or_conv, missing
+from .contents import Contents, Entry, linear_or_conv
 
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
 KINDS = {"LRN": "norm", "MaxPool": "pool"}

@@ -10,15 +10,17 @@ import pickle
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
-from ..data.errors import first_line, path_text
+from .._errors import first_line, path_text
 from ..data.preprocessing import IMAGENET, Preprocessing
-from ..variants import LRN, VARIANTS
+from ..variants import VARIANTS
+from . import read_caffe, read_onnx
 from .alexnet import AlexNet, alexnet, from_torchvision
+from .contents import Contents, Entry
 
 LAST = ("classifier.fc8.weight", "classifier.fc8.bias")
 TORCH = (".pth", ".pt", ".ckpt", ".tar")
@@ -32,31 +34,6 @@ VARIANTS_OF = {
 NESTED = ("state_dict", "model_state_dict", "model", "net", "weights")  # where checkpoints keep a state_dict
 WRAPPERS = ("module", "_orig_mod")  # what DataParallel and torch.compile put into names
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-
-class Entry(NamedTuple):
-    """A tensor of a file, its shape known before its values are read."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    read: Callable[[], Tensor]
-
-
-class Contents(NamedTuple):
-    """The contents of a file, under this package's names."""
-
-    entries: dict[str, Entry]
-    order: tuple[str, ...] | None = None
-    """The kinds of layers after conv1, as in ``Variant.order``, if the format records them."""
-    variant: str | None = None
-    """The variant, if the format records it."""
-    groups: tuple[int, ...] | None = None
-    """The groups of each convolution, if the format records them."""
-    lrn: LRN | None = None
-    """The constants of the normalization, if the format records them."""
-    preprocessing: Preprocessing | None = None
-    bgr: bool = False
-    """Whether conv1 takes blue, green, red."""
 
 
 def load_weights(
@@ -150,13 +127,9 @@ def _reader(file: Path) -> Reader:
     if file.suffix in TORCH:
         return _read_torch
     if file.suffix == ".caffemodel":
-        from .read_caffe import read
-
-        return read
+        return read_caffe.read
     if file.suffix == ".onnx":
-        from .read_onnx import read
-
-        return read
+        return read_onnx.read
     raise ValueError(f"{path_text(file)}: expected a .safetensors, .pth, .pt, .caffemodel or .onnx file")
 
 
@@ -305,13 +278,3 @@ def _own_names(contents: Contents, shown: str) -> Contents:
     except KeyError as error:
         raise ValueError(f"{shown}: {error.args[0]}") from error
     return contents._replace(entries=entries, variant="torchvision", preprocessing=Preprocessing(224, 256, **IMAGENET))
-
-
-def missing(package: str, extra: str, what: str) -> ImportError:
-    """The error for a reader or a writer whose package is not installed."""
-    return ImportError(f"{what} needs {package}: pip install 'alexnet_ext[{extra}]'")
-
-
-def linear_or_conv(name: str) -> str:
-    """The module of a layer named conv1 ... fc8."""
-    return f"{'features' if name.startswith('conv') else 'classifier'}.{name}"

@@ -11,6 +11,7 @@ import torch
 from torch.overrides import has_torch_function
 
 IntPair = int | Sequence[int]
+COLOURS = 3
 
 _INHERITED: Any = torch.Tensor.__torch_function__
 _DISABLED: Any = torch._C._disabled_torch_function_impl
@@ -22,7 +23,7 @@ def check_tensor(name: str, value: object) -> None:
 
 
 def overrides(*values: object) -> bool:
-    """Whether one of these, a Tensor or not, is of a class that defines its own ``__torch_function__``."""
+    """Whether the class of one of these, a Tensor or not, defines its own ``__torch_function__``."""
     if not has_torch_function(values):
         return False
     for value in values:
@@ -55,10 +56,18 @@ def check_bias(bias: torch.Tensor | None, channels: int, x: torch.Tensor) -> Non
         raise RuntimeError(f"bias is on device {bias.device}, expected {x.device}, the device of x")
 
 
+def check_operands(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """A product's weight and bias must live where x lives, in its dtype; autocast brings dtypes together itself."""
+    if weight.device != x.device or not autocast_enabled(x):
+        check_same("weight", weight, x)
+        if bias is not None:
+            check_same("bias", bias, x)
+
+
 def expands(value: torch.Tensor, shape: Sequence[int]) -> bool:
     """Whether ``value.expand(shape)`` is possible."""
-    behind = shape[len(shape) - value.dim() :]
-    return value.dim() <= len(shape) and all(n in (1, m) for n, m in zip(value.shape, behind, strict=True))
+    last = shape[len(shape) - value.dim() :]
+    return value.dim() <= len(shape) and all(n in (1, m) for n, m in zip(value.shape, last, strict=True))
 
 
 def check_lrn(size: Any, alpha: Any, beta: Any, k: Any, name: str = "size") -> tuple[Any, ...]:
@@ -77,7 +86,7 @@ def check_lrn(size: Any, alpha: Any, beta: Any, k: Any, name: str = "size") -> t
 
 
 def integer(value: Any) -> Any:
-    """``value`` as an int where PyTorch takes it for one, as it does NumPy's integers; else None."""
+    """``value`` as an int where PyTorch accepts it as one, as it does NumPy's integers; else None."""
     if isinstance(value, (int, torch.SymInt)):
         return None if isinstance(value, bool) else value
     try:
@@ -87,7 +96,7 @@ def integer(value: Any) -> Any:
 
 
 def pair(name: str, value: IntPair, at_least: int) -> list[int]:
-    """``value`` as [height, width]; one int stands for both."""
+    """``value`` as [height, width]; one int means both."""
     values: list[Any] = [integer(v) for v in (value if isinstance(value, (list, tuple)) else [value])]
     if len(values) == 1:
         values *= 2
@@ -132,3 +141,52 @@ def check_pool(
             f"for x of shape {list(x.shape)}, expected at least 1 x 1"
         )
     return out
+
+
+def check_images(images: torch.Tensor) -> None:
+    check_tensor("images", images)
+    if images.dim() != 4 or images.shape[3] != COLOURS:
+        raise RuntimeError(f"images has shape {list(images.shape)}, expected (N, H, W, {COLOURS})")
+    if images.dtype != torch.uint8:
+        raise RuntimeError(f"images has dtype {images.dtype}, expected torch.uint8")
+
+
+def check_drawn(images: torch.Tensor, offsets: torch.Tensor, flips: torch.Tensor, shifts: torch.Tensor) -> None:
+    """What is drawn for each image: an offset (2 integers), a flip (bool) and a shift of each colour (fp32)."""
+    for name, value, columns in (("offsets", offsets, (2,)), ("flips", flips, ()), ("shifts", shifts, (COLOURS,))):
+        check_tensor(name, value)
+        if value.shape != (images.shape[0], *columns):
+            raise RuntimeError(f"{name} has shape {list(value.shape)}, expected {[images.shape[0], *columns]}")
+        if value.device != images.device:
+            raise RuntimeError(f"{name} is on device {value.device}, expected {images.device}, the device of images")
+    if offsets.dtype.is_floating_point or offsets.dtype.is_complex or offsets.dtype == torch.bool:
+        raise RuntimeError(f"offsets has dtype {offsets.dtype}, expected integers")
+    if flips.dtype != torch.bool:
+        raise RuntimeError(f"flips has dtype {flips.dtype}, expected torch.bool")
+    if shifts.dtype != torch.float32:
+        raise RuntimeError(f"shifts has dtype {shifts.dtype}, expected torch.float32")
+    if shifts.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("shifts requires a gradient, which augment does not have")
+
+
+def check_crop(size: Any, images: torch.Tensor) -> None:
+    """``size`` must be an int and fit into both sides of images."""
+    if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
+        raise TypeError(f"size must be an int, got {type(size).__name__} {size!r}")
+    if size < 1 or size > images.shape[1] or size > images.shape[2]:
+        raise RuntimeError(f"size must be from 1 to the sides of images, got {size} for shape {list(images.shape)}")
+
+
+def check_normalization(mean: Any, std: Any) -> tuple[list[float], list[float]]:
+    """(mean, std) of the colours, checked, as floats."""
+
+    def colours(name: str, values: Any) -> list[float]:
+        found = list(values) if isinstance(values, Sequence) else []
+        if len(found) != COLOURS or not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in found):
+            raise TypeError(f"{name} must be three numbers, got {values!r}")
+        return [float(v) for v in found]
+
+    mean, std = colours("mean", mean), colours("std", std)
+    if not all(value > 0 for value in std):  # nor NaN
+        raise RuntimeError(f"std must be greater than zero, got {std}")
+    return mean, std

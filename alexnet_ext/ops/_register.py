@@ -2,7 +2,8 @@
 
 An op ``NAME`` comes with its schema and kernels from C++ (csrc/library.cpp), and so does its ``NAME_backward`` unless
 it has no gradient. Their Triton twins, ``NAME_triton`` and ``NAME_triton_backward``, are defined here with the same
-schemas from ``forward`` and ``backward`` of ``ops/NAME/triton_kernels.py``. Both get the same everything else.
+schemas from ``forward`` and ``backward`` of ``ops/NAME/triton_kernels.py``. ``NAME_auto`` and its backward,
+which choose at run time, come from ``ops/NAME/candidates.py`` in the same way. All else is the same for all of them.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ _fragment = torch.library.Library("alexnet_ext", "FRAGMENT")
 
 @dataclass(frozen=True)
 class Gradient:
-    """What gives an op its gradient: the op ``NAME_backward``.
+    """The gradient of an op: how its backward op, ``NAME_backward``, is called and registered.
 
-    ``schema`` is that of csrc/library.cpp, given for a Triton twin. ``backward(op, ctx, *gradients)`` is handed the
-    backward op of the twin that ran forward. ``reference`` is the backward op in differentiable stock PyTorch: double
-    backward goes through it. ``batched`` as in ``register``.
+    ``schema`` repeats csrc/library.cpp, for twins. ``backward(op, ctx, *gradients)`` gets the backward op of the twin
+    that ran forward. ``reference`` is the backward op in differentiable stock PyTorch: double backward goes through it.
+    ``batched`` as in ``register``.
     """
 
     fake: Callable[..., Any]
@@ -42,31 +43,49 @@ class Gradient:
     batched: Sequence[int] = ()
 
 
+@dataclass(frozen=True)
+class Record:
+    """What an op said of itself to ``register``, for those who look at ops one by one (``alexnet check``, ``tune``).
+
+    ``stock`` is the op in plain PyTorch, called with what the operator is called with.
+    """
+
+    stock: Callable[..., Any]
+    gradient: Gradient | None
+
+
+RECORDS: dict[str, Record] = {}
+"""By the op's name, in the order that ops are imported in."""
+
+
 def register(
     name: str,
     *,
+    stock: Callable[..., Any],
     schema: str = "",
     fake: Callable[..., Any],
     gradient: Gradient | None,
     autocast: Callable[..., tuple[Any, ...]] | None = None,
     batched: Sequence[int] = (),
-    measured: bool = False,
     product: bool = False,
 ) -> None:
-    """Register everything but the compiled kernels of ``alexnet_ext::name``, its backward and their Triton twins.
+    """Register all of ``alexnet_ext::name``, its backward and their twins except the compiled kernels.
 
-    The schema is that of csrc/library.cpp, given for a Triton twin. ``gradient`` None: the op has none, and no
-    ``name_backward``. ``autocast(dtype, *args)`` returns the arguments as they should be under autocast to ``dtype``;
-    without it the op keeps its input's dtype there. ``batched``: the positions of the arguments with a batch dimension
-    to fold a vmapped one into; with none, vmap loops. ``measured``: there is a third twin, ``name_measured`` of
-    ``ops/name/measured.py``, which chooses at run time; torch.compile sees no further than its name. ``product``: each
-    result is a sum over the dimensions of ``weight`` but its first, which ``FlopCounterMode`` counts.
+    Args:
+        stock: the op in plain PyTorch, with the operator's arguments.
+        schema: repeats csrc/library.cpp, for twins.
+        gradient: None for an op that has none, and no ``name_backward``.
+        autocast: ``autocast(dtype, *args)`` returns the arguments that autocast to ``dtype`` makes of them. Without it
+            the op keeps its input's dtype there.
+        batched: positions of the arguments with a batch dimension to fold a vmapped one into; with none, vmap loops.
+        product: each result is a sum over the dimensions of ``weight`` except its first. ``FlopCounterMode`` counts it.
     """
+    RECORDS[name] = Record(stock, gradient)
     twins = [name] if _library.LIBRARIES[0].loaded else []
-    if _library.has_triton(name):
+    if _library.triton_devices(name):
         twins.append(_define(name, "triton", "triton_kernels", _triton_op, schema, gradient))
-        if measured:
-            twins.append(_define(name, "measured", "measured", torch.library.custom_op, schema, gradient))
+    if _library.has_candidates(name):  # torch.compile sees no further than its name
+        twins.append(_define(name, "auto", "candidates", torch.library.custom_op, schema, gradient))
     for twin in twins:
         op = f"alexnet_ext::{twin}"
         torch.library.register_fake(op, fake)
@@ -116,8 +135,10 @@ def _define(name: str, kind: str, module: str, define: Any, schema: str, gradien
 
 
 class _FoundLater:
-    """The Triton kernels inside of ``run``, for the key of torch.compile's cache: looked for when that asks, as the
-    search imports torch._inductor, a second of work."""
+    """The Triton kernels inside ``run``, for the key of torch.compile's cache.
+
+    The search imports torch._inductor, a second of work, so it waits until the cache asks.
+    """
 
     def __init__(self, find: Callable[..., Iterable[object]], run: Callable[..., Any]) -> None:
         self.find, self.run = find, run
@@ -127,8 +148,7 @@ class _FoundLater:
 
 
 def _triton_op(name: str, run: Callable[..., Any], *, mutates_args: Sequence[str], schema: str) -> None:
-    """``torch.library.triton_op``, of which some versions infer a schema although they are given one, and some look for
-    kernels at once."""
+    """``torch.library.triton_op``. Some versions infer a schema that they are given, some look for kernels at once."""
     library = torch._library.triton
     replaced: dict[str, Callable[..., Any]] = {"infer_schema": lambda *_, **__: schema}
     if hasattr(library, "get_inner_triton_kernels"):
@@ -226,13 +246,3 @@ def _vmap_rule(op: str, batched: Sequence[int]) -> Callable[..., Any]:
         return outputs, (0,) * len(outputs) if isinstance(outputs, tuple) else 0
 
     return rule
-
-
-def first_gradient(outputs: Tensor, inputs: Sequence[Tensor], dy: Tensor) -> tuple[Tensor, ...]:
-    """d outputs / d inputs times dy, itself differentiable; what it does not depend on gets zeros."""
-    found = torch.autograd.grad(outputs, list(inputs), dy, create_graph=True, allow_unused=True)
-    return tuple(torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True))
-
-
-def differentiable(x: Tensor) -> Tensor:
-    return x if x.requires_grad else x.detach().requires_grad_()

@@ -1,4 +1,8 @@
-"""What the Triton kernels of two or more ops share: tiles, offsets, widening, strides."""
+"""What the Triton kernels of two or more ops share: tiles, offsets, widening, strides, sums by channel.
+
+Kernels take each stride as a parameter of its own and make tuples of them inside: torch.compile does not handle kernel
+arguments that are tuples (https://github.com/pytorch/pytorch/issues/193257; we have not tried it ourselves).
+"""
 
 from __future__ import annotations
 
@@ -54,8 +58,26 @@ def place(pixel, height, width):
 
 @triton.jit
 def offset(at, channel, strides):
-    """Where the channels of these places stand, by PyTorch's strides: (batch, channel, row, column)."""
+    """Offsets of the channels at these places, by PyTorch's strides: (batch, channel, row, column)."""
     return at[0] * strides[0] + channel * strides[1] + at[1] * strides[2] + at[2] * strides[3]
+
+
+PARTIAL_SUMS = 1024
+"""The most programs that share a sum by channel. Their number, and so the sum's order, depends on the shape alone."""
+
+
+@triton.jit
+def store_sums(sums, sums_ptr, channels, HALO: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Store this program's row of the partial sums [programs, channels]."""
+    lane = tl.arange(0, BLOCK_C)[None, :]
+    channel = tl.program_id(1) * (BLOCK_C - 2 * HALO) - HALO + lane
+    own = (lane >= HALO) & (lane < BLOCK_C - HALO) & (channel < channels)
+    tl.store(sums_ptr + tl.program_id(0).to(tl.int64) * channels + channel, sums, own)
+
+
+def total(partial: Tensor, dtype: torch.dtype) -> Tensor:
+    """The partial sums [programs, channels] added up to [channels], in fp64 and in one order."""
+    return partial.sum(0, dtype=torch.float64).to(dtype)
 
 
 def power_of_two(n: int) -> int:
@@ -64,27 +86,45 @@ def power_of_two(n: int) -> int:
 
 
 CHANNELS = 256
-"""Up to so many channels stand in one tile where they meet: a lane has at most 8, so its neighbours are in its warp."""
+"""The most channels of a tile where channels meet: a lane has at most 8 of them, so its neighbours are in its warp."""
 
 
 def tile(channels: int, channel_stride: int, reach: int | None, dtype: torch.dtype) -> tuple[dict[str, int], int]:
-    """Block sizes for tiles of pixels by channels, and how many channel blocks there are.
+    """Block sizes for tiles of pixels by channels, and how many blocks the channels are divided into.
 
-    Where channels meet (``reach``: over how many of them), all stand in one tile if that is possible, else blocks
-    overlap by ``reach`` on each side. A tile is longest along what lies side by side in memory. So that its values stay
-    in registers a thread has 16 where they come 16 bytes at a time and do not meet, else 8, and 4 of fp64.
+    ``reach`` says over how many channels they meet, as in LRN's window; None: they do not. Blocks of channels, each
+    rounded up to a power of two:
+
+    ====================== ======================================== ==================================
+    channels               side by side in memory (stride 1)        apart (pixels are side by side)
+    ====================== ======================================== ==================================
+    do not meet            all, at most 128                         all, at most 8
+    meet, at most 256      all                                      all
+    meet, more than 256    128, overlapping by a multiple of 8      64, overlapping by ``reach``
+    values a thread, fp64  4                                        4
+    values a thread        16, if loaded 16 bytes at a time, else 8 8
+    ====================== ======================================== ==================================
+
+    Blocks that overlap do so on each side; a multiple of 8 begins where 16 bytes of bf16 do. Blocks hold as many pixels
+    as the threads' values allow, so that all of them stay in registers. Where channels are very many, their
+    blocks are larger: a grid has at most 2^16 - 1 programs in its second dimension.
     """
     dense = channel_stride == 1
+    threads = 128 if dense else 256
     block_c, halo = power_of_two(channels), 0
     if reach is None:
         block_c = min(block_c, max(128 if dense else 8, power_of_two(channels // 2**15)))
     elif channels > CHANNELS:
-        halo = 8 * triton.cdiv(reach, 8) if dense else reach  # 8: blocks begin where 16 bytes of bf16 do
+        halo = 8 * triton.cdiv(reach, 8) if dense else reach
         block_c = max(CHANNELS // 2 if dense else CHANNELS // 4, power_of_two(4 * halo))
-    values = 4 if dtype == torch.float64 else 16 if dense and reach is None and channels % 16 == 0 else 8
-    block_p = min(max((128 if dense else 256) * values // block_c, 1 if dense else values), 128 if dense else 256)
+    values = 8
+    if dtype == torch.float64:
+        values = 4
+    elif dense and reach is None and channels % 16 == 0:
+        values = 16
+    block_p = min(max(threads * values // block_c, 1 if dense else values), threads)
     warps = max(1, block_p * block_c // (32 * values))
-    # Where channels meet a warp for each pixel at most: two would exchange its neighbours by way of shared memory.
+    # Where channels meet, at most one warp a pixel: two would exchange its neighbours by way of shared memory.
     num_warps = min(warps, 32 if reach is None else block_p)
     blocks = {"HALO": halo, "BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": num_warps}
     return blocks, triton.cdiv(channels, block_c - 2 * halo)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import models
-from ..data.errors import CommandError, first_line, os_error, path_text
+from .._errors import CommandError, first_line, os_error, path_text
 from ..data.preprocessing import Preprocessing
 from ..models.weights import VARIANTS_OF, open_safetensors
 from .files import new_folder

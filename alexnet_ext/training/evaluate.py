@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._errors import BadImage
 from ..data.batches import Batch, Dataset, Drawn, Key, batches
-from ..data.errors import BadImage
 from ..data.preprocessing import Preprocessing
 from ..ops import augment
 from .interrupt import Interrupted

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..data.errors import CommandError, os_error, path_text
+from .._errors import CommandError, os_error, path_text
 
 
 def sync(path: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
 
-from ..data.errors import path_text
+from .._errors import path_text
 
 # Ctrl-C, the system's wish to end, a terminal that closes, and what batch systems send before the time is up.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)

@@ -9,7 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ..data.errors import os_error, require
+from .._errors import os_error
+from .._optional import require
 from .files import write_file
 
 METRICS = "metrics.jsonl"

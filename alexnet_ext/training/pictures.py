@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._errors import CommandError, path_text
+from .._optional import require
 from ..data.batches import Dataset
-from ..data.errors import CommandError, path_text, require
 from .evaluate import Evaluation
 from .files import write_file
 

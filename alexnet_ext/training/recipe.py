@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from ..data.errors import CommandError, path_text
+from .._errors import CommandError, path_text
 from ..variants import INIT_NAMES, VARIANTS
 
 SCHEDULES = ("cosine", "linear", "constant", "plateau")

@@ -17,8 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import models
+from .._errors import BadImage, CommandError, os_error, path_text
+from .._optional import require
 from ..data.batches import Dataset
-from ..data.errors import BadImage, CommandError, os_error, path_text, require
 from ..data.folder import ImageFolder
 from ..data.images import crop, read_image
 from ..data.listing import find_images

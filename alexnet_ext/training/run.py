@@ -16,8 +16,9 @@ import torch
 from rich.console import Console
 
 from .. import _library
+from .._errors import CommandError, first_line, os_error, path_text
+from .._optional import require
 from ..data.digits import Digits
-from ..data.errors import CommandError, first_line, os_error, path_text, require
 from ..data.folder import ImageFolder
 from ..data.sources import Split, is_folder, open_split
 from ..models.weights import find_variant

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import models
+from .._errors import BadImage, CommandError, first_line, os_error, path_text
 from ..data.batches import Batch, batches, narrowed
-from ..data.errors import BadImage, CommandError, first_line, os_error, path_text
 from ..data.readers import Readers
 from ..data.sources import Split
 from ..nn import stock_kind

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from alexnet_ext.ops import _backend
-from alexnet_ext.ops._tuning import Candidate
+from alexnet_ext.ops._choices import Candidate
 from tests.support import cases
 from tests.support.cases import Case, Tensors
 
@@ -31,22 +31,22 @@ SIZES = {
     "cuda": Sizes(256, 50, (torch.bfloat16, torch.float32), 100),
     "cpu": Sizes(2, 3, (torch.float32,), 5),
 }
-# What "auto" would prefer if all were proven, by the way that is examined; an op without such a kernel runs stock.
-PREFERRED = {"native": ("native",), "triton": ("triton",), "measured": ("measured", *BACKENDS), "stock": ()}
+# What "auto" would prefer were it all proven, by what is looked at; what has no kernel there runs stock.
+PREFERRED = {"native": ("native",), "triton": ("triton",), "auto": ("auto", *BACKENDS), "stock": ()}
 
 
 def backends(op: str, device: str) -> list[str]:
-    """Our backends with kernels for the op on this device, which can be selected by name."""
-    return [name for name in BACKENDS if _backend.has_kernel(name, op, device)]
+    """Our backends that have kernels for the op on this device and that a caller can name."""
+    return [name for name in BACKENDS if name in _backend.kernels(op, device)]
 
 
 def ways(op: str, device: str) -> list[str]:
-    """The same, and ``measured`` if the op has it."""
-    return backends(op, device) + ["measured"] * _backend.has_kernel("measured", op, device)
+    """The same, and ``"auto"`` where the op chooses by measurement, each direction for itself."""
+    return backends(op, device) + ["auto"] * ("auto" in _backend.kernels(op, device))
 
 
 def each_way(device: str) -> list[str]:
-    return [name for name in (*BACKENDS, "measured") if any(name in ways(op, device) for op in _backend.OPS)]
+    return [name for name in (*BACKENDS, "auto") if any(name in ways(op, device) for op in _backend.OPS)]
 
 
 def preferring(way: str, device: str) -> AbstractContextManager[None]:
@@ -56,16 +56,16 @@ def preferring(way: str, device: str) -> AbstractContextManager[None]:
 
 @contextmanager
 def choosing(choose: Callable[[str, Sequence[Candidate]], Candidate], device: str) -> Iterator[None]:
-    """The measured convolution, with ``choose(the call in words, candidates)`` instead of a measurement."""
-    from alexnet_ext.ops.conv2d_bias_relu import measured
+    """The convolution by ``choose(the call in words, candidates)``, in place of a measurement."""
+    from alexnet_ext.ops.conv2d_bias_relu import candidates
 
-    fastest = measured.fastest
-    measured.fastest = lambda what, device, given: choose(what, given)
+    fastest = candidates.fastest
+    candidates.fastest = lambda what, device, given: choose(what, given)
     try:
-        with preferring("measured", device):
+        with preferring("auto", device):
             yield
     finally:
-        measured.fastest = fastest
+        candidates.fastest = fastest
 
 
 def fused(case: Case, tensors: Tensors, way: str) -> Tensor:
@@ -74,7 +74,7 @@ def fused(case: Case, tensors: Tensors, way: str) -> Tensor:
         return cases.fused(case, tensors, way)
     device = next(tensor.device.type for tensor in tensors.values() if tensor is not None)
     with preferring(way, device):
-        if _backend.preferred(case.op, torch.device(device)) != way:
+        if _backend.decide(case.op, torch.device(device)).backend != way:
             raise RuntimeError(f"{case.op} has no kernel for {way!r} on {device}")
         return cases.fused(case, tensors)
 

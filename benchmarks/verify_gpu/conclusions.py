@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     Table = tuple[str, list[str], list[list[Any]]]
 
 PROOFS = ("correctness", "network", "graphs", "streams", "determinism", "large", "sanitizers")
-WAYS = ("native", "triton", "measured")
+WAYS = ("native", "triton", "auto")
 CONTESTANTS = (*WAYS, "stock", "compiled stock")
 
 
@@ -20,11 +20,19 @@ def tables(outcomes: Iterable[Outcome]) -> Iterator[Table]:
     known = {outcome.stage: outcome for outcome in outcomes}
     findings = [finding for outcome in known.values() for finding in outcome.findings]
     if known.keys() & set(PROOFS):
-        yield "UNPROVEN of ops/_backend.py", ["entry", "checks passed", "it"], [unproven(way, known) for way in WAYS]
+        yield (
+            "STANDINGS of ops/_backend.py",
+            ["unknown", "checks passed", "it"],
+            [unproven(way, known) for way in WAYS],
+        )
     by_kind = {kind: [f for f in findings if f.about.get("kind") == kind] for kind in ("op", "convolution", "images")}
     if by_kind["op"]:
         headings = ["op", "dtype", "layout", *(f"{name} ms" for name in CONTESTANTS), "order"]
-        yield "PREFERENCE of ops/_backend.py: times of all layers and directions", headings, preferences(by_kind["op"])
+        yield (
+            "KERNELS of ops/_backend.py: times of all layers and directions",
+            headings,
+            preferences(by_kind["op"]),
+        )
         headings = ["", "% of floor", "target", "times compiled"]
         yield "Ops that miss a target", headings, missed(by_kind["op"])
     if by_kind["convolution"]:
@@ -36,7 +44,7 @@ def tables(outcomes: Iterable[Outcome]) -> Iterator[Table]:
 
 
 def unproven(way: str, known: dict[str, Outcome]) -> list[Any]:
-    """One entry of UNPROVEN: it may go if every proof was finished and none about it failed."""
+    """One entry of STANDINGS: it may go if every proof was finished and none about it failed."""
     failed, passed, open_proofs = [], 0, []
     for stage in PROOFS:
         outcome = known.get(stage)

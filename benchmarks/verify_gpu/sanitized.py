@@ -1,6 +1,6 @@
 """``python -m benchmarks.verify_gpu.sanitized WAY``, under compute-sanitizer: each op once forward and backward.
 
-``native`` and ``triton`` run in both layouts; ``measured`` runs each candidate of the convolution except cuDNN.
+By ``native`` and ``triton`` in both layouts; by ``auto`` each candidate of the convolution except cuDNN.
 """
 
 import sys
@@ -22,13 +22,13 @@ CONVOLUTIONS = (conv((2, 32, 9, 9), 64, (3, 3), padding=1, groups=2), conv((2, 3
 
 def calls(way: str) -> Iterator[tuple[str, partial[object]]]:
     for layout in ("channels_last", "contiguous"):
-        if way != "measured":
+        if way != "auto":
             for case, _ in examples("cuda", lambda found: found == way):
                 yield (
                     f"{case.id} {layout}",
                     partial(gradients, case, cases.make(case, layout=layout, device="cuda"), way),
                 )
-        elif _backend.has_kernel("measured", "conv2d_bias_relu", "cuda"):
+        elif "auto" in _backend.kernels("conv2d_bias_relu", "cuda"):
             for case in CONVOLUTIONS:
                 yield from candidates(case, layout)
 
@@ -42,7 +42,7 @@ def candidates(case: Case, layout: str) -> Iterator[tuple[str, partial[object]]]
 
 def chosen(name: str, case: Case, tensors: cases.Tensors) -> None:
     with choosing(named(name), "cuda"):
-        gradients(case, tensors, "measured")
+        gradients(case, tensors, "auto")
 
 
 if __name__ == "__main__":

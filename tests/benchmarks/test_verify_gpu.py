@@ -70,10 +70,10 @@ def test_a_check_that_raises_is_a_failed_finding() -> None:
 
 
 def test_preferring_changes_what_auto_runs_and_is_undone() -> None:
-    before = _backend.preferred("local_response_norm", torch.device("cpu"))
+    before = _backend.decide("local_response_norm", torch.device("cpu")).backend
     with preferring("stock", "cpu"):
-        assert _backend.preferred("local_response_norm", torch.device("cpu")) == "stock"
-    assert _backend.preferred("local_response_norm", torch.device("cpu")) == before
+        assert _backend.decide("local_response_norm", torch.device("cpu")).backend == "stock"
+    assert _backend.decide("local_response_norm", torch.device("cpu")).backend == before
 
 
 def fake_stage(body: str, folder: Path, monkeypatch: pytest.MonkeyPatch, seconds: float = 60) -> stages.Stage:
@@ -215,7 +215,7 @@ def test_an_entry_goes_when_every_proof_is_finished_and_nothing_of_it_failed() -
     outcomes[1] = replace(outcomes[1], findings=(Finding("lrn", False, about={"backend": "triton"}),))
     found = entries(outcomes)
     assert found["triton"] == "stays: 1 failed, network: lrn"
-    assert found["native"] == found["measured"] == "may go"
+    assert found["native"] == found["auto"] == "may go"
 
 
 def test_an_entry_is_open_while_a_proof_of_it_is_not_finished() -> None:
@@ -335,10 +335,10 @@ def test_what_raises_is_left_out_and_named(capsys: pytest.CaptureFixture[str]) -
 
 def test_a_way_is_never_stock_by_accident(monkeypatch: pytest.MonkeyPatch) -> None:
     case = cases.lrn((2, 6, 5, 7))
-    with pytest.raises(RuntimeError, match="local_response_norm has no kernel for 'measured' on cpu"):
-        fused(case, cases.make(case), "measured")
+    with pytest.raises(RuntimeError, match="local_response_norm has no kernel for 'auto' on cpu"):
+        fused(case, cases.make(case), "auto")
     assert "conv2d_bias_relu by native" in network.runs_ours("native", "cpu")
-    monkeypatch.setitem(_backend.NATIVE, "relu_max_pool2d", {"cpu": False, "cuda": False})
+    monkeypatch.setitem(_backend.KERNELS, "relu_max_pool2d", {})
     assert "relu_max_pool2d by stock" in network.runs_ours("native", "cpu")
     monkeypatch.setattr(network, "preferring", lambda way, device: preferring("stock", device))
     with pytest.raises(AssertionError, match=r"all of .* run stock"):
@@ -358,23 +358,19 @@ def test_the_time_limit_leaves_a_fair_sample(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_each_candidate_of_the_convolution_is_held_against_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch's convolution plays cuDNN's; a candidate that is wrong in one direction is found."""
-    measured = importlib.import_module("alexnet_ext.ops.conv2d_bias_relu.measured")
+    """cuDNN's place is taken by PyTorch's convolution; a candidate that is wrong in one direction is seen."""
+    candidates = importlib.import_module("alexnet_ext.ops.conv2d_bias_relu.candidates")
     case = cases.conv((2, 8, 7, 6), 8, (3, 3), padding=1, groups=2)
-    monkeypatch.setitem(_backend.MEASURED, "conv2d_bias_relu", {"cpu": True, "cuda": True})
+    monkeypatch.setitem(_backend.KERNELS["conv2d_bias_relu"]["cpu"], "auto", "conv2d_bias_relu_auto")
     monkeypatch.setattr(correctness, "layers", lambda: [case])
     checks = dict(correctness.candidate_checks(torch.float32, "cpu"))
     names = {name.removeprefix(f"{case.id} channels_last ") for name in checks}
     assert {"triton", "cudnn contiguous", "cudnn channels_last", "cudnn per tower"} <= names
-    (finding,) = correctness.held("candidates", checks, "measured", float("inf"))
+    (finding,) = correctness.held("candidates", checks, "auto", float("inf"))
     assert finding.ok, finding.detail
-    differentiate = measured.differentiate
-
-    def wrong(*given: Any, towers: bool, **rest: Any) -> list[torch.Tensor]:
-        return [gradient * (1.01 if towers else 1) for gradient in differentiate(*given, towers=towers, **rest)]
-
-    monkeypatch.setattr(measured, "differentiate", wrong)
-    *failed, whole = correctness.held("candidates", checks, "measured", float("inf"))
+    gradient = candidates.CuDNNByTower.gradient
+    monkeypatch.setattr(candidates.CuDNNByTower, "gradient", lambda *given: gradient(*given) * 1.01)
+    *failed, whole = correctness.held("candidates", checks, "auto", float("inf"))
     assert not whole.ok
     assert len(failed) == 2
     assert all(found.name.endswith("cudnn per tower") for found in failed)

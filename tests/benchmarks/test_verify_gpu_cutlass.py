@@ -38,7 +38,7 @@ def test_every_candidate_will_be_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         speed, "median_ms", lambda runs, device: {name: float(bool(run())) for name, run in runs.items()}
     )
-    monkeypatch.setitem(_backend.MEASURED, "conv2d_bias_relu", {"cpu": True, "cuda": True})
+    monkeypatch.setitem(_backend.KERNELS["conv2d_bias_relu"]["cpu"], "auto", "conv2d_bias_relu_auto")
     monkeypatch.setattr(_library, "CUTLASS", BUILT)
     monkeypatch.setattr(_library, "SM90", _library.Library("sm90", "cuda", True))
     findings = list(speed.convolution_findings("cpu"))

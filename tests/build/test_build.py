@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from alexnet_ext import _library, diagnostics
+from alexnet_ext import _library
+from alexnet_ext.selfcheck.info import info
 from tests.support import ROOT
 
 OBJECTS = ROOT / "build" / "editable" / "CMakeFiles"
@@ -189,7 +190,7 @@ def test_info_repeats_reason_and_remedy(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "build_info.json").write_text(json.dumps(record))
     monkeypatch.setattr(_library, "FOLDER", tmp_path)
     monkeypatch.setattr(_library, "LIBRARIES", (_library._load("cpu", "cpu", ""), _library._load("cuda", "cuda", "")))
-    text = str(diagnostics.info())
+    text = str(info())
     assert "not loaded: no nvcc in sight" in text
     assert "to mend it: find one" in text
     assert "not loaded: libalexnet_ext_cpu.so is not built" in text

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import re
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
 
 import pytest
 
 import alexnet_ext
 from alexnet_ext import models, nn, ops
-from alexnet_ext.ops import _backend
+from alexnet_ext.ops import _backend, _register
 from tests.support import ROOT, cases
 
 FOLDERS = ("alexnet_ext", "benchmarks", "csrc", "examples", "tests")
@@ -31,6 +35,7 @@ def test_the_op_folders_are_the_ops() -> None:
     assert folders("tests/ops") == set(_backend.OPS)
     assert set(cases.SPECS) == set(_backend.OPS)
     assert set(ops.__all__) == {*_backend.OPS, "use_backend"}
+    assert _register.RECORDS.keys() == set(_backend.OPS)
 
 
 @each_op
@@ -119,6 +124,54 @@ def test_what_public_headers_include_is_installed() -> None:
     for header in installed:
         included = re.findall(r'#include "(.+)"', header.read_text(encoding="utf-8"))
         assert {(header.parent / name).resolve() for name in included} <= installed, header
+
+
+def module(name: tuple[str, ...]) -> Path | None:
+    """The file of a module or package of the tree."""
+    path = ROOT.joinpath(*name)
+    files = path.with_suffix(".py"), path / "__init__.py"
+    return next((file for file in files if name and file.is_file()), None)
+
+
+def imported(file: Path) -> Iterator[Path]:
+    """The modules that a file names in its imports, those inside of functions too; not those for type checkers alone.
+
+    ``from package import module`` counts for the module: what the package's ``__init__`` imports is run before it.
+    """
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    checks = [n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
+    for_types = {node for check in checks for statement in check.body for node in ast.walk(statement)}
+    for node in ast.walk(tree):
+        names: list[tuple[str, ...]] = []
+        if isinstance(node, ast.Import):
+            names = [tuple(alias.name.split(".")) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            package = file.parent.relative_to(ROOT).parts
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            base += tuple(node.module.split(".")) if node.module else ()
+            names = [(*base, alias.name) if module((*base, alias.name)) else base for alias in node.names]
+        if node not in for_types:
+            yield from filter(None, map(module, names))
+
+
+def circle(graph: dict[Path, set[Path]]) -> list[str]:
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return [str(file.relative_to(ROOT)) for file in error.args[1]]
+    return []
+
+
+def test_no_modules_import_one_another() -> None:
+    package = ROOT / "alexnet_ext"
+    graph = {file: set(imported(file)) - {file} for file in package.rglob("*.py")}
+    assert package / "ops/_backend.py" in graph[package / "ops/local_response_norm/op.py"]
+    assert package / "models/weights.py" in graph[package / "export.py"]
+    assert package / "training/interrupt.py" in graph[package / "__init__.py"], "an import in a branch"
+    assert package / "training/checkpoint.py" in graph[package / "export.py"], "an import in a function"
+    assert circle(graph) == []
+    graph[package / "ops/_choices.py"].add(package / "selfcheck/tune.py")
+    assert circle(graph)[0] == circle(graph)[-1], "a circle is found where there is one"
 
 
 def test_no_file_is_long() -> None:

@@ -15,10 +15,12 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from alexnet_ext import cli, diagnostics, models
+from alexnet_ext import cli, models
 from alexnet_ext.data import Digits, Synthetic
 from alexnet_ext.data.folder import imagenet_preprocessing
 from alexnet_ext.ops import _backend
+from alexnet_ext.selfcheck import compare
+from alexnet_ext.selfcheck.info import info
 from alexnet_ext.training import checkpoint
 from alexnet_ext.training import run as run_of_training
 from alexnet_ext.training.log import read_metrics
@@ -87,7 +89,7 @@ def test_train_says_that_the_kernels_wait_for_tune(
 ) -> None:
     """The CPU plays a GPU on which no kernel has been proven."""
     monkeypatch.setattr(_backend, "TUNED", ("cpu",))
-    monkeypatch.setattr(_backend, "UNPROVEN", {("native", "cpu")})
+    monkeypatch.setitem(_backend.STANDINGS, ("native", "cpu"), _backend.Standing("unknown", "nobody has looked"))
     monkeypatch.setattr(_backend, "tuned", lambda *_: "")
     options = ["train", "--data", "synthetic", *SMALL, "--steps", "1", "--out"]
     assert cli.run_command([*options, str(tmp_path / "run")]) == 0
@@ -96,7 +98,7 @@ def test_train_says_that_the_kernels_wait_for_tune(
     assert cli.run_command([*options, str(tmp_path / "another")]) == 0
     assert "alexnet tune" not in capsys.readouterr().out
     monkeypatch.setattr(_backend, "tuned", lambda *_: "")
-    monkeypatch.setattr(_backend, "UNPROVEN", set())
+    monkeypatch.setitem(_backend.STANDINGS, ("native", "cpu"), _backend.PROVEN)
     assert not _backend.is_untuned(torch.device("cpu")), "what is proven for everybody runs untuned"
 
 
@@ -233,29 +235,27 @@ def test_summary_prints_the_published_numbers(
 
 def test_info_prints_what_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run_command(["info"]) == 0
-    assert capsys.readouterr().out == f"{diagnostics.info()}\n"
+    assert capsys.readouterr().out == f"{info()}\n"
 
 
 def test_check_compares_and_its_exit_code_tells(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    row = diagnostics.CheckRow("lrn", "fp32", "contiguous", "native", "y", 1e-7, 1e-7, 1e-6, True)
+    row = compare.CheckRow("lrn", "fp32", "contiguous", "native", "y", 1e-7, 1e-7, 1e-6, True)
     asked: list[object] = []
 
-    def check(device: object, **chosen: object) -> list[diagnostics.CheckRow]:
+    def check(device: object, **chosen: object) -> list[compare.CheckRow]:
         asked.append(chosen)
         return [row]
 
-    monkeypatch.setattr(diagnostics, "check", check)
+    monkeypatch.setattr(compare, "check", check)
     assert cli.run_command(["check", "--only", "relu_max_pool2d", "--only", "paper"]) == 0
     assert asked == [{"op_names": ["relu_max_pool2d"], "variants": ["paper"]}]
     assert "lrn" in capsys.readouterr().out
-    monkeypatch.setattr(
-        diagnostics, "check", lambda *_, **__: [diagnostics.CheckRow(*[*vars(row).values()][:-2], False)]
-    )
+    monkeypatch.setattr(compare, "check", lambda *_, **__: [compare.CheckRow(*[*vars(row).values()][:-2], False)])
     assert cli.run_command(["check"]) == 1
     assert "FAILED" in capsys.readouterr().out
-    assert "expected one of local_response_norm" in fails(capsys, 2, "check", "--only", "lenet")
+    assert "expected one of augment, " in fails(capsys, 2, "check", "--only", "lenet")
 
 
 def test_check_passes_for_an_op(capsys: pytest.CaptureFixture[str]) -> None:

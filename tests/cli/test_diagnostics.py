@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import alexnet_ext as ax
-from alexnet_ext import _check, _library, diagnostics, ops
-from alexnet_ext.diagnostics import check, check_table, verdict
+from alexnet_ext import _library, ops
 from alexnet_ext.ops import _backend
+from alexnet_ext.selfcheck import compare
+from alexnet_ext.selfcheck.compare import check, check_table, verdict
+from alexnet_ext.selfcheck.info import Choice, choice
 from tests.support import cases
 
 OPS = _backend.OPS
@@ -37,10 +39,9 @@ def test_info_of_this_installation() -> None:
     assert torch.backends.cpu.get_cpu_capability() in text
     assert f"{torch.get_num_threads()} threads" in text
     assert {(c.op, c.device) for c in info.choices} == {(op, device) for op in OPS for device in ("cpu", "cuda")}
-    for choice in info.choices:
-        assert choice.reason
-        proven = _backend.NATIVE[choice.op][choice.device] and ("native", choice.device) not in _backend.UNPROVEN
-        assert (choice.backend == "native") == bool(proven)
+    for c in info.choices:
+        assert c.reason
+        assert (c.backend == "native") == (c.device == "cpu" and "native" in _backend.kernels(c.op, "cpu"))
     assert json.loads(json.dumps(info.as_dict()))["version"] == ax.__version__
 
 
@@ -55,8 +56,7 @@ def test_info_names_what_is_missing_why_and_the_remedy(monkeypatch: pytest.Monke
     monkeypatch.setattr(_library, "CUTLASS", headless)
     elsewhere = _library.Library("sm90", "cuda", False, "9.0 was not wanted", "want it")
     monkeypatch.setattr(_library, "SM90", elsewhere)
-    for kernels in ("NATIVE", "TRITON"):
-        monkeypatch.setattr(_backend, kernels, {op: {"cpu": False, "cuda": False} for op in OPS})
+    monkeypatch.setattr(_backend, "KERNELS", {op: {} for op in OPS})
     lines = str(ax.info()).splitlines()
     assert "  cpu     not loaded: no compiler was found" in lines
     assert "          to mend it: apt install g++" in lines
@@ -78,39 +78,50 @@ def test_info_says_why_each_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     libraries = (_library.Library("cpu", "cpu", True), _library.Library("cuda", "cuda", True))
     monkeypatch.setattr(_library, "LIBRARIES", libraries)
     monkeypatch.setattr(_library, "build_record", lambda: {"torch": "2.13.0", "isa": ["AVX2", "AVX512"]})
-    monkeypatch.setattr(_backend, "NATIVE", {op: {"cpu": True, "cuda": op == OPS[0]} for op in OPS})
-    monkeypatch.setattr(_backend, "TRITON", {op: {"cpu": False, "cuda": op == OPS[2]} for op in OPS})
+    kernels = {op: {"cpu": {"native": op}, "cuda": {}} for op in OPS}
+    kernels[OPS[0]]["cuda"] = {"native": OPS[0]}
+    kernels[OPS[2]]["cuda"] = {"triton": f"{OPS[2]}_triton"}
+    monkeypatch.setattr(_backend, "KERNELS", kernels)
     text = str(ax.info())
     assert "  cpu     loaded" in text
     assert '  isa: ["AVX2", "AVX512"]' in text
-    assert diagnostics.choice(OPS[1], "cpu").reason == "compiled kernel"
+    assert choice(OPS[1], "cpu").reason == "compiled kernel"
     unproven = "its {} has not been run on a GPU by its authors: `alexnet tune` proves it on yours"
     for op, kernel in ((OPS[0], "compiled kernel"), (OPS[2], "Triton kernel")):
-        assert diagnostics.choice(op, "cuda") == diagnostics.Choice(op, "cuda", "stock", unproven.format(kernel))
+        assert choice(op, "cuda") == Choice(op, "cuda", "stock", unproven.format(kernel))
     with ax.use_backend("native"):
-        assert diagnostics.choice(OPS[0], "cuda").backend == "native"
+        assert choice(OPS[0], "cuda").backend == "native"
     with ax.use_backend("triton"):
-        assert diagnostics.choice(OPS[2], "cuda").reason == "Triton kernel"
-    monkeypatch.setattr(_backend, "UNPROVEN", {("native", "cuda"), ("measured", "cuda")})
-    assert diagnostics.choice(OPS[2], "cuda").backend == "triton"
-    monkeypatch.setattr(_backend, "MEASURED", {op: {"cpu": False, "cuda": op == OPS[2]} for op in OPS})
-    monkeypatch.setattr(_backend, "UNPROVEN", {("native", "cuda")})
-    assert diagnostics.choice(OPS[2], "cuda").reason == "whatever measures fastest"
-    assert diagnostics.choice(OPS[1], "cuda") == diagnostics.Choice(
-        OPS[1], "cuda", "stock", "the cuda library has no kernel for it"
-    )
+        assert choice(OPS[2], "cuda").reason == "Triton kernel"
+    with ax.use_backend("native"):
+        assert choice(OPS[2], "cuda") == Choice(
+            OPS[2],
+            "cuda",
+            "none",
+            f"backend='native' does not cover device 'cuda' (no compiled kernel for {OPS[2]} is loaded; "
+            "`alexnet info` says why)",
+        )
+    monkeypatch.setitem(_backend.STANDINGS, ("triton", "cuda"), _backend.PROVEN)
+    assert choice(OPS[2], "cuda") == Choice(OPS[2], "cuda", "triton", "Triton kernel")
+    kernels[OPS[3]]["cpu"] = {"triton": f"{OPS[3]}_triton"}
+    assert choice(OPS[3], "cpu").reason == "no compiled kernel is loaded, and Triton's interpreter is for tests"
+    kernels[OPS[2]]["cuda"] = {"auto": f"{OPS[2]}_auto", **kernels[OPS[2]]["cuda"]}
+    assert choice(OPS[2], "cuda").backend == "triton", "what is not proven is passed over"
+    monkeypatch.setitem(_backend.STANDINGS, ("auto", "cuda"), _backend.PROVEN)
+    assert choice(OPS[2], "cuda").reason == "each direction by whatever measures fastest"
+    assert choice(OPS[1], "cuda") == Choice(OPS[1], "cuda", "stock", "the cuda library has no kernel for it")
     with ax.use_backend("stock"):
         assert {c.backend for c in ax.info().choices} == {"stock"}
         assert "use_backend('stock') is in force" in str(ax.info())
 
 
 @pytest.fixture(scope="module")
-def op_rows() -> list[_check.CheckRow]:
+def op_rows() -> list[compare.CheckRow]:
     """All rows of all ops."""
     return list(check("cpu", variants=()))
 
 
-def test_every_op_passes(op_rows: list[_check.CheckRow]) -> None:
+def test_every_op_passes(op_rows: list[compare.CheckRow]) -> None:
     assert verdict(op_rows) == (True, "all 51 comparisons are within tolerance"), op_rows
     names = {row.name.split(",")[0] for row in op_rows}
     assert names == set(OPS)
@@ -122,8 +133,8 @@ def test_every_op_passes(op_rows: list[_check.CheckRow]) -> None:
         assert (row.stock_error is None) == bool(row.note), "where stock has no kernel the note says so"
 
 
-def test_tolerances_are_tight(op_rows: list[_check.CheckRow]) -> None:
-    """A few roundings of the dtype, which a wrong constant, window or order exceeds."""
+def test_tolerances_are_tight(op_rows: list[compare.CheckRow]) -> None:
+    """Within a few roundings of the dtype: what a wrong constant, window or order cannot meet."""
     for row in op_rows:
         limit = {"fp32": 3e-6, "bf16": 4e-2, "fp16": 5e-3}[row.dtype]
         assert 0 < row.tolerance < limit
@@ -284,7 +295,7 @@ def test_nothing_compared_is_no_pass() -> None:
 
 
 def test_unknown_names_raise_before_any_work() -> None:
-    with pytest.raises(ValueError, match=r"op_names must be of local_response_norm, .*, got 'lrn'"):
+    with pytest.raises(ValueError, match=r"op_names must be of augment, .*, got 'lrn'"):
         check("cpu", op_names=["lrn"])
     with pytest.raises(ValueError, match="dtypes must be of fp32, bf16, fp16, got 'fp8'"):
         check("cpu", dtypes=["fp8"])
@@ -298,25 +309,28 @@ def test_stock_without_a_kernel_leaves_the_cap() -> None:
     def no_kernel() -> list[Tensor]:
         raise NotImplementedError("\"max_pool\" not implemented for 'Half'\nand more")
 
-    baseline = _check._baseline(no_kernel, reference, _check._largest_error)
+    error_of = compare._largest_error
+    baseline = compare._baseline(no_kernel, reference, error_of)
     assert baseline == ([None], "stock: \"max_pool\" not implemented for 'Half'")
     label = ("op", "fp16", "contiguous", "native")
     for error, ok in ((0.5, True), (2.0, False)):
         ours = [reference[0] + error]
-        row = _check._row(label, ["y"], lambda ours=ours: ours, baseline, reference, _check._largest_error, [(0.1, 1)])
+        row = compare._row(
+            label, ["y"], lambda ours=ours: ours, baseline, reference, compare._largest_error, [(0.1, 1)]
+        )
         assert (row.ok, row.error, row.tolerance, row.stock_error) == (ok, error, 1, None)
 
 
 def test_a_stock_that_is_worse_than_the_cap_excuses_nothing() -> None:
     reference = [torch.ones(3, dtype=torch.float64)]
     for stock_error in (50.0, float("nan"), float("inf")):
-        row = _check._row(
+        row = compare._row(
             ("op", "fp16", "contiguous", "native"),
             ["y"],
             lambda: [reference[0] + 2],
             ([stock_error], ""),
             reference,
-            _check._largest_error,
+            compare._largest_error,
             [(0.1, 1)],
         )
         assert not row.ok
@@ -356,9 +370,9 @@ def test_check_leaves_the_random_state_alone() -> None:
 
 @pytest.mark.parametrize("variant", ["paper", "tutorial"])
 def test_no_decision_of_the_networks_is_left_to_rounding(variant: str) -> None:
-    """The claim of _check.IMAGE_SEEDS: the nearest ReLU or window is 9e-6 standard deviations from a tie."""
-    model = _check._build(variant, fused=False)
-    weights = {name: w.double() for name, w in _check.network_weights(model).items()}
+    """What compare.IMAGE_SEEDS claims: the nearest ReLU or window is 9e-6 standard deviations from a tie."""
+    model = compare._build(variant, fused=False)
+    weights = {name: w.double() for name, w in compare.network_weights(model).items()}
     model.load_state_dict(weights, assign=True)
     margins = []
 
@@ -377,27 +391,27 @@ def test_no_decision_of_the_networks_is_left_to_rounding(variant: str) -> None:
         elif isinstance(layer, nn.MaxPool2d):
             layer.register_forward_pre_hook(pool_margin)
     with torch.no_grad():
-        model(_check._integers(_check.IMAGE_SEEDS[variant], (1, 3, 227, 227), 0.25).double())
+        model(compare._integers(compare.IMAGE_SEEDS[variant], (1, 3, 227, 227), 0.25).double())
     assert len(margins) == 10
     assert min(margins) > 9e-6
 
 
 def test_integers_are_exact_in_every_dtype() -> None:
-    drawn = _check._integers(5, (1_500_000,), 2.0**-10)
+    drawn = compare._integers(5, (1_500_000,), 2.0**-10)
     for dtype in (torch.bfloat16, torch.float16):
         assert torch.equal(drawn.to(dtype).float(), drawn)
     assert float(drawn.min()) == -127 * 2**-10
     assert float(drawn.max()) == 127 * 2**-10
     assert torch.equal(drawn[1_000_003:], drawn[: 1_500_000 - 1_000_003])
-    assert not torch.equal(_check._integers(6, (9,), 1.0), _check._integers(5, (9,), 1.0))
+    assert not torch.equal(compare._integers(6, (9,), 1.0), compare._integers(5, (9,), 1.0))
 
 
 def test_table_shows_rows_notes_and_the_verdict() -> None:
     from rich.console import Console
 
     rows = [
-        _check.CheckRow("good", "fp32", "contiguous", "native", "y", 1e-7, 2e-7, 5e-7, True),
-        _check.CheckRow("bad", "bf16", "channels_last", "stock", "dx", 0.5, None, 0.1, False, "stock: no kernel"),
+        compare.CheckRow("good", "fp32", "contiguous", "native", "y", 1e-7, 2e-7, 5e-7, True),
+        compare.CheckRow("bad", "bf16", "channels_last", "stock", "dx", 0.5, None, 0.1, False, "stock: no kernel"),
     ]
     console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(check_table(rows))

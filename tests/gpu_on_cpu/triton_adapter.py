@@ -98,11 +98,11 @@ def compiled_kernels(capability: int, order: str = "together", missing: str = ""
         program = run(self, grid, dict(zip(self.arg_names, args, strict=False)) | options, capability, order, missing)
         launched.append((f"{self.fn.__module__.split('.')[-2]}{self.__name__}", program))
 
-    on_cpu = {op: {**devices, "cpu": devices["cuda"]} for op, devices in _backend.TRITON.items()}
+    on_cpu = {op: {**devices, "cpu": devices["cuda"]} for op, devices in _backend.KERNELS.items()}
     with (
         mock.patch.object(JITFunction, "run", execute),
         mock.patch.object(_library, "INTERPRETED", True),  # wrap_triton would look for a GPU
-        mock.patch.object(_backend, "TRITON", on_cpu),
+        mock.patch.object(_backend, "KERNELS", on_cpu),
         mock.patch.object(configs, "architecture", return_value=capability // 10),
     ):
         yield launched

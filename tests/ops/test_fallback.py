@@ -28,7 +28,7 @@ for case in cases.EXAMPLES:
     for dtype in cases.DTYPES:
         for layout in ("contiguous", "channels_last", "sliced"):
             oracle.assert_matches_float64(case, cases.make(case, dtype, layout))
-    if ax.ops._backend.TRITON[case.op]["cpu"]:
+    if "triton" in ax.ops._backend.kernels(case.op, "cpu"):
         oracle.assert_matches_float64(case, cases.make(case), "triton")
     tensors = cases.make(case)
     torch._dynamo.reset()
@@ -151,8 +151,8 @@ def test_triton_is_refused_where_there_is_no_such_kernel() -> None:
 
 @pytest.mark.parametrize("op", cases.named("on_gpu"))
 def test_triton_says_what_to_do_where_it_cannot_run(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = next(example for example in cases.EXAMPLES + cases.OTHER_EXAMPLES if example.op == op)
-    monkeypatch.setattr(_backend, "TRITON", {name: {"cpu": False, "cuda": True} for name in _backend.OPS})
+    case = next(example for example in cases.EXAMPLES + cases.AUGMENT_EXAMPLES if example.op == op)
+    monkeypatch.delitem(_backend.KERNELS[op]["cpu"], "triton", raising=False)
     found = _library.Library("triton", "cuda", True)
     monkeypatch.setattr(_library, "TRITON", found)
     with pytest.raises(RuntimeError, match=r"'cpu' \(move the tensors to a GPU, or set TRITON_INTERPRET=1"):

@@ -6,6 +6,8 @@ import importlib
 import json
 import multiprocessing
 import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -17,10 +19,12 @@ import torch
 from torch import Tensor, nn
 
 import alexnet_ext as ax
-from alexnet_ext import _check, cli, tuning
-from alexnet_ext.ops import _backend, _tuning
-from alexnet_ext.ops._tuning import Candidate, Choices, fastest
-from alexnet_ext.tuning import calls_of
+from alexnet_ext import cli
+from alexnet_ext.ops import _backend, _choices
+from alexnet_ext.ops._choices import Candidate, Choices, fastest
+from alexnet_ext.selfcheck import compare, tune
+from alexnet_ext.selfcheck.info import Choice, choice
+from alexnet_ext.selfcheck.tune import calls_of
 from tests.support import cases, oracle
 from tests.support.cases import conv
 
@@ -58,22 +62,22 @@ def clock() -> FakeTime:
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The cache folder is the test's own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    _tuning.choices.cache_clear()
-    _tuning.versions.cache_clear()
+    _choices.choices.cache_clear()
+    _choices.versions.cache_clear()
     yield tmp_path / "alexnet_ext" / "choices.json"
-    _tuning.choices.cache_clear()
-    _tuning.versions.cache_clear()
+    _choices.choices.cache_clear()
+    _choices.versions.cache_clear()
 
 
 def anew() -> None:
-    """Forget all but the file, as in another process."""
-    _tuning.choices.cache_clear()
+    """As in another process: only the file is left."""
+    _choices.choices.cache_clear()
 
 
 def test_the_fastest_is_picked_and_measured_once(clock: FakeTime, file: Path) -> None:
     given = [clock.candidate("a", 3), clock.candidate("b", 1), clock.candidate("c", 2)]
     assert fastest("call", CPU, given, clock).name == "b"
-    assert clock.runs.count("b") == 1 + _tuning.ROUNDS * _tuning.REPEATS
+    assert clock.runs.count("b") == 1 + _choices.ROUNDS * _choices.REPEATS
     assert clock.runs[1:4] == ["b", "c", "a"], "the first runs, then rounds that take turns"
     clock.runs.clear()
     assert fastest("call", CPU, given, clock).name == "b"
@@ -120,20 +124,20 @@ def test_choices_are_of_one_call_device_and_version(clock: FakeTime, monkeypatch
     assert fastest("call", CPU, turned, clock).name == "a"
     assert fastest("another call", CPU, turned, clock).name == "b"
     with monkeypatch.context() as patch:
-        patch.setattr(_tuning, "device_name", lambda _: "another device 9.0")
+        patch.setattr(_choices, "device_name", lambda _: "another device 9.0")
         assert fastest("call", CPU, turned, clock).name == "b"
-    for module, name in ((_tuning, "__version__"), (torch, "__version__")):
+    for module, name in ((_choices, "__version__"), (torch, "__version__")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, "99.0")
-            _tuning.versions.cache_clear()
-            assert "99.0" in _tuning.versions()
+            _choices.versions.cache_clear()
+            assert "99.0" in _choices.versions()
             assert fastest("call", CPU, turned, clock).name == "b"
-        _tuning.versions.cache_clear()
+        _choices.versions.cache_clear()
     with monkeypatch.context() as patch:
-        patch.setattr(_tuning.importlib.metadata, "version", lambda _: "98.0")
-        _tuning.versions.cache_clear()
+        patch.setattr(_choices.importlib.metadata, "version", lambda _: "98.0")
+        _choices.versions.cache_clear()
         assert fastest("call", CPU, turned, clock).name == "b"
-    _tuning.versions.cache_clear()
+    _choices.versions.cache_clear()
     assert fastest("call", CPU, turned, clock).name == "a"
 
 
@@ -156,6 +160,14 @@ def test_a_corrupt_file_is_a_warning_and_is_replaced(content: str, file: Path, c
     clock.runs.clear()
     assert fastest("call", CPU, given, clock).name == "b"
     assert clock.runs == []
+
+
+@pytest.mark.parametrize("entry", [3, {}, {"choice": ["a"], "microseconds": {}}, {"choice": "a", "microseconds": 3}])
+def test_an_entry_of_another_form_is_passed_over(entry: object, file: Path, clock: FakeTime) -> None:
+    file.parent.mkdir()
+    file.write_text(json.dumps({_choices.key_of("call", CPU): entry}), encoding="utf-8")
+    given = [clock.candidate("a", 2), clock.candidate("b", 1)]
+    assert fastest("call", CPU, given, clock).name == "b"
 
 
 def test_a_folder_that_cannot_be_written_is_a_warning(file: Path, clock: FakeTime) -> None:
@@ -198,16 +210,80 @@ def test_nothing_is_measured_while_a_graph_is_captured(clock: FakeTime, monkeypa
     assert fastest("call", CPU, given, clock).name == "b", "what is known already holds in a capture too"
 
 
+WITHOUT_TRITON = """
+import sys
+
+sys.modules["triton"] = None
+import torch
+import torch.nn.functional as F
+from alexnet_ext import _library
+from alexnet_ext.ops import _backend
+from alexnet_ext.ops.conv2d_bias_relu import candidates, cutlass
+from alexnet_ext.ops.conv2d_bias_relu.shared import Convolution, Direction
+
+assert not _library.TRITON.loaded
+on_gpu = {"auto", "native"} if _library.LIBRARIES[1].loaded else set()
+assert set(_backend.kernels("conv2d_bias_relu", "cuda")) == on_gpu
+
+
+def forward(x, weight, bias, *constants):
+    y = F.conv2d(x, weight, bias, *constants[:4])
+    return (F.relu(y) if constants[4] else y).contiguous(memory_format=torch.channels_last)
+
+
+def gradient(dz, x, weight, stride, padding, dilation, groups, wanted):
+    mask = [wanted == 0, wanted == 1, False]
+    constants = (None, stride, padding, dilation, False, [0, 0], groups, mask)
+    return torch.ops.aten.convolution_backward(dz, x, weight, *constants)[wanted]
+
+
+cutlass.CUTLASS = cutlass.SM90 = _library.Library("for a test", "cuda", True)
+cutlass.capability = lambda x: (9, 0)
+chosen = []
+x = torch.randn(2, 16, 7, 6, dtype=torch.float16).contiguous(memory_format=torch.channels_last)
+weight, bias = torch.randn(32, 8, 3, 3, dtype=torch.float16) / 8, torch.randn(32, dtype=torch.float16)
+p = Convolution([1, 1], [1, 1], [1, 1], 2)
+exact = [t.double().requires_grad_() for t in (x, weight, bias)]
+expected = F.relu(F.conv2d(*exact, padding=1, groups=2))
+dy = torch.randn_like(expected).half()
+gradients = torch.autograd.grad(expected, exact, dy.double())
+with torch.library._scoped_library("alexnet_ext", "IMPL") as library:
+    for name in ("cutlass", "sm90"):
+        library.impl(f"conv2d_bias_relu_{name}", forward, "CPU")
+        library.impl(f"conv2d_bias_relu_{name}_gradient", gradient, "CPU")
+    for name in [algorithm.name for algorithm in candidates.offered(x, weight, p, Direction.FORWARD)]:
+        def fastest(what, device, given):
+            chosen.append(name)
+            return next(candidate for candidate in given if candidate.name == name)
+
+        candidates.fastest = fastest
+        y = candidates.forward(x, weight, bias, *p)
+        found = candidates.backward(dy, x, weight, y, *p, [True, True, True])
+        for ours, right in zip((y, *found), (expected, *gradients), strict=True):
+            assert (ours - right).abs().max() <= 2**-8 * right.abs().max(), name
+print(*dict.fromkeys(chosen), sep=", ")
+"""
+
+
+@pytest.mark.usefixtures("native")
+def test_the_compiled_candidates_need_no_triton() -> None:
+    """PyTorch's convolution stands for the kernels of CUTLASS, as for cuDNN's."""
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    said = "cudnn channels_last, cudnn contiguous, cudnn per tower, cutlass, cutlass sm90"
+    assert done.stdout.splitlines()[-1] == said
+
+
 interpreted = pytest.mark.usefixtures("interpreter")
 LAYER = conv((2, 4, 6, 5), 6, (3, 3), padding=1, groups=2)
 
 
 def convolve_by(pick: Callable[[str, list[Candidate]], Candidate], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make ``conv2d_bias_relu`` the measured one, with ``pick(the call in words, candidates)`` as the measurement."""
+    """``conv2d_bias_relu`` by ``pick(the call in words, candidates)``, in place of a measurement."""
     folder = "alexnet_ext.ops.conv2d_bias_relu"
-    measured = importlib.import_module(f"{folder}.measured")
-    monkeypatch.setattr(measured, "fastest", lambda what, device, given: pick(what, given))
-    op = torch.ops.alexnet_ext.conv2d_bias_relu_measured
+    candidates = importlib.import_module(f"{folder}.candidates")
+    monkeypatch.setattr(candidates, "fastest", lambda what, device, given: pick(what, given))
+    op = torch.ops.alexnet_ext.conv2d_bias_relu_auto
     monkeypatch.setattr(importlib.import_module(f"{folder}.op"), "operator", lambda *_: op)
 
 
@@ -249,11 +325,11 @@ def test_the_persistent_forward_is_offered_last_and_on_tensor_cores_alone(
 
 @interpreted
 def test_a_direction_that_is_not_wanted_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_tuning, "ROUNDS", 0)
+    monkeypatch.setattr(_choices, "ROUNDS", 0)
     tensors = cases.make(LAYER)
     tensors["x"] = tensors["x"].detach()
-    torch.ops.alexnet_ext.conv2d_bias_relu_measured(*cases.raw_forward(LAYER, tensors)).sum().backward()
-    kept = [key.split(" x ")[0] for key in _tuning.choices().known()]
+    torch.ops.alexnet_ext.conv2d_bias_relu_auto(*cases.raw_forward(LAYER, tensors)).sum().backward()
+    kept = [key.split(" x ")[0] for key in _choices.choices().known()]
     assert kept == ["conv2d_bias_relu forward", "conv2d_bias_relu weight gradient"]
 
 
@@ -264,11 +340,12 @@ SMALL = {"local_response_norm": (2, 9, 7, 5), "conv2d_bias_relu": (2, 4, 6, 5), 
 def quick_tune(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU plays a GPU: the compiled kernels and the interpreted ones, on small tensors, timed once."""
     monkeypatch.setattr(_backend, "TUNED", ("cpu",))
-    monkeypatch.setattr(_tuning, "ROUNDS", 1)
-    monkeypatch.setattr(_tuning, "REPEATS", 1)
-    monkeypatch.setitem(_backend.TRITON["augment"], "cpu", False)  # its images are not made smaller here
+    monkeypatch.setattr(_choices, "ROUNDS", 1)
+    monkeypatch.setattr(_choices, "REPEATS", 1)
+    monkeypatch.delitem(_backend.KERNELS["augment"]["cpu"], "triton", raising=False)  # its images are no smaller
+    monkeypatch.setitem(_backend.KERNELS["conv2d_bias_relu"]["cpu"], "auto", "conv2d_bias_relu_auto")
     small = []
-    for case in _check.CASES:
+    for case in compare.CASES:
         x = SMALL.get(case.op, SMALL["local_response_norm"])
         weights = {
             "conv2d_bias_relu": ((6, 4 // (1 + ("two" in case.name)), 3, 3), (6,)),
@@ -276,8 +353,14 @@ def quick_tune(monkeypatch: pytest.MonkeyPatch) -> None:
         }
         others = weights.get(case.op, ((x[1],),) if len(case.shapes) == 2 else ())
         small.append(replace(case, shapes=(x, *others)))
-    for module in (_check, tuning):
+    for module in (compare, tune):
         monkeypatch.setattr(module, "CASES", tuple(small))
+
+
+def without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    for found in _backend.KERNELS.values():
+        for backend in ("triton", "auto"):
+            monkeypatch.delitem(found["cpu"], backend, raising=False)
 
 
 def small_network() -> nn.Module:
@@ -304,13 +387,11 @@ def test_tune_measures_a_networks_convolutions_and_every_op(file: Path) -> None:
     assert all(row.choice == min(row.microseconds, key=row.microseconds.__getitem__) for row in rows)
     assert all(len(row.microseconds) == 4 for row in rows[:6])
     by_op = {row.layer: row for row in rows[6:]}
-    without_triton = {op: {"native", "stock"} for op in ("linear_bias_relu", "augment")}
-    with_measured = {"conv2d_bias_relu": {"measured", "native", "stock"}}
+    others = {op: {"native", "stock"} for op in ("linear_bias_relu", "augment")}
+    others["conv2d_bias_relu"] = {"auto", "native", "stock"}
     for op, row in by_op.items():
-        assert row.microseconds.keys() == (without_triton | with_measured).get(op, {"native", "triton", "stock"})
-        if row.choice != "measured":  # the CPU has none
-            assert _backend.preferred(op, CPU) == row.choice
-            assert ax.diagnostics.choice(op, "cpu").reason == "right and fastest here, as `alexnet tune` found"
+        assert row.microseconds.keys() == others.get(op, {"native", "triton", "stock"})
+        assert choice(op, "cpu") == Choice(op, "cpu", row.choice, "right and fastest here, as `alexnet tune` found")
     info = ax.info()
     assert info.measured_file == str(file)
     assert f"{rows[0].choice}: conv2d_bias_relu forward x [2, 3, 9, 8]" in str(info)
@@ -319,31 +400,28 @@ def test_tune_measures_a_networks_convolutions_and_every_op(file: Path) -> None:
 
 @pytest.mark.usefixtures("native", "quick_tune")
 def test_what_is_wrong_here_is_no_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_backend, "TRITON", {op: {"cpu": False} for op in _backend.OPS})
-    wrong = [
-        replace(case, ours=lambda x, case=case: case.ours(x) * 1.01) if case.op == "local_response_norm" else case
-        for case in _check.CASES
-    ]
-    monkeypatch.setattr(_check, "CASES", tuple(wrong))
+    without_triton(monkeypatch)
+    right = ax.ops.local_response_norm
+    monkeypatch.setattr(ax.ops, "local_response_norm", lambda *given: right(*given) * 1.01)
     with pytest.warns(UserWarning, match="local_response_norm by native is not used, as in fp32, contiguous, its y is"):
         rows = {row.layer: row for row in ax.tune(small_network(), (2, 3, 9, 8), device="cpu")}
     assert rows["local_response_norm"].microseconds.keys() == {"stock"}
-    assert _backend.preferred("local_response_norm", CPU) == "stock"
+    assert _backend.decide("local_response_norm", CPU).backend == "stock"
     assert rows["relu_max_pool2d"].microseconds.keys() == {"native", "stock"}
 
 
 @pytest.mark.usefixtures("native", "quick_tune")
 def test_what_does_not_run_at_the_models_shapes_is_no_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For example, because memory does not suffice."""
-    monkeypatch.setattr(_backend, "TRITON", {op: {"cpu": False} for op in _backend.OPS})
-    run = tuning.Call.run
+    """As where memory does not suffice for it."""
+    without_triton(monkeypatch)
+    run = tune.Call.run
 
-    def limited(call: tuning.Call, backend: str, arguments: Any) -> list[Tensor]:
+    def limited(call: tune.Call, backend: str, arguments: Any) -> list[Tensor]:
         if call.op == "relu_max_pool2d" and backend == "native":
             raise torch.OutOfMemoryError("as large as that")
         return run(call, backend, arguments)
 
-    monkeypatch.setattr(tuning.Call, "run", limited)
+    monkeypatch.setattr(tune.Call, "run", limited)
     with pytest.warns(UserWarning, match="native is not measured, as it raises OutOfMemoryError"):
         rows = {row.layer: row for row in ax.tune(small_network(), (2, 3, 9, 8), device="cpu")}
     assert rows["relu_max_pool2d"].microseconds.keys() == {"stock"}
@@ -361,10 +439,10 @@ def test_tune_refuses_what_is_no_gpu() -> None:
 @interpreted
 @pytest.mark.usefixtures("native", "quick_tune")
 def test_a_convolution_that_differs_from_stock_is_not_left_to_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
-    measured = importlib.import_module("alexnet_ext.ops.conv2d_bias_relu.measured")
-    epilogue = measured.epilogue
-    monkeypatch.setattr(measured, "epilogue", lambda y, bias, relu: epilogue(y, bias, relu).mul_(1.1))
-    monkeypatch.setattr(tuning, "calls_of", lambda *given: [c for c in calls_of(*given) if c.op == "conv2d_bias_relu"])
+    candidates = importlib.import_module("alexnet_ext.ops.conv2d_bias_relu.candidates")
+    forward = candidates.CuDNN.forward
+    monkeypatch.setattr(candidates.CuDNN, "forward", lambda *given: forward(*given) * 1.1)
+    monkeypatch.setattr(tune, "calls_of", lambda *given: [c for c in calls_of(*given) if c.op == "conv2d_bias_relu"])
     with pytest.warns(
         UserWarning, match="conv2d_bias_relu: what is fastest differs from stock PyTorch and is not used"
     ):
@@ -383,23 +461,24 @@ def test_auto_follows_what_was_found_on_this_device(monkeypatch: pytest.MonkeyPa
         return module.forward
 
     def runs(found: str, dtype: torch.dtype = torch.float32) -> str:
-        """Store ``found`` as tune's choice; returns the backend that runs, the same eager and compiled."""
-        _tuning.choices().remember(_tuning.key_of("local_response_norm", CPU), {found: 1.0, "another": 2.0})
+        """What runs, eager and compiled, once this is found."""
+        _choices.choices().remember(_choices.key_of("local_response_norm", CPU), {found: 1.0, "another": 2.0})
         torch.compiler.reset()
         torch.compile(lambda x: ax.ops.local_response_norm(x, 5), backend=backend, fullgraph=True)(x.to(dtype))
         traced = "native" if "alexnet_ext" in graphs.pop() else "stock"
-        assert _backend.choose("local_response_norm", "auto", x.to(dtype)) == traced
+        assert _backend.decide("local_response_norm", CPU, dtype).backend == traced
         return traced
 
     assert runs("stock") == "stock"
     assert runs("native") == "native"
     assert runs("stock", torch.float64) == "native", "which tune does not prove: the static order holds"
-    assert runs("gone") == "native", "what has no kernel any more: the static order holds"
+    for gone in ("gone", "measured"):  # the latter as earlier versions called "auto"
+        assert runs(gone) == "native", "what has no kernel any more: the static order holds"
     assert runs("stock") == "stock"
     with _backend.preferring(("native",), "cpu"):
-        assert _backend.preferred("local_response_norm", CPU) == "native"
-    monkeypatch.setattr(_tuning, "device_name", lambda _: "another device 9.0")
-    assert _backend.preferred("local_response_norm", CPU) == "native"
+        assert _backend.decide("local_response_norm", CPU).backend == "native"
+    monkeypatch.setattr(_choices, "device_name", lambda _: "another device 9.0")
+    assert _backend.decide("local_response_norm", CPU).backend == "native"
 
 
 def test_the_command_says_that_it_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:

@@ -78,9 +78,9 @@ SHARED = (
     Fault("accelerate: ReLU moved behind what writes into its input", CALLS, "graph.inserting_before(relu)",
           "graph.inserting_before(node)", BY_FX),
     Fault("accelerate: a ReLU in place whose input is read", CALLS, "or len(given.users) != 1:", "or False:", BY_FX),
-    Fault("tune: unproven kernels measured", "alexnet_ext/tuning.py", " if _is_right(op, way, device)]", "]",
-          "tests/ops/test_tuning.py -k wrong_here"),
-    Fault("auto: another device's choice", "alexnet_ext/ops/_tuning.py", " | {device_name(device)} | ", " | ",
+    Fault("tune: unproven kernels measured", "alexnet_ext/selfcheck/tune.py",
+          " and _is_right(op, backend, device)]", "]", "tests/ops/test_tuning.py -k wrong_here"),
+    Fault("auto: another device's choice", "alexnet_ext/ops/_choices.py", " | {device_name(device)} | ", " | ",
           "tests/ops/test_tuning.py -k 'choices_are_of_one or auto_follows'"),
 )  # fmt: skip
 FAULTS = (*specs.of_all("faults", tuple(specs.SPECS)), *SHARED)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from .._backend import DTYPES, operator
-from .._checks import check_tensor
+from .._checks import check_crop, check_drawn, check_images, check_normalization
 from .._register import register
 from . import reference
-from .reference import COLOURS, empty_result
+from .reference import empty_result
 
 
 def augment(
@@ -31,7 +31,7 @@ def augment(
 
     ``y[n, c, i, j] = (images[n, top + i, left + (size - 1 - j if flip else j), c] + shift[c] - 255 * mean[c])
     / (255 * std[c])`` with the image's own ``top, left = offsets[n]``, ``flip = flips[n]`` and ``shift = shifts[n]``.
-    Nothing is clamped. All randomness is the caller's, so the result hangs on the arguments alone, and every backend
+    Nothing is clamped. All randomness is the caller's: the result depends on the arguments alone, and every backend
     gives the same bits. Equals ``(crops.permute(0, 3, 1, 2) + shifts[:, :, None, None] - 255 * mean) / (255 * std)``
     of the cropped and flipped images.
 
@@ -64,46 +64,16 @@ def augment(
             inside instead: looking at offsets would wait for the device.
         TypeError: an argument that is not a Tensor, or mean or std that are not three numbers.
     """
-    for name, value in (("images", images), ("offsets", offsets), ("flips", flips), ("shifts", shifts)):
-        check_tensor(name, value)
-    if images.dim() != 4 or images.shape[3] != COLOURS:
-        raise RuntimeError(f"images has shape {list(images.shape)}, expected (N, H, W, 3)")
-    if images.dtype != torch.uint8:
-        raise RuntimeError(f"images has dtype {images.dtype}, expected torch.uint8")
-    batch, height, width, _ = images.shape
-    for name, value, columns in (("offsets", offsets, (2,)), ("flips", flips, ()), ("shifts", shifts, (COLOURS,))):
-        if value.shape != (batch, *columns):
-            raise RuntimeError(f"{name} has shape {list(value.shape)}, expected {[batch, *columns]}")
-        if value.device != images.device:
-            raise RuntimeError(f"{name} is on device {value.device}, expected {images.device}, the device of images")
-    if offsets.dtype.is_floating_point or offsets.dtype.is_complex or offsets.dtype == torch.bool:
-        raise RuntimeError(f"offsets has dtype {offsets.dtype}, expected integers")
-    if flips.dtype != torch.bool:
-        raise RuntimeError(f"flips has dtype {flips.dtype}, expected torch.bool")
-    if shifts.dtype != torch.float32:
-        raise RuntimeError(f"shifts has dtype {shifts.dtype}, expected torch.float32")
-    if shifts.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError("shifts requires a gradient, which augment has not")
-    if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
-        raise TypeError(f"size must be an int, got {type(size).__name__} {size!r}")
-    if size < 1 or size > height or size > width:
-        raise RuntimeError(f"size must be from 1 to the sides of images, got {size} for shape {list(images.shape)}")
+    check_images(images)
+    check_drawn(images, offsets, flips, shifts)
+    check_crop(size, images)
     if dtype not in DTYPES:
         raise RuntimeError(f"dtype must be of {', '.join(map(str, DTYPES))}, got {dtype}")
     if space_to_depth not in (1, 4):
         raise RuntimeError(f"space_to_depth must be 1 or 4, got {space_to_depth!r}")
-    mean, std = _colours("mean", mean), _colours("std", std)
-    if not all(value > 0 for value in std):  # nor NaN
-        raise RuntimeError(f"std must be greater than zero, got {std}")
+    mean, std = check_normalization(mean, std)
     op = operator("augment", backend, images, dtype=dtype) or reference.augment
     return op(images, offsets.long(), flips, shifts, size, mean, std, dtype, space_to_depth)
-
-
-def _colours(name: str, values: Sequence[float]) -> list[float]:
-    found = list(values) if isinstance(values, Sequence) else []
-    if len(found) != COLOURS or not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in found):
-        raise TypeError(f"{name} must be three numbers, got {values!r}")
-    return [float(v) for v in found]
 
 
 def _fake(
@@ -122,6 +92,7 @@ def _fake(
 
 register(
     "augment",
+    stock=reference.augment,
     schema="(Tensor images, Tensor offsets, Tensor flips, Tensor shifts, SymInt size, float[] mean, float[] std, "
     "ScalarType dtype, int space_to_depth) -> Tensor",
     fake=_fake,

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._checks import COLOURS
 from .._layout import new_images
 
-COLOURS = 3
 OUT_OF_RANGE = "offsets reach out of the images: expected at least (0, 0) and at most (H - size, W - size)"
 
 
@@ -24,7 +24,7 @@ def augment(
     space_to_depth: int,
 ) -> Tensor:
     inside = torch.stack([offsets[:, i].clamp(0, images.shape[1 + i] - size) for i in (0, 1)], 1)
-    if not images.is_cuda:  # on a GPU it would be an error that nothing can follow
+    if not images.is_cuda:  # on a GPU a failed assertion makes every later call fail
         torch._assert_async((inside == offsets).all(), OUT_OF_RANGE)
     side = torch.arange(size, device=images.device)
     rows = inside[:, :1] + side

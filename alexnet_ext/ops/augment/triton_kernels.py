@@ -1,4 +1,4 @@
-"""Augmentation in Triton: a program writes a run of y as it lies in memory, 16 bytes a thread, and gathers its bytes.
+"""Augmentation in Triton: a program writes a run of y in memory order, 16 bytes a thread, and gathers its bytes.
 
 Bytes: each image's crop once, y once. A run ends in the image that it begins in, or in the next: what is drawn for an
 image is read once a program, not once a value.

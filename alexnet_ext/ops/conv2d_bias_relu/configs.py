@@ -34,14 +34,14 @@ TABLE: dict[int, dict[tuple[str, str], tuple[int, int, int, int, int]]] = {
         ("persistent", "tf32"): (128, 64, 32, 8, 3),
     },
 }
-# Half as wide: with the next block's addresses beside this one's, 128 columns spill on 10.0.
+# Half as wide: two blocks' addresses are kept at a time, and with them 128 columns spill on 10.0.
 TABLE[10] = TABLE[9] | {("persistent", "half"): (128, 64, 64, 8, 3)}
 
 CANDIDATES = [
     triton.Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}, num_warps=warps, num_stages=stages)
     for m, n, k, warps, stages in ((128, 128, 32, 8, 3), (128, 64, 32, 4, 3), (64, 64, 32, 4, 3), (32, 32, 16, 4, 2))
 ]
-"""What ``triton.autotune`` tries on an architecture without an entry."""
+"""The configurations that ``triton.autotune`` tries on an architecture without an entry."""
 
 
 def kind(dtype: torch.dtype, precision: str) -> str:
@@ -68,7 +68,7 @@ def has_persistent(x: Tensor, precision: str) -> bool:
 
 
 def resident(x: Tensor) -> int:
-    """How many persistent programs there are: one a multiprocessor, whose shared memory it takes most of."""
+    """The number of persistent programs: one a multiprocessor, as each takes most of its shared memory."""
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
 
 

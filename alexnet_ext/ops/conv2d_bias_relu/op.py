@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._backend import by_functions, operator, wrapper
-from .._checks import IntPair, autocast_enabled, check_bias, check_same, check_tensor, integer, pair
-from .._layout import convolved_format, new_images, outline
+from .._checks import IntPair, check_bias, check_operands, check_tensor, integer, pair
+from .._layout import new_images, outline
 from .._register import Gradient, all_but_fp64, register
 from . import reference
+from .shared import Convolution, empty_gradients, empty_result
 
 
 def conv2d_bias_relu(
@@ -28,10 +29,11 @@ def conv2d_bias_relu(
 ) -> Tensor:
     """``max(0, conv2d(x, weight) + bias)``. Equals ``F.relu(F.conv2d(x, weight, bias, ...))``, NaN kept.
 
-    On a CPU without AVX-512 an fp32 layer of 3 x 3 taps at stride 1, at least 96 channels a group in and out, multiples
-    of 16, and 384 tiles of 2 x 2 results is computed by Winograd's F(2 x 2, 3 x 3) (Lavin and Gray, 2015), gradients
-    too, and everything else by PyTorch's convolution; so is such a layer again where one of its results is not finite.
-    Winograd's error is relative to the values of a tile and its neighbours, not to each result.
+    On a CPU without AVX-512 some fp32 layers and their gradients are computed by Winograd's F(2 x 2, 3 x 3) (Lavin and
+    Gray, 2015). They have 3 x 3 taps, stride 1, at least 384 tiles of 2 x 2 results and, in and out, at least 96
+    channels a group, a multiple of 16. All others are computed by PyTorch's convolution, and so is such a layer again
+    where one of its results is not finite. Winograd's error is relative to the values of a tile and its neighbours, not
+    to each result.
 
     Args:
         x: (N, C_in, H, W) or (C_in, H, W), fp64, fp32, bf16 or fp16.
@@ -40,12 +42,12 @@ def conv2d_bias_relu(
         stride, dilation: an int or (height, width).
         padding: an int, (height, width), ``"valid"``, or ``"same"`` with stride 1.
         groups: divides C_in and C_out; group g of the output sees only group g of the input.
-        relu: False leaves ``max(0, .)`` out, for a block of other ops behind the convolution.
+        relu: False leaves ``max(0, .)`` out, for a block of other ops after the convolution.
         backend: ``"auto"``, ``"native"``, ``"triton"`` or ``"stock"``.
 
     Returns:
         (N, C_out, H_out, W_out) in the memory format that ``F.conv2d`` gives. Under autocast x, weight and
-        bias are cast to the autocast dtype, as in stock. Saves for the backward x where weight wants a gradient,
+        bias are cast to the autocast dtype, as in stock. Saves for the backward x where weight requires a gradient,
         weight where x does, and, with relu, the result.
 
     Raises:
@@ -60,10 +62,7 @@ def conv2d_bias_relu(
     pad = _padding(padding, step)
     groups = _check_shapes(x, weight, groups)
     check_bias(bias, weight.shape[0], x)
-    if weight.device != x.device or not autocast_enabled(x):
-        check_same("weight", weight, x)
-        if bias is not None:
-            check_same("bias", bias, x)
+    check_operands(x, weight, bias)
     unsupported = wrapper(weight, bias)
     if 0 in weight.shape[1:]:
         unsupported = f"a weight of shape {list(weight.shape)}"
@@ -123,7 +122,7 @@ def _check_shapes(x: Tensor, weight: Tensor, given: Any) -> int:
 
 
 def _check_not_empty(x: Tensor, weight: Tensor, groups: int) -> None:
-    """Raise where stock does, whose convolution has no kernel for nothing. Of no channels it makes zeros."""
+    """Raise where stock does: its convolution has no kernel for empty operands. Without channels it gives zeros."""
     if weight.shape[0] == 0:
         raise RuntimeError(f"weight has shape {list(weight.shape)}, expected at least {groups} output channels")
     if weight.shape[1] == 0:
@@ -154,7 +153,7 @@ def _fake(
     groups: int,
     relu: bool = True,
 ) -> Tensor:
-    return reference.empty_result(x, weight, stride, padding, dilation)
+    return empty_result(x, weight, Convolution(stride, padding, dilation, groups))
 
 
 def _fake_backward(
@@ -169,14 +168,7 @@ def _fake_backward(
     output_mask: list[bool],
     relu: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    layout = convolved_format(x, weight)
-    for_x, for_weight, for_bias = output_mask
-    empty = x.new_empty(0)
-    return (
-        new_images(x, x.shape, layout) if for_x else empty,
-        new_images(x, weight.shape, layout) if for_weight else empty,
-        x.new_empty(weight.shape[0]) if for_bias else empty,
-    )
+    return empty_gradients(x, weight, output_mask)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -197,6 +189,7 @@ def _backward(op: Any, ctx: Any, dy: Tensor) -> tuple[Any, ...]:
 
 register(
     "conv2d_bias_relu",
+    stock=reference.conv2d_bias_relu,
     schema="(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, int groups, "
     "bool relu=True) -> Tensor",
     fake=_fake,
@@ -209,6 +202,5 @@ register(
         reference=reference.conv2d_bias_relu_backward,
     ),
     autocast=all_but_fp64,
-    measured=True,
     product=True,
 )

@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._layout import convolved_format, new_images
-from .space_to_depth import convolved_size
+from .._reference import differentiable, first_gradient
 
 
 def conv2d_bias_relu(
@@ -37,8 +36,6 @@ def conv2d_bias_relu_backward(
     relu: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dweight, dbias); what output_mask leaves out is an empty tensor."""
-    from .._register import differentiable, first_gradient
-
     bias = x.new_zeros(weight.shape[0], requires_grad=True)
     inputs = (differentiable(x), differentiable(weight), bias)
     z = F.conv2d(*inputs, stride, padding, dilation, groups)
@@ -46,9 +43,3 @@ def conv2d_bias_relu_backward(
     dx, dweight, dbias = first_gradient(z, inputs, torch.where(y <= 0, 0, dy) if relu else dy)
     empty, (for_x, for_weight, for_bias) = x.new_empty(0), output_mask
     return dx if for_x else empty, dweight if for_weight else empty, dbias if for_bias else empty
-
-
-def empty_result(x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> Tensor:
-    """A result of these arguments, its values not yet written."""
-    size = convolved_size(x, weight, stride, padding, dilation)
-    return new_images(x, (x.shape[0], weight.shape[0], *size), convolved_format(x, weight))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._checks import pooled_size
+from .shared import Convolution, Direction, convolved_size
 
 
 class SpaceToDepth:
@@ -14,15 +14,15 @@ class SpaceToDepth:
     Taps are padded with zeros to whole strides: 11 x 11 at stride 4 over 3 channels becomes 3 x 3 over 48.
     """
 
-    def __init__(self, x: Tensor, weight: Tensor, stride: list[int], padding: list[int], size: list[int]) -> None:
-        self.stride, self.kernel = stride, weight.shape[2:]
-        self.taps = [-(-self.kernel[i] // stride[i]) for i in (0, 1)]
-        after = [(size[i] + self.taps[i] - 1) * stride[i] - x.shape[2 + i] - padding[i] for i in (0, 1)]
-        self.margins = [padding[1], after[1], padding[0], after[0]]
+    def __init__(self, x: Tensor, weight: Tensor, p: Convolution) -> None:
+        self.stride, self.kernel, size = p.stride, weight.shape[2:], convolved_size(x, weight, p)
+        self.taps = [-(-self.kernel[i] // p.stride[i]) for i in (0, 1)]
+        after = [(size[i] + self.taps[i] - 1) * p.stride[i] - x.shape[2 + i] - p.padding[i] for i in (0, 1)]
+        self.margins = [p.padding[1], after[1], p.padding[0], after[0]]
 
     @staticmethod
-    def helps(weight: Tensor, stride: list[int], dilation: list[int], groups: int) -> bool:
-        return groups == 1 and weight.shape[1] < 16 and min(stride) > 1 and dilation == [1, 1]
+    def helps(weight: Tensor, p: Convolution) -> bool:
+        return p.groups == 1 and weight.shape[1] < 16 and min(p.stride) > 1 and p.dilation == [1, 1]
 
     def fold(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, stride * stride * C, H / stride, W / stride)."""
@@ -40,23 +40,16 @@ class SpaceToDepth:
         more = [self.taps[i] * self.stride[i] - self.kernel[i] for i in (0, 1)]
         return self.fold(F.pad(weight, (0, more[1], 0, more[0])))
 
-    def back(self, gradient: Tensor, wanted: int) -> Tensor:
-        """The gradient of x (wanted 0) or weight (wanted 1) from that of its rewritten form."""
-        if wanted == 0:
+    def back(self, gradient: Tensor, direction: Direction) -> Tensor:
+        """The gradient of x or weight from that of its rewritten form."""
+        if direction == Direction.INPUT:
             return F.pad(self.unfold(gradient), [-margin for margin in self.margins])
         return self.unfold(gradient)[:, :, : self.kernel[0], : self.kernel[1]]
 
 
-def convolved_size(x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> list[int]:
-    """[height, width] of the result."""
-    return [pooled_size(x.shape[2 + i], weight.shape[2 + i], stride[i], padding[i], dilation[i], False) for i in (0, 1)]
-
-
-def rewritten(
-    x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int
-) -> tuple[SpaceToDepth | None, Tensor, Tensor, list[int], list[int]]:
-    """(rewrite or None, x, weight, stride, padding): as they are to be convolved."""
-    if not SpaceToDepth.helps(weight, stride, dilation, groups):
-        return None, x, weight, stride, padding
-    rewrite = SpaceToDepth(x, weight, stride, padding, convolved_size(x, weight, stride, padding, dilation))
-    return rewrite, rewrite.images(x), rewrite.weights(weight), [1, 1], [0, 0]
+def rewritten(x: Tensor, weight: Tensor, p: Convolution) -> tuple[SpaceToDepth | None, Tensor, Tensor, Convolution]:
+    """(rewrite or None, x, weight, constants): as they are to be convolved."""
+    if not SpaceToDepth.helps(weight, p):
+        return None, x, weight, p
+    rewrite = SpaceToDepth(x, weight, p)
+    return rewrite, rewrite.images(x), rewrite.weights(weight), Convolution([1, 1], [0, 0], p.dilation, p.groups)

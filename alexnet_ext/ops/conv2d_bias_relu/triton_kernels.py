@@ -10,7 +10,7 @@ so that 48 channels a group waste nothing of a power-of-two block (48 x 25 = 120
   pixels. It is split into parts, which a second pass adds up in order: no atomics.
 
 The ReLU mask is applied to dy in a pass of its own, which also brings any strides of dy to channels-last and adds up
-the bias gradient: three times the bytes of y, where masking inside both products would read y beside dy once a tap.
+the bias gradient. It moves three times the bytes of y; masking inside both products would read y and dy once a tap.
 
 A first layer (few channels, a stride) is rewritten exactly by space-to-depth: stride x stride x 3 channels, stride 1.
 """
@@ -25,10 +25,22 @@ import triton.language as tl
 from torch import Tensor
 
 from .._layout import convolved_format, new_images
-from .._triton import accumulator, accumulator_dtype, is_wide, offset, place, sides, tile, tile_at, wrap_triton
-from ..relu_max_pool2d.triton_kernels import PARTIAL_SUMS, store_sums, total
+from .._triton import (
+    PARTIAL_SUMS,
+    accumulator,
+    accumulator_dtype,
+    is_wide,
+    offset,
+    place,
+    sides,
+    store_sums,
+    tile,
+    tile_at,
+    total,
+    wrap_triton,
+)
 from . import configs
-from .reference import empty_result
+from .shared import Convolution, Direction, channels_last, empty_result, precision, zero_gradients
 from .space_to_depth import rewritten
 
 
@@ -73,7 +85,7 @@ def _product_kernel(
 ):
     """y[pixel, group, n] = sum over k = (tap, c) of x[pixel moved by tap, group, c] * weight[group, n, k].
 
-    x: channels-last; weight: [groups * C_OUT, taps, C_IN]; y: any strides. With SPREAD above 1, x stands for an
+    x: channels-last; weight: [groups * C_OUT, taps, C_IN]; y: any strides. With SPREAD above 1, x represents an
     image in which SPREAD - 1 zeros follow each of its rows (columns). A program has one block of y or,
     where PERSISTENT, every num_programs-th, so that the next one's loads are in flight while it stores.
     """
@@ -225,32 +237,20 @@ _product_tuned = triton.autotune(configs.CANDIDATES, key=["pixels", "C_IN", "C_O
 _weight_tuned = triton.autotune(configs.CANDIDATES, key=["pixels", "C_IN", "C_OUT"])(_weight_kernel)
 
 
-def precision(dtype: torch.dtype) -> str:
-    """Of fp32 products: TF32 where PyTorch's flags allow it for cuDNN's convolutions at this moment, else IEEE."""
-    flag = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]  # set by cudnn.allow_tf32 too
-    return "tf32" if dtype == torch.float32 and flag == "tf32" else "ieee"
-
-
-def channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
-
-
 def product(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     y: Tensor,
-    stride: list[int],
+    p: Convolution,
     spread: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
     relu: bool,
     persistent: bool = False,
 ) -> None:
     """Write ``y`` = convolution of x, spread out, with weight, plus bias, through ReLU."""
     x, weight = channels_last(x), channels_last(weight)
-    c_in, c_out, pixels = int(weight.shape[1]), int(weight.shape[0]) // groups, y.shape[0] * y.shape[2] * y.shape[3]
+    c_in, c_out = int(weight.shape[1]), int(weight.shape[0]) // p.groups
+    pixels = y.shape[0] * y.shape[2] * y.shape[3]
     given = (
         x,
         weight,
@@ -267,7 +267,7 @@ def product(
     constants: dict[str, Any] = {
         "C_IN": c_in,
         "C_OUT": c_out,
-        **sides(KERNEL=list(weight.shape[2:]), STRIDE=stride, SPREAD=spread, PADDING=padding, DILATION=dilation),
+        **sides(KERNEL=list(weight.shape[2:]), STRIDE=p.stride, SPREAD=spread, PADDING=p.padding, DILATION=p.dilation),
         "BIAS": bias is not None,
         "RELU": relu,
         "PRECISION": precision(x.dtype),
@@ -277,7 +277,7 @@ def product(
 
     def grid(blocks: dict[str, int]) -> tuple[int, int]:
         tiles = triton.cdiv(pixels, blocks["BLOCK_M"]) * triton.cdiv(c_out, blocks["BLOCK_N"])
-        return min(tiles, triton.cdiv(configs.resident(x), groups)) if persistent else tiles, groups
+        return min(tiles, triton.cdiv(configs.resident(x), p.groups)) if persistent else tiles, p.groups
 
     blocks = configs.known("persistent" if persistent else "product", x, constants["PRECISION"], c_out)
     if blocks is None:
@@ -286,15 +286,13 @@ def product(
         wrap_triton(_product_kernel)[grid(blocks)](*given, **constants, **blocks)
 
 
-def weight_gradient(
-    dz: Tensor, x: Tensor, shape: list[int], stride: list[int], padding: list[int], dilation: list[int], groups: int
-) -> Tensor:
+def weight_gradient(dz: Tensor, x: Tensor, shape: list[int], p: Convolution) -> Tensor:
     """dweight (C_out, C_in / groups, height, width), in the accumulator's dtype; dz is channels-last."""
     x = channels_last(x)
-    c_out, c_in, pixels = int(shape[0]) // groups, int(shape[1]), dz.shape[0] * dz.shape[2] * dz.shape[3]
+    c_out, c_in, pixels = int(shape[0]) // p.groups, int(shape[1]), dz.shape[0] * dz.shape[2] * dz.shape[3]
     k = c_in * int(shape[2]) * int(shape[3])
-    parts, part_pixels = split(pixels, c_out, k, groups)
-    partial = dz.new_empty((parts, groups * c_out, shape[2], shape[3], c_in), dtype=accumulator_dtype(dz.dtype))
+    parts, part_pixels = split(pixels, c_out, k, p.groups)
+    partial = dz.new_empty((parts, p.groups * c_out, shape[2], shape[3], c_in), dtype=accumulator_dtype(dz.dtype))
     given = (
         dz,
         x,
@@ -310,14 +308,14 @@ def weight_gradient(
     constants: dict[str, Any] = {
         "C_IN": c_in,
         "C_OUT": c_out,
-        "GROUPS": groups,
-        **sides(KERNEL=shape[2:], STRIDE=stride, PADDING=padding, DILATION=dilation),
+        "GROUPS": p.groups,
+        **sides(KERNEL=shape[2:], STRIDE=p.stride, PADDING=p.padding, DILATION=p.dilation),
         "PRECISION": precision(x.dtype),
         "WIDE": is_wide(x, dz),
     }
 
     def grid(blocks: dict[str, int]) -> tuple[int, int, int]:
-        return triton.cdiv(c_out, blocks["BLOCK_M"]) * triton.cdiv(k, blocks["BLOCK_N"]), parts, groups
+        return triton.cdiv(c_out, blocks["BLOCK_M"]) * triton.cdiv(k, blocks["BLOCK_N"]), parts, p.groups
 
     blocks = configs.known("weight", x, constants["PRECISION"], k)
     if blocks is None:
@@ -330,7 +328,7 @@ def weight_gradient(
 def split(pixels: int, c_out: int, k: int, groups: int) -> tuple[int, int]:
     """(parts, pixels of each): about 512 programs of 128 x 128 in all, a part of 1024 pixels at least.
 
-    It hangs on the shape alone, so that the order of the sum does not hang on the device or its configuration.
+    It depends on the shape alone, so that the order of the sum depends neither on the device nor on its configuration.
     """
     tiles = triton.cdiv(c_out, 128) * triton.cdiv(k, 128) * groups
     parts = max(1, min(triton.cdiv(512, tiles), triton.cdiv(pixels, 1024)))
@@ -339,10 +337,7 @@ def split(pixels: int, c_out: int, k: int, groups: int) -> tuple[int, int]:
 
 
 def before_relu(dy: Tensor, y: Tensor, for_bias: bool, relu: bool) -> tuple[Tensor, Tensor]:
-    """(dz, dbias): the gradient of what is before the ReLU, channels-last, and, if wanted, its sums by channel.
-
-    With ``relu`` it is dy where y is positive or NaN, else dy, which is passed on as it is where no sums are wanted.
-    """
+    """``shared.before_relu`` in one pass; where there is nothing to mask or to add up, dy as it is."""
     if not relu and not for_bias:
         return channels_last(dy), dy.new_empty(0)
     batch, channels, height, width = y.shape
@@ -380,11 +375,12 @@ def forward(
     relu: bool = True,
     persistent: bool = False,
 ) -> Tensor:
-    y = empty_result(x, weight, stride, padding, dilation)
+    p = Convolution(stride, padding, dilation, groups)
+    y = empty_result(x, weight, p)
     if y.numel() == 0:
         return y
-    _, x, weight, stride, padding = rewritten(x, weight, stride, padding, dilation, groups)
-    product(x, weight, bias, y, stride, [1, 1], padding, dilation, groups, relu, persistent)
+    _, x, weight, p = rewritten(x, weight, p)
+    product(x, weight, bias, y, p, [1, 1], relu, persistent)
     return y
 
 
@@ -402,46 +398,30 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     for_x, for_weight, for_bias = output_mask
     if y.numel() == 0:
-        layout = convolved_format(x, weight)
-        return (
-            new_images(x, x.shape, layout).zero_() if for_x else x.new_empty(0),
-            new_images(x, weight.shape, layout).zero_() if for_weight else x.new_empty(0),
-            x.new_zeros(weight.shape[0]) if for_bias else x.new_empty(0),
-        )
+        return zero_gradients(x, weight, output_mask)
+    p = Convolution(stride, padding, dilation, groups)
     dz, dbias = before_relu(dy, y, for_bias, relu)
-    constants = (stride, padding, dilation, groups)
     return (
-        gradients(dz, x, weight, *constants, 0)[0] if for_x else x.new_empty(0),
-        gradients(dz, x, weight, *constants, 1)[0] if for_weight else x.new_empty(0),
+        gradient(dz, x, weight, p, Direction.INPUT) if for_x else x.new_empty(0),
+        gradient(dz, x, weight, p, Direction.WEIGHT) if for_weight else x.new_empty(0),
         dbias if for_bias else x.new_empty(0),
     )
 
 
-def gradients(
-    dz: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    wanted: int,
-) -> list[Tensor]:
-    """[dx] (wanted 0) or [dweight] (wanted 1) for the masked gradient."""
-    result = new_images(x, (x.shape, weight.shape)[wanted], convolved_format(x, weight))
-    rewrite, x, weight, stride, padding = rewritten(x, weight, stride, padding, dilation, groups)
-    if wanted == 1:
-        found = weight_gradient(dz, x, list(weight.shape), stride, padding, dilation, groups)
-        return [result.copy_(found if rewrite is None else rewrite.back(found, 1))]
+def gradient(dz: Tensor, x: Tensor, weight: Tensor, p: Convolution, direction: Direction) -> Tensor:
+    """The gradient of x or weight; ``dz`` is the gradient before the ReLU."""
+    result = new_images(x, (x.shape, weight.shape)[direction], convolved_format(x, weight))
+    rewrite, x, weight, p = rewritten(x, weight, p)
+    if direction == Direction.WEIGHT:
+        found = weight_gradient(dz, x, list(weight.shape), p)
+        return result.copy_(found if rewrite is None else rewrite.back(found, direction))
     found = result if rewrite is None else new_images(x, x.shape, torch.channels_last)
-    input_gradient(dz, weight, found, stride, padding, dilation, groups)
-    return [result if rewrite is None else result.copy_(rewrite.back(found, 0))]
+    input_gradient(dz, weight, found, p)
+    return result if rewrite is None else result.copy_(rewrite.back(found, direction))
 
 
-def input_gradient(
-    dz: Tensor, weight: Tensor, dx: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int
-) -> None:
+def input_gradient(dz: Tensor, weight: Tensor, dx: Tensor, p: Convolution) -> None:
     """Write ``dx``: dz, spread out by the stride, convolved with the flipped weights of each group."""
-    flipped = weight.unflatten(0, (groups, -1)).transpose(1, 2).flip(3, 4).flatten(0, 1)
-    around = [dilation[i] * (weight.shape[2 + i] - 1) - padding[i] for i in (0, 1)]
-    product(dz, flipped, None, dx, [1, 1], stride, around, dilation, groups, False)
+    flipped = weight.unflatten(0, (p.groups, -1)).transpose(1, 2).flip(3, 4).flatten(0, 1)
+    around = [p.dilation[i] * (weight.shape[2 + i] - 1) - p.padding[i] for i in (0, 1)]
+    product(dz, flipped, None, dx, Convolution([1, 1], around, p.dilation, p.groups), p.stride, False)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from .._backend import by_functions, operator, wrapper
-from .._checks import autocast_enabled, check_bias, check_same, check_tensor, expands
+from .._checks import check_bias, check_operands, check_tensor, expands
 from .._layout import new_images, outline
 from .._register import Gradient, all_but_fp64, register
 from . import reference
@@ -22,13 +22,13 @@ def linear_bias_relu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, b
     Args:
         x: (*, inputs), rank 1 or more, fp64, fp32, bf16 or fp16 (computed in fp32).
         weight: (outputs, inputs), in x's dtype.
-        bias: (outputs,) or None. As in stock also a single value, or what else expands to the result or to its
-            rows, which runs stock PyTorch.
+        bias: (outputs,) or None. As in stock also a single value, or any other shape that expands to the result or
+            to its rows, for which stock PyTorch runs.
         backend: ``"auto"``, ``"native"``, ``"triton"`` or ``"stock"``.
 
     Returns:
         (*, outputs), contiguous. Under autocast x, weight and bias are cast to the autocast dtype, as in stock.
-        Saves for the backward the result, x where weight wants a gradient, and weight where x does.
+        Saves for the backward the result, x where weight requires a gradient, and weight where x does.
 
     Raises:
         RuntimeError: rank, size, dtype or device that do not fit together.
@@ -52,10 +52,7 @@ def linear_bias_relu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, b
             unsupported = f"a bias of shape {list(bias.shape)}"
     if not unsupported:
         check_bias(bias, outputs, x)
-    if weight.device != x.device or not autocast_enabled(x):
-        check_same("weight", weight, x)
-        if bias is not None:
-            check_same("bias", bias, x)
+    check_operands(x, weight, bias)
     op = operator("linear_bias_relu", backend, x, unsupported or wrapper(weight, bias))
     if op is None:
         return reference.linear_bias_relu(x, weight, bias)
@@ -94,6 +91,7 @@ def _backward(op: Any, ctx: Any, dy: Tensor) -> tuple[Any, ...]:
 
 register(
     "linear_bias_relu",
+    stock=reference.linear_bias_relu,
     fake=_fake,
     gradient=Gradient(
         fake=_fake_backward,

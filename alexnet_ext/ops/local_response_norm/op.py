@@ -35,7 +35,7 @@ def local_response_norm(
 
     Raises:
         ValueError: x has fewer than 3 dimensions, or the backend is unknown.
-        RuntimeError: size is not positive, or the backend asked for does not cover the call.
+        RuntimeError: size is not positive, or the requested backend does not cover the call.
         TypeError: size is not an int, or a constant not a number.
     """
     if by_functions(backend, x):
@@ -72,6 +72,7 @@ def _backward(op: Any, ctx: Any, dy: Tensor) -> tuple[Any, ...]:
 
 register(
     "local_response_norm",
+    stock=reference.local_response_norm,
     schema="(Tensor x, int size, float alpha, float beta, float k) -> Tensor",
     fake=_fake,
     gradient=Gradient(

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._checks import autocast_enabled, overrides
+from .._reference import differentiable, first_gradient
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -25,7 +26,5 @@ def local_response_norm(x: Tensor, size: int, alpha: float, beta: float, k: floa
 
 
 def local_response_norm_backward(dy: Tensor, x: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
-    from .._register import differentiable, first_gradient
-
     x = differentiable(x)
     return first_gradient(local_response_norm(x, size, alpha, beta, k), [x], dy)[0]

@@ -20,7 +20,7 @@ from .._triton import accumulator, is_wide, tile, tile_at, wrap_triton
 
 @triton.jit
 def inverse_power(s, BETA: tl.constexpr):
-    """s ** -BETA, PyTorch's values for negative s included; approximate roots (an ulp or two) but for fp64."""
+    """s ** -BETA, PyTorch's values for negative s included; approximate roots (an ulp or two) except in fp64."""
     FP64: tl.constexpr = s.dtype == tl.float64
     if BETA == 0:
         power = tl.full(s.shape, 1.0, s.dtype)
@@ -158,7 +158,7 @@ def plan_pixels(x: Tensor) -> tuple[int, int] | None:
     """(pixels, their stride) of a dense (N, C, *), or None where its pixels cannot be walked with one stride."""
     sides = [(x.stride(d), x.shape[d]) for d in range(2, x.dim()) if x.shape[d] != 1]
     pixels, pixel_stride = 1, 1
-    for stride, size in sorted(sides, key=lambda side: side[0]):  # from the smallest up: H and W may lie either way
+    for stride, size in sorted(sides, key=lambda side: side[0]):  # from the smallest up: H or W may be the inner one
         if pixels == 1:
             pixel_stride = stride
         elif stride != pixel_stride * pixels:

@@ -82,7 +82,10 @@ def check_block(
     kernel_size: IntPair,
     stride: IntPair,
 ) -> tuple[tuple[Any, ...], Any]:
-    """Check a fused block's arguments (either order); (those behind the bias, the operator that runs or None)."""
+    """Check a fused block's arguments, in either order.
+
+    Returns (the arguments after the bias, the operator that runs the call or None).
+    """
     check_tensor("x", x)
     norm = check_lrn(lrn_size, alpha, beta, k, "lrn_size")
     kernel, step = pair("kernel_size", kernel_size, 1), pair("stride", stride, 1)
@@ -139,6 +142,7 @@ def _backward(op: Any, ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[A
 
 register(
     "relu_lrn_max_pool2d",
+    stock=reference.relu_lrn_max_pool2d,
     schema="(Tensor x, Tensor? bias, int lrn_size, float alpha, float beta, float k, int[2] kernel_size, int[2] "
     "stride) -> (Tensor y, Tensor winners)",
     fake=_fake,

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._checks import overrides
+from .._reference import differentiable, first_gradient
 from ..local_response_norm.reference import local_response_norm
 from ..relu_max_pool2d.reference import scatter_to_winners
 
@@ -46,8 +47,6 @@ def relu_lrn_max_pool2d_backward(
     stride: list[int],
 ) -> tuple[Tensor, Tensor]:
     """(dx, dbias): through the pooling by its winners, then through LRN and ReLU."""
-    from .._register import differentiable, first_gradient
-
     z = differentiable(add_bias(x, bias))
     y = local_response_norm(F.relu(z), lrn_size, alpha, beta, k)
     dnorm = scatter_to_winners(dy, winners, x.shape[2], x.shape[3], kernel_size, stride, [0, 0], [1, 1])

@@ -14,9 +14,20 @@ from torch import Tensor
 
 from .._checks import pooled_size
 from .._layout import empty_images
-from .._triton import accumulator_dtype, is_wide, offset, place, tile, tile_at, wrap_triton
+from .._triton import (
+    PARTIAL_SUMS,
+    accumulator_dtype,
+    is_wide,
+    offset,
+    place,
+    store_sums,
+    tile,
+    tile_at,
+    total,
+    wrap_triton,
+)
 from ..local_response_norm.triton_kernels import constants, lrn, lrn_backward
-from ..relu_max_pool2d.triton_kernels import PARTIAL_SUMS, pool, store_sums, total, unpool, window, with_bias
+from ..relu_max_pool2d.triton_kernels import pool, unpool, window, with_bias
 
 
 @triton.jit

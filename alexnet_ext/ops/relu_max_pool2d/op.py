@@ -111,6 +111,7 @@ def _backward(op: Any, ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[A
 
 register(
     "relu_max_pool2d",
+    stock=reference.relu_max_pool2d,
     schema="(Tensor x, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, bool ceil_mode) -> "
     "(Tensor y, Tensor winners)",
     fake=_fake,

@@ -22,15 +22,15 @@ def relu_max_pool2d(x: Tensor, kernel_size: Any, stride: Any, padding: Any, dila
 
 
 def may_step_over(x: Tensor, kernel_size: list[int], dilation: list[int]) -> bool:
-    """Whether a window may have no value of x in it: it starts in the padding, and its next tap is behind x."""
+    """Whether a window may contain no value of x: it starts in the padding, and its next tap is beyond x."""
     return any(kernel_size[i] > 1 and dilation[i] > x.shape[-2 + i] for i in (0, 1))
 
 
 def _stepping_over(x: Tensor, *constants: Any) -> Tensor:
-    """Max pooling of activations; -inf, as in stock, of a window with no value of x in it.
+    """Max pooling of activations; -inf, as in stock, for a window that contains no value of x.
 
-    Stock's index of such a window is that of a value outside the plane, where its backward writes all the same: into
-    another channel, or outside the gradient. So the gradient is that of a gather here.
+    For such a window stock's index is outside the plane, and its backward writes there: into another channel, or
+    outside the gradient. Here the gradient is a gather's.
     """
     y, index = F.max_pool2d(x.detach(), *constants, return_indices=True)
     nothing = y.isneginf()
@@ -48,7 +48,7 @@ def scatter_to_winners(
     padding: list[int],
     dilation: list[int],
 ) -> Tensor:
-    """dx (N, C, height, width): each dy added where its window's winner stands.
+    """dx (N, C, height, width): each dy added at its window's winner.
 
     A winner is the tap ``row * kernel_width + column`` within the window, or 255 for no gradient.
     """

@@ -13,10 +13,20 @@ from torch import Tensor
 
 from .._checks import pooled_size
 from .._layout import empty_images
-from .._triton import accumulator, accumulator_dtype, is_wide, offset, place, sides, tile, tile_at, wrap_triton
-
-PARTIAL_SUMS = 1024
-"""Programs that share a bias gradient. It hangs on nothing but the shape, so that the sum's order does not either."""
+from .._triton import (
+    PARTIAL_SUMS,
+    accumulator,
+    accumulator_dtype,
+    is_wide,
+    offset,
+    place,
+    sides,
+    store_sums,
+    tile,
+    tile_at,
+    total,
+    wrap_triton,
+)
 
 
 @triton.jit
@@ -61,8 +71,8 @@ def pool(
 ):
     """(values, winners) of a tile of windows ``at`` their (image, row, column) of the output.
 
-    What is pooled is ``normalize(x + bias, LRN)``; None: x + bias, the ReLU falling to the pooling. ``sides`` are the
-    input's (height, width), None where every window lies within them.
+    The windows pool ``normalize(x + bias, LRN)``. With ``normalize`` None they pool x + bias, and the ReLU is theirs.
+    ``sides`` are the input's (height, width), None where every window is within them.
     """
     KERNEL_H: tl.constexpr = WINDOW[0]
     KERNEL_W: tl.constexpr = WINDOW[1]
@@ -125,7 +135,7 @@ def unpool(
             reaches &= (down % DILATION_H == 0) & (right % DILATION_W == 0)
             there = (image, oh, ow)
             winner = tl.load(winners_ptr + offset(there, channel, winner_strides), reaches, 255).to(tl.int32)
-            # Loaded whether it won or not: a mask that hangs on data would break up the 16-byte loads.
+            # Loaded whether it won or not: a mask that depends on data would break up the 16-byte loads.
             dy = accumulator(tl.load(dy_ptr + offset(there, channel, dy_strides), reaches, 0.0))
             total += tl.where(winner == down // DILATION_H * KERNEL_W + right // DILATION_W, dy, 0.0)
     return total
@@ -247,15 +257,6 @@ def _backward_kernel(
         store_sums(sums, sums_ptr, channels, HALO, BLOCK_C)
 
 
-@triton.jit
-def store_sums(sums, sums_ptr, channels, HALO: tl.constexpr, BLOCK_C: tl.constexpr):
-    """This program's row of [programs, channels]."""
-    lane = tl.arange(0, BLOCK_C)[None, :]
-    channel = tl.program_id(1) * (BLOCK_C - 2 * HALO) - HALO + lane
-    own = (lane >= HALO) & (lane < BLOCK_C - HALO) & (channel < channels)
-    tl.store(sums_ptr + tl.program_id(0).to(tl.int64) * channels + channel, sums, own)
-
-
 def window(
     kernel_size: list[int], stride: list[int], padding: list[int] | None = None, dilation: list[int] | None = None
 ) -> dict[str, int]:
@@ -333,11 +334,6 @@ def gradient(
         WIDE=is_wide(dy, winners, dx),
     )
     return dx, total(partial, dtype) if sums else partial
-
-
-def total(partial: Tensor, dtype: torch.dtype) -> Tensor:
-    """The programs' sums [programs, channels] added up, in fp64 and in one order."""
-    return partial.sum(0, dtype=torch.float64).to(dtype)
 
 
 def backward(

@@ -85,6 +85,7 @@ def _backward(op: Any, ctx: Any, dy: Tensor | None, dpooled: Tensor | None, _: T
 
 register(
     "relu_max_pool2d_lrn",
+    stock=reference.relu_max_pool2d_lrn,
     schema="(Tensor x, Tensor? bias, int lrn_size, float alpha, float beta, float k, int[2] kernel_size, int[2] "
     "stride) -> (Tensor y, Tensor pooled, Tensor winners)",
     fake=_fake,

@@ -50,7 +50,7 @@ ON_GPU = tuple(op for op in OPS if (ROOT / f"alexnet_ext/ops/{op}/triton_kernels
 DTYPES = ("bfloat16", "float32", "float16", "float64")
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 BACKENDS = ("native", "triton")
-WAYS = (*BACKENDS, "measured")
+WAYS = (*BACKENDS, "auto")
 NETWORKS = ("training step 128", "inference 1024", "training step 1024", "inference 128")
 
 
@@ -64,7 +64,7 @@ STAGES = (
         "correctness",
         "every op, backend, dtype and layout, and each candidate of the convolution, against float64",
         130,
-        crossed(BACKENDS, OPS, DTYPES) + crossed(("measured candidates", "measured cutlass"), DTYPES),
+        crossed(BACKENDS, OPS, DTYPES) + crossed(("auto candidates", "auto cutlass"), DTYPES),
         True,
     ),
     Stage("network", "the network's values, gradients and 50 training steps against stock", 80, WAYS, True),

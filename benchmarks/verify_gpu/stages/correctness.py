@@ -1,7 +1,7 @@
 """Compares values and all gradients of the tests' own cases with float64, on the device, for each of our backends.
 
-The convolution's candidates (``measured.py``; some are no backend) are each compared with it on AlexNet's five layers.
-A part with too little time for all cases takes a fair sample of them, and says so.
+Each candidate of the convolution (``candidates.py``), backend or not, is compared with it on AlexNet's five layers. A
+part that finds too little time for all cases takes a fair sample of them, and says so.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from alexnet_ext import _library
 from alexnet_ext.ops import _backend
-from alexnet_ext.ops._tuning import Candidate
+from alexnet_ext.ops._choices import Candidate
 from tests.support import cases, oracle
 from tests.support.cases import Case
 
@@ -52,13 +52,13 @@ def run(task: Task) -> Iterator[Finding]:
                 for case, layout in itertools.product(chosen, LAYOUTS[backend])
             }
             yield from held(f"{op} {backend} {cases.dtype_id(dtype)}", checks, backend, task.end)
-    if not _backend.has_kernel("measured", "conv2d_bias_relu", device):
+    if "auto" not in _backend.kernels("conv2d_bias_relu", device):
         return
     for dtype in DTYPES:
-        if task.wants(f"measured candidates {cases.dtype_id(dtype)}"):
+        if task.wants(f"auto candidates {cases.dtype_id(dtype)}"):
             checks = dict(candidate_checks(dtype, device))
-            yield from held(f"conv2d_bias_relu, candidates, {cases.dtype_id(dtype)}", checks, "measured", task.end)
-        if task.wants(f"measured cutlass {cases.dtype_id(dtype)}") and device == "cuda":
+            yield from held(f"conv2d_bias_relu, candidates, {cases.dtype_id(dtype)}", checks, "auto", task.end)
+        if task.wants(f"auto cutlass {cases.dtype_id(dtype)}") and device == "cuda":
             yield from cutlass_findings(dtype)
 
 
@@ -108,7 +108,7 @@ def candidate_names(case: Case, dtype: torch.dtype, layout: str, device: str) ->
         return given[0]
 
     with choosing(note, device):
-        common.gradients(case, cases.make(case, dtype, layout, device=device), "measured")
+        common.gradients(case, cases.make(case, dtype, layout, device=device), "auto")
     return list(names)
 
 
@@ -136,21 +136,23 @@ def cutlass_findings(dtype: torch.dtype) -> Iterator[Finding]:
             continue
         for case in cases.alexnet_cases("conv2d_bias_relu", 4):
             name = f"{case.id} channels_last {cases.dtype_id(dtype)} {library.name}"
-            yield attempt(name, partial(compare_cutlass, case, dtype, "cuda", sm90), backend="measured")
+            yield attempt(name, partial(compare_cutlass, case, dtype, "cuda", sm90), backend="auto")
 
 
 def compare_cutlass(case: Case, dtype: torch.dtype, device: str, sm90: bool = False) -> None:
-    """All values are of bf16, and exact in fp16 and TF32 too: only sums are rounded. One value of x is NaN."""
+    """All values are exact in bf16, fp16 and TF32: nothing is rounded except sums. One value of x is NaN."""
     from alexnet_ext.ops.conv2d_bias_relu import cutlass
+    from alexnet_ext.ops.conv2d_bias_relu.shared import Convolution, Direction
 
     summands = cases.SPECS[case.op].summands
     tensors = cases.make(case, torch.bfloat16, "channels_last", requires_grad=False, device=device)
     x, weight, bias, *constants = cases.raw_forward(
         case, {n: t if t is None else t.to(dtype) for n, t in tensors.items()}
     )
-    gradients = () if sm90 and dtype == torch.float32 else ((0, "x"), (1, "weight"))
-    directions = (None, *(wanted for wanted, _ in gradients))
-    assert all(cutlass.applies(x, weight, *constants, wanted, sm90) for wanted in directions), "it does not apply"
+    p = Convolution(*constants)
+    gradients = {} if sm90 and dtype == torch.float32 else {Direction.INPUT: "x", Direction.WEIGHT: "weight"}
+    directions = (Direction.FORWARD, *gradients)
+    assert all(cutlass.applies(x, weight, p, direction, sm90) for direction in directions), "it does not apply"
     holed = x.clone()
     holed[0, 0, 5, 5] = torch.nan
     exact = [t.double() for t in (holed, weight, bias)]
@@ -158,7 +160,7 @@ def compare_cutlass(case: Case, dtype: torch.dtype, device: str, sm90: bool = Fa
     for relu in (False, True):
         y = F.conv2d(*exact, *constants)
         y = F.relu(y) if relu else y
-        ours = cutlass.forward(holed, weight, bias, *constants, relu=relu, sm90=sm90)
+        ours = cutlass.forward(holed, weight, bias, p, relu, sm90)
         oracle.assert_accurate("y", ours, y.cpu(), None, summands(case, "y"), size)
     dz = torch.randn_like(y).bfloat16()
     mask = [True, True, False]
@@ -167,7 +169,7 @@ def compare_cutlass(case: Case, dtype: torch.dtype, device: str, sm90: bool = Fa
         torch.ops.aten.convolution_backward(*each, None, *constants[:3], False, [0, 0], constants[3], mask)
         for each in (given, [t.abs() for t in given])
     )
-    for wanted, name in gradients:
-        (ours,) = cutlass.gradients(dz.to(dtype), x, weight, *constants, wanted, sm90)
-        largest = of_parts[wanted].max().item()
-        oracle.assert_accurate(name, ours, exact_gradients[wanted].cpu(), None, summands(case, name), largest)
+    for direction, name in gradients.items():
+        ours = cutlass.gradient(dz.to(dtype), x, weight, p, direction, sm90)
+        largest = of_parts[direction].max().item()
+        oracle.assert_accurate(name, ours, exact_gradients[direction].cpu(), None, summands(case, name), largest)

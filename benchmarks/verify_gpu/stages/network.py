@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 import alexnet_ext as ax
-from alexnet_ext import diagnostics
 from alexnet_ext.ops import _backend
+from alexnet_ext.selfcheck import compare
 
 from ..common import SIZES, attempt, each_way, preferring
 from ..report import Finding
@@ -30,7 +30,7 @@ def run(task: Task) -> Iterator[Finding]:
     for way in asked:
         yield attempt(f"what {way} runs", partial(runs_ours, way, device), backend=way)
         with preferring(way, device):
-            for row in diagnostics.check(device, op_names=(), variants=variants, dtypes=dtypes):
+            for row in compare.check(device, op_names=(), variants=variants, dtypes=dtypes):
                 detail = f"error {row.error:.2g}, at most {row.tolerance:.2g} {row.note}"
                 yield Finding(f"{row.name} {row.dtype} {row.layout} {way}", row.ok, detail, about={"backend": way})
     if asked:
@@ -46,15 +46,15 @@ def runs_ours(way: str, device: str) -> str:
         model(images).sum().backward()
 
     with preferring(way, device):
-        chosen = {op: _backend.preferred(op, torch.device(device)) for op in IN_IT}
+        chosen = {op: _backend.decide(op, torch.device(device)).backend for op in IN_IT}
         step()
         with profile(activities=[ProfilerActivity.CPU]) as profiled:
             step()
     called = {
         event.key.removeprefix("alexnet_ext::") for event in profiled.key_averages() if "alexnet_ext::" in event.key
     }
-    suffix = {"native": "", "triton": "_triton", "measured": "_measured"}
-    wanted = {f"{op}{suffix[by]}{end}" for op, by in chosen.items() if by != "stock" for end in ("", "_backward")}
+    operators = [_backend.kernels(op, device)[by] for op, by in chosen.items() if by != "stock"]
+    wanted = {f"{name}{end}" for name in operators for end in ("", "_backward")}
     assert wanted, f"all of {', '.join(IN_IT)} run stock"
     assert wanted <= called, f"not called: {', '.join(sorted(wanted - called))}; called: {', '.join(sorted(called))}"
     return ", ".join(f"{op} by {by}" for op, by in chosen.items())

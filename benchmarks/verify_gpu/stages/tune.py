@@ -11,8 +11,8 @@ from unittest import mock
 import torch
 
 from alexnet_ext import models
-from alexnet_ext.ops import _backend, _tuning
-from alexnet_ext.tuning import TunedRow, rows
+from alexnet_ext.ops import _backend, _choices
+from alexnet_ext.selfcheck.tune import TunedRow, rows
 
 from ..common import SIZES, ways
 from ..report import Finding
@@ -26,10 +26,10 @@ def run(task: Task) -> Iterator[Finding]:
         network = models.alexnet("paper", init="torch")
     # The user's own choices file is not touched.
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, XDG_CACHE_HOME=folder):
-        _tuning.choices.cache_clear()
+        _choices.choices.cache_clear()
         with (
             mock.patch.object(_backend, "TUNED", (task.device,)),
-            mock.patch.object(_tuning, "REPEATS", _tuning.REPEATS if task.device == "cuda" else 1),
+            mock.patch.object(_choices, "REPEATS", _choices.REPEATS if task.device == "cuda" else 1),
             warnings.catch_warnings(record=True) as caught,
         ):
             warnings.simplefilter("always")
@@ -37,7 +37,7 @@ def run(task: Task) -> Iterator[Finding]:
                 said = [str(warning.message) for warning in caught]
                 caught.clear()
                 yield judged(row, device, said) if row.layer in _backend.OPS else measured(row, said)
-        _tuning.choices.cache_clear()
+        _choices.choices.cache_clear()
 
 
 def measured(row: TunedRow, said: list[str]) -> Finding:
@@ -47,7 +47,7 @@ def measured(row: TunedRow, said: list[str]) -> Finding:
 def judged(row: TunedRow, device: torch.device, said: list[str]) -> Finding:
     """Every backend with kernels is correct here, and "auto" from now on runs the fastest of them."""
     left_out = set(ways(row.layer, device.type)) - row.microseconds.keys()
-    runs = _backend.preferred(row.layer, device)
+    runs = _backend.decide(row.layer, device).backend
     detail = "; ".join([f"auto runs {runs}", *(f"{way} is left out" for way in sorted(left_out)), *said])
     return Finding(f"{row.layer}: {row.choice}", not left_out and runs == row.choice, detail, microseconds(row))
 

@@ -14,14 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alexnet_ext import _library
-from alexnet_ext.ops._tuning import Candidate
+from alexnet_ext.ops._choices import Candidate
 from tests.ops.conv2d_bias_relu.spec import LAYERS
 from tests.ops.test_tuning import convolve_by
 from tests.support import cases, oracle
 from tests.support.cases import Case, conv
 
 cutlass = importlib.import_module("alexnet_ext.ops.conv2d_bias_relu.cutlass")
-FORWARD, OF_X, OF_WEIGHT = None, 0, 1
+shared = importlib.import_module("alexnet_ext.ops.conv2d_bias_relu.shared")
+FORWARD, OF_X, OF_WEIGHT = shared.Direction.FORWARD, shared.Direction.INPUT, shared.Direction.WEIGHT
 BUILT = _library.Library("cutlass", "cuda", True)
 
 
@@ -39,15 +40,16 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cutlass, "SM90", _library.Library("sm90", "cuda", True))
 
 
-def applies(case: Case, wanted: int | None, dtype: torch.dtype = torch.bfloat16, sm90: bool = False) -> bool:
+def applies(case: Case, wanted: int, dtype: torch.dtype = torch.bfloat16, sm90: bool = False) -> bool:
     x, weight = (torch.empty(case.shapes[name], dtype=dtype, device="meta") for name in ("x", "weight"))
     constants = (cases.pair(case.constants[name]) for name in ("stride", "padding", "dilation"))
-    return cutlass.applies(x, weight, *map(list, constants), case.constants["groups"], wanted, sm90)
+    p = shared.Convolution(*map(list, constants), case.constants["groups"])
+    return cutlass.applies(x, weight, p, wanted, sm90)
 
 
 @pytest.mark.parametrize("wanted", [FORWARD, OF_X, OF_WEIGHT])
 @pytest.mark.parametrize("case", cases.params(cases.ALEXNET["conv2d_bias_relu"]))
-def test_it_applies_to_alexnet(case: Case, wanted: int | None) -> None:
+def test_it_applies_to_alexnet(case: Case, wanted: int) -> None:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         assert applies(case, wanted, dtype)
 
@@ -78,7 +80,7 @@ PLAIN = conv((2, 16, 9, 9), 32, (3, 3), padding=1, groups=2)
     ],
     ids=lambda value: value.id if isinstance(value, Case) else "",
 )
-def test_where_it_applies(case: Case, directions: set[int | None]) -> None:
+def test_where_it_applies(case: Case, directions: set[int]) -> None:
     assert {wanted for wanted in (FORWARD, OF_X, OF_WEIGHT) if applies(case, wanted)} == directions
 
 

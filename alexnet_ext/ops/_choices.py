@@ -1,7 +1,7 @@
 """Measured choices: of several ways to compute the same, the fastest on this device, remembered on disk.
 
-A convolution's are made on its first call (``fastest``), those between an op's backends by ``tuning.tune``. Nothing is
-measured while a CUDA graph is captured or torch.compile traces: there a choice that is already known is used, else the
+A convolution's choices are made on its first call (``fastest``), those between an op's backends by ``alexnet tune``.
+Nothing is measured while a CUDA graph is captured or torch.compile traces. A known choice is used there, else the
 static one. Not yet run on a GPU.
 """
 
@@ -33,27 +33,27 @@ REPEATS, ROUNDS = 10, 3
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to compute: its name in the file, and the call."""
+    """One way to compute something: its name in the file, and the call."""
 
     name: str
     run: Callable[[], Results]
 
 
 def assume_constant_result(function: Callable[..., Any]) -> Callable[..., Any]:
-    """As in ``torch.compiler``, whose own imports torch._dynamo, a second of work, for this one mark."""
+    """As ``torch.compiler``'s, which imports torch._dynamo, a second of work, to set this one mark."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 def gpu_clock() -> float:
-    """Seconds, after all work given to the GPU is done."""
+    """Seconds, once the GPU has done all its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def agree(ours: Results, theirs: Results) -> bool:
-    """Whether two candidates computed the same: within some roundings of the dtype (TF32's for fp32)."""
+    """Whether two candidates computed the same, within some roundings of the dtype (TF32's for fp32)."""
     for a, b in zip(ours, theirs, strict=True):
         eps = max(torch.finfo(b.dtype).eps, 2.0**-10 if b.dtype == torch.float32 else 0.0)
         largest = b.detach().nan_to_num(0, 0, 0).abs().max().item() if b.numel() else 0.0
@@ -62,14 +62,17 @@ def agree(ours: Results, theirs: Results) -> bool:
     return True
 
 
-def that_run(candidates: Sequence[Candidate], clock: Clock) -> Iterator[tuple[Candidate, Results]]:
-    """Each candidate and what it computes, but for what raises. Raises RuntimeError when that is all."""
+def running(candidates: Sequence[Candidate], clock: Clock) -> Iterator[tuple[Candidate, Results]]:
+    """Yield (candidate, results) for every candidate that runs, warning about those that raise.
+
+    RuntimeError if none runs.
+    """
     ran = False
     for candidate in candidates:
         try:
             results = candidate.run()
             clock()  # an asynchronous error shows here
-        except Exception as error:  # a kernel that does not build, memory that does not suffice: whatever it is
+        except Exception as error:  # a kernel that does not build, too little memory: whatever it is
             warnings.warn(f"{candidate.name} is not measured, as it raises {error!r:.200}", stacklevel=3)
             continue
         ran = True
@@ -79,10 +82,13 @@ def that_run(candidates: Sequence[Candidate], clock: Clock) -> Iterator[tuple[Ca
 
 
 def timings(candidates: Sequence[Candidate], clock: Clock) -> dict[str, float]:
-    """Seconds of each candidate, but for what raises, and what computes something else than the first that does not."""
+    """Seconds per call for each candidate that runs and agrees with the first one that ran.
+
+    The others are dropped with a warning.
+    """
     reference: Results | None = None
     left = []
-    for candidate, results in that_run(candidates, clock):
+    for candidate, results in running(candidates, clock):
         if reference is None:
             reference = results
         elif not agree(results, reference):
@@ -93,7 +99,7 @@ def timings(candidates: Sequence[Candidate], clock: Clock) -> dict[str, float]:
 
 
 def race(candidates: Sequence[Candidate], clock: Clock) -> dict[str, float]:
-    """Seconds of each candidate: the least of some rounds, which take turns."""
+    """Seconds per call of each candidate: the least of some rounds, in which they take turns."""
     seconds = {candidate.name: float("inf") for candidate in candidates}
     for _ in range(ROUNDS):
         for candidate in candidates:
@@ -105,7 +111,7 @@ def race(candidates: Sequence[Candidate], clock: Clock) -> dict[str, float]:
 
 
 def cache_file() -> Path:
-    """In the user's cache folder, as the XDG base directories have it."""
+    """The choices file in the user's cache folder, by the XDG base directory specification."""
     folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(folder) / "alexnet_ext" / "choices.json"
 
@@ -113,7 +119,7 @@ def cache_file() -> Path:
 class Choices:
     """Choices by key, in memory and in one JSON file that any number of processes read and write.
 
-    A file that cannot be read or written is a warning, once; choices are then kept in memory alone.
+    A file that cannot be read or written gets one warning; choices are then kept in memory alone.
     """
 
     def __init__(self, path: Path) -> None:
@@ -152,7 +158,7 @@ class Choices:
         if not isinstance(found, dict):
             self._warn("holds no choices and is not used")
             return {}
-        return {key: entry for key, entry in found.items() if isinstance(entry, dict) and "choice" in entry}
+        return {key: entry for key, entry in found.items() if _is_entry(entry)}
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -165,6 +171,13 @@ class Choices:
         warnings.warn(f"{self.path} {what}", stacklevel=4)
 
 
+def _is_entry(entry: object) -> bool:
+    """Whether this is what ``Choices.remember`` writes: other versions and other programs may have written it."""
+    return (
+        isinstance(entry, dict) and isinstance(entry.get("choice"), str) and isinstance(entry.get("microseconds"), dict)
+    )
+
+
 @functools.cache
 def choices() -> Choices:
     return Choices(cache_file())
@@ -172,7 +185,7 @@ def choices() -> Choices:
 
 @functools.cache
 def versions() -> str:
-    """What a measured time hangs on, but for the device and the call."""
+    """The versions that a measured time depends on."""
     found = [f"alexnet_ext {__version__}", f"torch {torch.__version__}"]
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         found.append(f"triton {importlib.metadata.version('triton')}")
@@ -199,7 +212,7 @@ def key_of(what: str, device: torch.device) -> str:
 def fastest(what: str, device: torch.device, candidates: Sequence[Candidate], clock: Clock = gpu_clock) -> Candidate:
     """The fastest candidate for ``what`` (the call in words) on this device: known, measured now, or the first.
 
-    Candidates stand in the static order: the first is trusted, and taken where nothing may be measured.
+    Candidates are in the static order: the first is trusted, and taken where nothing may be measured.
     """
     key = key_of(what, device)
     by_name = {candidate.name: candidate for candidate in candidates}
@@ -213,5 +226,5 @@ def fastest(what: str, device: torch.device, candidates: Sequence[Candidate], cl
 
 @assume_constant_result
 def tuned(op: str, device: torch.device) -> str:
-    """The backend that ``tuning.tune`` found right and fastest for ``op`` on this device; "" where it did not look."""
+    """The backend that `alexnet tune` found right and fastest for ``op`` on this device; "" where it did not look."""
     return str(choices().known().get(key_of(op, device), {}).get("choice", ""))

@@ -13,15 +13,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops
-from .models import VARIANTS, AlexNet, alexnet
-from .ops._backend import OPS
+from .. import ops
+from ..models import VARIANTS, AlexNet, alexnet
+from ..ops._backend import OPS, decide
+from ..ops._register import RECORDS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -30,6 +31,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 FP32_EPS = torch.finfo(torch.float32).eps
 LRN = (5, 5e-4, 0.75, 2.0)
+POOL = ([3, 3], [2, 2])
 EVEN_LRN = (4, 1e-3, 0.6, 1.0)  # an even window looks further down than up, and its gradient the other way round
 
 # The seed of each network's image, chosen so that no ReLU and no pooling window of the float64 run decides by less
@@ -79,10 +81,10 @@ def network_weights(model: AlexNet) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class _Case:
-    """An op at one shape of AlexNet: ours, the same of torch.nn.functional, and the shapes of its arguments.
+    """An op at one shape of AlexNet: the shapes of its tensors, and the constants that follow them in the call.
 
-    ``spacings`` are those of the arguments' integers, ``terms`` is the longest sum. ``pooled_from`` computes what
-    a pooling window compares where rounding comes before pooling: two values nearer than rounding may then trade
+    ``spacings`` are those of the tensors' integers, ``terms`` is the longest sum. ``pooled_from`` computes the values
+    that a pooling window compares, where they are rounded before. Two values nearer than rounding may then trade
     places, and a gradient its place, so such a window gets no gradient.
     """
 
@@ -90,72 +92,41 @@ class _Case:
     op: str
     shapes: tuple[tuple[int, ...], ...]
     spacings: tuple[float, ...]
-    ours: Callable[..., Tensor]
-    stock: Callable[..., Tensor]
+    constants: tuple[Any, ...]
     terms: int
     pooled_from: Callable[..., Tensor] | None = None
 
+    def ours(self, *tensors: Tensor) -> Tensor:
+        return getattr(ops, self.op)(*tensors, *self.constants)
 
-def _activation(x: Tensor, bias: Tensor) -> Tensor:
-    return F.relu(x + bias[:, None, None])
+    def stock(self, *tensors: Tensor) -> Tensor:
+        return RECORDS[self.op].stock(*tensors, *self.constants)
 
 
 def _normalized(x: Tensor, bias: Tensor) -> Tensor:
-    return F.local_response_norm(_activation(x, bias), *LRN)
+    return F.local_response_norm(F.relu(x + bias[:, None, None]), *LRN)
 
 
 def _convolution(name: str, groups: int, batch: int) -> _Case:
     shapes = ((batch, 384, 13, 13), (384, 384 // groups, 3, 3), (384,))
-    return _Case(
-        f"conv2d_bias_relu, {name}",
-        "conv2d_bias_relu",
-        shapes,
-        (0.5, 2.0**-10, 2.0**-3),
-        lambda x, w, b: ops.conv2d_bias_relu(x, w, b, padding=1, groups=groups),
-        lambda x, w, b: F.relu(F.conv2d(x, w, b, padding=1, groups=groups)),
-        terms=384 * 9,
-    )
+    spacings = (0.5, 2.0**-10, 2.0**-3)
+    return _Case(f"conv2d_bias_relu, {name}", "conv2d_bias_relu", shapes, spacings, (1, 1, 1, groups), 384 * 9)
 
 
 # Values to 63.5, or the sum of x and a bias of the same spacing, which then is exact in bf16 too: LRN divides by up to
 # a fifth more or less from place to place, and no sum of squares overflows fp16.
 CASES = (
-    _Case(
-        "local_response_norm, n = 5",
-        "local_response_norm",
-        ((1, 96, 55, 55),),
-        (0.5,),
-        lambda x: ops.local_response_norm(x, *LRN),
-        lambda x: F.local_response_norm(x, *LRN),
-        terms=5,
-    ),
-    _Case(
-        "local_response_norm, n = 4",
-        "local_response_norm",
-        ((2, 256, 13, 13),),
-        (0.5,),
-        lambda x: ops.local_response_norm(x, *EVEN_LRN),
-        lambda x: F.local_response_norm(x, *EVEN_LRN),
-        terms=4,
-    ),
-    _Case(
-        "relu_max_pool2d",
-        "relu_max_pool2d",
-        ((2, 256, 13, 13),),
-        (0.5,),
-        lambda x: ops.relu_max_pool2d(x, 3, 2),
-        lambda x: F.max_pool2d(F.relu(x), 3, 2),
-        terms=4,
-    ),
-    _convolution("one tower", 1, batch=8),  # so many tiles that fp32 on a CPU without AVX-512 takes Winograd's way
+    _Case("local_response_norm, n = 5", "local_response_norm", ((1, 96, 55, 55),), (0.5,), LRN, terms=5),
+    _Case("local_response_norm, n = 4", "local_response_norm", ((2, 256, 13, 13),), (0.5,), EVEN_LRN, terms=4),
+    _Case("relu_max_pool2d", "relu_max_pool2d", ((2, 256, 13, 13),), (0.5,), (*POOL, [0, 0], [1, 1], False), terms=4),
+    _convolution("one tower", 1, batch=8),  # its many tiles go by Winograd in fp32 on a CPU without AVX-512
     _convolution("two towers", 2, batch=1),
     _Case(
         "linear_bias_relu",
         "linear_bias_relu",
         ((32, 1024), (512, 1024), (512,)),
         (0.5, 2.0**-10, 2.0**-3),
-        lambda x, w, b: ops.linear_bias_relu(x, w, b),
-        lambda x, w, b: F.relu(F.linear(x, w, b)),
+        (),
         terms=1024,
     ),
     _Case(
@@ -163,8 +134,7 @@ CASES = (
         "relu_lrn_max_pool2d",
         ((1, 96, 55, 55), (96,)),
         (0.25, 0.25),
-        lambda x, b: ops.relu_lrn_max_pool2d(x, b, *LRN, 3, 2),
-        lambda x, b: F.max_pool2d(_normalized(x, b), 3, 2),
+        (*LRN, *POOL),
         terms=55 * 55,
         pooled_from=_normalized,
     ),
@@ -173,8 +143,7 @@ CASES = (
         "relu_max_pool2d_lrn",
         ((1, 96, 55, 55), (96,)),
         (0.25, 0.25),
-        lambda x, b: ops.relu_max_pool2d_lrn(x, b, *LRN, 3, 2),
-        lambda x, b: F.local_response_norm(F.max_pool2d(_activation(x, b), 3, 2), *LRN),
+        (*LRN, *POOL),
         terms=55 * 55,
     ),
 )
@@ -288,14 +257,11 @@ def _augment_rows(device: torch.device, dtypes: Sequence[str]) -> Iterator[Check
     """As above for ``augment``, which takes bytes and has no gradient; the layout is the images'."""
     images = (_integers(0, (2, 256, 256, 3), 1.0) + 128).to(torch.uint8)
     drawn = (torch.tensor([[0, 29], [17, 3]]), torch.tensor([False, True]), _integers(1, (2, 3), 0.25))
-    crops = torch.stack([images[0, :227, 29:256], images[1, 17:244, 3:230].flip(1)])
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     backend = _backend_of(["augment"], device)
 
-    def plain(wide: torch.dtype, dtype: torch.dtype) -> list[Tensor]:
-        centre, deviation = (255 * torch.tensor(values, dtype=wide) for values in (mean, std))
-        y = (crops.to(wide) + drawn[2][:, None, None] - centre) / deviation
-        return [y.permute(0, 3, 1, 2).to(dtype)]
+    def stock(dtype: torch.dtype) -> list[Tensor]:
+        return [RECORDS["augment"].stock(images, *drawn, 227, mean, std, dtype, 1)]
 
     def ours(layout: str, dtype: torch.dtype) -> list[Tensor]:
         placed = images.to(device)
@@ -304,7 +270,7 @@ def _augment_rows(device: torch.device, dtypes: Sequence[str]) -> Iterator[Check
         offsets, flips, shifts = (t.to(device) for t in drawn)
         return [ops.augment(placed, offsets, flips, shifts, 227, mean=mean, std=std, dtype=dtype).cpu()]
 
-    reference = plain(torch.float64, torch.float64)
+    reference = stock(torch.float64)
     for dtype_name, layout in itertools.product(dtypes, LAYOUTS):
         dtype = DTYPES[dtype_name]
         eps = torch.finfo(dtype).eps
@@ -312,7 +278,7 @@ def _augment_rows(device: torch.device, dtypes: Sequence[str]) -> Iterator[Check
             ("augment", dtype_name, layout, backend),
             ["y"],
             partial(ours, layout, dtype),
-            _baseline(partial(plain, torch.float32, dtype), reference, _largest_error),
+            _baseline(partial(stock, dtype), reference, _largest_error),
             reference,
             _largest_error,
             [(eps, 4 * (eps + FP32_EPS))],
@@ -386,9 +352,7 @@ def _norm_error(value: Tensor, reference: Tensor) -> float:
 
 
 def _backend_of(op_names: Sequence[str], device: torch.device) -> str:
-    from .diagnostics import choice
-
-    return " + ".join(dict.fromkeys(choice(op, device.type).backend for op in op_names))
+    return " + ".join(dict.fromkeys(decide(op, device).backend for op in op_names))
 
 
 def _baseline(

@@ -1,13 +1,12 @@
 """``tune``: prove and measure the kernels of a model on the device that will train it. Not yet run on a GPU.
 
-Each convolution is measured for its own shape, direction by direction (``ops/conv2d_bias_relu/measured.py``); then
-each op as a whole, by every backend that computes it right here, over all of the model's calls. What is fastest
+First each convolution is measured for its own shape, direction by direction (``ops/conv2d_bias_relu/candidates.py``).
+Then each op as a whole is, by every backend that computes it right here, over all of the model's calls. What is fastest
 is remembered, and from then on ``backend="auto"`` runs it on this device.
 """
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,17 +17,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import ops
-from ._check import CASES, check
-from .ops import _backend, _tuning
-
-CONVOLUTION = "conv2d_bias_relu"
-OURS = ("native", "triton")
+from .. import ops
+from ..ops import _backend, _choices
+from ..ops._register import RECORDS
+from ..ops.conv2d_bias_relu.candidates import describe, title
+from ..ops.conv2d_bias_relu.shared import Convolution, Direction
+from .compare import CASES, check
 
 
 @dataclass(frozen=True)
 class TunedRow:
-    """What was found for a direction of a layer, or for an op in all: the choice, each candidate's microseconds."""
+    """What was found for a direction of a layer, or for an op as a whole: the choice, each candidate's microseconds.
+
+    The candidates of an op are backends. ``"auto"`` stands for what was chosen for each direction of each layer.
+    """
 
     layer: str
     direction: str
@@ -45,12 +47,12 @@ class Call:
     arguments: tuple[Any, ...]
 
     def made(self, device: torch.device, dtype: torch.dtype, layout: torch.memory_format) -> list[Any]:
-        """The arguments on ``device``: normal numbers that want a gradient; zeros where the op has none."""
+        """The arguments on ``device``: normal numbers that require a gradient; zeros where the op has none."""
 
         def like(value: Any) -> Any:
             if not isinstance(value, Tensor):
                 return value
-            if self.op == "augment":
+            if RECORDS[self.op].gradient is None:
                 return torch.zeros(value.shape, dtype=value.dtype, device=device)
             x = torch.randn(value.shape, dtype=dtype, device=device)
             return (x.to(memory_format=layout) if x.dim() == 4 else x).requires_grad_()
@@ -58,15 +60,15 @@ class Call:
         return [like(value) for value in self.arguments]
 
     def run(self, backend: str, arguments: Sequence[Any]) -> list[Tensor]:
-        """[y, gradients of all tensors that want one] by this backend."""
+        """[y, gradients of all tensors that require one] by this backend."""
         if backend == "stock":
-            function = getattr(importlib.import_module(f".ops.{self.op}.reference", __package__), self.op)
+            function = RECORDS[self.op].stock
         else:
-            function = getattr(torch.ops.alexnet_ext, self.op if backend == "native" else f"{self.op}_{backend}")
+            function = getattr(torch.ops.alexnet_ext, _backend.kernels(self.op, arguments[0].device.type)[backend])
         y = function(*arguments)
         y = y[0] if isinstance(y, tuple) else y
-        wanted = [value for value in arguments if isinstance(value, Tensor) and value.requires_grad]
-        return [y.detach(), *torch.autograd.grad(y, wanted, torch.ones_like(y))] if wanted else [y]
+        inputs = [value for value in arguments if isinstance(value, Tensor) and value.requires_grad]
+        return [y.detach(), *torch.autograd.grad(y, inputs, torch.ones_like(y))] if inputs else [y]
 
 
 class _Calls(TorchDispatchMode):
@@ -81,17 +83,17 @@ class _Calls(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.namespace == "alexnet_ext":  # which is called without what stands at its default
+        if func.namespace == "alexnet_ext":  # arguments at their defaults are left out of the call
             rest = [kwargs.get(a.name, a.default_value) for a in func._schema.arguments[len(args) :]]
             self.found.append(Call(self.layer, func._opname.removesuffix("_triton"), (*args, *rest)))
         return func(*args, **kwargs)
 
 
 def calls_of(model: nn.Module, shape: Sequence[int]) -> list[Call]:
-    """The calls of our ops in ``model``, of inputs of ``shape``; none is run.
+    """The calls of our ops in ``model``, for inputs of ``shape``; none is run.
 
-    Behind them one, at AlexNet's shapes and this batch, of each op that it does not call: augment makes its input,
-    others serve other models.
+    After them one call, at AlexNet's shapes and this batch, of each op that the model does not call: augment makes its
+    input, others serve other models.
     """
     calls = _Calls()
     hooks = [
@@ -130,10 +132,11 @@ def tune(
     """Prove and measure on ``device`` the kernels that ``model`` calls; from now on ``backend="auto"`` follows there.
 
     A backend is a candidate for an op where it is right on this device (``alexnet check`` says how that is judged, in
-    fp32, bf16 and fp16, forward and backward); choosing a convolution by measurement where it agrees with stock PyTorch
-    on every layer. The fastest over all of the model's calls is kept, in the user's cache folder, for this device and
-    these versions of PyTorch, Triton and this package. A convolution's directions are measured where their choice is
-    not known yet, an op's backends each time: the last choice holds. Not yet run on a GPU.
+    fp32, bf16 and fp16, forward and backward). So is ``"auto"``, a choice for each direction of a convolution, where it
+    agrees with stock PyTorch on every layer. The fastest over all of the model's calls is kept, in the user's cache
+    folder, for this device and these versions of PyTorch, Triton and this package. A convolution's directions are
+    measured where their choice is not known yet, an op's backends each time: the last choice holds. Not yet run on a
+    GPU.
 
     >>> rows = alexnet_ext.tune(alexnet_ext.models.alexnet().cuda(), (128, 3, 227, 227), dtype=torch.bfloat16)
 
@@ -160,41 +163,40 @@ def rows(
     """What ``tune`` finds, as it is found."""
     by_op: dict[str, list[Call]] = {}
     for call in calls_of(model, shape):
-        if any(_backend.has_kernel(backend, call.op, device.type) for backend in OURS):
+        if _backend.kernels(call.op, device.type):
             by_op.setdefault(call.op, []).append(call)
     for op, calls in by_op.items():
         given = [(call, call.made(device, dtype, layout)) for call in calls]
-        found = [backend for backend in OURS if _backend.has_kernel(backend, op, device.type)]
-        ways = [way for way in found if _is_right(op, way, device)]
-        if op == CONVOLUTION and "triton" in found:
+        there = _backend.kernels(op, device.type)
+        backends = [backend for backend in there if backend != "auto" and _is_right(op, backend, device)]
+        if "auto" in there:
             for call, arguments in given:
                 yield from _directions(call, arguments, device)
-            if all(_tuning.agree(call.run("measured", values), call.run("stock", values)) for call, values in given):
-                ways.insert(0, "measured")
+            if all(_choices.agree(call.run("auto", values), call.run("stock", values)) for call, values in given):
+                backends.insert(0, "auto")
             else:
                 warnings.warn(f"{op}: what is fastest differs from stock PyTorch and is not used", stacklevel=2)
 
-        def run(way: str, given: list[tuple[Call, list[Any]]] = given) -> list[Tensor]:
-            return [result for call, arguments in given for result in call.run(way, arguments)]
+        def run(backend: str, given: list[tuple[Call, list[Any]]] = given) -> list[Tensor]:
+            return [result for call, arguments in given for result in call.run(backend, arguments)]
 
-        candidates = [_tuning.Candidate(way, partial(run, way)) for way in (*ways, "stock")]
-        left = [candidate for candidate, _ in _tuning.that_run(candidates, _tuning.gpu_clock)]
-        _tuning.choices().remember(_tuning.key_of(op, device), _tuning.race(left, _tuning.gpu_clock))
+        candidates = [_choices.Candidate(backend, partial(run, backend)) for backend in (*backends, "stock")]
+        left = [candidate for candidate, _ in _choices.running(candidates, _choices.gpu_clock)]
+        _choices.choices().remember(_choices.key_of(op, device), _choices.race(left, _choices.gpu_clock))
         yield TunedRow(op, "forward and backward", *_known(op, device))
 
 
 def _directions(call: Call, arguments: list[Any], device: torch.device) -> Iterator[TunedRow]:
-    """A convolution's: running it measures what is not known."""
-    from .ops.conv2d_bias_relu.measured import FORWARD, describe
-
-    call.run("measured", arguments)
+    """Those of a convolution: running it measures what is not known."""
+    call.run("auto", arguments)
     x, weight, _, *constants, relu = arguments
-    for direction in (FORWARD[relu], "input gradient", "weight gradient"):
-        yield TunedRow(call.layer, direction, *_known(describe(direction, x, weight, *constants), device))
+    for direction in (Direction.FORWARD, Direction.INPUT, Direction.WEIGHT):
+        what = describe(x, weight, Convolution(*constants), direction, relu)
+        yield TunedRow(call.layer, title(direction, relu), *_known(what, device))
 
 
 def _known(what: str, device: torch.device) -> tuple[str, dict[str, float]]:
-    entry = _tuning.choices().known()[_tuning.key_of(what, device)]
+    entry = _choices.choices().known()[_choices.key_of(what, device)]
     return entry["choice"], entry["microseconds"]
 
 

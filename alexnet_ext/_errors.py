@@ -1,10 +1,8 @@
-"""Errors that the command line prints as one line, and the import of packages that only training needs."""
+"""Errors that the command line prints as one line, and the text of paths and exceptions on one line."""
 
 from __future__ import annotations
 
-import importlib
 import os
-from types import ModuleType
 from typing import Any
 
 
@@ -46,13 +44,3 @@ class BadImage(CommandError):
 def os_error(path: str | os.PathLike[str], error: OSError) -> CommandError:
     """One line for a failed system call: the file, and the system's error message."""
     return CommandError(f"{path_text(path)}: {error.strerror or error}")
-
-
-def require(name: str, extra: str = "train") -> ModuleType:
-    """Import a module of an optional package; raises CommandError with the pip command if it is missing."""
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or name.split(".")[0] != error.name.split(".")[0]:
-            raise
-        raise CommandError(f"{name.split('.')[0]} is not installed: pip install -e '.[{extra}]'") from error

@@ -1,4 +1,4 @@
-"""What this installation is and whether it computes right: ``info()`` and ``check()``."""
+"""What this installation is: ``info()``."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any
 
 import torch
 
-from . import _library
-from ._check import CheckRow, check, check_table, verdict
-from ._version import __version__
-from .ops import _backend, _tuning
-
-__all__ = ["CheckRow", "Choice", "Info", "check", "check_table", "choice", "info", "verdict"]
+from .. import _library
+from .._version import __version__
+from ..ops import _backend, _choices
 
 DEVICES = ("cpu", "cuda")
-KERNELS = {"native": "compiled kernel", "triton": "Triton kernel", "measured": "whatever measures fastest"}
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The backend that ``backend="auto"`` picks for an op on a device, and why."""
+    """What ``backend="auto"`` runs for an op on a device, and why.
+
+    ``backend`` is ``"native"``, ``"triton"`` or ``"stock"``; ``"auto"`` where each direction and shape is measured for
+    itself; ``"none"`` where calls raise RuntimeError, as the backend of a ``use_backend`` block has no kernel there.
+    """
 
     op: str
     device: str
@@ -66,7 +66,7 @@ class Info:
         lines += ["", "Build record"]
         for name, value in self.build_record.items():
             text = value if isinstance(value, str) else json.dumps(value)
-            if text:  # a reason that is empty: nothing was left out
+            if text:  # an empty reason: nothing was left out
                 lines.append(f"  {name}: {text}")
         if not self.build_record:
             lines.append("  none: nothing has been built in this folder")
@@ -98,28 +98,11 @@ def info() -> Info:
         libraries=(*_library.LIBRARIES, _library.TRITON, _library.CUTLASS, _library.SM90),
         build_record=_library.build_record(),
         choices=[choice(op, device) for op in _backend.OPS for device in DEVICES],
-        measured_file=str(_tuning.cache_file()),
-        measured={call: str(found["choice"]) for call, found in _tuning.choices().known().items()},
+        measured_file=str(_choices.cache_file()),
+        measured={call: str(found["choice"]) for call, found in _choices.choices().known().items()},
     )
 
 
 def choice(op: str, device: str) -> Choice:
     """What ``backend="auto"`` runs for ``op`` on ``device`` (``"cpu"`` or ``"cuda"``) at this moment."""
-    current = _backend.current()
-    if current == "stock":
-        return Choice(op, device, "stock", "use_backend('stock') is in force")
-    picked = _backend.preferred(op, torch.device(device)) if current == "auto" else current
-    if current == "auto" and device in _backend.TUNED and picked == _tuning.tuned(op, torch.device(device)):
-        return Choice(op, device, picked, "right and fastest here, as `alexnet tune` found")
-    if picked != "stock" and _backend.has_kernel(picked, op, device):
-        return Choice(op, device, picked, KERNELS[picked])
-    for backend in ("native", "triton"):
-        if _backend.has_kernel(backend, op, device):
-            unproven = (
-                f"its {KERNELS[backend]} has not been run on a GPU by its authors: `alexnet tune` proves it on yours"
-            )
-            return Choice(op, device, "stock", unproven)
-    library = next((found for found in _library.LIBRARIES if found.device == device), None)
-    if library is None or not library.loaded:
-        return Choice(op, device, "stock", library.reason if library else f"no library serves {device}")
-    return Choice(op, device, "stock", f"the {library.name} library has no kernel for it")
+    return Choice(op, device, *_backend.decide(op, torch.device(device)))
