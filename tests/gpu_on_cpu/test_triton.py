@@ -29,7 +29,7 @@ LAYOUTS = ("contiguous", "channels_last", "transposed", "sliced")
 
 
 def sampled(values: list[Any], every: int) -> list[Any]:
-    """Of these parameters one in so many in the plain suite, the others with ``pytest -m slow``: it is slow here."""
+    """One in ``every`` of these parameters in the plain suite, the others with ``pytest -m slow``: it is slow here."""
     return [
         pytest.param(*value.values, id=value.id, marks=[pytest.mark.slow] if i % every else [])
         for i, value in enumerate(values)

@@ -247,7 +247,7 @@ def test_the_variant_is_the_one_whose_convolutions_fit(tmp_path: Path) -> None:
     save_file(convolutions, tmp_path / "x.safetensors")
     assert find_variant(tmp_path / "x.safetensors") == "torchvision"
     torch.save({"features.conv1.weight": torch.ones(7)}, tmp_path / "x.pth")
-    assert find_variant(tmp_path / "x.pth") == "torchvision", "none fits: the usual one, whose refusal is told"
+    assert find_variant(tmp_path / "x.pth") == "torchvision", "none fits: the usual one, whose refusal is reported"
     with pytest.raises(ValueError, match=r"x\.bin: expected a \.safetensors"):
         find_variant(tmp_path / "x.bin")
 

@@ -80,7 +80,7 @@ def assert_matches_float64(
         terms = terms_of_gradients(case, expected, dy)
     for name, result in results.items():
         magnitude = terms[name].max().item() if name in terms and result.numel() else 0.0
-        # How near stock's products come hangs on the order that this CPU's oneDNN adds them up in.
+        # oneDNN's order of summation, and so the error of stock's products, differs by CPU.
         least = 3 if spec.product else 0
         assert_accurate(name, result, expected[name], stock.get(name), spec.summands(case, name), magnitude, least)
         if name != "y":

@@ -131,7 +131,7 @@ LAYERS = (
     conv((1, 48, 6, 7), 32, (3, 3), padding=1, groups=2),
 )
 
-# 48 channels a group; two parts of the weight gradient, the last a pixel shorter; a stride, of which the gradient is
+# 48 channels a group; two parts of the weight gradient, the last a pixel shorter; a stride, whose gradient is
 # spread; dilation; a first layer, which is rewritten; no bias and no ReLU.
 COMPILED = (
     conv((1, 96, 7, 9), 32, (5, 5), padding=2, groups=2),
