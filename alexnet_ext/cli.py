@@ -21,8 +21,9 @@ from rich.text import Text
 from . import cli_results, cli_train, layers
 from ._errors import CommandError, os_error, path_text
 from ._version import __version__
-from .cli_options import Device, Last, Precision, UsageError, Variant, path, warn
+from .cli_options import Device, Last, Precision, UsageError, Variant, device_of, path, warn
 from .training.interrupt import STOPPED, Interrupted, starting
+from .training.process import huge_pages
 from .variants import VARIANTS, AlexNetConfig, config_of
 
 if TYPE_CHECKING:
@@ -118,7 +119,6 @@ def check(
     with starting():
         from .ops._backend import OPS
         from .selfcheck import compare
-        from .training.run import device_of
 
     chosen = only or [*OPS, *VARIANTS]
     unknown = [name for name in chosen if name not in (*OPS, *VARIANTS)]
@@ -154,7 +154,6 @@ def tune(
         from .ops import _choices
         from .selfcheck.tune import rows
         from .training.evaluate import DTYPES
-        from .training.run import device_of
 
     config, where = _config(model, image_size), device_of(device)
     if where.type != "cuda":
@@ -236,9 +235,7 @@ def _of_the_system(error: OSError) -> bool:
 
 def main() -> None:
     """Entry point of the console script."""
-    # Huge pages for large tensors: a step allocates its gradients and activations afresh. Page by page that costs a
-    # tenth of the step. torch reads the variable at its first allocation.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    huge_pages()
     for stream in ("stdout", "stderr"):
         if getattr(sys, stream) is None:  # closed by whoever started the process
             setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115 (open to the end)

@@ -7,11 +7,15 @@ import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ._errors import CommandError, path_text
 from .variants import VARIANTS
+
+if TYPE_CHECKING:
+    import torch
 
 # UsageError is in different modules in different versions of typer; it is the base of the exported BadParameter.
 UsageError: type[Any] = typer.BadParameter.__mro__[1]
@@ -52,6 +56,23 @@ def workers_of(given: int | None, device: str) -> int:
     if given is not None:
         return given
     return min(8, len(os.sched_getaffinity(0))) if device == "cuda" else 0
+
+
+def device_of(name: str) -> torch.device:
+    """``"auto"`` (a GPU that torch can use, else the CPU) or a name that torch knows. CommandError for others."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise CommandError(f"--device {path_text(name)}: not a device; try auto, cpu, cuda or cuda:1", 2) from error
+    if device.type not in ("cpu", "cuda"):
+        raise CommandError(f"--device {name}: expected auto, cpu or cuda", 2)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise CommandError(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs", 2)
+    return device
 
 
 def warn(text: str) -> None:

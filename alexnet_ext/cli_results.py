@@ -12,11 +12,11 @@ import typer
 from rich.console import Console
 
 from ._errors import BadImage, CommandError, path_text
-from .cli_options import Device, Last, Model, Precision, Stock, Weights, Workers, path, warn, workers_of
+from .cli_options import Device, Last, Model, Precision, Stock, Weights, Workers, device_of, path, warn, workers_of
 from .training.interrupt import starting
 
 if TYPE_CHECKING:
-    from .training.results import Prediction
+    from .training.predict import Prediction
 
 PREDICTIONS = Path("predictions")
 
@@ -50,7 +50,7 @@ def evaluate(
         from .training.pictures import check_format
         from .training.pictures import confusion as draw_confusion
 
-    where = run.device_of(device)
+    where = device_of(device)
     for option, file in (("--confusion", confusion), ("--wrong", wrong)):
         if file is not None:
             check_target(file, option=option)
@@ -108,20 +108,21 @@ def predict(
         if given:
             raise CommandError(f"{one} and {other}: give one of them", 2)
     with starting():
-        from .training import results, run
+        from .training import predict as predicting
+        from .training import results
 
-    where = run.device_of(device)
+    where = device_of(device)
     network, description = results.load(weights, model, stock, where, warn, last)
     single = len(images) == 1 and not images[0].is_dir()
     if single:
-        picture = None if no_picture else out or results.picture_of(images[0], PREDICTIONS)
-        found: list[Any] = [results.predict_file(network, description, images[0], picture, where)]
+        picture = None if no_picture else out or predicting.picture_of(images[0], PREDICTIONS)
+        found: list[Any] = [predicting.predict_file(network, description, images[0], picture, where)]
     else:
         folder = None if no_picture else out or PREDICTIONS
-        found = results.predict_files(network, description, results.find_files(images), folder, where)
-    good = [prediction for prediction in found if isinstance(prediction, results.Prediction)]
+        found = predicting.predict_files(network, description, predicting.find_files(images), folder, where)
+    good = [prediction for prediction in found if isinstance(prediction, predicting.Prediction)]
     if json:
-        _print_json([results.prediction_json(prediction) for prediction in good])
+        _print_json([predicting.prediction_json(prediction) for prediction in good])
     elif csv:
         rows = [(p.image, rank, *best) for p in good for rank, best in enumerate(p.best, 1)]
         _print_bytes(results.as_csv([("image", "rank", "class", "probability"), *rows]))

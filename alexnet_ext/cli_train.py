@@ -11,7 +11,19 @@ from typing import Annotated, Any
 import typer
 
 from ._errors import path_text
-from .cli_options import MOST_THREADS, Device, Precision, Stock, UsageError, Variant, Workers, path, warn, workers_of
+from .cli_options import (
+    MOST_THREADS,
+    Device,
+    Precision,
+    Stock,
+    UsageError,
+    Variant,
+    Workers,
+    device_of,
+    path,
+    warn,
+    workers_of,
+)
 from .training.interrupt import starting
 from .training.recipe import INIT_NAMES, RECIPES, SCHEDULES, Recipe, chosen
 
@@ -117,7 +129,7 @@ def train(
         from .training import run
         from .training.progress import lasting_console
 
-    where = run.device_of(device)
+    where = device_of(device)
     count = workers_of(workers, where.type)
     if threads is not None:
         torch.set_num_threads(threads)

@@ -12,7 +12,7 @@ from typing import Self
 
 import torch
 
-from alexnet_ext.training.memory import keep_freed_memory
+from alexnet_ext.training.process import keep_freed_memory
 
 from . import harness
 

@@ -122,10 +122,3 @@ def evaluate(
     indices, targets, guesses, probabilities, truth = (torch.cat(column) for column in zip(*parts, strict=True))
     seconds = time.perf_counter() - start
     return Evaluation(loss / len(targets), seconds, indices, targets, guesses, probabilities, truth, errors)
-
-
-@torch.no_grad()
-def predict(model: nn.Module, image: Tensor, preprocessing: Preprocessing, device: torch.device) -> Tensor:
-    """Class probabilities (on the CPU) of one uint8 image (1 or 3, height, width)."""
-    model.eval()
-    return model(to_device(image[None], preprocessing, device)).float().softmax(1)[0].cpu()

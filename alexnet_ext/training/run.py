@@ -260,21 +260,6 @@ def save_samples(folder: Path, digits: Digits) -> None:
         write_file(folder / f"{name}.png", buffer.getvalue())
 
 
-def device_of(name: str) -> torch.device:
-    """``"auto"`` (a GPU that torch can use, else the CPU) or a name that torch knows."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise CommandError(f"--device {path_text(name)}: not a device; try auto, cpu, cuda or cuda:1", 2) from error
-    if device.type not in ("cpu", "cuda"):
-        raise CommandError(f"--device {name}: expected auto, cpu or cuda", 2)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise CommandError(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs", 2)
-    return device
-
-
 def default_out(recipe: Recipe, root: Path = Path("runs")) -> Path:
     """A new name for a run: date, time, data and variant."""
     data = path_text(os.fsencode(Path(recipe.data).name).decode(errors="replace"))[:50] or "data"

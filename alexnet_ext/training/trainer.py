@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import random
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -13,14 +12,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import models
 from .._errors import BadImage, CommandError, first_line, os_error, path_text
-from ..data.batches import Batch, batches, narrowed
+from ..data.batches import Batch, batches
 from ..data.readers import Readers
 from ..data.sources import Split
 from ..nn import stock_kind
@@ -30,7 +28,7 @@ from .evaluate import Evaluation, autocast, evaluate, to_device
 from .files import locked, write_file
 from .interrupt import Interrupt, Interrupted
 from .log import Log
-from .memory import keep_freed_memory
+from .process import prepare, random_state, set_random_state
 from .progress import Reporter
 from .recipe import Recipe
 
@@ -69,9 +67,7 @@ class Trainer:
         self.mark = time.perf_counter()
         self.flush_every = FLUSH_EVERY_CUDA if device.type == "cuda" else 1
 
-        if device.type == "cpu":
-            keep_freed_memory()
-        seed_everything(recipe.seed)
+        prepare(device, recipe.seed)
         self.model = models.alexnet(
             variant=recipe.model,
             fused=not recipe.stock,
@@ -97,8 +93,6 @@ class Trainer:
             self.optimizer, factor=0.1, patience=5, threshold=1e-3, threshold_mode="abs", min_lr=recipe.lr * 0.999e-3
         )
         self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**10, enabled=recipe.precision == "fp16")
-        if device.type == "cuda":
-            torch.backends.cudnn.benchmark = True
 
     @property
     def description(self) -> checkpoint.Description:
@@ -470,31 +464,3 @@ def _number(values: dict[str, Any], name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
         raise ValueError(f"{name} is {value!r:.50}")
     return value
-
-
-def seed_everything(seed: int) -> None:
-    """Seed the generators of Python, NumPy and torch (all devices), by every bit of ``seed``."""
-    random.seed(seed)
-    np.random.seed(narrowed(seed))
-    torch.manual_seed(narrowed(seed))
-
-
-def random_state() -> dict[str, Any]:
-    """The states of all generators in plain types and tensors."""
-    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    return {
-        "python": random.getstate(),
-        "numpy": [name, np.asarray(keys).tolist(), position, has_gauss, gauss],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    """Restore what ``random_state`` returned; the GPUs' states only if their number is the same."""
-    name, keys, position, has_gauss, gauss = state["numpy"]
-    random.setstate(state["python"])
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
-    torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])

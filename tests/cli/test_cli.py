@@ -22,7 +22,6 @@ from alexnet_ext.ops import _backend
 from alexnet_ext.selfcheck import compare
 from alexnet_ext.selfcheck.info import info
 from alexnet_ext.training import checkpoint
-from alexnet_ext.training import run as run_of_training
 from alexnet_ext.training.log import read_metrics
 from tests.support import ROOT
 
@@ -221,7 +220,7 @@ def test_predict_names_a_bad_image(run: Path, tmp_path: Path, capsys: pytest.Cap
 def test_summary_prints_the_published_numbers(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_of_training, "device_of", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(cli, "device_of", lambda _: torch.device("cuda"))
     assert cli.run_command(["summary"]) == 0
     printed = capsys.readouterr().out
     assert "60,965,224" in printed

@@ -154,7 +154,7 @@ def memory_bound(
 def convolutions(layer: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
     tensors = without_values(LAYERS[layer], dtype, torch.channels_last)
     x, weight, bias, *constants = cases.raw_forward(LAYERS[layer], tensors)
-    y = conv2d_bias_relu.empty_result(x, weight, *constants[:3])
+    y = conv2d_bias_relu.empty_result(x, weight, conv2d_bias_relu.Convolution(*constants))
 
     def persistent() -> None:
         if configs.has_persistent(x, conv2d_bias_relu.precision(dtype)):

@@ -151,7 +151,7 @@ def test_triton_is_refused_where_there_is_no_such_kernel() -> None:
 
 @pytest.mark.parametrize("op", cases.named("on_gpu"))
 def test_triton_says_what_to_do_where_it_cannot_run(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = next(example for example in cases.EXAMPLES + cases.AUGMENT_EXAMPLES if example.op == op)
+    case = next(example for example in cases.EXAMPLES + cases.OTHER_EXAMPLES if example.op == op)
     monkeypatch.delitem(_backend.KERNELS[op]["cpu"], "triton", raising=False)
     found = _library.Library("triton", "cuda", True)
     monkeypatch.setattr(_library, "TRITON", found)

@@ -54,6 +54,11 @@ SHARED = (
     Fault("boundary: images of any strides taken for dense", "csrc/common/tensor.h",
           "if (x.size(i) <= 1 || x.stride(i) == strides[i]) continue;", "continue;",
           "tests/ops/relu_max_pool2d/test_relu_max_pool2d.py -k 'values_and_gradients and sliced and float32'"),
+    Fault("ReLU: gradient 1 at 0", "csrc/common/relu_mask_cpu.cpp", "widen(result[i]) <= 0 ?",
+          "widen(result[i]) < 0 ?", "relu_mask"),
+    Fault("boundary: bias gradient of the first band alone", "csrc/common/lrn_pool_block.h", "u < units_", "u < 1",
+          "tests/ops/relu_lrn_max_pool2d/test_relu_lrn_max_pool2d.py "
+          "-k 'values_and_gradients and contiguous and float32'"),
     Fault("CUDA: no barrier before rows are added up", CUDA_SUMS,
           "shared[threadIdx.x] = sum;\n  __syncthreads();\n  if (run", "shared[threadIdx.x] = sum;\n  if (run",
           f"{EMULATOR} -k 'order and conv2d_bias_relu'"),

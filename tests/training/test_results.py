@@ -22,7 +22,8 @@ from alexnet_ext.data.images import read_image
 from alexnet_ext.training import checkpoint, pictures
 from alexnet_ext.training.evaluate import Evaluation
 from alexnet_ext.training.files import check_outside, check_target, new_file, write_file
-from alexnet_ext.training.results import by_class, picture_of, wrong_images
+from alexnet_ext.training.predict import picture_of
+from alexnet_ext.training.results import by_class, wrong_images
 from tests.cli.test_cli import fails
 from tests.support import ROOT
 from tests.training.test_training import Valued, pixels

@@ -26,12 +26,14 @@ from alexnet_ext.data.batches import Sample
 from alexnet_ext.data.folder import imagenet_preprocessing
 from alexnet_ext.training import checkpoint, pictures
 from alexnet_ext.training import evaluate as evaluation
-from alexnet_ext.training.evaluate import evaluate, predict
+from alexnet_ext.training.evaluate import evaluate
 from alexnet_ext.training.interrupt import Interrupted
 from alexnet_ext.training.log import Log, read_metrics
+from alexnet_ext.training.predict import predict
+from alexnet_ext.training.process import random_state, set_random_state
 from alexnet_ext.training.progress import Reporter
 from alexnet_ext.training.recipe import DIGITS, IMAGENET, SCHEDULES, Recipe, chosen, default
-from alexnet_ext.training.trainer import Trainer, random_state, set_random_state
+from alexnet_ext.training.trainer import Trainer
 
 SIZE = 67  # the smallest input for the paper's five stages
 TINY = Recipe(

@@ -189,8 +189,6 @@ def runs(grid: str, capability: int) -> Iterator[Run]:
 FAULTS = (
     Fault("ReLU: NaN turned to 0", "csrc/conv2d_bias_relu/conv2d_bias_relu_cpu.cpp", "widen(values[i]) <= 0 ?",
           "!(widen(values[i]) > 0) ?", "conv2d_bias_relu"),
-    Fault("ReLU: gradient 1 at 0", "csrc/common/relu_mask_cpu.cpp", "widen(result[i]) <= 0 ?",
-          "widen(result[i]) < 0 ?", "relu_mask"),
     Fault("Winograd: infinity passes for finite", WINOGRAD, "void look(const V& v) { zeros_ += v * 0.0f; }",
           "void look(const V&) {}", "winograd"),
     Fault("Winograd: tiles of the gradient overwrite one another", WINOGRAD, "load(to) + tile[q]", "tile[q]",

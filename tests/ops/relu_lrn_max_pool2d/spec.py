@@ -13,7 +13,6 @@ from tests.ops.blocks import LRN_BAD, POOL_BAD, activation
 from tests.support import spec
 from tests.support.spec import DY_BAD, EMULATOR, Case, Fault, Spec, Tensors, change, smaller
 
-LRN_POOL_TEST = "tests/ops/relu_lrn_max_pool2d/test_relu_lrn_max_pool2d.py"
 
 
 def normalized(x: Tensor, bias: Tensor | None, lrn_size: int, alpha: float, beta: float, k: float) -> Tensor:
@@ -42,8 +41,6 @@ FAULTS = (
     Fault("block: bias left out of the recomputed activation",
           "csrc/relu_lrn_max_pool2d/relu_lrn_max_pool2d_cpu.cpp",
           "add_bias(row, static_cast<const T*>(bias), p.in);", "", "relu_lrn_max_pool2d"),
-    Fault("boundary: bias gradient of the first band alone", "csrc/common/lrn_pool_block.h", "u < units_", "u < 1",
-          f"{LRN_POOL_TEST} -k 'values_and_gradients and contiguous and float32'"),
     Fault("CUDA: no barrier between filling a tile and pooling it",
           "csrc/relu_lrn_max_pool2d/relu_lrn_max_pool2d_kernels.cuh", "__syncthreads();\n    const int height",
           "const int height", f"{EMULATOR} -k 'relu_lrn_max_pool2d and float32 and channels_last'"),
