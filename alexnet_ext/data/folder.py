@@ -63,16 +63,17 @@ class ImageFolder:
         require("PIL.Image")  # a missing package is reported here, not by a worker process
         parts = _parts(root, val, held_out)
         seen: dict[tuple[int, int], str] = {}
-        train = list_images(parts.train or root, without=parts.held_out, seen=seen)
+        base = parts.train or root
+        train = list_images(base, without=parts.held_out, seen=seen)
         check_readable(train)
         notes = (*parts.notes, *train.notes)
         if parts.held_out is None:
-            samples, others = hold_out(root, train.samples, HELD_OUT if held_out is None else held_out)
-            listed = [(root, samples), (root, others)]
+            samples, others = hold_out(base, train.samples, HELD_OUT if held_out is None else held_out)
+            listed = [(base, samples), (base, others)]
         else:
             evaluated = list_images(parts.held_out, train.classes, seen=seen)
             samples, others = train.samples, evaluated.samples
-            listed = [(parts.train or root, samples), (parts.held_out, others)]
+            listed = [(base, samples), (parts.held_out, others)]
             notes += evaluated.notes
         preprocessing = imagenet_preprocessing(size)
         return FolderSplit(
@@ -125,15 +126,15 @@ class ImageFolder:
 
 def _parts(root: Path, val: Path | None, held_out: float | None) -> Parts:
     """The folder of each part, by the user's options or by the names of folders."""
-    parts = find_parts(root) if root.is_dir() else Parts(None, None, ())
     if val is not None:
         if not val.is_dir():
             raise CommandError(f"--val {path_text(val)}: {'not a folder' if val.exists() else 'no such folder'}", 2)
         if root.resolve().is_relative_to(val.resolve()):
             raise CommandError(f"--val {path_text(val)}: holds the images to train on, in {path_text(root)}", 2)
-        return Parts(parts.train if parts.held_out else None, val, ())
+        return Parts(find_parts(root, without=val).train if root.is_dir() else None, val, ())
+    parts = find_parts(root) if root.is_dir() else Parts(None, None, ())
     if parts.train is None or parts.held_out is None:
-        return Parts(None, None, ())
+        return Parts(parts.train, None, ())
     if held_out is not None:
         raise CommandError(f"--held-out {held_out}: {path_text(parts.held_out)} holds the images held out already", 2)
     return parts

@@ -40,9 +40,13 @@ class Parts(NamedTuple):
     notes: tuple[str, ...]
 
 
-def find_parts(root: Path) -> Parts:
-    """``train`` and ``val`` of ``root``, or folders of similar names, in capitals or not."""
-    folders = {entry.name: entry.name.casefold() for entry in _visible(root) if entry.is_dir()}
+def find_parts(root: Path, without: Path | None = None) -> Parts:
+    """``train`` and ``val`` of ``root``, or folders of similar names, in capitals or not. ``without`` is not looked at.
+
+    A ``train`` with neither a ``val`` nor other folders next to it is the training part, too."""
+    left_out = None if without is None else _identity(without)
+    found = [entry.name for entry in _visible(root) if entry.is_dir() and _identity(entry.path) != left_out]
+    folders = {name: name.casefold() for name in found}
     train, held_out = (
         [name for known in names for name in sorted(folders) if folders[name] == known]
         for names in (TRAINING_NAMES, HELD_OUT_NAMES)
@@ -50,7 +54,7 @@ def find_parts(root: Path) -> Parts:
     others = sorted(folders.keys() - {*train[:1], *held_out[:1]})
     notes = (f"{path_text(root)}: left out {_names(others)}, beside {_names([*train[:1], *held_out[:1]])}",)
     return Parts(
-        root / train[0] if train else None,
+        root / train[0] if train and (held_out or not others) else None,
         root / held_out[0] if held_out else None,
         notes if others and train and held_out else (),
     )

@@ -130,9 +130,9 @@ def test_errors_name_the_folder(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
     (tmp_path / "hollow" / "cat").mkdir(parents=True)
-    fill(tmp_path / "one" / "train", cat=1)
+    fill(tmp_path / "one" / "pets", cat=1)
     cases = {"missing": "no such folder", "file": "not a folder", "empty": "no folders in it"}
-    cases |= {"hollow": "cat is its only folder", "one": "train is its only folder; expected one a class"}
+    cases |= {"hollow": "cat is its only folder", "one": "pets is its only folder; expected one a class"}
     for name, words in cases.items():
         assert refused(tmp_path / name).startswith(f"{tmp_path / name}: {words}")
     with pytest.raises(CommandError, match=r"images/cat: not one of the 1 classes"):
@@ -167,6 +167,20 @@ def test_parts_are_known_by_their_names(folder: Path, tmp_path: Path, train: str
     fill(root, papers=2)
     assert split(root).notes == (f"{root}: left out papers, beside {train}, {held_out}",)
     assert f"--held-out 0.2: {root / held_out} holds the images held out already" in refused(root, held_out=0.2)
+
+
+def test_a_training_part_alone_is_split(folder: Path, tmp_path: Path) -> None:
+    root = tmp_path / "both"
+    root.mkdir()
+    folder.rename(root / "train")
+    found = split(root, held_out=0.3)
+    assert found.train.classes == ("cat", "dog")
+    assert len(found.held_out) >= 2
+    assert len(found.train) + len(found.held_out) == 12
+    assert found.listing == split(root / "train", held_out=0.3).listing
+    evaluated = split(root, val=fill(root / "kept", dog=3))
+    assert (len(evaluated.train), len(evaluated.held_out)) == (12, 3)
+    assert split(root).train.classes == ("kept", "train"), "beside other folders it is a class"
 
 
 def test_folders_that_may_be_parts_are_told(tmp_path: Path) -> None:

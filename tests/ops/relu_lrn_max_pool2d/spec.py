@@ -14,7 +14,6 @@ from tests.support import spec
 from tests.support.spec import DY_BAD, EMULATOR, Case, Fault, Spec, Tensors, change, smaller
 
 
-
 def normalized(x: Tensor, bias: Tensor | None, lrn_size: int, alpha: float, beta: float, k: float) -> Tensor:
     return F.local_response_norm(activation(x, bias), lrn_size, alpha, beta, k)
 
