@@ -23,6 +23,17 @@ def test_an_op_is_on_the_gpu_where_its_kernels_are(op: str) -> None:
     assert cases.SPECS[op].name == op
 
 
+def test_every_triton_kernel_must_be_launched_as_compiled() -> None:
+    """By the runs of its own op, or of one that is made of it."""
+    written = {
+        f"{path.parent.name}{name}"
+        for path in (ROOT / "alexnet_ext/ops").glob("*/triton_kernels.py")
+        for name in re.findall(r"^def (_\w+_kernel)\(", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert len(written) > len(cases.named("on_gpu"))
+    assert written == set().union(*(spec.triton_kernels for spec in cases.SPECS.values()))
+
+
 @pytest.mark.parametrize("name", [field.name for field in fields(Spec)])
 def test_a_spec_without_a_field_is_none(name: str) -> None:
     given = vars(cases.SPECS[GRADIENT])

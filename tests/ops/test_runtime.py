@@ -277,7 +277,7 @@ def test_bad_calls_of_the_raw_ops_raise(op: str, fault: str) -> None:
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("tap", [9, 100, 254])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("case", cases.params(c for c in cases.EXAMPLES if "pool" in c.op))
+@pytest.mark.parametrize("case", cases.params(c for c in cases.EXAMPLES if cases.SPECS[c.op].winners))
 def test_winners_beyond_the_window_write_nowhere(case: Case, layout: str, tap: int) -> None:
     arguments = cases.raw_backward(case, cases.make(case, layout=layout, requires_grad=False))
     arguments = tuple(

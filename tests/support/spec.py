@@ -272,6 +272,8 @@ class Spec:
     """Of the raw backward, from dy, the tensors, y, what else the forward returned, and its constants."""
     needs: dict[str, set[str]]
     """Which of its arguments and whether its result ("y") the backward needs, by the gradient wanted."""
+    winners: bool
+    """Whether it saves a byte an output element: which tap of its window won."""
     saved: Callable[[Tensor, Tensor], int] | None
     """Bytes saved for the backward, parameters apart, from x and y."""
 

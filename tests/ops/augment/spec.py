@@ -114,6 +114,7 @@ SPEC = Spec(
     alexnet=tuple(augment((1, 256, 256, 3), 227, block) for block in (1, 4)),
     backward_arguments=None,
     needs={},
+    winners=False,
     saved=None,
     moved=moved,
     target=None,

@@ -283,6 +283,7 @@ SPEC = Spec(
     ),
     backward_arguments=backward_arguments,
     needs={"x": {"weight", "y"}, "weight": {"x", "y"}, "bias": {"y"}},
+    winners=False,
     saved=lambda x, y: x.nbytes + y.nbytes,
     moved=moved,
     target=None,

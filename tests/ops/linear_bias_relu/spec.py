@@ -95,6 +95,7 @@ SPEC = Spec(
     alexnet=(linear((1, 9216), 4096), linear((1, 4096), 4096)),
     backward_arguments=backward_arguments,
     needs={"x": {"weight", "y"}, "weight": {"x", "y"}, "bias": {"y"}},
+    winners=False,
     saved=lambda x, y: x.nbytes + y.nbytes,
     moved=moved,
     target=None,

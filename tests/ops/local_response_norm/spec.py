@@ -103,6 +103,7 @@ SPEC = Spec(
     alexnet=tuple(lrn((1, *shape), alpha=5e-4) for shape in ((96, 55, 55), (256, 27, 27))),
     backward_arguments=lambda dy, tensors, y, saved, constants: (dy, tensors["x"], *constants),
     needs={"x": {"x"}},
+    winners=False,
     saved=lambda x, y: x.nbytes,
     moved=moved,
     target=10.0,

@@ -52,6 +52,7 @@ SPEC = Spec(
     draw=spec.normal,
     backward_arguments=lambda dy, tensors, y, saved, constants: (dy, *tensors.values(), *saved, *constants),
     needs={"x": {"x"}, "bias": {"x"}},
+    winners=True,
     saved=lambda x, y: x.nbytes + y.numel() + x.shape[1] * x.itemsize,  # the last a copy of bias
     moved=moved,
     target=10.0,

@@ -112,6 +112,7 @@ SPEC = Spec(
     alexnet=tuple(pool((1, *shape)) for shape in ((96, 55, 55), (256, 27, 27), (256, 13, 13))),
     backward_arguments=lambda dy, tensors, y, saved, constants: (dy, *saved, *tensors["x"].shape[2:], *constants[:-1]),
     needs={"x": set()},
+    winners=True,
     saved=lambda x, y: y.numel(),
     moved=moved,
     target=2.0,

@@ -50,6 +50,7 @@ SPEC = Spec(
     draw=spec.normal,
     backward_arguments=lambda dy, tensors, y, saved, constants: (dy, *saved, *tensors["x"].shape[2:], *constants),
     needs={"x": set(), "bias": set()},
+    winners=True,
     saved=lambda x, y: y.nbytes + y.numel(),
     moved=moved,
     target=None,
