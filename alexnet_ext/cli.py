@@ -11,7 +11,7 @@ import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -197,7 +197,7 @@ def run_command(arguments: list[str]) -> int:
         warn(str(error))
         return error.code
     except UsageError as error:
-        warn(" ".join(error.format_message().split()))
+        warn(_wrong_usage(error, arguments))
         return 2
     except Interrupted as stop:
         warn(stop.told())
@@ -225,6 +225,17 @@ def run_command(arguments: list[str]) -> int:
     if code == STOPPED:  # typer's exit code for Ctrl-C, which prints nothing
         warn("stopped")
     return code if isinstance(code, int) else 0
+
+
+def _wrong_usage(error: Any, arguments: list[str]) -> str:
+    """One line for what typer refuses, with the option's value, which some of its versions leave out."""
+    for name in getattr(getattr(error, "param", None), "opts", ()):
+        for option, value in zip(arguments, [*arguments[1:], ""], strict=True):
+            option, _, own = option.partition("=")
+            if option == name:
+                expected = error.message.removeprefix("Value error, ").replace("Input should be", "expected")
+                return f"{name} {path_text(own or value)}: {' '.join(expected.split()).rstrip('.')}"
+    return " ".join(error.format_message().split())
 
 
 def _of_the_system(error: OSError) -> bool:

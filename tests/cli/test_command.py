@@ -150,3 +150,10 @@ def test_quiet_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     lasting_console(quiet=True).print("a line")
     lasting_console().print("another")
     assert capsys.readouterr().out == "another\n"
+
+
+@pytest.mark.parametrize(("typed", "offered"), [("alexnet ev", "evaluate"), ("alexnet train --recip", "--recipe")])
+def test_a_shell_completes_commands_and_options(typed: str, offered: str) -> None:
+    asked = {"_ALEXNET_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
+    done = subprocess.run(COMMAND, capture_output=True, text=True, env=ENVIRONMENT | asked)
+    assert done.stdout.split() == [offered], done.stderr
