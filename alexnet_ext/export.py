@@ -25,9 +25,6 @@ from .ops import use_backend
 if TYPE_CHECKING:
     from .training import checkpoint
 
-OPSET = 20
-TINY = torch.finfo(torch.float32).tiny
-
 
 def to_onnx(model: nn.Module, example: Tensor, path: str | os.PathLike[str]) -> None:
     """Write ``model`` as an ONNX file, its weights inside, for any batch size.
@@ -47,6 +44,8 @@ def to_onnx(model: nn.Module, example: Tensor, path: str | os.PathLike[str]) -> 
         RuntimeError: the compiled CPU library, whose ops become the nodes, is not loaded.
     """
     translations = onnx_translations()
+    from ._onnx import OPSET  # onnxscript is installed
+
     twin = copy.deepcopy(model).cpu().eval()
     accelerate(twin, relu_pool=False, conv_relu=False, fused_block=False)
     with use_backend("auto"):
@@ -166,86 +165,10 @@ def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 
     Raises ImportError where onnxscript is not installed, RuntimeError where the compiled library is not loaded.
     """
-    try:
-        import onnxscript
-    except ImportError as error:
-        raise missing("onnx and onnxscript", "onnx", "export to ONNX") from error
     if not _library.LIBRARIES[0].loaded:
         raise RuntimeError(f"export to ONNX needs the compiled CPU library: {_library.LIBRARIES[0].reason}")
-    op: Any = getattr(onnxscript, f"opset{OPSET}")
-
-    def norm(like: Any, x: Any, size: int, alpha: float, beta: float, k: float) -> Any:
-        """LRN of x. Its rank and dtype are known from the op's input alone."""
-        # An even window of LRN leans to the other side. onnxruntime takes odd windows under these conditions only.
-        if size % 2 and len(like.shape) == 4 and str(like.dtype) == "FLOAT" and min(alpha, beta) >= TINY:
-            return op.LRN(x, size=size, alpha=alpha, beta=beta, bias=k)
-        window = op.Constant(value_ints=[size // 2, (size - 1) // 2])
-        square = op.Pad(op.Mul(x, x), window, None, op.Constant(value_ints=[1]))
-        axis, end = op.Constant(value_ints=[1]), op.Shape(x, start=1, end=2)
-        parts = []
-        for i in range(size):
-            first = op.Constant(value_ints=[i])
-            parts.append(op.Slice(square, first, op.Add(end, first), axis))
-        scale = op.CastLike(op.Constant(value_float=alpha / size), x)
-        inner = op.Add(op.Mul(op.Sum(*parts), scale), op.CastLike(op.Constant(value_float=k), x))
-        return op.Div(x, op.Pow(inner, op.CastLike(op.Constant(value_float=beta), x)))
-
-    def pool(x: Any, kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool) -> Any:
-        y, _indices = op.MaxPool(
-            x,
-            kernel_shape=list(kernel_size),
-            strides=list(stride),
-            pads=[*padding, *padding],
-            dilations=list(dilation),
-            ceil_mode=int(ceil_mode),
-        )
-        return y
-
-    def biased(x: Any, bias: Any) -> Any:
-        return x if bias is None else op.Add(x, op.Unsqueeze(bias, op.Constant(value_ints=[1, 2])))
-
-    def winners(y: Any) -> Any:
-        return op.Cast(y, to=2)  # uint8; only a backward reads it, so the exporter removes it
-
-    def local_response_norm(x: Any, size: int, alpha: float, beta: float, k: float) -> Any:
-        return norm(x, x, size, alpha, beta, k)
-
-    def relu_max_pool2d(
-        x: Any, kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool
-    ) -> tuple[Any, Any]:
-        y = pool(op.Relu(x), kernel_size, stride, padding, dilation, ceil_mode)
-        return y, winners(y)
-
-    def conv2d_bias_relu(
-        x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, groups: int, relu: bool = True
-    ) -> Any:
-        pads = [*padding, *padding]
-        y = op.Conv(x, weight, bias, strides=list(stride), pads=pads, dilations=list(dilation), group=groups)
-        return op.Relu(y) if relu else y
-
-    def linear_bias_relu(x: Any, weight: Any, bias: Any) -> Any:
-        return op.Relu(op.Gemm(x, weight, bias, transB=1))
-
-    def relu_lrn_max_pool2d(
-        x: Any, bias: Any, lrn_size: int, alpha: float, beta: float, k: float, kernel_size: Any, stride: Any
-    ) -> tuple[Any, Any]:
-        y = pool(
-            norm(x, op.Relu(biased(x, bias)), lrn_size, alpha, beta, k), kernel_size, stride, (0, 0), (1, 1), False
-        )
-        return y, winners(y)
-
-    def relu_max_pool2d_lrn(
-        x: Any, bias: Any, lrn_size: int, alpha: float, beta: float, k: float, kernel_size: Any, stride: Any
-    ) -> tuple[Any, Any, Any]:
-        pooled = pool(op.Relu(biased(x, bias)), kernel_size, stride, (0, 0), (1, 1), False)
-        return norm(x, pooled, lrn_size, alpha, beta, k), op.Identity(pooled), winners(pooled)
-
-    functions = (
-        local_response_norm,
-        relu_max_pool2d,
-        conv2d_bias_relu,
-        linear_bias_relu,
-        relu_lrn_max_pool2d,
-        relu_max_pool2d_lrn,
-    )
-    return {getattr(torch.ops.alexnet_ext, function.__name__).default: function for function in functions}
+    try:
+        from ._onnx import TRANSLATIONS
+    except ImportError as error:
+        raise missing("onnx and onnxscript", "onnx", "export to ONNX") from error
+    return dict(TRANSLATIONS)

@@ -45,8 +45,10 @@ RUNTIMES = (onnxruntime_runs, openvino_runs)
 def nodes(file: Path) -> list[str]:
     onnx = pytest.importorskip("onnx", reason="onnx is not installed")
     model = onnx.load(file)
+    from alexnet_ext._onnx import OPSET
+
     onnx.checker.check_model(model, full_check=True)
-    assert {(opset.domain, opset.version) for opset in model.opset_import} == {("", export.OPSET)}
+    assert {(opset.domain, opset.version) for opset in model.opset_import} == {("", OPSET)}
     assert len(model.functions) == 0
     return [node.op_type for node in model.graph.node]
 
