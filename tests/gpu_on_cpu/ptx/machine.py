@@ -317,7 +317,7 @@ class Machine:
 
     def step(self, i: Instruction) -> Callable[[Some], None] | None:
         """A function that does an instruction; None for one without effect here, and for jumps and barriers."""
-        name, kind = i.op[0], i.op[-1]
+        name = i.op[0]
         if CHANGES & set(i.op[1:]):
             raise PtxError(f"not known: {i.text}")
         if name in ("bra", "ret", "exit", "pragma", "membar", "fence") or i.op[:2] == ["bar", "sync"]:
@@ -347,6 +347,11 @@ class Machine:
             return approximate.step(self, i)
         if name == "mov" and "{" in i.text:
             return self.packing(i)
+        return self.arithmetic(i)
+
+    def arithmetic(self, i: Instruction) -> Callable[[Some], None]:
+        """A function that writes one result for each thread, out of the registers of that thread alone."""
+        name, kind = i.op[0], i.op[-1]
         write = self.target(i.operands[0].split("|")[0])
         if name == "cvt":
             return convert(i.op, write, lambda at, kind: self.source(i.operands[1 + at], kind))

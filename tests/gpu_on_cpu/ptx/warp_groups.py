@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -155,23 +155,53 @@ def wgmma(machine: HopperMachine, i: Instruction) -> Step:
     return mma_async(machine, i)
 
 
-def mma_async(machine: HopperMachine, i: Instruction) -> Step:
-    """D = A B + D, or A B: fp32 sums of bf16, fp16 or TF32."""
+class Form(NamedTuple):
+    """A product of (64, depth) and (depth, columns); across: whether a matrix is transposed in shared memory."""
+
+    columns: int
+    depth: int
+    kind: str
+    across_a: bool
+    across_b: bool
+
+
+def form_of(i: Instruction, sums: int, fragments: int) -> Form:
+    """What an instruction of this many registers of sums and of A multiplies. PtxError for a form that is not known."""
     shape, kind = re.fullmatch(r"m64n(\d+)k(\d+)", i.op[4]), i.op[-1]
     if shape is None or i.op[5] != "f32" or i.op[6:] != [kind, kind] or int(shape[2]) * SIZES[kind] != WIDTH:
         raise PtxError(f"not known: {i.text}")
-    columns, depth, names = int(shape[1]), int(shape[2]), tuple(machine.vector(i.operands[0]))
-    fragments = machine.vector(i.operands[1]) if i.operands[1].startswith("{") else []
+    columns = int(shape[1])
     signs, across = [int(text) for text in i.operands[4:6]], [bool(int(text)) for text in i.operands[6:]]
     # Only a matrix of 16-bit values may be transposed in shared memory.
-    if len(names) != columns // 2 or signs != [1, 1] or len(across) != (kind != "tf32") * (1 if fragments else 2):
+    if sums != columns // 2 or signs != [1, 1] or len(across) != (kind != "tf32") * (1 if fragments else 2):
+        raise PtxError(f"not known: {i.text}")
+    if columns % 8 or not 8 <= columns <= 256 or fragments not in (0, 4):
         raise PtxError(f"not known: {i.text}")
     across_a, across_b = [False, False, *across][-2:]
+    return Form(columns, int(shape[2]), kind, across_a, across_b)
+
+
+def from_fragments(values: Array, depth: int, kind: str) -> Array:
+    """A from four registers' bytes, [4, 128 threads, 4]; a warp has 16 of its rows."""
+    lane = np.arange(GROUP)
+    found, wide = np.empty((64, depth)), 4 // SIZES[kind]  # values in a register
+    for r, register in enumerate(numbers(values.reshape(4, GROUP, wide, -1), kind)):
+        for h in range(wide):
+            at = 16 * (lane // 32) + lane % 32 // 4 + 8 * (r % 2), wide * (lane % 4) + h + depth // 2 * (r // 2)
+            found[at] = register[:, h]
+    return found
+
+
+def mma_async(machine: HopperMachine, i: Instruction) -> Step:
+    """D = A B + D, or A B: fp32 sums of bf16, fp16 or TF32."""
+    names = tuple(machine.vector(i.operands[0]))
+    fragments = machine.vector(i.operands[1]) if i.operands[1].startswith("{") else []
+    columns, depth, kind, across_a, across_b = form_of(i, len(names), len(fragments))
     b, adds = machine.source(i.operands[2], "u64"), machine.source(i.operands[3], "pred")
     a = machine.source("0" if fragments else i.operands[1], "u64")
     registers, words = ([machine.registers[name] for name in each] for each in (names, fragments))
     uses = {**dict.fromkeys(fragments, ""), **dict.fromkeys(names, i.op[4])}
-    if columns % 8 or not 8 <= columns <= 256 or len(uses) != len(names) + len(fragments) or len(words) not in (0, 4):
+    if len(uses) != len(names) + len(fragments):  # a register in two places
         raise PtxError(f"not known: {i.text}")
     rows = [machine.in_products[name] for name in uses]
     lane, n = np.arange(GROUP), np.arange(len(names))[:, None]
@@ -186,15 +216,6 @@ def mma_async(machine: HopperMachine, i: Instruction) -> Step:
 
     def registers_of(threads: slice) -> Callable[[], Array]:
         return lambda: np.stack([word[threads].view(np.uint8).reshape(GROUP, 4) for word in words])
-
-    def fragment(values: Array) -> Array:
-        """A from four registers' bytes, [4, 128 threads, 4]; a warp has 16 of its rows."""
-        found, wide = np.empty((64, depth)), 4 // SIZES[kind]  # values in a register
-        for r, register in enumerate(numbers(values.reshape(4, GROUP, wide, -1), kind)):
-            for h in range(wide):
-                at = 16 * (lane // 32) + lane % 32 // 4 + 8 * (r % 2), wide * (lane % 4) + h + depth // 2 * (r // 2)
-                found[at] = register[:, h]
-        return found
 
     def issue(first: int, at_a: int, at_b: int, add: bool) -> None:
         group, threads = machine.groups[first], slice(first, first + GROUP)
@@ -218,7 +239,7 @@ def mma_async(machine: HopperMachine, i: Instruction) -> Step:
         def product() -> None:
             if not all(np.array_equal(read(), before) for read, before in zip(reads, given, strict=True)):
                 raise PtxError("a matrix changes while it is multiplied")
-            left = fragment(given[0]) if words else numbers(given[0], kind).reshape(64, depth)
+            left = from_fragments(given[0], depth, kind) if words else numbers(given[0], kind).reshape(64, depth)
             exact = left @ numbers(given[1], kind).reshape(columns, depth).T
             sums.values = (exact + sums.values if add else exact).astype(np.float32)
             sums.products -= 1
