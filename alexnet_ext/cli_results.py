@@ -110,6 +110,7 @@ def predict(
     with starting():
         from .training import predict as predicting
         from .training import results
+        from .training.files import check_folder
 
     where = device_of(device)
     network, description = results.load(weights, model, stock, where, warn, last)
@@ -119,6 +120,8 @@ def predict(
         found: list[Any] = [predicting.predict_file(network, description, images[0], picture, where)]
     else:
         folder = None if no_picture else out or PREDICTIONS
+        if folder is not None:
+            check_folder(folder)
         found = predicting.predict_files(network, description, predicting.find_files(images), folder, where)
     good = [prediction for prediction in found if isinstance(prediction, predicting.Prediction)]
     if json:

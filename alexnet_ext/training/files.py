@@ -40,6 +40,12 @@ def check_target(path: Path, source: Path | None = None, option: str = "--out") 
         raise CommandError(f"{option} {path_text(path)}: is what would be read; name another file", 2)
 
 
+def check_folder(path: Path, option: str = "--out") -> None:
+    """CommandError, before time goes into it, where the folder ``path`` of an ``option`` cannot be."""
+    if path.exists() and not path.is_dir():
+        raise CommandError(f"{option} {path_text(path)}: not a folder, expected a new or an existing one", 2)
+
+
 def is_special(path: Path) -> bool:
     """Whether a name is no file that another could replace: a device, a pipe, or an open file of a process, such as
     /dev/stdout."""

@@ -26,7 +26,7 @@ from ..ops import _backend
 from ..variants import VARIANTS
 from . import checkpoint, pictures
 from .evaluate import Evaluation
-from .files import check_outside, write_file
+from .files import check_folder, check_outside, write_file
 from .log import METRICS, has_events, json_text, read_metrics
 from .progress import Reporter
 from .recipe import CHANGEABLE, Recipe
@@ -41,6 +41,7 @@ def start(recipe: Recipe, out: Path, device: torch.device, workers: int, console
     """Train from the start into the new or empty folder ``out``."""
     began = time.monotonic()
     _check_needs()
+    check_folder(out)
     for data in (recipe.data, recipe.val):
         if data is not None and is_folder(data):
             check_outside(out, Path(data))

@@ -288,6 +288,8 @@ def test_wrong_usage_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.
         (["train", "--device", "cuda:99"], "torch sees"),
         (["train", "--data", "synthetic", "--image-size", "20", "--out", tmp_path / "o"], "image_size=20"),
         (["train", "--data", "synthetic", *SMALL, "--out", tmp_path], "not empty"),
+        (["train", "--data", "synthetic", *SMALL, "--out", tmp_path / "file"], f"--out {tmp_path}/file: not a folder"),
+        (["train", "--data", "synthetic", *SMALL, "--out", "/dev/null"], "--out /dev/null: not a folder"),
         (["train", ""], "an empty one"),
         (["evaluate", "--weights", ""], "an empty one"),
         (["train", "--resume", tmp_path / "missing"], f"{tmp_path}/missing: no such file or folder"),

@@ -211,6 +211,8 @@ def test_outputs_that_cannot_be(weights: Path, images: Path, capsys: pytest.Capt
     expected = "a.gif: expected a name with one of the endings .png, .jpg"
     assert expected in fails(capsys, 2, "predict", sample, "--weights", weights, "--out", "a.gif")
     assert expected in fails(capsys, 2, "evaluate", images, "--weights", weights, "--confusion", "a.gif")
+    folder = ("predict", images, "--weights", weights, "--out")
+    assert f"--out {sample}: not a folder" in fails(capsys, 2, *folder, sample)
     for options in (["--json", "--csv"], ["--no-picture", "--out", "a.png"]):
         assert "give one of them" in fails(capsys, 2, "predict", sample, "--weights", weights, *options)
     (images / "none").mkdir()
