@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,10 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else 
 from alexnet_ext import _library
 from tests.gpu_on_cpu import emulated
 from tests.support import ROOT
+
+# A shell's background job is started with Ctrl-C ignored, and so would be the processes that the tests interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Workers share the cores.
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
