@@ -96,7 +96,10 @@ def network_run(
         model = ax.models.alexnet("paper", fused=fused)
         images, labels = torch.randn(batch, 3, 227, 227), torch.randint(0, 1000, (batch,))
     if layout == "channels_last":
-        model, images = (x.to(memory_format=torch.channels_last) for x in (model, images))
+        images = images.to(memory_format=torch.channels_last)
+        for parameter in model.parameters():  # as model.to(memory_format=...), which tensors without values refuse
+            if parameter.dim() == 4:
+                parameter.data = parameter.detach().contiguous(memory_format=torch.channels_last)
     network = compiled(model.eval() if kind == "inference" else model)
     lowered = torch.autocast(device, dtype, enabled=dtype != torch.float32)
     if kind == "inference":

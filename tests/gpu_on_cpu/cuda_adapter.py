@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -29,20 +29,20 @@ NAME = "alexnet_ext_ptx"
 class CompiledOps:
     """The library, compiled into the folder if missing, and its kernels by the op of their file."""
 
-    def __init__(self, folder: Path) -> None:
-        library = folder / "library.so"
+    def __init__(self, folder: Path, code: Sequence[str] = ("arch=compute_80,code=compute_80",)) -> None:
+        self.folder, library = folder, folder / "library.so"
         if not library.exists():
-            compile_into(library)
+            compile_into(library, code)
         torch.ops.load_library(str(library))
         self.library = ctypes.CDLL(str(library))
         self.kernels: dict[str, dict[str, Kernel]] = {
             file.stem.removesuffix("_cuda"): parse(file.read_text(encoding="utf-8"))
-            for file in folder.glob("*_cuda.ptx")
+            for file in sorted(folder.glob("*_cuda.ptx"))
         }
         self.by_name = {name: kernel for kernels in self.kernels.values() for name, kernel in kernels.items()}
 
     @contextmanager
-    def in_place(self, order: str = "together") -> Iterator[set[str]]:
+    def in_place(self, order: str = "together", machine: Callable[[Launch], Machine] = Machine) -> Iterator[set[str]]:
         """In the block ``torch.ops.alexnet_ext`` runs the CUDA kernels on CPU tensors; yields the names launched."""
         launched: set[str] = set()
 
@@ -51,7 +51,7 @@ class CompiledOps:
                 launched.add(name)
                 around = [value for value in (*arguments, *made.tensors) if isinstance(value, torch.Tensor)]
                 buffers = [memory(tensor) for tensor in around if tensor.numel()]
-                Machine(replace(launch_of(self.by_name[name]), buffers=buffers, order=order)).run(grid)
+                machine(replace(launch_of(self.by_name[name]), buffers=buffers, order=order)).run(grid)
 
             with Made() as made, launches_run_by(self.library, launch):
                 return kernel(*arguments)
@@ -76,8 +76,8 @@ class Made(TorchDispatchMode):
         return result
 
 
-def compile_into(library: Path) -> None:
-    """Compile by nvcc; the PTX stays next to the library."""
+def compile_into(library: Path, code: Sequence[str]) -> None:
+    """Compile by nvcc, with ``-gencode`` and these words; PTX and machine code stay next to the library."""
     torch_root = Path(torch.__file__).parent
     sources = [*ROOT.glob("csrc/*/*_cuda.cu"), *ROOT.glob("csrc/*/*_cuda_ops.cpp"), ROOT / "csrc" / "library.cpp"]
     sources += [
@@ -92,5 +92,5 @@ def compile_into(library: Path) -> None:
         "-DTORCH_TARGET_VERSION=0x020b000000000000",
     )
     found = ("-isystem", torch_root / "include", f"-L{torch_root / 'lib'}", "-ltorch_cpu")
-    code = ("-gencode", "arch=compute_80,code=compute_80", "--keep", "--keep-dir", library.parent)
-    subprocess.run(["nvcc", *LINKED, *FLAGS, *defined, *found, *code, *sources, "-o", library], check=True)
+    kept = ("-gencode", *code, "--keep", "--keep-dir", library.parent)
+    subprocess.run(["nvcc", *LINKED, *FLAGS, *defined, *found, *kept, *sources, "-o", library], check=True)

@@ -67,9 +67,9 @@ class HopperMachine(Machine):
         with np.errstate(all="ignore"):
             for z, y, x in np.ndindex(grid[2], grid[1], grid[0] // self.cluster):
                 self.block = (x * self.cluster, y, z)
-                self.run_cluster()
+                self.run_block()
 
-    def run_cluster(self) -> None:
+    def run_block(self) -> None:
         self.shared.fill(0xFF)
         # Bytes written by instructions: asynchronous ones may not read them before a fence.
         self.written = np.zeros(len(self.shared), bool)
@@ -111,18 +111,19 @@ class HopperMachine(Machine):
         while pc < limit:
             instruction, step = self.kernel.code[pc], self.steps[pc]
             kind = instruction.op[0]
-            if kind in JUMPS:
-                taken = self.guarded(instruction, here)
-                self.at[here] = pc + 1
-                self.at[taken] = self.kernel.labels[instruction.operands[0]] if kind == "bra" else self.end
-                if len(taken):
-                    return
-            elif width := self.widths[pc]:
+            if width := self.widths[pc]:
                 self.at[here], self.parked[here] = pc, True
                 here = np.nonzero(self.parked & (self.at == pc))[0]
                 here = here[np.bincount(here // width, minlength=self.threads // width)[here // width] == width]
                 self.parked[here] = False
                 if not len(here):
+                    return
+            self.issued(pc, here)
+            if kind in JUMPS:
+                taken = self.guarded(instruction, here)
+                self.at[here] = pc + 1
+                self.at[taken] = self.kernel.labels[instruction.operands[0]] if kind == "bra" else self.end
+                if len(taken):
                     return
             chosen = self.guarded(instruction, here)
             if step is not None and len(chosen):
@@ -323,6 +324,7 @@ class HopperMachine(Machine):
 
         def issue(box: Box, address: int, barrier: int) -> None:
             addresses = box.shared(address)
+            self.copied("load", box.size * len(addresses))
             self.put("shared", addresses, np.full((len(addresses), box.size), 0xFF, np.uint8), fenced=True)
 
             def arrive() -> None:
@@ -349,6 +351,7 @@ class HopperMachine(Machine):
         def issue(box: Box, address: int) -> Callable[[], None]:
             indices = self.bytes_at("shared", box.shared(address), box.size)[0][2]
             given = self.fetch_fenced(indices)
+            self.copied("store", indices.size)
 
             def store() -> None:
                 if not np.array_equal(self.fetch_fenced(indices), given):

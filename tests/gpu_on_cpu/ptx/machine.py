@@ -115,6 +115,7 @@ class Machine:
         while pc < limit:
             instruction, step = self.kernel.code[pc], self.steps[pc]
             kind = instruction.op[0]
+            self.issued(pc, here)
             chosen = self.guarded(instruction, here)
             if kind in ("bra", "ret", "exit"):
                 target = self.kernel.labels[instruction.operands[0]] if kind == "bra" else self.end
@@ -135,6 +136,22 @@ class Machine:
                     raise PtxError(f"{error}: {instruction.text}") from None
             pc += 1
         self.at[here] = pc
+
+    # ---- what counts.py counts
+
+    def issued(self, pc: int, here: Array) -> None:
+        """Called before these threads do an instruction."""
+
+    def accessed(self, what: str, space: str, some: Some, addresses: Array, size: int) -> None:
+        """Called before each of these threads loads or stores ``size`` bytes."""
+
+    def copied(self, what: str, size: int) -> None:
+        """Called when TMA loads or stores these bytes."""
+
+    def multiplied(self, products: int) -> None:
+        """Called when tensor cores begin this many multiplications."""
+
+    # ---- control
 
     def guarded(self, instruction: Instruction, here: Array) -> Array:
         if not instruction.guard:
@@ -246,7 +263,9 @@ class Machine:
         size = dtype.itemsize * len(targets)
 
         def run(some: Some) -> None:
-            values = self.fetch(space, address(some), size).view(dtype)
+            addresses = address(some)
+            self.accessed("load", space, some, addresses, size)
+            values = self.fetch(space, addresses, size).view(dtype)
             for n, write in enumerate(targets):
                 write(some, np.ascontiguousarray(values[:, n]))
 
@@ -262,6 +281,7 @@ class Machine:
             values = np.empty((len(addresses), len(sources)), dtype)
             for n, read in enumerate(sources):
                 values[:, n] = read(some)
+            self.accessed("store", space, some, addresses, values[:1].nbytes)
             self.put(space, addresses, values.view(np.uint8))
 
         return run
@@ -297,6 +317,8 @@ class Machine:
             counts = np.broadcast_to(filled(some), addresses.shape)
             values = np.zeros((len(addresses), size), np.uint8)
             whole = counts == size
+            self.accessed("load", "global", np.arange(self.threads)[some][whole], sources[whole], size)
+            self.accessed("store", "shared", some, addresses, size)
             if not (whole | (counts == 0)).all():
                 raise PtxError("a part of 16 bytes is copied")
             values[whole] = self.fetch("global", sources[whole], size)

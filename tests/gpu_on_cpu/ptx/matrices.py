@@ -59,6 +59,7 @@ def mma(machine: Machine, i: Instruction) -> Step:
         for r, halves in enumerate(values(b, some)):
             for h, numbers in enumerate(halves):
                 right[:, wide * MEMBER + h + depth // 2 * r, GROUP] = numbers
+        machine.multiplied(warps * 16 * 8 * depth)
         product = left @ right
         for n, (read, write) in enumerate(zip(c, targets, strict=True)):
             sums = product[:, GROUP + 8 * (n // 2), 2 * MEMBER + n % 2].reshape(-1)
@@ -93,6 +94,8 @@ def ldmatrix(machine: Machine, i: Instruction) -> Step:
     def run(some: Any) -> None:
         warps = len(whole_warps(machine, some))
         addresses = address(some).reshape(warps, 32)[:, : 8 * number]
+        threads = whole_warps(machine, some)[:, : 8 * number]
+        machine.accessed("load", "shared", threads.reshape(-1), addresses.reshape(-1), 16)
         rows = machine.fetch("shared", addresses.reshape(-1), 16).view(np.uint16).reshape(warps, number, 8, 8)
         if transposed:
             rows = rows.swapaxes(2, 3)

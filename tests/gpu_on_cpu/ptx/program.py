@@ -17,6 +17,7 @@ class Instruction:
     op: list[str]
     operands: list[str]
     text: str
+    line: int = 0  # of the PTX file, from 1
 
 
 @dataclass
@@ -37,7 +38,8 @@ OPERANDS = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+")
 
 def parse(text: str) -> dict[str, Kernel]:
     """The kernels of a PTX file."""
-    text = re.sub(r"//[^\n]*|^\s*\.loc\b[^\n]*", "", text, flags=re.M)  # lines of source code end without a semicolon
+    # .loc ends without a semicolon. Each line stays one: machine code names the lines that it came from.
+    text = re.sub(r"//[^\n]*|^[ \t]*\.loc\b[^\n]*", "", text, flags=re.M)
     shared = re.findall(r"\.shared\s+\.align\s+\d+\s+\.b8\s+(\w+)\[(\d*)\]", text)
     kernels = {}
     for head in re.finditer(r"\.entry\s+(\w+)\s*\((.*?)\)\s*(?:\.\w+\s+[\d, ]+\s*)*\{", text, re.S):
@@ -48,7 +50,8 @@ def parse(text: str) -> dict[str, Kernel]:
                 raise PtxError(f"not a parameter: {declaration}")
             parameters.append((found[2], SIZES[found[1]] * int(found[3] or 1)))
         kernel = Kernel(head[1], parameters, shared={name: int(size or 0) for name, size in shared})
-        read_body(kernel, text[head.end() : closing(text, head.end())])
+        body = text[head.end() : closing(text, head.end())]
+        read_body(kernel, body, 1 + text.count("\n", 0, head.end()))
         kernels[head[1]] = kernel
     return kernels
 
@@ -63,27 +66,29 @@ def closing(text: str, at: int) -> int:
     raise PtxError("a brace is not closed")
 
 
-def statements(body: str) -> Iterator[str]:
-    """Yields instructions and declarations, labels with their colon, and the braces of scopes."""
-    text = ""
+def statements(body: str, line: int) -> Iterator[tuple[str, int]]:
+    """Yields instructions and declarations, labels with their colon, and the braces of scopes, each with its line."""
+    text, begun = "", line
     for character in body:
-        begins = not text.strip()
-        if character in "{}" and begins:
-            yield character
+        if not text.strip():
+            begun = line
+        line += character == "\n"
+        if character in "{}" and not text.strip():
+            yield character, begun
         elif character == ";":
-            yield text.strip()
+            yield text.strip(), begun
             text = ""
         elif character == ":" and re.fullmatch(r"\s*\$?\w+", text):
-            yield text.strip() + ":"
+            yield text.strip() + ":", begun
             text = ""
         else:
             text += character
 
 
-def read_body(kernel: Kernel, body: str) -> None:
+def read_body(kernel: Kernel, body: str, line: int) -> None:
     scopes: list[dict[str, str]] = [{}]  # of inline assembly: its own registers, renamed
     inner: list[tuple[int, dict[str, str]]] = []  # the begin of such a scope, and its own labels
-    for statement in statements(body):
+    for statement, begun in statements(body, line):
         if statement == "{":
             scopes.append({})
             inner.append((len(kernel.code), {}))
@@ -113,5 +118,5 @@ def read_body(kernel: Kernel, body: str) -> None:
             found = STATEMENT.fullmatch(statement)
             if found is None:
                 raise PtxError(f"not a statement: {statement}")
-            words = " ".join(statement.split())
-            kernel.code.append(Instruction(found[1] or "", found[2].split("."), OPERANDS.findall(found[3]), words))
+            words, op, operands = " ".join(statement.split()), found[2].split("."), OPERANDS.findall(found[3])
+            kernel.code.append(Instruction(found[1] or "", op, operands, words, begun))

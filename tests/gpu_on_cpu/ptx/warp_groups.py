@@ -231,6 +231,7 @@ def mma_async(machine: HopperMachine, i: Instruction) -> Step:
                 register[threads].view(np.float32)[:] = none
         sums = group.sums[names]
         sums.products += 1
+        machine.multiplied(64 * columns * depth)
 
         reads = [registers_of(threads) if words else matrix(first, at_a, 64, across_a)]
         reads.append(matrix(first, at_b, columns, across_b))

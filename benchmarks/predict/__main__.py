@@ -1,0 +1,77 @@
+"""``python -m benchmarks.predict``: what each kernel, the training step and inference would cost on a GPU, predicted.
+
+Kernels are predicted from counts (counts.json) and a GPU's data sheet, none of it measured on a GPU.
+
+    python -m benchmarks.predict [--gpu h100] [--batch 128 --batch 1024] [--json FILE] [--picture FILE.png]
+    python -m benchmarks.predict --renew [WORDS...]    # counts again (needs nvcc) those whose names have all words
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from . import count, gates, report
+from .gpus import GPUS
+from .kernels import COUNTS
+
+
+def write(path: Path, found: dict[str, Any]) -> None:
+    """One row a line, so that a change shows which rows it concerns."""
+    rows = ",\n".join(f" {json.dumps(name)}: {json.dumps(row)}" for name, row in sorted(found["rows"].items()))
+    rest = {name: value for name, value in found.items() if name != "rows"}
+    text = json.dumps(rest, indent=1)[:-2] + f',\n "rows": {{\n{rows}\n }}\n}}\n'
+    json.loads(text)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+
+
+def renew(words: list[str]) -> int:
+    """Counts the rows whose names have all these words and writes them; returns how many gates do not hold."""
+    committed = json.loads(COUNTS.read_text(encoding="utf-8"))
+    known = {job.work.name for job in count.jobs()}
+    committed["rows"] = {name: row for name, row in committed["rows"].items() if name in known}
+    started = time.monotonic()
+    for work, row in count.count(lambda work: all(word in work.name for word in words)):
+        print(f"{time.monotonic() - started:5.0f} s  {work.name}", flush=True)
+        committed["rows"][work.name] = row
+    if not words:
+        committed["producers"] = count.producers()
+    write(COUNTS, committed)
+    said = [text for name, row in committed["rows"].items() if gates.on_path(name)
+            for text in gates.faults(name, row, committed)]  # fmt: skip
+    said += gates.idle(committed)
+    print(*said, sep="\n")
+    return len(said)
+
+
+def main(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.predict", description=__doc__.split("\n")[0])
+    parser.add_argument("--gpu", choices=tuple(GPUS), default="h100")
+    parser.add_argument("--batch", type=int, action="append", help="batch size (repeat it; default 128 and 1024)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the predictions")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the steps' parts, as PNG or SVG")
+    parser.add_argument("--renew", nargs="*", metavar="WORD", help="count again; rows whose names have all words")
+    options = parser.parse_args(words)
+    if options.renew is not None:
+        return 1 if renew(options.renew) else 0
+    batches = options.batch or [128, 1024]
+    if min(batches) < 1:
+        parser.error(f"--batch {min(batches)}: expected at least 1")
+    found = report.predictions(options.gpu, batches)
+    report.show(found)
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if options.picture:
+        report.draw(found, options.picture)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

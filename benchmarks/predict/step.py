@@ -1,0 +1,225 @@
+"""The predicted time of a training step and of inference: every operation that PyTorch dispatches, each with its cost.
+
+The step is traced, not listed: harness.network_run runs on tensors without values, so a copy more or less in the code
+shows here. Kernels of this package cost what counts.json says, convolutions what their best candidate costs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from alexnet_ext.ops._backend import preferring
+
+from .. import harness
+from . import convolutions
+from .count import BATCH
+from .gpus import LIKELY, Assumed, Gpu
+from .kernels import counts, row_times, total
+
+KINDS = ("training", "inference")
+RUNS = {"training": "training step", "inference": "inference"}
+# No kernel: they name memory anew, or ask of a tensor.
+FREE = {"detach", "t", "view", "_unsafe_view", "expand", "as_strided", "transpose", "permute", "squeeze", "unsqueeze",
+        "alias", "slice", "select", "split", "empty", "empty_like", "device", "lift_fresh", "empty_strided",
+        "_record_function_enter_new", "_RecordFunction", "new_empty", "is_pinned"}  # fmt: skip
+PRODUCTS = {"mm", "addmm", "linear_bias_relu", "linear_bias_relu_backward"}
+COPIES = {"_to_copy", "clone", "copy_", "contiguous"}
+
+
+@dataclass(frozen=True)
+class Described:
+    """A tensor of an operation, without its values."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What was dispatched: its name, its tensors, and whether the convolution is to compute each gradient."""
+
+    name: str
+    inputs: tuple[Described, ...]
+    outputs: tuple[Described, ...]
+    flags: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class Part:
+    """A line of a prediction: seconds, and launches."""
+
+    what: str
+    seconds: float
+    launches: int
+
+
+def described(values: Any) -> tuple[Described, ...]:
+    tensors = (value for value in tree_leaves(values) if isinstance(value, Tensor))
+    return tuple(Described(tuple(t.shape), tuple(t.stride()), t.numel() * t.itemsize) for t in tensors)
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[Operation] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.name().split("::")[1].split(".")[0]
+        if name not in FREE:
+            flags = tuple(value for value in args if isinstance(value, (bool, list)))
+            self.operations.append(Operation(name, described((args, kwargs)), described(result), flags))
+        return result
+
+
+@cache
+def traced(kind: str, batch: int) -> tuple[Operation, ...]:
+    """The operations of the second step, which finds the optimizer's state there, in bf16 and channels-last."""
+    with FakeTensorMode(), preferring(("native",), "cpu"):
+        run = harness.network_run(RUNS[kind], True, batch, "channels_last", True, "cpu", torch.bfloat16)
+        run()
+        with Recorder() as recorder:
+            run()
+    return tuple(recorder.operations)
+
+
+class Costs:
+    """Parts of a step on a GPU."""
+
+    def __init__(self, gpu: Gpu, batch: int, producers: dict[str, float], assumed: Assumed = LIKELY) -> None:
+        self.gpu, self.batch, self.assumed, self.producers = gpu, batch, assumed, producers
+        self.layers = convolutions.layers(batch)
+
+    def moved(self, size: float, rate: float = 1.0) -> float:
+        return max(size / (self.assumed.copy * self.gpu.copy * rate), self.assumed.small)
+
+    def parts(self, operations: tuple[Operation, ...]) -> Iterator[Part]:
+        forwards, backwards = iter(self.layers), iter(self.layers[::-1])
+        for operation in operations:
+            if operation.name == "conv2d_bias_relu":
+                yield from self.convolution(*next(forwards), operation)
+            elif operation.name == "conv2d_bias_relu_backward":
+                yield from self.convolution_backward(*next(backwards), operation)
+            elif (found := self.row(operation)) is not None:
+                yield found
+            elif operation.name in PRODUCTS:
+                yield from self.products(operation)
+            else:
+                yield self.elementwise(operation)
+
+    def row(self, operation: Operation) -> Part | None:
+        """A kernel of ours that was counted; x is the largest of its tensors."""
+        name, direction = operation.name.removesuffix("_backward"), "forward"
+        if name != operation.name:
+            direction = "backward"
+        images = max(operation.inputs + operation.outputs, key=lambda t: t.bytes, default=None)
+        return self.counted(name, direction, images.shape) if images else None
+
+    def counted(self, op: str, direction: str, shape: tuple[int, ...]) -> Part | None:
+        key = "x".join(map(str, (BATCH, *shape[1:])))
+        row = counts().get(f"{op} {direction} {key} bfloat16 channels_last native")
+        if row is None:
+            return None
+        times = row_times(row, self.gpu, self.assumed, self.batch / BATCH)
+        return Part(f"{op} {direction}", total(times), len(times))
+
+    def best(self, layer: convolutions.Layer, direction: str) -> float:
+        return min(convolutions.candidates(layer, direction, self.gpu, self.producers, self.assumed).values())
+
+    def convolution(self, name: str, layer: convolutions.Layer, operation: Operation) -> Iterator[Part]:
+        yield Part(f"{name} forward", self.best(layer, "forward"), 1)
+        if operation.inputs[0].shape[1] < convolutions.DEPTH_LIMIT:
+            yield from self.rewrite(name, operation.inputs[0])
+
+    def convolution_backward(self, name: str, layer: convolutions.Layer, operation: Operation) -> Iterator[Part]:
+        dy = operation.inputs[0]
+        *_, (for_x, for_weight, for_bias), relu = (flag for flag in operation.flags if flag != [])
+        if relu or for_bias:
+            yield self.counted("conv2d_bias_relu", "mask", dy.shape) or self.elementwise(operation)
+        if for_x:
+            yield Part(f"{name} input gradient", self.best(layer, "input gradient"), 1)
+        if for_weight:
+            yield Part(f"{name} weight gradient", self.best(layer, "weight gradient"), 2)
+
+    def rewrite(self, name: str, x: Described) -> Iterator[Part]:
+        """A first layer's space to depth."""
+        for operation in rewriting(x.shape):
+            part = self.elementwise(operation)
+            yield Part(f"{name} space to depth", part.seconds, part.launches)
+
+    def products(self, operation: Operation) -> Iterator[Part]:
+        """Products of matrices by cuBLAS; ReLU and its mask by PyTorch, as on a GPU without our linear kernels."""
+        big = sorted(operation.inputs, key=lambda t: t.bytes)[-1]
+        backward = operation.name.endswith("_backward")
+        matrices = [t.shape for t in operation.inputs if len(t.shape) == 2]
+        rows = self.batch
+        weight = max(matrices, key=math.prod) if operation.name.startswith("linear") else None
+        if weight is not None:
+            multiplied = 2.0 * rows * math.prod(weight) * (2 if backward else 1)
+            size = big.bytes * (2 if backward else 1) + sum(t.bytes for t in operation.outputs)
+        else:
+            (m, k), (_, n) = matrices[-2:]
+            multiplied, size = 2.0 * m * k * n, sum(t.bytes for t in (*operation.inputs, *operation.outputs))
+        peak = self.gpu.products * 2 * self.gpu.multiprocessors * self.gpu.clock
+        seconds = max(multiplied / (peak * self.assumed.linear), size / (self.gpu.copy * self.assumed.linear_bytes))
+        yield Part("linear layers", seconds, 2 if backward and weight is not None else 1)
+        if weight is not None:  # ReLU; back, its mask and the bias's sums
+            y = operation.outputs[0].bytes
+            yield Part("linear layers' ReLU and bias", self.moved(3 * y), 2 if backward else 1)
+
+    def elementwise(self, operation: Operation) -> Part:
+        tensors = (*operation.inputs, *operation.outputs)
+        if operation.name == "_fused_sgd_":  # parameters and momentum are read and written, gradients are read
+            size = sum(t.bytes for t in operation.inputs) * 5 / 3
+            return Part("optimizer", self.moved(size), 2)
+        size = sum(t.bytes for t in tensors)
+        permuted = operation.name in COPIES and operation.inputs and operation.outputs
+        permuted = bool(permuted) and order(operation.inputs[0]) != order(operation.outputs[0])
+        what = "copies and casts" if operation.name in COPIES else "small kernels"
+        if operation.name in COPIES and size > 1 << 26:
+            what = f"copies of {'x'.join(map(str, operation.inputs[0].shape))}"
+        return Part(what, self.moved(size, self.assumed.permute if permuted else 1.0), 1)
+
+
+def order(tensor: Described) -> list[int]:
+    """Dimensions by falling stride: the memory format; a dimension of one element says nothing."""
+    wide = [n for n, size in enumerate(tensor.shape) if size > 1]
+    return sorted(wide, key=lambda n: -tensor.stride[n])
+
+
+@cache
+def rewriting(shape: tuple[int, ...]) -> tuple[Operation, ...]:
+    """What is dispatched to turn the images of a first layer to depth, for the convolution and its weight gradient."""
+    from alexnet_ext.ops.conv2d_bias_relu import space_to_depth
+
+    with FakeTensorMode():
+        x = torch.empty(shape, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+        weight = torch.empty(96, shape[1], 11, 11, dtype=torch.bfloat16)
+        with Recorder() as recorder:
+            space_to_depth.rewritten(x, weight, [4, 4])
+    return tuple(recorder.operations)
+
+
+def predicted(
+    kind: str, batch: int, gpu: Gpu, producers: dict[str, float], assumed: Assumed = LIKELY
+) -> tuple[list[Part], float]:
+    """(parts, summed up by name; seconds of the step in a CUDA graph, gaps between launches included)."""
+    summed: dict[str, tuple[float, int]] = {}
+    for part in Costs(gpu, batch, producers, assumed).parts(traced(kind, batch)):
+        seconds, launches = summed.get(part.what, (0.0, 0))
+        summed[part.what] = seconds + part.seconds, launches + part.launches
+    launches = sum(count for _, count in summed.values())
+    parts = [Part(what, seconds, count) for what, (seconds, count) in summed.items()]
+    parts.append(Part("gaps between launches", launches * assumed.gap, 0))
+    return parts, sum(part.seconds for part in parts)
