@@ -1,4 +1,4 @@
-"""The ops as standard ONNX nodes: each has the op's arguments and results. Needs onnxscript."""
+"""The ops as standard ONNX nodes. The function with an op's name has its arguments and results. Needs onnxscript."""
 
 from __future__ import annotations
 
@@ -91,16 +91,3 @@ def relu_max_pool2d_lrn(
 ) -> tuple[Any, Any, Any]:
     pooled = _pool(op.Relu(_biased(x, bias)), kernel_size, stride, (0, 0), (1, 1), False)
     return _norm(x, pooled, lrn_size, alpha, beta, k), op.Identity(pooled), _winners(pooled)
-
-
-TRANSLATIONS = {
-    getattr(torch.ops.alexnet_ext, function.__name__).default: function
-    for function in (
-        local_response_norm,
-        relu_max_pool2d,
-        conv2d_bias_relu,
-        linear_bias_relu,
-        relu_lrn_max_pool2d,
-        relu_max_pool2d_lrn,
-    )
-}

@@ -41,28 +41,34 @@ def _option(help: str, panel: str, default: str | bool = True, name: str = "", *
 NETWORK, STEPS, LEARNING, RUN = "Network and data", "How long, and when to look", "How it learns", "The run"
 BY_DATA = "by data"
 
+Folder = Annotated[
+    Path | None,
+    typer.Argument(parser=path, metavar="[DIR]", help="Images, one folder a class (or train/ and val/ of such)."),
+]
+HeldOutFolder = Annotated[
+    Path | None, _option("Held-out images.", NETWORK, "val/ or test/ in DIR", parser=path, metavar="DIR")
+]
+HeldOutShare = Annotated[
+    float | None, _option("Share of each class to hold out.", NETWORK, "0.1 without such a folder")
+]
+Weights = Annotated[
+    Path | None,
+    _option(
+        "Start from a run, a .safetensors, .pth, .caffemodel or .onnx file.", NETWORK, "a fresh start", parser=path
+    ),
+]
+Patience = Annotated[int | None, _option("Stop after this number of evaluations without a better one.", STEPS, "never")]
+
 
 def train(
-    folder: Annotated[
-        Path | None,
-        typer.Argument(parser=path, metavar="[DIR]", help="Images, one folder a class (or train/ and val/ of such)."),
-    ] = None,
-    val: Annotated[
-        Path | None, _option("Held-out images.", NETWORK, "val/ or test/ in DIR", parser=path, metavar="DIR")
-    ] = None,
-    held_out: Annotated[
-        float | None, _option("Share of each class to hold out.", NETWORK, "0.1 without such a folder")
-    ] = None,
+    folder: Folder = None,
+    val: HeldOutFolder = None,
+    held_out: HeldOutShare = None,
     data: Annotated[Data | None, _option("Data that is no folder.", NETWORK, "digits")] = None,
     recipe: Annotated[RecipeName | None, _option("Defaults to begin with.", NETWORK, BY_DATA)] = None,
     model: Annotated[Variant | None, _option("Variant of the network.", NETWORK, "paper, or that of --weights")] = None,
     image_size: Annotated[int | None, _option("Side of the network's input.", NETWORK, "the variant's")] = None,
-    weights: Annotated[
-        Path | None,
-        _option(
-            "Start from a run, a .safetensors, .pth, .caffemodel or .onnx file.", NETWORK, "a fresh start", parser=path
-        ),
-    ] = None,
+    weights: Weights = None,
     freeze: Annotated[str | None, _option("Keep these weights: features, or a layer.", NETWORK, metavar="NAME")] = None,
     init: Annotated[Init | None, _option("Start of the weights.", NETWORK, BY_DATA)] = None,
     dropout: Annotated[float | None, _option("Share of fc6 and fc7 left out.", NETWORK, BY_DATA)] = None,
@@ -70,9 +76,7 @@ def train(
     stock: Stock = False,
     epochs: Annotated[int | None, _option("Times through the images.", STEPS, BY_DATA)] = None,
     steps: Annotated[int | None, _option("Stop after this number of steps.", STEPS, "by epochs")] = None,
-    patience: Annotated[
-        int | None, _option("Stop after this number of evaluations without a better one.", STEPS, "never")
-    ] = None,
+    patience: Patience = None,
     evaluate_every: Annotated[int | None, _option("Steps between evaluations; 0: an epoch.", STEPS, BY_DATA)] = None,
     save_every: Annotated[int | None, _option("Steps between checkpoints; 0: ten minutes.", STEPS, "0")] = None,
     keep: Annotated[int | None, _option("Checkpoints that stay, beside the best weights.", STEPS, "2")] = None,
@@ -98,29 +102,8 @@ def train(
 
     Ctrl-C saves a checkpoint; --resume goes on from it.
     """
-    options = {**locals(), "stock": stock or None, "augment": False if no_augment else None}
-    options |= {"data": None, "val": None, "weights": None}
-    given = {
-        field.name: str(value) if isinstance(value, StrEnum) else value
-        for field in dataclasses.fields(Recipe)
-        if (value := options.get(field.name)) is not None
-    }
-    if folder is not None and data is not None:
-        raise UsageError(f"{path_text(folder)} and --data {data.value}: give one of them")
-    if resume is not None and (out or recipe or weights):
-        other = "--out" if out else "--recipe" if recipe else "--weights"
-        raise UsageError(f"{other} and --resume: a run goes on in its own folder and by its own recipe")
-    if folder is None and resume is None and (val is not None or held_out is not None):
-        raise UsageError(f"--{'held-out' if val is None else 'val'}: only with DIR, a folder of images")
-    if val is not None and held_out is not None:
-        raise UsageError(f"--val {path_text(val)} and --held-out {held_out}: give one of them")
-    if held_out is not None and not 0 < held_out < 1:
-        raise UsageError(f"--held-out {held_out}: expected a share between 0 and 1")
-    for name, chosen_folder in (("data", folder), ("val", val)):
-        if chosen_folder is not None:
-            given[name] = os.path.abspath(chosen_folder)  # the run may be resumed from another folder
-    if data is not None:
-        given["data"] = data.value
+    _refuse_contradictions(folder, val, held_out, data, recipe, weights, out, resume)
+    given = _recipe_fields(locals())
     chosen(given, recipe)  # a wrong option is reported before torch is imported
 
     with starting():
@@ -141,3 +124,41 @@ def train(
         given = run.from_weights(weights, warn) | given
     whole = chosen(given, recipe)
     run.start(whole, out or run.default_out(whole), where, count, console)
+
+
+def _refuse_contradictions(
+    folder: Path | None,
+    val: Path | None,
+    held_out: float | None,
+    data: Data | None,
+    recipe: RecipeName | None,
+    weights: Path | None,
+    out: Path | None,
+    resume: Path | None,
+) -> None:
+    """UsageError for options of ``train`` that exclude each other."""
+    if folder is not None and data is not None:
+        raise UsageError(f"{path_text(folder)} and --data {data.value}: give one of them")
+    if resume is not None and (out or recipe or weights):
+        other = "--out" if out else "--recipe" if recipe else "--weights"
+        raise UsageError(f"{other} and --resume: a run goes on in its own folder and by its own recipe")
+    if folder is None and resume is None and (val is not None or held_out is not None):
+        raise UsageError(f"--{'held-out' if val is None else 'val'}: only with DIR, a folder of images")
+    if val is not None and held_out is not None:
+        raise UsageError(f"--val {path_text(val)} and --held-out {held_out}: give one of them")
+    if held_out is not None and not 0 < held_out < 1:
+        raise UsageError(f"--held-out {held_out}: expected a share between 0 and 1")
+
+
+def _recipe_fields(options: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a Recipe that the options of ``train`` give; ``weights`` is a file, whose recipe is read later."""
+    folders = {"data": options["folder"], "val": options["val"]}
+    options = {**options, "stock": options["stock"] or None, "augment": False if options["no_augment"] else None}
+    # The run may be resumed from another folder.
+    options |= {name: os.path.abspath(folder) for name, folder in folders.items() if folder is not None}
+    options["weights"] = None
+    return {
+        field.name: str(value) if isinstance(value, StrEnum) else value
+        for field in dataclasses.fields(Recipe)
+        if (value := options.get(field.name)) is not None
+    }

@@ -21,6 +21,7 @@ from .data.folder import imagenet_preprocessing
 from .models import AlexNet, alexnet, load_weights
 from .models.weights import find_variant
 from .ops import use_backend
+from .ops._register import RECORDS
 
 if TYPE_CHECKING:
     from .training import checkpoint
@@ -168,7 +169,8 @@ def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     if not _library.LIBRARIES[0].loaded:
         raise RuntimeError(f"export to ONNX needs the compiled CPU library: {_library.LIBRARIES[0].reason}")
     try:
-        from ._onnx import TRANSLATIONS
+        from . import _onnx
     except ImportError as error:
         raise missing("onnx and onnxscript", "onnx", "export to ONNX") from error
-    return dict(TRANSLATIONS)
+    translated = [name for name in RECORDS if hasattr(_onnx, name)]
+    return {getattr(torch.ops.alexnet_ext, name).default: getattr(_onnx, name) for name in translated}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
+from .._difference import relative_difference
 from .tracing import first_line
 
 TOLERANCE = {torch.float64: (1e-9, 1e-6), torch.float32: (1e-4, 1e-2), torch.float16: (1e-2, 1e-1)}
@@ -197,8 +198,7 @@ def _difference(stock: Result, ours: Result) -> str:
     if [name for name, _ in stock.values] != [name for name, _ in ours.values]:
         return "other outputs"
     worst, found = 1.0, ""
-    sizes = [g.double().norm().item() / max(g.numel(), 1) ** 0.5 for _, g in stock.gradients if g is not None]
-    least = SMALL * max(sizes, default=0.0)
+    least = SMALL * max((_norm_per_element(g) for _, g in stock.gradients if g is not None), default=0.0)
     both = [*zip(stock.values, ours.values, strict=True), *zip(stock.gradients, ours.gradients, strict=True)]
     for i, ((name, expected), (_, tensor)) in enumerate(both):
         if expected is None or tensor is None:
@@ -216,20 +216,21 @@ def _difference(stock: Result, ours: Result) -> str:
     return found
 
 
+def _norm_per_element(gradient: Tensor) -> float:
+    """Of its finite values: one infinity would excuse every other gradient."""
+    return gradient.double().nan_to_num(0.0, 0.0, 0.0).norm().item() / max(gradient.numel(), 1) ** 0.5
+
+
 def _share(expected: Tensor, tensor: Tensor, is_gradient: bool, least: float) -> float:
-    """A difference as a share of its tolerance."""
+    """A difference as a share of its tolerance; ``least`` is a norm per element."""
     if not expected.is_floating_point():
-        return 0.0 if torch.equal(expected, tensor) else float("inf")
-    a, b = expected.double(), tensor.double()
-    if not torch.equal(a.isfinite(), b.isfinite()) or not torch.equal(a.isnan(), b.isnan()):
-        return float("inf")
-    a, b = a.nan_to_num(0.0, 1.0, -1.0), b.nan_to_num(0.0, 1.0, -1.0)
+        return relative_difference(tensor, expected)
     loosest = expected.dtype
     if torch.is_autocast_enabled(expected.device.type):
         loosest = torch.get_autocast_dtype(expected.device.type)
     tolerance = TOLERANCE[loosest][is_gradient]
-    scale = max(a.norm().item(), least * max(a.numel(), 1) ** 0.5)
-    return (a - b).norm().item() / (tolerance * scale + torch.finfo(loosest).tiny)
+    floor = max(least * expected.numel() ** 0.5, torch.finfo(loosest).tiny / tolerance)
+    return relative_difference(tensor, expected, 2, floor) / tolerance
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._difference import relative_difference
 from .._version import __version__
 
 Clock = Callable[[], float]
@@ -54,12 +55,11 @@ def gpu_clock() -> float:
 
 def agree(ours: Results, theirs: Results) -> bool:
     """Whether two candidates computed the same, within some roundings of the dtype (TF32's for fp32)."""
-    for a, b in zip(ours, theirs, strict=True):
-        eps = max(torch.finfo(b.dtype).eps, 2.0**-10 if b.dtype == torch.float32 else 0.0)
-        largest = b.detach().nan_to_num(0, 0, 0).abs().max().item() if b.numel() else 0.0
-        if a.shape != b.shape or not torch.allclose(a, b, rtol=0, atol=16 * eps * largest, equal_nan=True):
-            return False
-    return True
+    return all(relative_difference(a, b) <= 16 * _rounding(b.dtype) for a, b in zip(ours, theirs, strict=True))
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    return 2.0**-10 if dtype == torch.float32 else torch.finfo(dtype).eps
 
 
 def running(candidates: Sequence[Candidate], clock: Clock) -> Iterator[tuple[Candidate, Results]]:

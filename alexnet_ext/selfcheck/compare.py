@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
+from .._difference import relative_difference
 from ..models import VARIANTS, AlexNet, alexnet
 from ..ops._backend import OPS, decide
 from ..ops._register import RECORDS
@@ -246,9 +247,9 @@ def _op_rows(case: _Case, device: torch.device, dtypes: Sequence[str]) -> Iterat
                 (case.name, dtype_name, layout, backend),
                 names,
                 partial(_with_gradients, case.ours, inputs, dy),
-                _baseline(partial(_with_gradients, case.stock, inputs, dy), reference, _largest_error),
+                _baseline(partial(_with_gradients, case.stock, inputs, dy), reference, math.inf),
                 reference,
-                _largest_error,
+                math.inf,
                 [(slack, cap)] * len(reference),
             )
 
@@ -278,9 +279,9 @@ def _augment_rows(device: torch.device, dtypes: Sequence[str]) -> Iterator[Check
             ("augment", dtype_name, layout, backend),
             ["y"],
             partial(ours, layout, dtype),
-            _baseline(partial(stock, dtype), reference, _largest_error),
+            _baseline(partial(stock, dtype), reference, math.inf),
             reference,
-            _largest_error,
+            math.inf,
             [(eps, 4 * (eps + FP32_EPS))],
         )
 
@@ -315,10 +316,10 @@ def _network_rows(variant: str, device: torch.device, dtypes: Sequence[str]) -> 
             placed = image.to(device).contiguous(memory_format=LAYOUTS[layout])
             return _run_network(_build(variant, fused), placed_weights, placed, dy, dtype)
 
-        baseline = _baseline(partial(run, False, "contiguous"), reference, _norm_error)
+        baseline = _baseline(partial(run, False, "contiguous"), reference, 2)
         for layout in layouts:
             label = (f"alexnet, {variant}", dtype_name, layout, backend)
-            yield _row(label, names, partial(run, True, layout), baseline, reference, _norm_error, limits)
+            yield _row(label, names, partial(run, True, layout), baseline, reference, 2, limits)
 
 
 def _build(variant: str, fused: bool) -> AlexNet:
@@ -343,24 +344,21 @@ def _run_network(
     return _with_gradients(run, [image, *weights.values()], dy)
 
 
-def _largest_error(value: Tensor, reference: Tensor) -> float:
-    return float(value.double().sub_(reference).abs_().max() / reference.abs().max())
-
-
-def _norm_error(value: Tensor, reference: Tensor) -> float:
-    return float(value.double().sub_(reference).norm() / reference.norm())
-
-
 def _backend_of(op_names: Sequence[str], device: torch.device) -> str:
     return " + ".join(dict.fromkeys(decide(op, device).backend for op in op_names))
 
 
+def _errors(results: list[Tensor], reference: list[Tensor], order: float) -> list[float]:
+    """Relative to the largest value of the reference (``order`` infinity), or to its norm (2)."""
+    return [relative_difference(x, exact, order) for x, exact in zip(results, reference, strict=True)]
+
+
 def _baseline(
-    stock: Callable[[], list[Tensor]], reference: list[Tensor], error_of: Callable[[Tensor, Tensor], float]
-) -> tuple[list[float | None], str]:
+    stock: Callable[[], list[Tensor]], reference: list[Tensor], order: float
+) -> tuple[Sequence[float | None], str]:
     """Stock's errors; where it has no kernel for the dtype, Nones and what it said."""
     try:
-        return list(map(error_of, stock(), reference)), ""
+        return _errors(stock(), reference, order), ""
     except RuntimeError as error:  # NotImplementedError is one
         return [None] * len(reference), f"stock: {str(error).splitlines()[0]}"
 
@@ -369,27 +367,22 @@ def _row(
     label: tuple[str, str, str, str],
     names: Sequence[str],
     ours: Callable[[], list[Tensor]],
-    baseline: tuple[list[float | None], str],
+    baseline: tuple[Sequence[float | None], str],
     reference: list[Tensor],
-    error_of: Callable[[Tensor, Tensor], float],
+    order: float,
     limits: Sequence[tuple[float, float]],
 ) -> CheckRow:
     """Run ours and judge each tensor by its (slack, cap); where stock has no error to go by, by the cap alone."""
     stock_errors, note = baseline
     try:
-        errors = list(map(error_of, ours(), reference))
+        errors = _errors(ours(), reference, order)
     except Exception as error:  # whatever it is, it is this row's verdict and not the end of the check
         return CheckRow(*label, "", math.nan, None, 0.0, False, f"{type(error).__name__}: {error}")
     tolerances = [
         cap if e is None or not math.isfinite(e) else min(2 * e + slack, cap)
         for e, (slack, cap) in zip(stock_errors, limits, strict=True)
     ]
-
-    def nearness(i: int) -> float:
-        return errors[i] / tolerances[i] if math.isfinite(errors[i]) else math.inf
-
-    worst = max(range(len(reference)), key=nearness)
-    # Written as <= so that a NaN fails.
+    worst = max(range(len(reference)), key=lambda i: errors[i] / tolerances[i])
     ok = all(e <= tolerance for e, tolerance in zip(errors, tolerances, strict=True))
     return CheckRow(*label, names[worst], errors[worst], stock_errors[worst], tolerances[worst], ok, note)
 

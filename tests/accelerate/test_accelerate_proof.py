@@ -96,6 +96,25 @@ def test_a_wrong_layer_is_put_back_and_named(
     assert all(a is b for a, b in zip(model, stock, strict=True))
 
 
+class WithAnInfiniteGradient(nn.Module):
+    """The square root has an infinite slope at its parameter's zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.shift = deep(), nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x) + self.shift.sqrt()
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_an_infinite_gradient_excuses_no_other(wrong: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if wrong:
+        break_layer(monkeypatch, ax.nn.ReLUMaxPool2d, lambda y, layer: OtherGradient.apply(y))
+    report = ax.accelerate(WithAnInfiniteGradient(), example_inputs=X)
+    assert [row.name for row in report if "differs from stock" in row.reason] == ["layers.7"] * wrong, report
+
+
 def test_several_wrong_layers_are_found_place_by_place(monkeypatch: pytest.MonkeyPatch) -> None:
     convolutions = [layer for _ in range(9) for layer in (nn.Conv2d(4, 4, 1), nn.ReLU())]
     model = sequential(*convolutions, *BLOCK)

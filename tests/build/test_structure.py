@@ -1,4 +1,4 @@
-"""The mirror: an op's name finds its schema, kernels, Python side, test and benchmark; and no file is long."""
+"""The mirror: an op's name finds its schema, kernels, Python side, test and benchmark; no file or function is long."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support import ROOT, cases
 
 FOLDERS = ("alexnet_ext", "benchmarks", "csrc", "examples", "tests")
 SUFFIXES = {".py", ".h", ".cpp", ".cu", ".cuh"}
-LONGEST = 500
+LONGEST, LONGEST_FUNCTION = 500, 60
 CPU_ENDINGS = (".h", "_cpu.cpp", "_ops.cpp")
 ENDINGS = (*CPU_ENDINGS, "_plan.h", "_kernels.cuh", "_cuda.cu", "_cuda_ops.cpp")
 
@@ -179,3 +179,26 @@ def test_no_file_is_long() -> None:
     assert len(files) > 50
     lengths = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in files}
     assert {name: length for name, length in lengths.items() if length > LONGEST} == {}
+
+
+def code_lines(file: Path) -> dict[str, int]:
+    """The lines of each function, those of its docstring not counted."""
+    found = {}
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            first, last = node.lineno, node.end_lineno
+            assert last is not None
+            document = ast.get_docstring(node, clean=False)
+            lines = 0 if document is None else document.count("\n") + 1
+            found[f"{file}:{first} {node.name}"] = last - first + 1 - lines
+    return found
+
+
+def test_no_function_is_long(tmp_path: Path) -> None:
+    lengths = {k: v for folder in FOLDERS for f in (ROOT / folder).rglob("*.py") for k, v in code_lines(f).items()}
+    assert len(lengths) > 1000
+    assert {name: length for name, length in lengths.items() if length > LONGEST_FUNCTION} == {}
+    (example := tmp_path / "example.py").write_text(
+        'def outer():\n    """One\n    two."""\n    def inner():\n        pass\n'
+    )
+    assert list(code_lines(example).values()) == [3, 2]

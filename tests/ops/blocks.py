@@ -72,6 +72,41 @@ def settled(case: Case, values: Tensor, eps: float) -> Tensor | bool:
     return ~((first - second <= eps * first.abs()) & (first != 0))
 
 
+def emulated(of: Callable[..., Case]) -> dict[str, tuple[Case, ...]]:
+    """The fields of a ``Spec`` whose cases run on a GPU in software."""
+    return {
+        "emulated": (
+            of((2, 6, 7, 5)),
+            of((2, 16, 7, 5), bias=False),
+            of((1, 1, 1, 1), kernel_size=1, stride=1),
+            of((0, 8, 4, 5)),
+            *(of((2, channels, 5, 7)) for channels in (1, 7, 8, 9, 24, 40)),
+            *(of((2, 8, 5, 7), lrn_size=size) for size in (1, 2, 3, 4, 7, 15)),
+            *(of((2, 16, 5, 7), beta=beta) for beta in (0.0, 0.3, 0.5, 1.0)),
+            # Where threads share their neighbours' parts: about 16 and 64 channels a block, windows beyond channels.
+            *(of((1, channels, 5, 7), lrn_size=4) for channels in (15, 16, 17, 63, 64, 65)),
+            *(of((1, 70, 4, 5), lrn_size=size, kernel_size=2) for size in (2, 7, 15, 100, 300)),
+            of((2, 8, 6, 9), kernel_size=(2, 3), stride=(1, 2)),
+            of((2, 8, 9, 8), kernel_size=2, stride=3),
+            of((1, 24, 6, 5), kernel_size=3, stride=1),
+            of((3, 24, 11, 13)),  # several blocks, and rows of bias sums
+        ),
+        "emulated_orders": (
+            *(of((2, channels, 7, 9)) for channels in (9, 24)),
+            *(of((3, 70, 7, 9), lrn_size=size) for size in (4, 15)),
+        ),
+        "emulated_many": (of((100, 8, 13, 11)), of((41, 24, 10, 17)), of((70, 20, 13, 9), lrn_size=4)),
+        "ptx": (
+            of((1, 1, 1, 1), kernel_size=1, stride=1),
+            of((2, 8, 5, 7), lrn_size=1),
+            *(of((2, channels, 5, 7)) for channels in (1, 8, 24)),
+            *(of((2, 16, 5, 7), beta=beta, bias=False) for beta in (0.0, 0.3)),
+            of((2, 8, 9, 8), kernel_size=2, stride=3),
+            of((1, 65, 5, 7), lrn_size=4),
+        ),
+    }
+
+
 def common(op: str) -> dict[str, Any]:
     """The fields of a ``Spec`` that both blocks fill alike, with their own cases."""
     of: Callable[..., Case] = partial(block, op)
@@ -106,34 +141,6 @@ def common(op: str) -> dict[str, Any]:
         "fuzz": lambda draw: draw_block(draw, op),
         "summands": summands,
         "magnitude": lambda case: case.constants["k"] ** -case.constants["beta"],
-        "emulated": (
-            of((2, 6, 7, 5)),
-            of((2, 16, 7, 5), bias=False),
-            of((1, 1, 1, 1), kernel_size=1, stride=1),
-            of((0, 8, 4, 5)),
-            *(of((2, channels, 5, 7)) for channels in (1, 7, 8, 9, 24, 40)),
-            *(of((2, 8, 5, 7), lrn_size=size) for size in (1, 2, 3, 4, 7, 15)),
-            *(of((2, 16, 5, 7), beta=beta) for beta in (0.0, 0.3, 0.5, 1.0)),
-            # Where threads share their neighbours' parts: about 16 and 64 channels a block, windows beyond channels.
-            *(of((1, channels, 5, 7), lrn_size=4) for channels in (15, 16, 17, 63, 64, 65)),
-            *(of((1, 70, 4, 5), lrn_size=size, kernel_size=2) for size in (2, 7, 15, 100, 300)),
-            of((2, 8, 6, 9), kernel_size=(2, 3), stride=(1, 2)),
-            of((2, 8, 9, 8), kernel_size=2, stride=3),
-            of((1, 24, 6, 5), kernel_size=3, stride=1),
-            of((3, 24, 11, 13)),  # several blocks, and rows of bias sums
-        ),
-        "emulated_orders": (
-            *(of((2, channels, 7, 9)) for channels in (9, 24)),
-            *(of((3, 70, 7, 9), lrn_size=size) for size in (4, 15)),
-        ),
-        "emulated_many": (of((100, 8, 13, 11)), of((41, 24, 10, 17)), of((70, 20, 13, 9), lrn_size=4)),
-        "ptx": (
-            of((1, 1, 1, 1), kernel_size=1, stride=1),
-            of((2, 8, 5, 7), lrn_size=1),
-            *(of((2, channels, 5, 7)) for channels in (1, 8, 24)),
-            *(of((2, 16, 5, 7), beta=beta, bias=False) for beta in (0.0, 0.3)),
-            of((2, 8, 9, 8), kernel_size=2, stride=3),
-            of((1, 65, 5, 7), lrn_size=4),
-        ),
+        **emulated(of),
         "runs": memory_bound_runs(of, lambda shape: of(shape, False, beta=0.5)),
     }

@@ -47,6 +47,13 @@ def _crop(
 
 
 @triton.jit
+def _place_in_image(at, SIDE: tl.constexpr, B: tl.constexpr):
+    """(colour, row, column) of an image's values, from their places in memory: (SIDE, SIDE, 3 * B * B)."""
+    inner, cell = at % (3 * B * B), at // (3 * B * B)
+    return inner // (B * B), cell // SIDE * B + inner // B % B, cell % SIDE * B + inner % B
+
+
+@triton.jit
 def _forward_kernel(
     images_ptr,
     offsets_ptr,
@@ -89,9 +96,7 @@ def _forward_kernel(
     at = (start - image.to(index) * LENGTH).to(within) + tl.arange(0, BLOCK)
     later = at >= LENGTH
     at -= tl.where(later, LENGTH, 0)
-    inner, cell = at % (3 * B * B), at // (3 * B * B)
-    colour = inner // (B * B)
-    row, column = cell // SIDE * B + inner // B % B, cell % SIDE * B + inner % B
+    colour, row, column = _place_in_image(at, SIDE, B)
     inside = (row < SIZE) & (column < SIZE)
     # Not said by the image, whose end may fall anywhere: stores stay whole where 16 bytes divide y.
     own = start + tl.arange(0, BLOCK) < n

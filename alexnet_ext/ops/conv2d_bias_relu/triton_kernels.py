@@ -45,6 +45,75 @@ from .space_to_depth import rewritten
 
 
 @triton.jit
+def moved(x_ptr, corner, strides, size, k, inside, TAPS: tl.constexpr):
+    """x[pixel moved by tap, group, c] for a block of pixels and of k = (tap, c); 0 outside of the image.
+
+    ``corner``: each pixel's (offset, top, left). The offset is that of its image and group or, where nothing is
+    spread, of its window.
+    """
+    C_IN: tl.constexpr = TAPS[0]
+    KERNEL_W: tl.constexpr = TAPS[1]
+    SPREAD_H: tl.constexpr = TAPS[2]
+    SPREAD_W: tl.constexpr = TAPS[3]
+    begin, top, left = corner
+    tap, c = k // C_IN, k % C_IN
+    down, right = tap // KERNEL_W * TAPS[6], tap % KERNEL_W * TAPS[7]
+    if SPREAD_H == 1 and SPREAD_W == 1:
+        at = begin[:, None] + (down * strides[0] + right * strides[1] + c)[None, :]
+        if TAPS[4] != 0:
+            row = top[:, None] + down[None, :]
+            inside &= (row >= 0) & (row < size[0])
+        if TAPS[5] != 0:
+            column = left[:, None] + right[None, :]
+            inside &= (column >= 0) & (column < size[1])
+    else:
+        row, column = top[:, None] + down[None, :], left[:, None] + right[None, :]
+        inside &= (row >= 0) & (row % SPREAD_H == 0) & (row // SPREAD_H < size[0])
+        inside &= (column >= 0) & (column % SPREAD_W == 0) & (column // SPREAD_W < size[1])
+        at = begin[:, None] + row // SPREAD_H * strides[0] + column // SPREAD_W * strides[1] + c[None, :]
+    return tl.load(x_ptr + at, inside, 0.0)
+
+
+@triton.jit
+def products(
+    x_ptr,
+    corner,
+    strides,
+    size,
+    weights,
+    there,
+    TAPS: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """[pixels, channels]: sum over k of x[pixel moved by tap, group, c] * weight[group, n, k].
+
+    ``corner``: each pixel's (offset of its image and group, top, left); ``there``: which (pixels, channels) exist.
+    """
+    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    begin, top, left = corner
+    if TAPS[2] == 1 and TAPS[3] == 1:
+        begin += top * strides[0] + left * strides[1]
+    sums = tl.zeros([there[0].shape[0], there[1].shape[0]], ACC)
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        a = moved(x_ptr, (begin, top, left), strides, size, k, there[0][:, None] & (k < K)[None, :], TAPS)
+        b = tl.load(weights + k[:, None], (k < K)[:, None] & there[1][None, :], 0.0)
+        sums = tl.dot(a, b, sums, input_precision=PRECISION, out_dtype=ACC)
+    return sums
+
+
+@triton.jit
+def with_bias_and_relu(sums, bias_ptr, n, C_OUT: tl.constexpr, BIAS: tl.constexpr, RELU: tl.constexpr):
+    if BIAS:
+        sums += accumulator(tl.load(bias_ptr + n, n < C_OUT, 0.0))[None, :]
+    if RELU:
+        sums = tl.where(sums <= 0, 0.0, sums)  # written so that NaN stays
+    return sums
+
+
+@triton.jit
 def _product_kernel(
     x_ptr,
     weight_ptr,
@@ -91,50 +160,23 @@ def _product_kernel(
     """
     index: tl.constexpr = tl.int64 if WIDE else tl.int32
     columns: tl.constexpr = (C_OUT + BLOCK_N - 1) // BLOCK_N
-    first = tl.program_id(0).to(index)
-    group = tl.program_id(1)
     K: tl.constexpr = KERNEL_H * KERNEL_W * C_IN
-    ACC: tl.constexpr = tl.float64 if y_ptr.dtype.element_ty == tl.float64 else tl.float32
+    TAPS: tl.constexpr = (C_IN, KERNEL_W, SPREAD_H, SPREAD_W, PADDING_H, PADDING_W, DILATION_H, DILATION_W)
+    first, group = tl.program_id(0).to(index), tl.program_id(1)
     end = (pixels + BLOCK_M - 1) // BLOCK_M * columns if PERSISTENT else first + 1
     for block in tl.range(first, end, tl.num_programs(0) if PERSISTENT else 1, flatten=PERSISTENT):
         # Neighbouring programs share pixels: x is the larger operand.
         pixel = block // columns * BLOCK_M + tl.arange(0, BLOCK_M)
         n = tl.cast(block % columns, tl.int32) * BLOCK_N + tl.arange(0, BLOCK_N)
         image, out_row, out_column = place(pixel, out_height, out_width)
-        top, left = out_row * STRIDE_H - PADDING_H, out_column * STRIDE_W - PADDING_W
-        corner = image * x_batch + group * C_IN
-        if SPREAD_H == 1 and SPREAD_W == 1:
-            corner += top * x_row + left * x_column
+        corner = image * x_batch + group * C_IN, out_row * STRIDE_H - PADDING_H, out_column * STRIDE_W - PADDING_W
         weights = weight_ptr + (group * C_OUT + n).to(tl.int64)[None, :] * K
-        sums = tl.zeros([BLOCK_M, BLOCK_N], ACC)
-        for start in range(0, K, BLOCK_K):
-            k = start + tl.arange(0, BLOCK_K)
-            tap, c = k // C_IN, k % C_IN
-            down, right = tap // KERNEL_W * DILATION_H, tap % KERNEL_W * DILATION_W
-            inside = (pixel < pixels)[:, None] & (k < K)[None, :]
-            if SPREAD_H == 1 and SPREAD_W == 1:
-                at = corner[:, None] + (down * x_row + right * x_column + c)[None, :]
-                if PADDING_H != 0:
-                    row = top[:, None] + down[None, :]
-                    inside &= (row >= 0) & (row < height)
-                if PADDING_W != 0:
-                    column = left[:, None] + right[None, :]
-                    inside &= (column >= 0) & (column < width)
-            else:
-                row, column = top[:, None] + down[None, :], left[:, None] + right[None, :]
-                inside &= (row >= 0) & (row % SPREAD_H == 0) & (row // SPREAD_H < height)
-                inside &= (column >= 0) & (column % SPREAD_W == 0) & (column // SPREAD_W < width)
-                at = corner[:, None] + row // SPREAD_H * x_row + column // SPREAD_W * x_column + c[None, :]
-            a = tl.load(x_ptr + at, inside, 0.0)
-            b = tl.load(weights + k[:, None], (k < K)[:, None] & (n < C_OUT)[None, :], 0.0)
-            sums = tl.dot(a, b, sums, input_precision=PRECISION, out_dtype=ACC)
-        if BIAS:
-            sums += accumulator(tl.load(bias_ptr + group * C_OUT + n, n < C_OUT, 0.0))[None, :]
-        if RELU:
-            sums = tl.where(sums <= 0, 0.0, sums)  # written so that NaN stays
+        there, size = (pixel < pixels, n < C_OUT), (height, width)
+        sums = products(x_ptr, corner, (x_row, x_column), size, weights, there, TAPS, K, BLOCK_K, PRECISION)
+        sums = with_bias_and_relu(sums, bias_ptr + group * C_OUT, n, C_OUT, BIAS, RELU)
         at = image * y_batch + out_row * y_row + out_column * y_column
         at = at[:, None] + ((group * C_OUT + n) * y_channel)[None, :]
-        tl.store(y_ptr + at, sums.to(y_ptr.dtype.element_ty), (pixel < pixels)[:, None] & (n < C_OUT)[None, :])
+        tl.store(y_ptr + at, sums.to(y_ptr.dtype.element_ty), there[0][:, None] & there[1][None, :])
 
 
 @triton.jit

@@ -20,6 +20,7 @@ from .._triton import (
     is_wide,
     offset,
     place,
+    sides,
     store_sums,
     tile,
     tile_at,
@@ -27,7 +28,7 @@ from .._triton import (
     wrap_triton,
 )
 from ..local_response_norm.triton_kernels import constants, lrn, lrn_backward
-from ..relu_max_pool2d.triton_kernels import pool, unpool, window, with_bias
+from ..relu_max_pool2d.triton_kernels import pool, unpool, with_bias
 
 
 @triton.jit
@@ -38,6 +39,14 @@ def relu(z):
 @triton.jit
 def relu_lrn(z, LRN: tl.constexpr):
     return lrn(relu(z), LRN[0], LRN[1], LRN[2], LRN[3], LRN[4])
+
+
+@triton.jit
+def relu_lrn_backward(dy, z, inside, own, LRN: tl.constexpr):
+    """dz of a tile; 0 where z is another program's."""
+    active = relu(z)
+    dz = lrn_backward(dy, active, inside, LRN[0], LRN[1], LRN[2], LRN[3], LRN[4])
+    return tl.where((active <= 0) | ~own, 0.0, dz)
 
 
 @triton.jit
@@ -68,10 +77,6 @@ def _forward_kernel(
     KERNEL_W: tl.constexpr,
     STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
-    PADDING_H: tl.constexpr,
-    PADDING_W: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
     HALO: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -90,7 +95,7 @@ def _forward_kernel(
         inside,
         relu_lrn,
         (BEFORE, AFTER, MEAN, BETA, K),
-        (KERNEL_H, KERNEL_W, STRIDE_H, STRIDE_W, PADDING_H, PADDING_W, DILATION_H, DILATION_W),
+        (KERNEL_H, KERNEL_W, STRIDE_H, STRIDE_W, 0, 0, 1, 1),
         BIAS,
     )
     out = offset(at, channel, (out_batch, out_channel, out_row, out_column))
@@ -138,35 +143,22 @@ def _backward_kernel(
     KERNEL_W: tl.constexpr,
     STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
-    PADDING_H: tl.constexpr,
-    PADDING_W: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
     HALO: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     WIDE: tl.constexpr,
 ):
+    dy_strides = (dy_batch, dy_channel, dy_row, dy_column)
+    out_strides = (out_batch, out_channel, out_row, out_column)
+    WINDOW: tl.constexpr = (KERNEL_H, KERNEL_W, STRIDE_H, STRIDE_W, 0, 0, 1, 1)
     sums = tl.zeros([1, BLOCK_C], tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32)
     for block in range(tl.program_id(0), tl.cdiv(pixels, BLOCK_P), tl.num_programs(0)):
         pixel, channel, inside, own = tile_at(block, pixels, channels, HALO, BLOCK_P, BLOCK_C, WIDE)
         at = place(pixel, height, width)
-        dnorm = unpool(
-            dy_ptr,
-            (dy_batch, dy_channel, dy_row, dy_column),
-            winners_ptr,
-            (out_batch, out_channel, out_row, out_column),
-            out_height,
-            out_width,
-            at,
-            channel,
-            inside,
-            (KERNEL_H, KERNEL_W, STRIDE_H, STRIDE_W, PADDING_H, PADDING_W, DILATION_H, DILATION_W),
-        )
+        dnorm = unpool(dy_ptr, dy_strides, winners_ptr, out_strides, out_height, out_width, at, channel, inside, WINDOW)
         x = tl.load(x_ptr + offset(at, channel, (x_batch, x_channel, x_row, x_column)), inside, 0.0)
-        active = relu(with_bias(x, bias_ptr, channel, channels, BIAS))
-        dx = lrn_backward(dnorm, active, inside, BEFORE, AFTER, MEAN, BETA, K)
-        dx = tl.where((active <= 0) | ~own, 0.0, dx)
+        z = with_bias(x, bias_ptr, channel, channels, BIAS)
+        dx = relu_lrn_backward(dnorm, z, inside, own, (BEFORE, AFTER, MEAN, BETA, K))
         out = offset(at, channel, (dx_batch, dx_channel, dx_row, dx_column))
         tl.store(dx_ptr + out, dx.to(dx_ptr.dtype.element_ty), own)
         sums += tl.sum(dx, 0, keep_dims=True)
@@ -205,7 +197,7 @@ def forward(
         *y.stride(),
         BIAS=bias is not None,
         **lrn_constants,
-        **window(kernel_size, stride),
+        **sides(KERNEL=kernel_size, STRIDE=stride),
         **blocks,
         WIDE=is_wide(x, y),
     )
@@ -251,7 +243,7 @@ def backward(
         *dx.stride(),
         BIAS=bias is not None,
         **lrn_constants,
-        **window(kernel_size, stride),
+        **sides(KERNEL=kernel_size, STRIDE=stride),
         **blocks,
         WIDE=is_wide(dy, x, winners, dx),
     )

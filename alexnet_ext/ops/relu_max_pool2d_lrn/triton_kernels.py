@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .._checks import pooled_size
 from .._layout import empty_images
-from .._triton import accumulator_dtype, is_wide, offset, place, tile, tile_at, wrap_triton
+from .._triton import accumulator_dtype, is_wide, offset, place, sides, tile, tile_at, wrap_triton
 from ..local_response_norm.triton_kernels import backward as normalization_backward
 from ..local_response_norm.triton_kernels import constants, lrn
 from ..relu_max_pool2d.triton_kernels import gradient as pooling_gradient
@@ -49,10 +49,6 @@ def _forward_kernel(
     KERNEL_W: tl.constexpr,
     STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
-    PADDING_H: tl.constexpr,
-    PADDING_W: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
     HALO: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -71,7 +67,7 @@ def _forward_kernel(
         inside,
         None,
         None,
-        (KERNEL_H, KERNEL_W, STRIDE_H, STRIDE_W, PADDING_H, PADDING_W, DILATION_H, DILATION_W),
+        (KERNEL_H, KERNEL_W, STRIDE_H, STRIDE_W, 0, 0, 1, 1),
         BIAS,
     )
     y = lrn(value, BEFORE, AFTER, MEAN, BETA, K)
@@ -114,7 +110,7 @@ def forward(
         *y.stride(),
         BIAS=bias is not None,
         **lrn_constants,
-        **window(kernel_size, stride),
+        **sides(KERNEL=kernel_size, STRIDE=stride),
         **blocks,
         WIDE=is_wide(x, y),
     )

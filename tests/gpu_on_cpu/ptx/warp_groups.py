@@ -27,6 +27,7 @@ GROUP, WIDTH = 128, 32  # threads, and bytes of a row along a product's depth
 SIZES = {"bf16": 2, "f16": 2, "tf32": 4}
 # By a descriptor's number for it; 128 bytes come first.
 SWIZZLE = {0: 0, 1: 7, 2: 3, 3: 1}
+NOT_YET = np.uint32(0xFFFFFFFF).view(np.float32)  # a NaN: the sums of products in flight
 # Its fields: begin, leading, stride, base offset, swizzle.
 FIELDS = 0x3FFF | 0x3FFF << 16 | 0x3FFF << 32 | 7 << 49 | 3 << 62
 
@@ -192,6 +193,18 @@ def from_fragments(values: Array, depth: int, kind: str) -> Array:
     return found
 
 
+def places_in_sums(count: int) -> tuple[Array, Array]:
+    """(row, column) of the values of this many registers, [registers, 128 threads]."""
+    lane, n = np.arange(GROUP), np.arange(count)[:, None]
+    return 16 * (lane // 32) + lane % 32 // 4 + 8 * (n // 2 % 2), 8 * (n // 4) + 2 * (lane % 4) + n % 2
+
+
+def matrix(machine: HopperMachine, first: int, addresses: Array, size: int) -> Callable[[], Array]:
+    """Reads elements of ``size`` bytes at these addresses of the shared memory that the block of a thread has."""
+    indices = machine.bytes_at("shared", addresses.reshape(-1) + machine.own(first), size)[0][2]
+    return lambda: machine.fetch_fenced(indices)
+
+
 def mma_async(machine: HopperMachine, i: Instruction) -> Step:
     """D = A B + D, or A B: fp32 sums of bf16, fp16 or TF32."""
     names = tuple(machine.vector(i.operands[0]))
@@ -204,15 +217,7 @@ def mma_async(machine: HopperMachine, i: Instruction) -> Step:
     if len(uses) != len(names) + len(fragments):  # a register in two places
         raise PtxError(f"not known: {i.text}")
     rows = [machine.in_products[name] for name in uses]
-    lane, n = np.arange(GROUP), np.arange(len(names))[:, None]
-    row = 16 * (lane // 32) + lane % 32 // 4 + 8 * (n // 2 % 2)  # the place of a register's values in the sums
-    column = 8 * (n // 4) + 2 * (lane % 4) + n % 2
-    none = np.uint32(0xFFFFFFFF).view(np.float32)
-
-    def matrix(first: int, descriptor: int, count: int, across: bool) -> Callable[[], Array]:
-        addresses = layout(descriptor, count, SIZES[kind], across).reshape(-1) + machine.own(first)
-        indices = machine.bytes_at("shared", addresses, SIZES[kind])[0][2]
-        return lambda: machine.fetch_fenced(indices)
+    places, size = places_in_sums(len(names)), SIZES[kind]
 
     def registers_of(threads: slice) -> Callable[[], Array]:
         return lambda: np.stack([word[threads].view(np.uint8).reshape(GROUP, 4) for word in words])
@@ -226,15 +231,16 @@ def mma_async(machine: HopperMachine, i: Instruction) -> Step:
             if any(set(names) & set(others) for others in group.sums):
                 raise PtxError("sums overlap with those of a product in flight")
             sums = group.sums[names] = Sums(np.empty((64, columns), np.float32))
-            sums.values[row, column] = [register[threads].view(np.float32) for register in registers]
+            sums.values[places] = [register[threads].view(np.float32) for register in registers]
             for register in registers:
-                register[threads].view(np.float32)[:] = none
+                register[threads].view(np.float32)[:] = NOT_YET
         sums = group.sums[names]
         sums.products += 1
         machine.multiplied(64 * columns * depth)
 
-        reads = [registers_of(threads) if words else matrix(first, at_a, 64, across_a)]
-        reads.append(matrix(first, at_b, columns, across_b))
+        in_memory = [(at_b, columns, across_b)] if words else [(at_a, 64, across_a), (at_b, columns, across_b)]
+        reads = [registers_of(threads)] if words else []
+        reads += [matrix(machine, first, layout(at, count, size, across), size) for at, count, across in in_memory]
         given = [read() for read in reads]
 
         def product() -> None:
@@ -245,7 +251,7 @@ def mma_async(machine: HopperMachine, i: Instruction) -> Step:
             sums.values = (exact + sums.values if add else exact).astype(np.float32)
             sums.products -= 1
             if sums.products == 0:
-                for register, values in zip(registers, sums.values[row, column], strict=True):
+                for register, values in zip(registers, sums.values[places], strict=True):
                     register[threads].view(np.float32)[:] = values
                 del group.sums[names]
 
