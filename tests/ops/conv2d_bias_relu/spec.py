@@ -232,8 +232,6 @@ FAULTS = (
     Fault("space to depth: again for the backward", "alexnet_ext/ops/conv2d_bias_relu/op.py",
           "and weight.requires_grad", "and not weight.requires_grad",
           "tests/ops/conv2d_bias_relu/test_space_to_depth.py -k training_keeps"),
-    Fault("training: images without depth for a layer that wants it", "alexnet_ext/training/trainer.py",
-          "if depth > 1 else {}", "if depth < 1 else {}", "tests/training/test_training.py -k conv1_takes"),
     Fault("9.0: boxes freed while they are multiplied", SM90_WEIGHT, "warpgroup_wait<1>", "warpgroup_wait<2>",
           f"{SM90_PTX}weight_gradient[bf16]"),
     Fault("9.0: the next group's channels stored", SM90_WEIGHT, "channel + n < work.channels", "true",
