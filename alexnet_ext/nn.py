@@ -134,6 +134,8 @@ class _FusedConv2d(_WithParameters):
     """The base of the layers with a convolution: ``ops.conv2d_bias_relu``, in every padding_mode."""
 
     stock = nn.Conv2d
+    in_channels: int
+    kernel_size: Any
     stride: Any
     padding: Any
     dilation: Any
@@ -142,8 +144,12 @@ class _FusedConv2d(_WithParameters):
     _reversed_padding_repeated_twice: list[int]
     relu = True
     """Whether the convolution adds the bias and applies ReLU; else the op after it does."""
+    takes_depth = False
+    """Whether the layer, unpadded and square, also takes images of ``ops.augment(space_to_depth=stride)``."""
 
     def convolution(self, input: Tensor) -> Tensor:
+        if self.takes_depth and input.shape[1] != self.in_channels:
+            return self._convolution_of_depth(input)
         padding: Any = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
@@ -151,6 +157,11 @@ class _FusedConv2d(_WithParameters):
         bias = self.bias if self.relu else None
         constants = (self.stride, padding, self.dilation, self.groups)
         return ops.conv2d_bias_relu(input, self.weight, bias, *constants, relu=self.relu)
+
+    def _convolution_of_depth(self, input: Tensor) -> Tensor:
+        step, size = self.stride[0], self.kernel_size[0]
+        weight = F.pixel_unshuffle(F.pad(self.weight, (0, -size % step) * 2), step)
+        return ops.conv2d_bias_relu(input, weight, self.bias if self.relu else None, relu=self.relu)
 
 
 class Conv2dReLU(_FusedConv2d):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import nn as fused_nn
+from ..ops._backend import decide
 from ..variants import ANY_SIZE, HIDDEN, STRIDE, VARIANTS, WINDOW, AlexNetConfig, Stage, Variant, config_of, stages
 
 Block = type[fused_nn.Conv2dReLULRNMaxPool2d] | type[fused_nn.Conv2dReLUMaxPool2dLRN]
@@ -21,6 +22,8 @@ BLOCKS: dict[tuple[str, ...], Block] = {
     ("relu", "norm", "pool"): fused_nn.Conv2dReLULRNMaxPool2d,
     ("relu", "pool", "norm"): fused_nn.Conv2dReLUMaxPool2dLRN,
 }
+
+DEPTH = 4  # conv1's stride, and the space_to_depth that ``ops.augment`` has
 
 # A bias of 1 feeds the ReLUs positive values from the start, "which accelerates the early stages of learning".
 BIAS_ONE = ("conv2", "conv4", "conv5", "fc6", "fc7")
@@ -82,9 +85,27 @@ class AlexNet(nn.Module):
         """
         side = self.config.image_size
         sized = VARIANTS[self.config.variant].any_size or x.shape[2:] == (side, side)
-        if x.dim() != 4 or x.shape[1] != 3 or not sized:
+        of_depth = getattr(self.features.conv1, "takes_depth", False) and x.shape[1:] == self._depth_shape()
+        if x.dim() != 4 or not (of_depth or (x.shape[1] == 3 and sized)):
             raise RuntimeError(f"x has shape {list(x.shape)}, expected (N, 3, {side}, {side})")
         return self.classifier(torch.flatten(self.features(x), 1))
+
+    def take_depth(self, device: torch.device, dtype: torch.dtype) -> int:
+        """The ``space_to_depth`` of ``ops.augment`` for training in ``dtype`` on ``device``: 1, or 4 where images would
+        be rewritten to it at every step (``ops.conv2d_bias_relu``). Then ``forward`` takes both forms.
+        """
+        stage, conv = stages(self.config)[0], self.features.conv1
+        taps = -(-stage.conv.kernel // DEPTH)
+        fits = stage.conv.stride == DEPTH and stage.padding == 0 and self._depth_shape()[1] == stage.size + taps - 1
+        rewritten = dtype.itemsize == 2 and decide("conv2d_bias_relu", device, dtype).backend in ("auto", "triton")
+        if not (fits and rewritten and hasattr(conv, "takes_depth")):
+            return 1
+        conv.takes_depth = True
+        return DEPTH
+
+    def _depth_shape(self) -> tuple[int, int, int]:
+        blocks = -(-self.config.image_size // DEPTH)
+        return 3 * DEPTH**2, blocks, blocks
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in vars(self.config).items())

@@ -46,6 +46,12 @@ def autocast_enabled(x: torch.Tensor) -> bool:
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
+def computed_in(x: torch.Tensor) -> torch.dtype:
+    """The dtype that a product with x is computed in: autocast's, where it is on and x is not fp64, else x's own."""
+    casts = autocast_enabled(x) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(x.device.type) if casts else x.dtype
+
+
 def check_bias(bias: torch.Tensor | None, channels: int, x: torch.Tensor) -> None:
     if bias is None:
         return

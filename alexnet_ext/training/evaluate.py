@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -66,16 +67,22 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
     return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
 
 
-def to_device(images: Tensor, preprocessing: Preprocessing, device: torch.device, drawn: Drawn | None = None) -> Tensor:
+def to_device(
+    images: Tensor,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    drawn: Drawn | None = None,
+    **augmented: Any,
+) -> Tensor:
     """A batch as the network takes it: moved to ``device`` as bytes, augmented as ``drawn`` says, normalized, and laid
-    out channels-last."""
+    out channels-last. ``augmented`` are the ``dtype`` and ``space_to_depth`` of ``ops.augment``."""
     images = images.to(device, non_blocking=True)
     if drawn is None:
         return preprocessing(images).contiguous(memory_format=torch.channels_last)
     offsets, flips, shifts = (values.to(device, non_blocking=True) for values in drawn)
     pixels = images.permute(0, 2, 3, 1)
     size, mean, std = preprocessing.size, preprocessing.mean, preprocessing.std
-    return augment(pixels, offsets, flips, shifts, size, mean=mean, std=std)
+    return augment(pixels, offsets, flips, shifts, size, mean=mean, std=std, **augmented)
 
 
 @torch.no_grad()

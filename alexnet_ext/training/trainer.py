@@ -24,7 +24,7 @@ from ..data.sources import Split
 from ..nn import stock_kind
 from . import checkpoint
 from .best import Best
-from .evaluate import Evaluation, autocast, evaluate, to_device
+from .evaluate import DTYPES, Evaluation, autocast, evaluate, to_device
 from .files import locked, write_file
 from .interrupt import Interrupt, Interrupted
 from .log import Log
@@ -77,6 +77,10 @@ class Trainer:
             init=recipe.init,
         )
         self.model.to(device).to(memory_format=torch.channels_last)
+        dtype = DTYPES[recipe.precision]
+        depth = self.model.take_depth(device, dtype)
+        # Images with the depth that conv1 takes need no other pass, so that autocast's dtype is theirs at once.
+        self.augmented = {"space_to_depth": depth, "dtype": dtype} if depth > 1 else {}
         self.start = first_kernels(self.model).detach().clone()  # for the picture of the difference to it
         if recipe.freeze is not None:
             freeze(self.model, recipe.freeze)
@@ -219,7 +223,8 @@ class Trainer:
         loss, right = torch.zeros((), device=self.device), torch.zeros((), dtype=torch.int64, device=self.device)
         for batch in group:
             targets = batch.targets.to(self.device, non_blocking=True)
-            self.last = to_device(batch.images, self.split.preprocessing, self.device, batch.drawn), targets
+            images_in = to_device(batch.images, self.split.preprocessing, self.device, batch.drawn, **self.augmented)
+            self.last = images_in, targets
             logits, mean = self._loss(*self.last)
             part = mean * (len(targets) / images)
             self.scaler.scale(part).backward()

@@ -60,7 +60,7 @@ int with_tensor_core_type(DType dtype, F&& f) {
 }
 
 // Kernels has the launchers forward<T>, input_gradient<T> and weight_gradient<T>, and workspace(p), the floats that the
-// last one needs. kGradients<T> says whether T has gradients.
+// last one needs. kForward<T> and kGradients<T> say what T has.
 template <class Kernels>
 Tensor forward_by(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, IntList stride, IntList padding,
                   IntList dilation, int64_t groups, bool relu) {
@@ -71,10 +71,14 @@ Tensor forward_by(const Tensor& x, const Tensor& weight, std::optional<Tensor> b
   if (bias) bias = torch::stable::contiguous(*bias);
   if (bias && reinterpret_cast<uintptr_t>(bias->data_ptr()) % 16 != 0) bias = torch::stable::clone(*bias);
   Tensor y = empty_channels_last(x, p.batch, p.filters, p.out_height, p.out_width);
-  stream.check(Kernels::kForwardName, with_tensor_core_type(dtype_of(x, "x"), [&](auto type) {
-                 return Kernels::template forward<typename decltype(type)::type>(p, in.data_ptr(), filters.data_ptr(),
-                                                                                 bias ? bias->data_ptr() : nullptr,
-                                                                                 relu, y.data_ptr(), stream.get());
+  stream.check(Kernels::kForwardName, with_tensor_core_type(dtype_of(x, "x"), [&](auto type) -> int {
+                 using T = typename decltype(type)::type;
+                 if constexpr (!Kernels::template kForward<T>)
+                   return cudaErrorInvalidValue;
+                 else
+                   return Kernels::template forward<T>(p, in.data_ptr(), filters.data_ptr(),
+                                                       bias ? bias->data_ptr() : nullptr, relu, y.data_ptr(),
+                                                       stream.get());
                }));
   return y;
 }

@@ -173,16 +173,36 @@ def test_the_kernels_of_9_0_are_compiled_for_it_alone_and_where_it_is_wanted(tmp
     facts = CUDA_BUILD.removesuffix(";") + ";8.0,9.0+PTX"
     _, record = configured(tmp_path, facts, f"-DCUTLASS_INCLUDE={headers}", with_nvcc=True)
     assert record["sm90_reason"] == ""
-    ours = {name: command for name, command in cuda_commands(tmp_path).items() if name.endswith("_sm90.cu")}
+    compiled = cuda_commands(tmp_path)
+    ours = {name: command for name, command in compiled.items() if name.endswith("_sm90.cu")}
     assert len(ours) == 7
     assert all(set(re.findall(r"sm_\w+", command)) >= {"sm_90a"} for command in ours.values())
     assert not any(re.search(r"sm_80|sm_90\b|compute_90\b", command) for command in ours.values())
+    assert_mma_sync_is_for(compiled, half={"sm_80", "compute_80"}, tf32={"sm_80", "sm_90", "compute_90"})
+    alone = facts.replace("8.0,9.0+PTX", "9.0")
+    configured(tmp_path / "alone", alone, f"-DCUTLASS_INCLUDE={headers}", with_nvcc=True)
+    assert_mma_sync_is_for(cuda_commands(tmp_path / "alone"), half=None, tf32={"sm_90"})
     _, record = configured(
         tmp_path / "old", facts.replace(",9.0+PTX", ""), f"-DCUTLASS_INCLUDE={headers}", with_nvcc=True
     )
     assert record["cutlass_reason"] == ""
     assert "9.0 is none of the GPU architectures" in record["sm90_reason"]
-    assert not any(name.endswith("_sm90.cu") for name in cuda_commands(tmp_path / "old"))
+    compiled = cuda_commands(tmp_path / "old")
+    assert not any(name.endswith("_sm90.cu") for name in compiled)
+    assert_mma_sync_is_for(compiled, half={"sm_80"}, tf32={"sm_80"})
+
+
+def assert_mma_sync_is_for(compiled: dict[str, str], half: set[str] | None, tf32: set[str]) -> None:
+    """What CUTLASS's kernels that are not of sm90 are compiled into; None if those of bf16 and fp16 are left out."""
+    code = {
+        name: {kind for part in re.findall(r"code=\[([^]]+)\]", command) for kind in part.split(",")}
+        for name, command in compiled.items()
+        if name.endswith("_cutlass.cu")
+    }
+    of_tf32 = [found for name, found in code.items() if "tf32" in name]
+    of_half = [found for name, found in code.items() if "tf32" not in name]
+    assert of_tf32 == [tf32] * 3
+    assert of_half == ([] if half is None else [half] * 6)
 
 
 def test_info_repeats_reason_and_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,8 @@ SM90_PROBLEMS = (
 )
 # The weight gradient's blocks of 128 filters x 4 (tap, 64 channels), steps of 64 pixels: 35 of them in two parts.
 SPLIT = Problem((2, 8, 35, 33), 16, (3, 3), padding=(0, 1))
+MANY = Problem((37, 8, 4, 5), 8, (3, 3))  # a step covers ten images and four pixels
+ROWS = Problem((3, 8, 9, 64), 8, (1, 1))  # and here a row
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +81,7 @@ def test_input_gradient(name: str, programs: Programs) -> None:
 
 @pytest.mark.parametrize("name", DTYPES)
 def test_weight_gradient(name: str, programs: Programs) -> None:
-    for problem in (*SM90_PROBLEMS, SPLIT):
+    for problem in (*SM90_PROBLEMS, SPLIT, MANY, ROWS):
         gradients(programs("weight_gradient", name), problem, DTYPES[name], "weight", workspace)
 
 

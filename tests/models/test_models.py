@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import pickle
 from dataclasses import asdict
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import alexnet_ext as ax
+from alexnet_ext import ops
 from alexnet_ext.layers import layer_rows
 from alexnet_ext.models import AlexNet, alexnet, from_torchvision, summary
+from alexnet_ext.ops._backend import Decision
 
+alexnet_module = importlib.import_module("alexnet_ext.models.alexnet")
 VARIANTS = ("paper", "caffe", "caffenet", "tutorial", "torchvision")
 LRN = {
     "paper": (5, 5e-4, 0.75, 2.0),
@@ -335,3 +340,41 @@ def test_compiles_without_graph_breaks(variant: str) -> None:
     model, _ = small(variant)
     x = torch.randn(2, 3, 67, 67, dtype=torch.float64)
     assert_equal(run(torch.compile(model, fullgraph=True, backend="aot_eager"), x), run(model, x))
+
+
+@pytest.mark.parametrize(("variant", "size"), [("paper", 67), ("paper", 71), ("caffe", 67), ("caffenet", 67)])
+def test_where_images_are_rewritten_the_model_takes_them_so(
+    variant: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a GPU's backend would have it: equal logits and gradients, by the same parameters."""
+    monkeypatch.setattr(alexnet_module, "decide", lambda *_: Decision("auto", "as on a GPU"))
+    model = ax.models.alexnet(variant, num_classes=3, image_size=size, dropout=0).double()
+    images = torch.randint(0, 256, (2, size + 5, size + 6, 3), dtype=torch.uint8)
+    drawn = torch.tensor([[0, 6], [5, 1]]), torch.tensor([True, False]), torch.randn(2, 3)
+    colours: dict[str, Any] = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4), "dtype": torch.float64}
+    plain, deep = (ops.augment(images, *drawn, size, **colours, space_to_depth=depth) for depth in (1, 4))
+    with pytest.raises(RuntimeError, match=rf"expected \(N, 3, {size}, {size}\)"):
+        model(deep)
+    assert model.take_depth(torch.device("cpu"), torch.bfloat16) == 4
+    parameters = list(model.parameters())
+    results = [(y := model(x), *torch.autograd.grad(y.square().sum(), parameters)) for x in (plain, deep)]
+    torch.testing.assert_close(results[1], results[0])
+    for wrong in (deep[:, :, 1:], deep[:, :47], plain[:, :, 1:]):
+        with pytest.raises(RuntimeError, match="x has shape"):
+            model(wrong)
+
+
+def test_elsewhere_the_model_takes_plain_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, half = torch.device("cpu"), torch.bfloat16
+    assert ax.models.alexnet(image_size=67).take_depth(device, half) == 1  # the compiled op
+    monkeypatch.setattr(alexnet_module, "decide", lambda *_: Decision("auto", "as on a GPU"))
+    assert ax.models.alexnet(image_size=67).take_depth(device, torch.float32) == 1
+    assert ax.models.alexnet(image_size=67, fused=False).take_depth(device, half) == 1
+    with torch.device("meta"):
+        assert ax.models.alexnet().take_depth(device, half) == 4
+    for variant, size in (("paper", 69), ("paper", 224), ("torchvision", None), ("tutorial", 67)):
+        model = ax.models.alexnet(variant, image_size=size)
+        assert model.take_depth(device, half) == 1, (variant, size)
+    for reason in ("native", "stock"):
+        monkeypatch.setattr(alexnet_module, "decide", lambda *_, found=reason: Decision(found, ""))
+        assert ax.models.alexnet(image_size=67).take_depth(device, half) == 1

@@ -1,7 +1,7 @@
 """``python -m tests.tools.cuda_budget``: what every CUDA kernel takes on every architecture, compared with a file.
 
-Compiles csrc/*/*_cuda.cu with nvcc for each architecture (no GPU is needed), csrc/*/cutlass/*.cu for the two that are
-built by default and csrc/*/sm90/*.cu for 9.0a, and reads ptxas's report: registers must not be more than
+Compiles csrc/*/*_cuda.cu with nvcc for each architecture (no GPU is needed), csrc/*/cutlass/*.cu and
+csrc/*/sm90/*.cu for those that a build takes by default, and reads ptxas's report: registers must not be more than
 cuda_budget.json says, static shared memory likewise, and there is no stack and no spill at all. Kernels made for
 16-byte accesses or for tensor cores must have these in their machine code. Exit code 1 when something does not hold.
 Without CUTLASS's headers its kernels are left out.
@@ -30,7 +30,7 @@ from tests.support import ROOT
 
 BUDGET = Path(__file__).with_suffix(".json")
 ARCHITECTURES = ("80", "90", "100", "120")
-CUTLASS_ARCHITECTURES = {"cutlass": ("80", "90"), "sm90": ("90a",)}
+CUTLASS_ARCHITECTURES = {"cutlass/*f16": ("80",), "cutlass/*tf32": ("80", "90"), "sm90/": ("90a",)}
 FLAGS = ("-std=c++20", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "--extended-lambda", "-Xptxas", "-v")
 
 # By name, or by a number of neighbouring elements, their second template argument, above 1.
@@ -152,7 +152,7 @@ def measure(jobs: int) -> dict[str, dict[str, Usage]]:
     sources = dict.fromkeys(sorted((ROOT / "csrc").glob("*/*_cuda.cu")), ARCHITECTURES)
     if cutlass_include():
         for name, wanted in CUTLASS_ARCHITECTURES.items():
-            sources |= dict.fromkeys(sorted((ROOT / "csrc").glob(f"*/{name}/*.cu")), wanted)
+            sources |= dict.fromkeys(sorted((ROOT / "csrc").glob(f"*/{name}*.cu")), wanted)
     found: dict[str, dict[str, Usage]] = {}
     with tempfile.TemporaryDirectory(prefix="cuda-budget-") as folder, ThreadPoolExecutor(jobs) as pool:
         tasks = [(source, architecture) for source, wanted in sources.items() for architecture in wanted]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import math
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from alexnet_ext.data import BadImage, CommandError, ImageFolder, Split, Synthetic
 from alexnet_ext.data.batches import Sample
 from alexnet_ext.data.folder import imagenet_preprocessing
+from alexnet_ext.ops._backend import Decision
 from alexnet_ext.training import checkpoint, pictures
 from alexnet_ext.training import evaluate as evaluation
 from alexnet_ext.training.evaluate import evaluate
@@ -128,6 +130,31 @@ def test_a_batch_of_files_is_augmented_in_one_call(tmp_path: Path, monkeypatch: 
     trainer(tmp_path / "run", replace(TINY, epochs=1), augmented_split(tmp_path)).run(reporter())
     resize = imagenet_preprocessing(SIZE).resize
     assert seen == [(batch, resize, resize, 3) for batch in (2, 2, 1)], "and the held-out images not at all"
+
+
+def test_images_come_as_conv1_takes_them_and_train_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rewritten by augment, where conv1 would have to; evaluated plain, and a checkpoint is that of the other run."""
+    recipe, data = replace(TINY, precision="bf16", dropout=0.0), augmented_split(tmp_path)
+    plain = trainer(tmp_path / "plain", recipe, data)
+    right, seen = evaluation.augment, []
+    monkeypatch.setattr(evaluation, "augment", lambda *a, **rest: seen.append(right(*a, **rest)) or seen[-1])
+    expected = plain.run(reporter())
+    assert {(x.shape[1:], x.dtype) for x in seen} == {((3, SIZE, SIZE), torch.float32)}
+    seen.clear()
+    monkeypatch.setattr(
+        importlib.import_module("alexnet_ext.models.alexnet"), "decide", lambda *_: Decision("auto", "as on a GPU")
+    )
+    deep = trainer(tmp_path / "deep", recipe, data)
+    result = deep.run(reporter())
+    assert {(x.shape[1:], x.dtype) for x in seen} == {((48, 17, 17), torch.bfloat16)}
+    torch.testing.assert_close(result.probabilities, expected.probabilities, rtol=0.05, atol=0.01)
+    weights = deep.model.state_dict()
+    assert list(weights) == list(plain.model.state_dict())
+    for name, weight in plain.model.state_dict().items():
+        torch.testing.assert_close(weights[name], weight, rtol=0.05, atol=2e-3)
+    assert same(deep, resumed(tmp_path / "deep", recipe, data))
 
 
 def test_dropout_and_order_depend_on_the_seed(tmp_path: Path) -> None:

@@ -30,20 +30,27 @@ def applies(x: Tensor, weight: Tensor, p: Convolution, direction: Direction, sm9
     """Whether the kernels can compute this direction of the convolution.
 
     The gradient of weight needs no more than the forward does. The gradient of x needs stride 1, which a first layer
-    gets by its rewrite. The kernels of ``sm90`` need stride 1 in every direction, and have no gradients of TF32.
+    gets by its rewrite. The kernels of ``sm90`` need stride 1 in every direction, and have no gradients of TF32. Where
+    they are, the others are compiled for TF32 alone: in bf16 and fp16 they are predicted to lose everywhere.
     """
+    on_hopper = SM90.loaded and capability(x) == HOPPER
     if sm90:
         pixels = max(*(p.dilation[i] * (weight.shape[2 + i] - 1) for i in (0, 1)), *p.padding)
-        there = SM90.loaded and capability(x) == HOPPER and (direction == Direction.FORWARD or x.element_size() == 2)
-        return there and pixels <= MOST_PIXELS and applies(x, weight, p, Direction.INPUT)
+        there = on_hopper and (direction == Direction.FORWARD or x.element_size() == 2)
+        return there and pixels <= MOST_PIXELS and _fits(x, weight, p, Direction.INPUT)
+    return not (on_hopper and x.element_size() == 2) and _fits(x, weight, p, direction)
+
+
+def _fits(x: Tensor, weight: Tensor, p: Convolution, direction: Direction) -> bool:
+    """Whether device, dtypes and shapes are what CUTLASS's products can do."""
     if not CUTLASS.loaded or capability(x) < LEAST_CAPABILITY or weight.dtype != x.dtype:
         return False
     if x.dtype not in (torch.bfloat16, torch.float16) and precision(x.dtype) != "tf32":
         return False
-    return _fits(x, weight, p, direction)
+    return _shapes_fit(x, weight, p, direction)
 
 
-def _fits(x: Tensor, weight: Tensor, p: Convolution, direction: Direction) -> bool:
+def _shapes_fit(x: Tensor, weight: Tensor, p: Convolution, direction: Direction) -> bool:
     """Whether channels, taps, bytes and stride are what the kernels can do, after the rewrite of a first layer."""
     batch, channels, *image = x.shape
     filters, taps, stride = weight.shape[0], list(weight.shape[2:]), p.stride

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .._backend import by_functions, operator, wrapper
-from .._checks import IntPair, check_bias, check_operands, check_tensor, integer, pair
-from .._layout import new_images, outline
+from .._checks import IntPair, check_bias, check_operands, check_tensor, computed_in, integer, pair
+from .._layout import convolved_format, new_images, outline
 from .._register import Gradient, all_but_fp64, register
 from . import reference
 from .shared import Convolution, empty_gradients, empty_result
+from .space_to_depth import SpaceToDepth, rewritten
 
 
 def conv2d_bias_relu(
@@ -48,7 +50,8 @@ def conv2d_bias_relu(
     Returns:
         (N, C_out, H_out, W_out) in the memory format that ``F.conv2d`` gives. Under autocast x, weight and
         bias are cast to the autocast dtype, as in stock. Saves for the backward x where weight requires a gradient,
-        weight where x does, and, with relu, the result.
+        weight where x does, and, with relu, the result. On a GPU, of a first layer in bf16 or fp16, channels-last and
+        without a gradient of x, it saves instead of x what it convolves: x with each stride x stride pixels as one.
 
     Raises:
         RuntimeError: rank, channels, groups, dtype, device or size that do not fit together.
@@ -73,9 +76,27 @@ def conv2d_bias_relu(
     op = operator("conv2d_bias_relu", backend, x, unsupported)
     if op is None:
         return reference.conv2d_bias_relu(x, weight, bias, step, pad, dilate, groups, relu)
-    batch = x if x.dim() == 4 else x.unsqueeze(0)
-    y = op(batch, weight, bias, step, pad, dilate, groups, relu)
+    batch, p = x if x.dim() == 4 else x.unsqueeze(0), Convolution(step, pad, dilate, groups)
+    if _is_kept_rewritten(op, batch, weight, p):
+        _, batch, weight, p = rewritten(batch, weight, p, computed_in(x))
+    y = op(batch, weight, bias, *p, relu)
     return y if x.dim() == 4 else y.squeeze(0)
+
+
+def _is_kept_rewritten(op: Any, x: Tensor, weight: Tensor, p: Convolution) -> bool:
+    """Whether images in 2 bytes are rewritten here, before the op, so that its backward has them rewritten already.
+
+    Elsewhere what runs the op rewrites them or not. The compiled op is PyTorch's convolution, which needs no rewrite.
+    """
+    return (
+        SpaceToDepth.helps(weight, p)
+        and op.__name__ != "conv2d_bias_relu"
+        and torch.is_grad_enabled()
+        and weight.requires_grad
+        and not x.requires_grad
+        and computed_in(x).itemsize == 2
+        and convolved_format(x, weight) == torch.channels_last
+    )
 
 
 def _padding(padding: IntPair | str, stride: list[int]) -> Any:

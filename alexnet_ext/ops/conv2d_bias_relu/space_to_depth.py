@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import product
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -15,30 +18,45 @@ class SpaceToDepth:
     """
 
     def __init__(self, x: Tensor, weight: Tensor, p: Convolution) -> None:
-        self.stride, self.kernel, size = p.stride, weight.shape[2:], convolved_size(x, weight, p)
+        self.stride, self.padding, self.kernel = p.stride, p.padding, weight.shape[2:]
+        size = convolved_size(x, weight, p)
         self.taps = [-(-self.kernel[i] // p.stride[i]) for i in (0, 1)]
-        after = [(size[i] + self.taps[i] - 1) * p.stride[i] - x.shape[2 + i] - p.padding[i] for i in (0, 1)]
+        self.blocks = [size[i] + self.taps[i] - 1 for i in (0, 1)]
+        after = [self.blocks[i] * p.stride[i] - x.shape[2 + i] - p.padding[i] for i in (0, 1)]
         self.margins = [p.padding[1], after[1], p.padding[0], after[0]]
 
     @staticmethod
     def helps(weight: Tensor, p: Convolution) -> bool:
         return p.groups == 1 and weight.shape[1] < 16 and min(p.stride) > 1 and p.dilation == [1, 1]
 
-    def fold(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) to (N, stride * stride * C, H / stride, W / stride)."""
-        x = x.unflatten(3, (-1, self.stride[1])).unflatten(2, (-1, self.stride[0]))
-        return x.permute(0, 3, 5, 1, 2, 4).flatten(1, 3)
-
     def unfold(self, x: Tensor) -> Tensor:
+        """(N, stride * stride * C, H, W) to (N, C, stride * H, stride * W)."""
         x = x.unflatten(1, (*self.stride, -1)).permute(0, 3, 4, 1, 5, 2)
         return x.flatten(4, 5).flatten(2, 3)
 
-    def images(self, x: Tensor) -> Tensor:
-        return self.fold(F.pad(x, self.margins))
+    def images(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """(N, C, H, W) to (N, stride * stride * C, *blocks), channels-last, in ``dtype`` (default x's).
+
+        Each value is moved once, padding and the change of dtype included. Blocks at the edges of x, of which it has
+        but a part, are copied by themselves.
+        """
+        folded = x.new_zeros((x.shape[0], *self.blocks, *self.stride, x.shape[1]), dtype=dtype)
+        spans = (_spans(self.padding[i], x.shape[2 + i], self.blocks[i], self.stride[i]) for i in (0, 1))
+        for (top, height, rows), (left, width, columns) in product(*spans):
+            part = x[:, :, top : top + height, left : left + width].unflatten(3, (-1, columns)).unflatten(2, (-1, rows))
+            to = folded
+            for i, first in enumerate((self.padding[0] + top, self.padding[1] + left)):
+                to = to.narrow(1 + i, first // self.stride[i], part.shape[2 + 2 * i])
+                to = to.narrow(3 + i, first % self.stride[i], part.shape[3 + 2 * i])
+            to.copy_(part.permute(0, 2, 4, 3, 5, 1))
+        return folded.flatten(3).permute(0, 3, 1, 2)
 
     def weights(self, weight: Tensor) -> Tensor:
+        """(C_out, C, *kernel) to (C_out, stride * stride * C, *taps), channels-last. Padded first: they are few."""
         more = [self.taps[i] * self.stride[i] - self.kernel[i] for i in (0, 1)]
-        return self.fold(F.pad(weight, (0, more[1], 0, more[0])))
+        padded = F.pad(weight, (0, more[1], 0, more[0]))
+        padded = padded.unflatten(3, (-1, self.stride[1])).unflatten(2, (-1, self.stride[0]))
+        return padded.permute(0, 2, 4, 3, 5, 1).flatten(3).permute(0, 3, 1, 2)
 
     def back(self, gradient: Tensor, direction: Direction) -> Tensor:
         """The gradient of x or weight from that of its rewritten form."""
@@ -47,9 +65,22 @@ class SpaceToDepth:
         return self.unfold(gradient)[:, :, : self.kernel[0], : self.kernel[1]]
 
 
-def rewritten(x: Tensor, weight: Tensor, p: Convolution) -> tuple[SpaceToDepth | None, Tensor, Tensor, Convolution]:
-    """(rewrite or None, x, weight, constants): as they are to be convolved."""
+def _spans(before: int, size: int, blocks: int, stride: int) -> list[tuple[int, int, int]]:
+    """(first pixel, pixels, pixels a block) of a side after ``before`` zeros: of a cut first block, the whole blocks, a
+    cut last one. There are none beyond ``blocks``."""
+    size = min(size, blocks * stride - before)
+    head = min(size, -before % stride)
+    whole = (size - head) // stride * stride
+    tail = size - head - whole
+    spans = ((0, head, head), (head, whole, stride), (head + whole, tail, tail))
+    return [span for span in spans if span[1] > 0]
+
+
+def rewritten(
+    x: Tensor, weight: Tensor, p: Convolution, dtype: torch.dtype | None = None
+) -> tuple[SpaceToDepth | None, Tensor, Tensor, Convolution]:
+    """(rewrite or None, x in ``dtype`` (default its own), weight, constants): as they are to be convolved."""
     if not SpaceToDepth.helps(weight, p):
         return None, x, weight, p
     rewrite = SpaceToDepth(x, weight, p)
-    return rewrite, rewrite.images(x), rewrite.weights(weight), Convolution([1, 1], [0, 0], p.dilation, p.groups)
+    return rewrite, rewrite.images(x, dtype), rewrite.weights(weight), Convolution([1, 1], [0, 0], p.dilation, p.groups)

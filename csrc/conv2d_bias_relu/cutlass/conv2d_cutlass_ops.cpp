@@ -10,8 +10,16 @@ namespace {
 
 struct Cutlass {
   static constexpr auto kForwardName = "conv2d_forward_cutlass", kGradientName = "conv2d_gradient_cutlass";
+  // bf16 and fp16 have no kernels in a build for 9.0 alone, where those of ../sm90 take their place.
+#ifdef ALEXNET_CUTLASS_TF32_ALONE
   template <class T>
-  static constexpr bool kGradients = true;
+  static constexpr bool kForward = sizeof(T) == 4;
+#else
+  template <class T>
+  static constexpr bool kForward = true;
+#endif
+  template <class T>
+  static constexpr bool kGradients = kForward<T>;
 
   static int64_t workspace(const Conv2d& p) { return weight_gradient_workspace(p); }
   template <class T, class... Given>

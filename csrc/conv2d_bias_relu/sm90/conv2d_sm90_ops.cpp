@@ -11,6 +11,8 @@ namespace {
 struct Sm90 {
   static constexpr auto kForwardName = "conv2d_forward_sm90", kGradientName = "conv2d_gradient_sm90";
   template <class T>
+  static constexpr bool kForward = true;
+  template <class T>
   static constexpr bool kGradients = sizeof(T) == 2;
 
   static int64_t workspace(const Conv2d& p) { return sm90_weight_gradient_workspace(p); }

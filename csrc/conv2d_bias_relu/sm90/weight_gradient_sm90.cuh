@@ -75,6 +75,26 @@ struct Sm90WeightBlock {
   }
 };
 
+// The output pixel that a step begins with. The next step's is found without a division: the one thread that loads would
+// need longer for those than the others for their products.
+struct Sm90WeightPixel {
+  int image, row, column;
+
+  __device__ Sm90WeightPixel(const Sm90WeightWork& work, int pixel) {
+    const int rows = pixel / work.out_width;
+    column = pixel - rows * work.out_width;
+    image = rows / work.out_height;
+    row = rows - image * work.out_height;
+  }
+
+  // Moves on by `by`, itself less than an image in rows and less than a row in columns.
+  __device__ void move(const Sm90WeightWork& work, const Sm90WeightPixel& by) {
+    column += by.column, row += by.row, image += by.image;
+    if (column >= work.out_width) column -= work.out_width, ++row;
+    if (row >= work.out_height) row -= work.out_height, ++image;
+  }
+};
+
 // One thread loads the block's pixels, step after step.
 template <class P>
 __device__ inline void load_sm90_weight_pixels(const Sm90WeightWork& work, const Sm90WeightBlock& block,
@@ -82,26 +102,32 @@ __device__ inline void load_sm90_weight_pixels(const Sm90WeightWork& work, const
   constexpr auto kHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
   constexpr int kBox = kSm90WeightPixels * kSm90WeightChannels, kHalves = kSm90WeightFilters / kSm90WeightChannels;
   const int filter = block.group * work.filters + block.filter;
+  int channel[kSm90WeightColumns];
+  uint16_t right[kSm90WeightColumns], down[kSm90WeightColumns];
+#pragma unroll
+  for (int i = 0; i < kSm90WeightColumns; ++i) {
+    const int tap = (block.column + i) / work.channel_blocks, tap_h = tap / work.taps_w;
+    channel[i] = block.group * work.channels + (block.column + i - tap * work.channel_blocks) * kSm90WeightChannels;
+    right[i] = static_cast<uint16_t>((tap - tap_h * work.taps_w) * work.dilation[1]);
+    down[i] = static_cast<uint16_t>(tap_h * work.dilation[0]);
+  }
+  const Sm90WeightPixel step_length(work, kSm90WeightPixels);
+  Sm90WeightPixel first(work, block.begin * kSm90WeightPixels);
   auto state = cutlass::make_producer_start_state<typename P::Pipeline>();
-  for (int step = block.begin; step < block.end; ++step, ++state) {
-    const int pixel = step * kSm90WeightPixels, row = pixel / work.out_width, image = row / work.out_height;
-    const int w = pixel - row * work.out_width - work.padding[1];
-    const int h = row - image * work.out_height - work.padding[0];
+#pragma unroll 1
+  for (int step = block.begin; step < block.end; ++step, ++state, first.move(work, step_length)) {
     pipeline.producer_acquire(state);
     uint64_t* const arrived = pipeline.producer_get_barrier(state);
 #pragma unroll
     for (int i = 0; i < kHalves; ++i)
       cute::SM90_TMA_LOAD_2D::copy(&work.dz, arrived, kHint, &shared.dz[(state.index() * kHalves + i) * kBox],
-                                   filter + i * kSm90WeightChannels, pixel);
+                                   filter + i * kSm90WeightChannels, step * kSm90WeightPixels);
 #pragma unroll
     for (int i = 0; i < kSm90WeightColumns; ++i) {
       if (i >= block.columns) break;
-      const int tap = (block.column + i) / work.channel_blocks, tap_h = tap / work.taps_w;
-      const int channel = (block.column + i - tap * work.channel_blocks) * kSm90WeightChannels;
       cute::SM90_TMA_LOAD_IM2COL_4D::copy(&work.x, arrived, &shared.x[(state.index() * kSm90WeightColumns + i) * kBox],
-                                          block.group * work.channels + channel, w, h, image,
-                                          static_cast<uint16_t>((tap - tap_h * work.taps_w) * work.dilation[1]),
-                                          static_cast<uint16_t>(tap_h * work.dilation[0]));
+                                          channel[i], first.column - work.padding[1], first.row - work.padding[0],
+                                          first.image, right[i], down[i]);
     }
   }
 }

@@ -39,6 +39,7 @@ PTX = "tests/gpu_on_cpu/test_ptx.py::test_"
 SM90 = "csrc/conv2d_bias_relu/sm90/conv2d_sm90.cuh"
 SM90_PTX = "tests/gpu_on_cpu/test_ptx_hopper.py::test_"
 SM90_WEIGHT = "csrc/conv2d_bias_relu/sm90/weight_gradient_sm90.cuh"
+FIRST_LAYER = "alexnet_ext/ops/conv2d_bias_relu/space_to_depth.py"
 CUTLASS_APPLIES = "alexnet_ext/ops/conv2d_bias_relu/cutlass.py"
 
 
@@ -226,9 +227,18 @@ FAULTS = (
           f"{SM90_PTX}input_gradient[f16]"),
     Fault("CUTLASS for 9.0: padding of rows for columns", SM90, "padding{n(p.padding[0]), n(p.padding[1])}",
           "padding{n(p.padding[1]), n(p.padding[0])}", f"{SM90_PTX}input_gradient[f16]"),
+    Fault("space to depth: the edge's pixels at the block's corner", FIRST_LAYER, "first % self.stride[i]", "0",
+          "tests/ops/conv2d_bias_relu/test_space_to_depth.py -k moved_once"),
+    Fault("space to depth: again for the backward", "alexnet_ext/ops/conv2d_bias_relu/op.py",
+          "and weight.requires_grad", "and not weight.requires_grad",
+          "tests/ops/conv2d_bias_relu/test_space_to_depth.py -k training_keeps"),
     Fault("9.0: boxes freed while they are multiplied", SM90_WEIGHT, "warpgroup_wait<1>", "warpgroup_wait<2>",
           f"{SM90_PTX}weight_gradient[bf16]"),
     Fault("9.0: the next group's channels stored", SM90_WEIGHT, "channel + n < work.channels", "true",
+          f"{SM90_PTX}weight_gradient[bf16]"),
+    Fault("9.0: the next step's pixel below its image", SM90_WEIGHT, "row -= work.out_height, ++image", "++image",
+          f"{SM90_PTX}weight_gradient[bf16]"),
+    Fault("9.0: steps of a row's pixels alone", SM90_WEIGHT, "row += by.row", "row += 0",
           f"{SM90_PTX}weight_gradient[bf16]"),
     Fault("CUTLASS for 9.0: elsewhere", CUTLASS_APPLIES, "capability(x) == HOPPER", "capability(x) >= HOPPER",
           "tests/ops/conv2d_bias_relu/test_cutlass.py -k own_devices"),

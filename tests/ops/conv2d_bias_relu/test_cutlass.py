@@ -143,6 +143,15 @@ def test_sm90_is_for_its_own_devices_and_builds(monkeypatch: pytest.MonkeyPatch)
     assert applies(PLAIN, FORWARD, sm90=True)
 
 
+@pytest.mark.usefixtures("hopper")
+def test_products_of_two_bytes_leave_9_0_to_sm90(monkeypatch: pytest.MonkeyPatch) -> None:
+    for dtype, expected in ((torch.bfloat16, False), (torch.float16, False), (torch.float32, True)):
+        assert {applies(PLAIN, wanted, dtype) for wanted in (FORWARD, OF_X, OF_WEIGHT)} == {expected}
+    for capability in ((8, 0), (10, 0)):
+        monkeypatch.setattr(cutlass, "capability", lambda _, found=capability: found)
+        assert applies(PLAIN, FORWARD)
+
+
 # ---- as a candidate: stock PyTorch plays the kernels, with their schemas and requirements
 
 
@@ -217,10 +226,15 @@ def test_it_is_offered_last_in_every_direction_and_right(case: Case, layout: str
 
 @pytest.mark.usefixtures("interpreter", "kernels", "hopper")
 @pytest.mark.parametrize("case", cases.params(LAYERS))
-def test_sm90_is_offered_behind_it(case: Case, offered: list[list[str]]) -> None:
+def test_sm90_is_offered_in_its_place(case: Case, offered: list[list[str]]) -> None:
+    """Except in TF32, which has no gradients there."""
     oracle.assert_matches_float64(case, cases.make(case, torch.float16))
     assert len(offered) >= 3
-    assert all(names[-2:] == ["cutlass", "cutlass sm90"] for names in offered)
+    assert all(names[-1] == "cutlass sm90" and "cutlass" not in names for names in offered)
+    offered.clear()
+    oracle.assert_matches_float64(case, cases.make(case, torch.float32))
+    assert [names[-2:] for names in offered[:1]] == [["cutlass", "cutlass sm90"]]
+    assert {names[-1] for names in offered[1:3]} == {"cutlass"}
 
 
 @pytest.mark.usefixtures("interpreter", "kernels")
