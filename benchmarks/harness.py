@@ -92,7 +92,8 @@ def network_run(
 ) -> Run:
     """One step of the paper's SGD on the paper's network with random images, or one inference.
 
-    bf16 and fp16 are autocast's; ``compiled(model)`` is called instead of the model.
+    bf16 and fp16 are autocast's, but with ``fused`` and ``fused_optimizer`` the weights themselves have that dtype, and
+    ``alexnet_ext.optim.SGD`` trains them. ``compiled(model)`` is called instead of the model.
     """
     torch.manual_seed(0)
     with torch.device(device):  # drawing 61 million weights on a CPU takes a second
@@ -100,8 +101,11 @@ def network_run(
         images, labels = torch.randn(batch, 3, 227, 227), torch.randint(0, 1000, (batch,))
     if layout == "channels_last":
         model, images = (x.to(memory_format=torch.channels_last) for x in (model, images))
+    has_masters = kind == "training step" and fused and fused_optimizer and dtype != torch.float32
+    if has_masters:
+        model, images = model.to(dtype), images.to(dtype)
     network = compiled(model.eval() if kind == "inference" else model)
-    lowered = torch.autocast(device, dtype, enabled=dtype != torch.float32)
+    lowered = torch.autocast(device, dtype, enabled=dtype != torch.float32 and not has_masters)
     if kind == "inference":
 
         def infer() -> None:
@@ -109,12 +113,13 @@ def network_run(
                 network(images)
 
         return infer
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4, fused=fused_optimizer)
+    sgd = ax.optim.SGD if has_masters else partial(torch.optim.SGD, fused=fused_optimizer)
+    optimizer = sgd(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
 
     def step() -> None:
         optimizer.zero_grad()
         with lowered:
-            loss = F.cross_entropy(network(images), labels)
+            loss = F.cross_entropy(network(images).float(), labels)
         loss.backward()
         optimizer.step()
 

@@ -12,8 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import alexnet_ext as ax
+from alexnet_ext import _library
 from alexnet_ext.optim import SGD
 
 # Products by these are not rounded, so that PyTorch's kernels and ours give the same bits.
@@ -285,6 +287,41 @@ def test_a_network_in_bf16_learns() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] / 5
+
+
+class Casts(TorchDispatchMode):
+    """The shapes of what is cast to another dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[torch.Size] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and result.dtype != args[0].dtype:
+            self.shapes.append(result.shape)
+        return result
+
+
+def test_no_weight_or_gradient_is_cast() -> None:
+    model = nn.Sequential(ax.nn.Conv2dReLU(3, 8, 3), ax.nn.ReLUMaxPool2d(2), nn.Flatten(), ax.nn.LinearReLU(200, 6))
+    model = model.bfloat16()
+    optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9)
+    x, y = torch.randn(2, 3, 12, 12, dtype=torch.bfloat16), torch.tensor([1, 4])
+
+    def step() -> None:
+        F.cross_entropy(model(x).float(), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    with Casts() as casts:
+        step()
+    logits = torch.Size([2, 6])
+    if ax.ops._backend.current() == "auto" and _library.LIBRARIES[0].loaded:
+        assert set(casts.shapes) == {logits}
+    else:
+        assert set(casts.shapes) > {logits}
 
 
 def test_a_step_between_forward_and_backward_is_noticed() -> None:
