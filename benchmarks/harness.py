@@ -57,9 +57,8 @@ def layouts(op: str) -> tuple[str, ...]:
 def op_run(case: Case, direction: str, backend: str, layout: str = "contiguous") -> Run:
     """A function that runs the op once. Images need no gradient, so neither does a convolution of 3 channels."""
     tensors, spec = cases.make(case, layout=layout), cases.SPECS[case.op]
-    if spec.in_place is not None:  # called on the same tensors each time
-        function = spec.stock if backend == "stock" else partial(getattr(ax.ops, case.op), backend=backend)
-        return partial(spec.in_place.call, function, case, spec.in_place.copies(case, tensors))
+    if spec.in_place is not None:
+        return cases.repeated(case, tensors, backend)
     if not spec.gradient:
         return (
             partial(cases.stock, case, tensors) if backend == "stock" else partial(cases.fused, case, tensors, backend)

@@ -83,6 +83,15 @@ def _result(function: Callable[..., Any], case: Case, tensors: Tensors) -> Tenso
     return in_place.result(case, copies)
 
 
+def repeated(case: Case, tensors: Tensors, backend: str = "auto") -> Callable[[], Any]:
+    """Calls the op, on the same tensors each time if it updates them."""
+    in_place = SPECS[case.op].in_place
+    if in_place is None:
+        return partial(fused, case, tensors, backend)
+    function = partial(getattr(ops, case.op), backend=backend)
+    return partial(in_place.call, function, case, in_place.copies(case, tensors))
+
+
 def in_dtype(case: Case, dtype: torch.dtype) -> Case:
     """The case in this dtype where that is one of its constants; of the others ``make`` makes the tensors so."""
     return replace(case, constants=case.constants | {"dtype": dtype}) if "dtype" in case.constants else case
