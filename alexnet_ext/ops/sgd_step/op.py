@@ -133,11 +133,10 @@ def _number(name: str, value: Any, parameter: Tensor) -> Tensor | None:
 
 def _unsupported(parameters: list[Tensor], momenta: list[Tensor], weights: list[Tensor]) -> str:
     """What about the tensors that are written no kernel covers: memory with gaps, or in different orders."""
-    for tensors in (parameters, momenta, weights):
-        for tensor, parameter in zip(tensors, parameters, strict=False):
-            if not (same_strides(tensor, parameter) and is_dense(tensor)):
-                return f"tensors of strides {list(tensor.stride())}"
-    return ""
+    odd = [parameter for parameter in parameters if not is_dense(parameter)]
+    for tensors in (momenta, weights):
+        odd += [t for t, parameter in zip(tensors, parameters, strict=False) if not same_strides(t, parameter)]
+    return f"tensors of strides {list(odd[0].stride())}" if odd else ""
 
 
 def _fake(*_: Any) -> None:

@@ -108,6 +108,13 @@ VARIATIONS: tuple[dict[str, Any], ...] = (
     {"weight_decay": 0.0, "nesterov": True, "maximize": True},
     {"momentum": 0.0, "weight_decay": 0.0},
 )
+# Momentum, rate and decay whose products are not rounded. A fused multiply-add then gives the bits of a product and a
+# sum, which the portable CPU kernel computes.
+EXACT = {"lr": 0.25, "momentum": 0.5, "weight_decay": 2.0**-6}
+EXACT_VARIATIONS = tuple(
+    EXACT | {name: value if value in (0, True) else 0.5 for name, value in variation.items()}
+    for variation in VARIATIONS
+)
 # About vectors of 2, 4 and 8 elements, and chunks of 256 of them.
 AROUND_VECTORS = (1, 8, 3, 16, 7, 0, 2, 9, 64, 15, 17, 65)
 AROUND_CHUNKS = (2048, 511, 513, 1024, 1, 2047, 2049, 4096)
@@ -167,10 +174,13 @@ SPEC = Spec(
     summands=lambda case, name: 1,
     settled=lambda case, exact, eps: True,
     magnitude=lambda case: 1.0,
-    emulated=(*(sgd(AROUND_VECTORS, **constants) for constants in VARIATIONS), sgd(AROUND_CHUNKS)),
+    emulated=(
+        *(sgd(AROUND_VECTORS, **constants) for constants in EXACT_VARIATIONS),
+        sgd(AROUND_CHUNKS, **EXACT),
+    ),
     emulated_orders=(),
     emulated_many=(),
-    ptx=(*(sgd(AROUND_VECTORS, **constants) for constants in VARIATIONS), sgd((1, 2049, 520))),
+    ptx=(*(sgd(AROUND_VECTORS, **constants) for constants in EXACT_VARIATIONS), sgd((1, 2049, 520), **EXACT)),
     runs=None,
     triton_kernels=frozenset(),
     faults=FAULTS,
