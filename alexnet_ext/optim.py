@@ -29,10 +29,10 @@ class SGD(torch.optim.SGD):
     >>> model = alexnet_ext.models.alexnet().cuda().bfloat16()
     >>> optimizer = alexnet_ext.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
 
-    All else is as with ``torch.optim.SGD``: formulas, ``param_groups``, hooks, learning-rate schedulers, ``GradScaler``,
-    and the arguments, except ``foreach``, ``fused`` and ``differentiable``. Parameters of fp32 and fp64 have no master.
-    A tensor as ``lr``, on the parameters' device, is read there: a CUDA graph is replayed with the rate that it then
-    has.
+    All else is as with ``torch.optim.SGD``: formulas, ``param_groups``, hooks, learning-rate schedulers, ``GradScaler``
+    and arguments, except that there is no ``foreach``, ``fused`` and ``differentiable``. Parameters of fp32 and fp64
+    have no master. A tensor as ``lr``, on the parameters' device, is read there: a CUDA graph is replayed with the rate
+    that it then has.
 
     ``state_dict`` is ``torch.optim.SGD``'s, and holds ``"master"`` besides ``"momentum_buffer"``, both in fp32. Resumed
     from it, a run continues bit for bit. A state of ``torch.optim.SGD`` loads; masters then begin as the parameters. So
