@@ -6,7 +6,7 @@ from ._command import COMMAND
 from ._version import __version__
 
 if TYPE_CHECKING or not COMMAND:
-    from . import models, nn, ops
+    from . import models, nn, ops, optim
     from .accelerate import Report, accelerate, accelerated, restore
     from .ops import use_backend
     from .selfcheck.info import info
@@ -25,6 +25,7 @@ __all__ = [
     "models",
     "nn",
     "ops",
+    "optim",
     "restore",
     "tune",
     "use_backend",

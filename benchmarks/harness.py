@@ -56,8 +56,10 @@ def layouts(op: str) -> tuple[str, ...]:
 
 def op_run(case: Case, direction: str, backend: str, layout: str = "contiguous") -> Run:
     """A function that runs the op once. Images need no gradient, so neither does a convolution of 3 channels."""
-    tensors = cases.make(case, layout=layout)
-    if not cases.SPECS[case.op].gradient:
+    tensors, spec = cases.make(case, layout=layout), cases.SPECS[case.op]
+    if spec.in_place is not None:
+        return cases.repeated(case, tensors, backend)
+    if not spec.gradient:
         return (
             partial(cases.stock, case, tensors) if backend == "stock" else partial(cases.fused, case, tensors, backend)
         )
@@ -77,6 +79,21 @@ def op_run(case: Case, direction: str, backend: str, layout: str = "contiguous")
     return forward if direction == "forward" else forward_backward
 
 
+def placed(tensor: torch.Tensor, layout: str) -> torch.Tensor:
+    return (
+        tensor.contiguous(memory_format=getattr(torch, layout))
+        if layout in LAYOUTS[1:] and tensor.dim() == 4
+        else tensor
+    )
+
+
+def as_training_has_them(model: ax.models.AlexNet, images: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The images with the depth in which ``ops.augment`` hands them to conv1 of ``alexnet train`` on this device."""
+    depth = model.take_depth(device, images.dtype)
+    missing = -images.shape[-1] % depth
+    return F.pixel_unshuffle(F.pad(images, (0, missing, 0, missing)), depth) if depth > 1 else images
+
+
 def network_run(
     kind: str,
     fused: bool,
@@ -89,19 +106,21 @@ def network_run(
 ) -> Run:
     """One step of the paper's SGD on the paper's network with random images, or one inference.
 
-    bf16 and fp16 are autocast's; ``compiled(model)`` is called instead of the model.
+    bf16 and fp16 are autocast's, but with ``fused`` and ``fused_optimizer`` the weights themselves have that dtype, and
+    ``alexnet_ext.optim.SGD`` trains them. ``compiled(model)`` is called instead of the model.
     """
     torch.manual_seed(0)
     with torch.device(device):  # drawing 61 million weights on a CPU takes a second
         model = ax.models.alexnet("paper", fused=fused)
         images, labels = torch.randn(batch, 3, 227, 227), torch.randint(0, 1000, (batch,))
-    if layout == "channels_last":
-        images = images.to(memory_format=torch.channels_last)
-        for parameter in model.parameters():  # as model.to(memory_format=...), which tensors without values refuse
-            if parameter.dim() == 4:
-                parameter.data = parameter.detach().contiguous(memory_format=torch.channels_last)
+    has_masters = kind == "training step" and fused and fused_optimizer and dtype != torch.float32
+    if has_masters:
+        images = as_training_has_them(model, images.to(dtype), torch.device(device))
+    images = placed(images, layout)
+    for parameter in model.parameters():  # model.to(...) refuses parameters without values
+        parameter.data = placed(parameter.detach().to(images.dtype), layout)
     network = compiled(model.eval() if kind == "inference" else model)
-    lowered = torch.autocast(device, dtype, enabled=dtype != torch.float32)
+    lowered = torch.autocast(device, dtype, enabled=dtype != torch.float32 and not has_masters)
     if kind == "inference":
 
         def infer() -> None:
@@ -109,12 +128,13 @@ def network_run(
                 network(images)
 
         return infer
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4, fused=fused_optimizer)
+    sgd = ax.optim.SGD if has_masters else partial(torch.optim.SGD, fused=fused_optimizer)
+    optimizer = sgd(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
 
     def step() -> None:
         optimizer.zero_grad()
         with lowered:
-            loss = F.cross_entropy(network(images), labels)
+            loss = F.cross_entropy(network(images).float(), labels)
         loss.backward()
         optimizer.step()
 

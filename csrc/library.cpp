@@ -74,6 +74,11 @@ STABLE_TORCH_LIBRARY(alexnet_ext, m) {
   m.def(
       "augment(Tensor images, Tensor offsets, Tensor flips, Tensor shifts, SymInt size, float[] mean, float[] std,"
       " ScalarType dtype, int space_to_depth) -> Tensor");
+
+  m.def(
+      "sgd_step(Tensor(a!)[] parameters, Tensor(b!)[] momenta, Tensor[] gradients, Tensor(c!)[] weights, float lr,"
+      " float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, bool first_step,"
+      " Tensor? lr_tensor, Tensor? grad_scale, Tensor? found_inf) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(alexnet_ext, CompositeExplicitAutograd, m) {

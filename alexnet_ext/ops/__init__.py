@@ -8,6 +8,7 @@ from .local_response_norm.op import local_response_norm
 from .relu_lrn_max_pool2d.op import relu_lrn_max_pool2d
 from .relu_max_pool2d.op import relu_max_pool2d
 from .relu_max_pool2d_lrn.op import relu_max_pool2d_lrn
+from .sgd_step.op import sgd_step
 
 __all__ = [
     "augment",
@@ -17,5 +18,6 @@ __all__ = [
     "relu_lrn_max_pool2d",
     "relu_max_pool2d",
     "relu_max_pool2d_lrn",
+    "sgd_step",
     "use_backend",
 ]

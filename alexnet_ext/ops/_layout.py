@@ -39,6 +39,11 @@ def same_strides(a: Tensor, b: Tensor) -> bool:
     return all(size <= 1 or left == right for size, left, right in zip(a.shape, a.stride(), b.stride(), strict=True))
 
 
+def is_dense(x: Tensor) -> bool:
+    """Whether the elements fill a block of memory, in whatever order."""
+    return x.is_contiguous() or x.permute(sorted(range(x.dim()), key=x.stride, reverse=True)).is_contiguous()
+
+
 def with_strides_of(like: Tensor, x: Tensor) -> Tensor:
     """x itself, or a copy of it, with the strides of ``like``."""
     return x if same_strides(like, x) else torch.empty_like(like, dtype=x.dtype).copy_(x)

@@ -192,6 +192,8 @@ def _rows(
             yield from _op_rows(case, device, dtypes)
     if "augment" in op_names:
         yield from _augment_rows(device, dtypes)
+    if "sgd_step" in op_names:
+        yield from _sgd_rows(device, dtypes)
     for variant in variants:
         # The variants share their layers: the paper's shows what a dtype or a layout does to them.
         chosen = dtypes if variant == "paper" else [name for name in dtypes if name == "fp32"]
@@ -283,6 +285,44 @@ def _augment_rows(device: torch.device, dtypes: Sequence[str]) -> Iterator[Check
             reference,
             math.inf,
             [(eps, 4 * (eps + FP32_EPS))],
+        )
+
+
+def _sgd_rows(device: torch.device, dtypes: Sequence[str]) -> Iterator[CheckRow]:
+    """As above for ``sgd_step``: what two steps make of parameters, momenta and weights."""
+    sizes, names = ((1024, 96, 5), (96,), (40_001,)), ("parameters", "momenta", "weights")
+    spacings = {"gradients": 2.0**-10, "parameters": 2.0**-7, "momenta": 2.0**-10, "weights": 0.0}
+    constants = {"momentum": 0.9, "dampening": 0.0, "weight_decay": 5e-4, "nesterov": False, "maximize": False}
+    backend = _backend_of(["sgd_step"], device)
+
+    def stepped(step: Callable[..., None], dtype: torch.dtype, wide: torch.dtype) -> list[Tensor]:
+        dtypes = dict.fromkeys(names, wide) | {"gradients": dtype, "weights": dtype}
+        lists = {
+            name: [_integers(i, size, spacing).to(device, dtypes[name]) for i, size in enumerate(sizes)]
+            for name, spacing in spacings.items()
+        }
+        if dtype == wide:
+            lists["weights"] = []
+        for first_step in (True, False):
+            step(**lists, lr=0.01, first_step=first_step, **constants)
+        results = lists["parameters"], lists["momenta"], lists["weights"] or lists["parameters"]
+        return [torch.cat([t.flatten() for t in tensors]).cpu() for tensors in results]
+
+    def stock(**arguments: Any) -> None:
+        RECORDS["sgd_step"].stock(**arguments, lr_tensor=None, grad_scale=None, found_inf=None)
+
+    reference = stepped(stock, torch.float64, torch.float64)
+    for dtype_name in dtypes:
+        dtype = DTYPES[dtype_name]
+        eps = torch.finfo(dtype).eps
+        yield _row(
+            ("sgd_step", dtype_name, "contiguous", backend),
+            names,
+            partial(stepped, ops.sgd_step, dtype, torch.float32),
+            _baseline(partial(stepped, stock, dtype, torch.float32), reference, _largest_error),
+            reference,
+            _largest_error,
+            [(FP32_EPS, 16 * FP32_EPS), (FP32_EPS, 16 * FP32_EPS), (eps, 16 * eps)],
         )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .. import ops
 from ..ops import _backend, _choices
@@ -57,17 +58,20 @@ class Call:
             x = torch.randn(value.shape, dtype=dtype, device=device)
             return (x.to(memory_format=layout) if x.dim() == 4 else x).requires_grad_()
 
-        return [like(value) for value in self.arguments]
+        return list(tree_map(like, self.arguments))
 
     def run(self, backend: str, arguments: Sequence[Any]) -> list[Tensor]:
-        """[y, gradients of all tensors that require one] by this backend."""
+        """[y, gradients of all tensors that require one] by this backend; what an op in place was called with."""
+        tensors = [value for value in tree_leaves(arguments) if isinstance(value, Tensor)]
         if backend == "stock":
             function = RECORDS[self.op].stock
         else:
-            function = getattr(torch.ops.alexnet_ext, _backend.kernels(self.op, arguments[0].device.type)[backend])
+            function = getattr(torch.ops.alexnet_ext, _backend.kernels(self.op, tensors[0].device.type)[backend])
         y = function(*arguments)
+        if y is None:
+            return tensors
         y = y[0] if isinstance(y, tuple) else y
-        inputs = [value for value in arguments if isinstance(value, Tensor) and value.requires_grad]
+        inputs = [tensor for tensor in tensors if tensor.requires_grad]
         return [y.detach(), *torch.autograd.grad(y, inputs, torch.ones_like(y))] if inputs else [y]
 
 
@@ -93,7 +97,7 @@ def calls_of(model: nn.Module, shape: Sequence[int]) -> list[Call]:
     """The calls of our ops in ``model``, for inputs of ``shape``; none is run.
 
     After them one call, at AlexNet's shapes and this batch, of each op that the model does not call: augment makes its
-    input, others serve other models.
+    input, sgd_step changes its weights, others serve other models.
     """
     calls = _Calls()
     hooks = [
@@ -115,6 +119,8 @@ def calls_of(model: nn.Module, shape: Sequence[int]) -> list[Call]:
             drawn = meta(batch, 2, dtype=torch.int64), meta(batch, dtype=torch.bool), meta(batch, 3)
             images = meta(batch, height, width, 3, dtype=torch.uint8)
             ops.augment(images, *drawn, min(height, width), mean=(0.5,) * 3, std=(0.5,) * 3)
+            low, wide = ([meta(p.shape, dtype=t) for p in model.parameters()] for t in (torch.bfloat16, torch.float32))
+            ops.sgd_step(wide, wide, low, low, lr=0.01, momentum=0.9, weight_decay=5e-4)
     finally:
         for hook in hooks:
             hook.remove()

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -18,7 +19,9 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from alexnet_ext.ops._backend import preferring
+from alexnet_ext.ops import _backend
+from alexnet_ext.ops.conv2d_bias_relu import space_to_depth
+from alexnet_ext.ops.conv2d_bias_relu.shared import Convolution
 
 from .. import harness
 from . import convolutions
@@ -76,7 +79,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        name = func.name().split("::")[1].split(".")[0]
+        name = func.name().split("::")[1].split(".")[0].replace("_auto", "")
         if name not in FREE:
             flags = tuple(value for value in args if isinstance(value, (bool, list)))
             self.operations.append(Operation(name, described((args, kwargs)), described(result), flags))
@@ -85,8 +88,13 @@ class Recorder(TorchDispatchMode):
 
 @cache
 def traced(kind: str, batch: int) -> tuple[Operation, ...]:
-    """The operations of the second step, which finds the optimizer's state there, in bf16 and channels-last."""
-    with FakeTensorMode(), preferring(("native",), "cpu"):
+    """The operations of the second step, which finds the optimizer's state there, in bf16 and channels-last.
+
+    They are a GPU's: the CPU stands in for it with the GPU's operators, of which only the shapes count here.
+    """
+    on_cpu = {op: {**devices, "cpu": devices["cuda"]} for op, devices in _backend.KERNELS.items()}
+    as_on_gpu = mock.patch.object(_backend, "KERNELS", on_cpu)
+    with FakeTensorMode(), as_on_gpu, _backend.preferring(("auto", "native"), "cpu"):
         run = harness.network_run(RUNS[kind], True, batch, "channels_last", True, "cpu", torch.bfloat16)
         run()
         with Recorder() as recorder:
@@ -140,7 +148,7 @@ class Costs:
     def convolution(self, name: str, layer: convolutions.Layer, operation: Operation) -> Iterator[Part]:
         yield Part(f"{name} forward", self.best(layer, "forward"), 1)
         if operation.inputs[0].shape[1] < convolutions.DEPTH_LIMIT:
-            yield from self.rewrite(name, operation.inputs[0])
+            yield from self.rewrite(name, operation.inputs[0])  # in the op
 
     def convolution_backward(self, name: str, layer: convolutions.Layer, operation: Operation) -> Iterator[Part]:
         dy = operation.inputs[0]
@@ -180,7 +188,10 @@ class Costs:
 
     def elementwise(self, operation: Operation) -> Part:
         tensors = (*operation.inputs, *operation.outputs)
-        if operation.name == "_fused_sgd_":  # parameters and momentum are read and written, gradients are read
+        if operation.name in (
+            "_fused_sgd_",
+            "sgd_step",
+        ):  # parameters and momentum are read and written, gradients are read
             size = sum(t.bytes for t in operation.inputs) * 5 / 3
             return Part("optimizer", self.moved(size), 2)
         size = sum(t.bytes for t in tensors)
@@ -201,13 +212,12 @@ def order(tensor: Described) -> list[int]:
 @cache
 def rewriting(shape: tuple[int, ...]) -> tuple[Operation, ...]:
     """What is dispatched to turn the images of a first layer to depth, for the convolution and its weight gradient."""
-    from alexnet_ext.ops.conv2d_bias_relu import space_to_depth
-
     with FakeTensorMode():
         x = torch.empty(shape, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
         weight = torch.empty(96, shape[1], 11, 11, dtype=torch.bfloat16)
+        constants = Convolution([4, 4], [0, 0], [1, 1], 1)
         with Recorder() as recorder:
-            space_to_depth.rewritten(x, weight, [4, 4])
+            space_to_depth.rewritten(x, weight, constants)
     return tuple(recorder.operations)
 
 

@@ -208,7 +208,15 @@ FAULTS = [
 
 def plant(monkeypatch: pytest.MonkeyPatch, op: str, fault: Callable[[Tensor, Tensor], Tensor]) -> None:
     right = getattr(ops, op)
-    monkeypatch.setattr(ops, op, lambda x, *args, **kwargs: fault(right(x, *args, **kwargs), x))
+
+    def in_place(parameters: list[Tensor], **kwargs: Any) -> None:
+        right(parameters, **kwargs)
+        parameters[0].copy_(fault(parameters[0].clone(), parameters[0]))
+
+    def returning(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return fault(right(x, *args, **kwargs), x)
+
+    monkeypatch.setattr(ops, op, returning if cases.SPECS[op].in_place is None else in_place)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ KINDS = {
     "test_triton_conv2d_bias_relu": "interpreted",
     "test_emulator": "emulated",
     "test_ptx": "ptx",
+    "test_ptx_arithmetic": "ptx",
     "test_ptx_cuda": "ptx",
     "test_ptx_hopper": "ptx",
     "test_ptx_triton": "ptx",

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests.gpu_on_cpu.emulated import in_place_of_the_cpu_kernels
 from tests.gpu_on_cpu.ptx.machine import Launch, Machine
@@ -49,7 +50,7 @@ class CompiledOps:
         def run(kernel: Any, *arguments: Any) -> Any:
             def launch(name: str, launch_of: Callable[[Kernel], Launch], grid: tuple[int, int, int]) -> None:
                 launched.add(name)
-                around = [value for value in (*arguments, *made.tensors) if isinstance(value, torch.Tensor)]
+                around = [value for value in tree_leaves((arguments, made.tensors)) if isinstance(value, torch.Tensor)]
                 buffers = [memory(tensor) for tensor in around if tensor.numel()]
                 machine(replace(launch_of(self.by_name[name]), buffers=buffers, order=order)).run(grid)
 

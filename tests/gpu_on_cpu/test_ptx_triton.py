@@ -37,7 +37,7 @@ CASES = [
     pytest.param(
         op, grid, capability, marks=[pytest.mark.slow, pytest.mark.drawn] if grid == "full" or capability == 90 else []
     )
-    for op in cases.named("on_gpu")
+    for op in cases.named("in_triton")
     for grid, capability in (("quick", 80), ("full", 80), ("quick", 90))
 ]
 

@@ -51,8 +51,8 @@ def test_every_kernel_is_there(grid: str) -> None:
     rows = compiled(grid)
     ops = {row["op"] for row in rows if not row["op"].startswith("conv")}
     with_gradient = {name + suffix for name in cases.MEMORY_BOUND for suffix in ("", "_backward")}
-    assert ops == with_gradient | set(cases.named("on_gpu", "not gradient"))
-    assert cases.named("on_gpu", "product") == ("conv2d_bias_relu",), "another product needs work in triton_ahead.py"
+    assert ops == with_gradient | set(cases.named("in_triton", "not gradient"))
+    assert cases.named("in_triton", "product") == ("conv2d_bias_relu",), "another product needs work in triton_ahead.py"
     convolutions = {(row["kernel"], row["capability"]) for row in rows if row["op"].startswith("conv")}
     full = grid != "quick"
     kernels = (*CONVOLUTION, "_mask_kernel") if full else ("_product_kernel",)
@@ -92,6 +92,6 @@ def test_memory_bound_kernels_move_16_bytes_at_a_time(grid: str) -> None:
 def test_torch_compile_sees_the_kernels() -> None:
     """The backend's graph contains the kernels, and no opaque op."""
     rows = compiled("traced")
-    with_gradient = [case for case in cases.EXAMPLES if case.op in cases.ON_GPU]
-    assert len(rows) == 2 * len(with_gradient) + len(cases.OTHER_EXAMPLES)
+    given = [cases.SPECS[case.op] for case in cases.EXAMPLES + cases.OTHER_EXAMPLES]
+    assert len(rows) == sum(1 + spec.gradient for spec in given if spec.in_triton)
     assert [row for row in rows if row["opaque"] or not row["kernels"]] == []

@@ -132,7 +132,7 @@ def memory_bound(
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
     """AlexNet's first layer of each op, with this many channels, forward and backward. Of an op without a gradient,
     which takes images, every call."""
-    for op in cases.named("on_gpu", "not product"):
+    for op in cases.named("in_triton", "not product"):
         kernels = importlib.import_module(f"alexnet_ext.ops.{op}.triton_kernels")
         first, *others = (cases.in_dtype(case, dtype) for case in cases.alexnet_cases(op, 128))
         if not cases.SPECS[op].gradient:
@@ -216,7 +216,7 @@ def traced() -> None:
         return make_boxed_func(module.forward)
 
     backward = (("_backward", cases.raw_backward),)
-    for case in (*(example for example in cases.EXAMPLES if example.op in cases.ON_GPU), *cases.OTHER_EXAMPLES):
+    for case in (case for case in cases.EXAMPLES + cases.OTHER_EXAMPLES if cases.SPECS[case.op].in_triton):
         tensors = cases.make(case, requires_grad=False)
         for suffix, arguments in (("", cases.raw_forward), *(backward if case.op in cases.OPS else ())):
             op = getattr(torch.ops.alexnet_ext, f"{case.op}_triton{suffix}")

@@ -114,7 +114,9 @@ def common(op: str) -> dict[str, Any]:
         "name": op,
         "gradient": True,
         "on_gpu": True,
+        "in_triton": True,
         "product": False,
+        "in_place": None,
         "cases": (
             of((2, 6, 7, 5)),
             of((2, 6, 7, 5), bias=False),

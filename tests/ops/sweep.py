@@ -16,9 +16,9 @@ def main() -> None:
     if not _library.LIBRARIES[0].loaded:
         raise SystemExit(f"the compiled CPU library is not loaded: {_library.LIBRARIES[0].reason}")
     larger = [case for op in cases.OPS for case in cases.CASES[op] if case.shapes["x"][-1] >= 15]
-    crops = [case for case in cases.of_all("cases", cases.WITHOUT_GRADIENT) if case.constants["size"] >= 15]
+    others = [c for c in cases.of_all("cases", cases.WITHOUT_GRADIENT) if c.constants.get("size", 15) >= 15]
     count = 0
-    for case in (*cases.EXAMPLES, *larger, *crops):
+    for case in (*cases.EXAMPLES, *larger, *others):
         backend = "auto" if case.constants.get("kernel_size") == (16, 15) else "native"
         for dtype in cases.DTYPES:
             for layout in ("contiguous", "channels_last", "sliced", "offset"):

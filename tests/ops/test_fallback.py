@@ -149,7 +149,7 @@ def test_triton_is_refused_where_there_is_no_such_kernel() -> None:
         ops.linear_bias_relu(torch.randn(9, 3), torch.randn(4, 3), backend="triton")
 
 
-@pytest.mark.parametrize("op", cases.named("on_gpu"))
+@pytest.mark.parametrize("op", cases.named("in_triton"))
 def test_triton_says_what_to_do_where_it_cannot_run(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = next(example for example in cases.EXAMPLES + cases.OTHER_EXAMPLES if example.op == op)
     monkeypatch.delitem(_backend.KERNELS[op]["cpu"], "triton", raising=False)

@@ -387,7 +387,7 @@ def test_tune_measures_a_networks_convolutions_and_every_op(file: Path) -> None:
     assert all(row.choice == min(row.microseconds, key=row.microseconds.__getitem__) for row in rows)
     assert all(len(row.microseconds) == 4 for row in rows[:6])
     by_op = {row.layer: row for row in rows[6:]}
-    others = {op: {"native", "stock"} for op in ("linear_bias_relu", "augment")}
+    others = {op: {"native", "stock"} for op in ("linear_bias_relu", "augment", "sgd_step")}
     others["conv2d_bias_relu"] = {"auto", "native", "stock"}
     for op, row in by_op.items():
         assert row.microseconds.keys() == others.get(op, {"native", "triton", "stock"})

@@ -18,6 +18,7 @@ from tests.ops.conv2d_bias_relu.spec import conv as conv
 from tests.ops.linear_bias_relu.spec import linear as linear
 from tests.ops.local_response_norm.spec import lrn as lrn
 from tests.ops.relu_max_pool2d.spec import pool as pool
+from tests.ops.sgd_step.spec import sgd as sgd
 from tests.support.spec import *  # noqa: F403
 from tests.support.spec import DTYPES, LAYOUTS, Case
 from tests.support.specs import *  # noqa: F403

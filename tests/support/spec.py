@@ -236,6 +236,18 @@ def bad_bias(position: int) -> Changes:
 # ---- the declaration
 
 
+@dataclass(frozen=True)
+class InPlace:
+    """How an op that updates lists of tensors is called, and what tests compare."""
+
+    copies: Callable[[Case, Tensors], Tensors]
+    """A case's tensors in its dtypes. Those that are written are copies."""
+    call: Callable[[Callable[..., None], Case, Tensors], None]
+    """Calls the op, or stock, on such copies."""
+    result: Callable[[Case, Tensors], Tensor]
+    """All that was written, in one tensor."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Spec:
     """An op, as everything outside the package knows it. () or None where a field does not apply."""
@@ -244,10 +256,14 @@ class Spec:
     gradient: bool
     """Whether it has one; without, what it owes PyTorch is in its own test."""
     on_gpu: bool
-    """Whether it has CUDA and Triton kernels."""
+    """Whether it has CUDA kernels."""
+    in_triton: bool
+    """Whether it has Triton kernels."""
     product: bool
     """A sum of products: the oracle adds up absolute values, autocast casts it, its arithmetic may bound it."""
-    stock: Callable[..., Tensor]
+    in_place: InPlace | None
+    """Of an op that returns nothing."""
+    stock: Callable[..., Any]
     """The same in PyTorch's own operators, with the op's signature: the tests' oracle, and what benchmarks compare."""
     draw: Callable[[Case, torch.Generator], Tensors]
     """A case's tensors, of float64 where a dtype may be chosen for them; the first is the one that is laid out."""
@@ -321,8 +337,8 @@ class Spec:
         always = ("cases", "examples", "alexnet", "faults")
         with_gradient = ("edges", "small", "backward_arguments", "needs", "saved", "fuzz")
         with_gradient += ("bad_calls", "bad_backward_calls")
-        on_gpu = ("emulated", "ptx", "runs", "triton_kernels")
-        needed = always + with_gradient * self.gradient + on_gpu * self.on_gpu
+        needed = always + with_gradient * self.gradient + ("emulated", "ptx") * self.on_gpu
+        needed += ("runs", "triton_kernels") * self.in_triton
         needed += ("emulated_orders", "large") * (self.gradient and self.on_gpu)
         if empty := [name for name in needed if not getattr(self, name)]:
             raise ValueError(f"the spec of {self.name} has nothing in {', '.join(empty)}: a suite would leave it out")

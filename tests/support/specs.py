@@ -6,7 +6,9 @@ What pytest is needed for is in cases.py.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,11 +50,12 @@ OTHER_EXAMPLES = of_all("examples", WITHOUT_GRADIENT)
 
 
 def alexnet_cases(op: str, batch: int) -> tuple[Case, ...]:
-    """The op's calls in AlexNet, at this batch size."""
+    """The op's calls in AlexNet, at this batch size where they have one."""
 
     def batched(case: Case) -> Case:
         grown = {"x"} if "x" in case.shapes else set(case.shapes)
-        return replace(case, shapes={n: (batch, *s[1:]) if s and n in grown else s for n, s in case.items()})
+        batches = {n: (batch, *s[1:]) for n, s in case.items() if s and s[0] == 1 and n in grown}
+        return replace(case, shapes=case.shapes | batches)
 
     return tuple(batched(case) for case in ALEXNET[op])
 
@@ -64,11 +67,29 @@ def is_covered(case: Case) -> bool:
 
 
 def fused(case: Case, tensors: Tensors, backend: str = "auto") -> Tensor:
-    return getattr(ops, case.op)(**tensors, **case.constants, backend=backend)
+    return _result(partial(getattr(ops, case.op), backend=backend), case, tensors)
 
 
 def stock(case: Case, tensors: Tensors) -> Tensor:
-    return SPECS[case.op].stock(**tensors, **case.constants)
+    return _result(SPECS[case.op].stock, case, tensors)
+
+
+def _result(function: Callable[..., Any], case: Case, tensors: Tensors) -> Tensor:
+    in_place = SPECS[case.op].in_place
+    if in_place is None:
+        return function(**tensors, **case.constants)
+    copies = in_place.copies(case, tensors)
+    in_place.call(function, case, copies)
+    return in_place.result(case, copies)
+
+
+def repeated(case: Case, tensors: Tensors, backend: str = "auto") -> Callable[[], Any]:
+    """Calls the op, on the same tensors each time if it updates them."""
+    in_place = SPECS[case.op].in_place
+    if in_place is None:
+        return partial(fused, case, tensors, backend)
+    function = partial(getattr(ops, case.op), backend=backend)
+    return partial(in_place.call, function, case, in_place.copies(case, tensors))
 
 
 def in_dtype(case: Case, dtype: torch.dtype) -> Case:

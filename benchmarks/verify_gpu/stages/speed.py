@@ -226,12 +226,11 @@ def typed_findings(op: str, device: str) -> Iterator[Finding]:
     for dtype, case in itertools.product(sizes.dtypes, cases.alexnet_cases(op, sizes.batch)):
         typed = cases.in_dtype(case, dtype)
         tensors = cases.make(typed, device=device)
-        stock = partial(cases.fused, typed, backend="stock")
-        runs: dict[str, Run] = {way: partial(fused, typed, tensors, way) for way in ways(op, device)}
-        runs["stock"] = partial(stock, tensors)
+        stock = cases.repeated(typed, tensors, "stock")
+        runs: dict[str, Run] = {way: cases.repeated(typed, tensors, way) for way in ways(op, device)} | {"stock": stock}
         if device == "cuda":
             torch._dynamo.reset()
-            runs["compiled stock"] = partial(torch.compile(stock, dynamic=False), tensors)
+            runs["compiled stock"] = torch.compile(stock, dynamic=False)
         moved = sum(cases.bytes_moved(typed))
         found = median_ms(runs | {"copy": copy_of(moved, device)}, device)
         floor = found.pop("copy")

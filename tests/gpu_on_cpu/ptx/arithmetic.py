@@ -56,6 +56,24 @@ BINARY: dict[str, Callable[[Any, Any], Any]] = {
     "max": np.fmax,
 }
 
+
+def fused(a: Any, b: Any, c: Any) -> Any:
+    """a * b + c of float64, rounded once: what the product and the sum leave out is computed, and added last."""
+
+    def upper(value: Any) -> Any:
+        scaled = value * (2.0**27 + 1)
+        return scaled - (scaled - value)
+
+    with np.errstate(over="ignore", invalid="ignore"):
+        product, (high_a, high_b) = a * b, (upper(a), upper(b))
+        low_a, low_b = a - high_a, b - high_b
+        missing = ((high_a * high_b - product) + high_a * low_b + low_a * high_b) + low_a * low_b
+        total = product + c
+        added = total - product
+        missing = missing + ((product - (total - added)) + (c - added))
+        return np.where(np.isfinite(missing), total + missing, total)
+
+
 UNARY: dict[str, Callable[[Any], Any]] = {
     "not": operator.invert,
     "neg": operator.neg,

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from . import approximate, calls, fields, matrices, packed
-from .arithmetic import BINARY, COMPARE, UNARY, convert, dtype_of
+from .arithmetic import BINARY, COMPARE, UNARY, convert, dtype_of, fused
 from .program import Instruction, Kernel, PtxError
 
 Array = np.ndarray[Any, Any]
@@ -396,6 +396,8 @@ class Machine:
             return self.product(i, write)
         if name in ("mad", "fma"):
             a, b, c = (self.source(text, kind) for text in i.operands[1:])
+            if kind == "f64":
+                return lambda some: write(some, fused(a(some), b(some), c(some)))
             wide = np.float64 if kind == "f32" else dtype_of(kind)  # a product rounded once
             return lambda some: write(some, (np.asarray(a(some), wide) * b(some) + c(some)).astype(dtype_of(kind)))
         if name == "bfi":

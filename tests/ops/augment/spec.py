@@ -94,7 +94,9 @@ SPEC = Spec(
     name="augment",
     gradient=False,
     on_gpu=True,
+    in_triton=True,
     product=False,
+    in_place=None,
     stock=stock,
     draw=draw,
     # Rows of 3 * size values about what vectors hold; crops as large as the image; sides about the blocks of 4.

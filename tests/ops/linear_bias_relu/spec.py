@@ -71,7 +71,9 @@ SPEC = Spec(
     name="linear_bias_relu",
     gradient=True,
     on_gpu=False,
+    in_triton=False,
     product=True,
+    in_place=None,
     stock=stock,
     draw=spec.normal,
     # Rows about the 8 where forward turns to tiles, and about what a tile and its vectors hold; inputs and outputs

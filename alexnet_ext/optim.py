@@ -1,0 +1,148 @@
+"""An optimizer for networks whose weights are bf16 or fp16: one pass over all that belongs to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .ops import sgd_step
+from .ops._backend import DTYPES
+from .ops._layout import with_strides_of
+
+LOW = (torch.bfloat16, torch.float16)
+
+
+class SGD(torch.optim.SGD):
+    """``torch.optim.SGD`` that keeps an fp32 master of each bf16 or fp16 parameter, and updates all in one pass.
+
+    A network that is bf16 (``model.bfloat16()``) casts no weight and no gradient in a step, as autocast does for fp32
+    weights. Yet its steps add up in fp32: the master takes them, and the parameter is the master rounded.
+
+    Bytes a parameter: the step (``ops.sgd_step``) reads the gradient (2), updates master and momentum (8 each) and
+    writes the weight (2). The forward and the input's gradient read the weight (2 each), the weight's gradient is
+    written (2). That is 26 in a training step. Autocast of fp32 weights moves 38.
+
+    >>> model = alexnet_ext.models.alexnet().cuda().bfloat16()
+    >>> optimizer = alexnet_ext.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+
+    All else is as with ``torch.optim.SGD``: formulas, ``param_groups``, hooks, learning-rate schedulers, ``GradScaler``
+    and arguments, except that there is no ``foreach``, ``fused`` and ``differentiable``. Parameters of fp32 and fp64
+    have no master. A tensor as ``lr``, on the parameters' device, is read there: a CUDA graph is replayed with the rate
+    that it then has.
+
+    ``state_dict`` is ``torch.optim.SGD``'s, and holds ``"master"`` besides ``"momentum_buffer"``, both in fp32. Resumed
+    from it, a run continues bit for bit. A state of ``torch.optim.SGD`` loads; masters then begin as the parameters. So
+    they do anew where a parameter was written meanwhile (``model.load_state_dict``), unless it is its master rounded.
+    (What is written through ``parameter.data`` is not noticed.)
+
+    Raises:
+        ValueError: as ``torch.optim.SGD``; a parameter that is not of fp64, fp32, bf16 or fp16.
+        RuntimeError: from ``step``, for a sparse gradient, or one of another dtype than its bf16 or fp16 parameter.
+    """
+
+    _step_supports_amp_scaling = True  # GradScaler then leaves scale and check to the step
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+    ) -> None:
+        self._versions: dict[Tensor, int] = {}
+        super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._versions = {}  # of each parameter with a master, when the step last wrote it
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        for parameter in self.param_groups[-1]["params"]:
+            if parameter.dtype not in DTYPES:
+                del self.param_groups[-1]
+                raise ValueError(f"parameters must be of {', '.join(map(str, DTYPES))}, got {parameter.dtype}")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step; returns what ``closure``, which computes the loss and its gradients anew, returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            alike: dict[tuple[Any, ...], list[Tensor]] = {}
+            for parameter in group["params"]:
+                gradient = parameter.grad
+                if gradient is None:
+                    continue
+                if gradient.is_sparse:
+                    raise RuntimeError("SGD does not support sparse gradients")
+                is_first = group["momentum"] != 0 and self.state[parameter].get("momentum_buffer") is None
+                key = (is_first, parameter.device, parameter.dtype, gradient.dtype)
+                alike.setdefault(key, []).append(parameter)
+            for (is_first, *_), parameters in alike.items():
+                self._update(group, parameters, is_first)
+        return loss
+
+    def _update(self, group: dict[str, Any], parameters: list[Tensor], is_first: bool) -> None:
+        masters = [self._master(parameter) for parameter in parameters]
+        has_masters = parameters[0].dtype in LOW
+        sgd_step(
+            masters,
+            [self._momentum(*pair) for pair in zip(parameters, masters, strict=True)] if group["momentum"] != 0 else [],
+            [parameter.grad for parameter in parameters if parameter.grad is not None],
+            parameters if has_masters else (),
+            lr=group["lr"],
+            weight_decay=float(group["weight_decay"]),
+            **{name: group[name] for name in ("momentum", "dampening", "nesterov", "maximize")},
+            first_step=is_first,
+            grad_scale=getattr(self, "grad_scale", None),
+            found_inf=getattr(self, "found_inf", None),
+        )
+        if has_masters:
+            self._versions.update((parameter, parameter._version) for parameter in parameters)
+
+    def _master(self, parameter: Tensor) -> Tensor:
+        """The parameter in full precision: itself, or its master, begun anew where somebody else wrote it."""
+        if parameter.dtype not in LOW:
+            return parameter
+        master: Tensor | None = self.state[parameter].get("master")
+        if master is not None and self._versions.get(parameter) != parameter._version:
+            master = master if torch.equal(master.to(parameter.dtype), parameter) else None
+        if master is None:
+            master = parameter.detach().float()
+        self.state[parameter]["master"] = master = with_strides_of(parameter, master)
+        return master
+
+    def _momentum(self, parameter: Tensor, master: Tensor) -> Tensor:
+        buffer = self.state[parameter].get("momentum_buffer")
+        buffer = torch.zeros_like(master) if buffer is None else with_strides_of(master, buffer)
+        self.state[parameter]["momentum_buffer"] = buffer
+        return buffer
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As ``torch.optim.SGD``'s, but masters and momenta stay fp32 where parameters are bf16 or fp16."""
+        given = [state_dict]
+        # After all other hooks, which may put another dictionary in place of the given one.
+        hook = self.register_load_state_dict_pre_hook(lambda _, last: given.append(last))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+        self._versions = {}
+        names = chain.from_iterable(group["params"] for group in given[-1]["param_groups"])
+        parameters = chain.from_iterable(group["params"] for group in self.param_groups)
+        for name, parameter in zip(names, parameters, strict=True):
+            for key, value in given[-1]["state"].get(name, {}).items():
+                if parameter.dtype in LOW and isinstance(value, Tensor):
+                    self.state[parameter][key] = value.to(parameter.device, torch.float32, copy=True)
