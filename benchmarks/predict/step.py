@@ -152,7 +152,10 @@ class Costs:
 
     def convolution_backward(self, name: str, layer: convolutions.Layer, operation: Operation) -> Iterator[Part]:
         dy = operation.inputs[0]
-        *_, (for_x, for_weight, for_bias), relu = (flag for flag in operation.flags if flag != [])
+        for_x, for_weight, for_bias = next(
+            flag for flag in operation.flags if isinstance(flag, list) and len(flag) == 3
+        )
+        relu = False not in operation.flags  # the default is not dispatched
         if relu or for_bias:
             yield self.counted("conv2d_bias_relu", "mask", dy.shape) or self.elementwise(operation)
         if for_x:
