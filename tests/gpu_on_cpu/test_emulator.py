@@ -155,6 +155,26 @@ def test_lrn_at_the_edges_equals_the_cpu_kernels(
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(("alpha", "k", "x"), [(1.0, 1e-40, 1e-21), (-0.5, 1.2e-38, 1e-19)])
+@pytest.mark.parametrize("op", ["local_response_norm", *cases.BLOCKS])
+def test_lrn_of_subnormal_scales_equals_the_cpu_kernels(
+    folder: Path, op: str, alpha: float, k: float, x: float, layout: str
+) -> None:
+    """k + alpha / n * sum(x^2) is below the normal numbers, which the fast kernels take for 0."""
+    shape = (1, 16, 3, 4)
+    tensors: cases.Tensors = {"x": cases.lay_out(torch.full(shape, x), layout)}
+    case = lrn(shape, 5, alpha, 0.75, k)
+    if op in cases.BLOCKS:
+        constants = {"lrn_size": 5, "alpha": alpha, "beta": 0.75, "k": k, "kernel_size": 1, "stride": 1}
+        case, tensors = block(op, shape, bias=False, **constants), tensors | {"bias": None}
+    expected = raw(case, tensors)[0]
+    with emulated.kernels_emulated(folder):
+        found = raw(case, tensors)[0]
+    assert expected.isfinite().all()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+
+
 @pytest.mark.usefixtures("emulator")
 def test_what_a_kernel_cannot_count_is_refused() -> None:
     """A window that reaches beyond 2^30: it fits into the image only with an equally large stride."""
