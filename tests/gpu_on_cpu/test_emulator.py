@@ -6,6 +6,8 @@ Sizes are small and odd: an emulated kernel is slow. Properties on any device ar
 from __future__ import annotations
 
 import ctypes
+import math
+import mmap
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -66,6 +68,27 @@ def test_augment_equals_the_cpu_kernels_to_the_bit(folder: Path, case: Case, lay
             before = library.alexnet_emulator_launches()
             assert torch.equal(cases.fused(case, tensors, "native"), expected)
             assert library.alexnet_emulator_launches() == before + 1
+
+
+@pytest.mark.parametrize("at_end", [False, True])
+@pytest.mark.parametrize("block", [1, 4])
+def test_augment_reads_nothing_around_its_images(folder: Path, block: int, at_end: bool) -> None:
+    """The images begin, or end, with a page of memory whose neighbours may not be read: that would end the process."""
+    page, (batch, side) = mmap.PAGESIZE, (2, int((mmap.PAGESIZE / 6) ** 0.5))
+    memory = mmap.mmap(-1, 3 * page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for other in (address, address + 2 * page):
+        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(other), ctypes.c_size_t(page), 0) == 0
+    case = cases.augment((batch, side, side, 3), side, block)
+    count = math.prod(case.shapes["images"])
+    images = torch.frombuffer(memory, dtype=torch.uint8, count=count, offset=2 * page - count if at_end else page)
+    tensors = cases.make(case)
+    tensors["images"] = images.view(case.shapes["images"]).copy_(tensors["images"])
+    for flips in (False, True):
+        tensors["flips"].fill_(flips)
+        expected = cases.fused(case, tensors, "native")
+        with emulated.kernels_emulated(folder):
+            assert torch.equal(cases.fused(case, tensors, "native"), expected)
 
 
 @pytest.mark.usefixtures("emulator")
