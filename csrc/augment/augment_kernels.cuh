@@ -1,5 +1,7 @@
-// Augmentation on CUDA: a thread writes 16 adjacent bytes of y and gathers their bytes from the image. Neighbouring
-// threads read the same cache lines. Bytes: the crop of each image is read once, y is written once.
+// Augmentation on CUDA: a warp takes a row of y, and a thread writes 16 adjacent bytes of it at a time. Where the
+// colours of a pixel and the pixels of a row are adjacent, it reads four pixels by aligned words, as a crop begins at
+// any byte. Neighbouring threads read the same cache lines. Bytes: the crop of each image is read once, y is written
+// once.
 #pragma once
 
 #include "../common/images.cuh"
@@ -7,23 +9,35 @@
 
 namespace alexnet_ext {
 
+// Four pixels may begin this many bytes before a row, and with their last word end as many after it.
+constexpr int kAround = 16;
+
 // Augment as a kernel's argument, in the constant bank. Only the images and the random choices are in memory.
 template <class A>
 struct DeviceAugment {
   int size;
+  int run, height;      // rows of y that a warp takes from one image, and all of an image
+  Divisor by_runs;      // division by an image's runs
   int64_t down, right;  // the largest offsets
   int64_t image_step, row_step, column_step, colour_step;
+  int64_t readable;  // the bytes from the first to the last of images; 0 where those of a row are not adjacent
   A mean[kColours], scale[kColours];
   AugmentInputs in;
 
   explicit DeviceAugment(const Augment& p, const AugmentInputs& inputs)
       : size(static_cast<int>(p.size)),
+        run(p.out.channels == kColours ? 2 : 1),
+        height(static_cast<int>(p.out.height)),
+        by_runs(ceil_div(p.out.height, run)),
         down(p.height - p.size),
         right(p.width - p.size),
         image_step(p.image_step),
         row_step(p.row_step),
         column_step(p.column_step),
         colour_step(p.colour_step),
+        readable(p.colour_step == 1 && p.column_step == kColours && p.row_step < INT32_MAX / (2 * kDepthBlock)
+                     ? (p.out.batch - 1) * p.image_step + (p.height - 1) * p.row_step + p.width * kColours
+                     : 0),
         in(inputs) {
     for (int c = 0; c < kColours; ++c) {
       mean[c] = static_cast<A>(p.mean[c]);
@@ -32,31 +46,83 @@ struct DeviceAugment {
   }
 };
 
-// The crop of one image: its first pixel, the step between columns, and the value added to each colour.
+// The value of the colour `after` behind `colour`. The compiler does not know `colour`, and an array with such an index
+// would be in local memory.
+template <class V>
+__device__ inline V colour_of(const V (&values)[kColours], int colour, int after = 0) {
+  const V first = values[after % 3], second = values[(after + 1) % 3], third = values[(after + 2) % 3];
+  return colour == 0 ? first : colour == 1 ? second : third;
+}
+
+// Byte i of a word. The number 2^23 + byte less 2^23 is two instructions; a shift, a mask and a conversion are three.
+template <class A>
+__device__ inline A number_of(uint32_t word, int i) {
+  return static_cast<A>(__uint_as_float(__byte_perm(word, 0x4b000000, 0x7440 + i)) - 0x1p23f);
+}
+
+// The lowest 32 bits of high:low >> bits, for fewer than 32 bits.
+__device__ inline uint32_t shifted(uint32_t low, uint32_t high, int bits) {
+  return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> bits);
+}
+
+// Bytes at any address, read by aligned words.
+struct WordReader {
+  const uint32_t* words;
+  int odd;
+
+  __device__ explicit WordReader(const uint8_t* from) : odd(static_cast<int>(reinterpret_cast<uintptr_t>(from) % 4)) {
+    words = reinterpret_cast<const uint32_t*>(from - odd);
+  }
+
+  // The 12 bytes of four adjacent pixels, from `offset` bytes after `from` on.
+  __device__ void read(uint32_t (&pixels)[3], int offset) const {
+    const int at = odd + offset, bits = at % 4U * 8;
+    const uint32_t* from = words + (at >> 2);
+#pragma unroll
+    for (int i = 0; i < 3; ++i) pixels[i] = shifted(from[i], from[i + 1], bits);
+  }
+};
+
+// Four pixels, the last one first.
+__device__ inline void reverse(uint32_t (&pixels)[3]) {
+  const uint32_t a = pixels[0], b = pixels[1], c = pixels[2];
+  pixels[0] = __byte_perm(c, b, 0x6321);
+  pixels[1] = __byte_perm(__byte_perm(b, c, 0x0043), a, 0x3710);
+  pixels[2] = __byte_perm(b, a, 0x6541);
+}
+
+// The crop of one image: the pixel of its first row that is y's first, and the value added to each colour.
 template <class A>
 struct Crop {
   const uint8_t* first;
-  int64_t column_step;
+  bool flip;
   A add[kColours];
 
   __device__ Crop(const DeviceAugment<A>& work, int64_t image) {
     const int64_t top = inside(work.in.offsets[image * 2], work.down);
     int64_t left = inside(work.in.offsets[image * 2 + 1], work.right);
-    const bool flip = work.in.flips[image];
+    flip = work.in.flips[image];
     if (flip) left += work.size - 1;
     first = work.in.images + image * work.image_step + top * work.row_step + left * work.column_step;
-    column_step = flip ? -work.column_step : work.column_step;
 #pragma unroll
     for (int c = 0; c < kColours; ++c) add[c] = static_cast<A>(work.in.shifts[image * kColours + c]) - work.mean[c];
   }
 
-  // The value of colour c. The compiler does not know c, and an array with such an index would be in local memory.
-  __device__ A value(const DeviceAugment<A>& work, int row, int column, int c) const {
-    const uint8_t byte = first[row * work.row_step + column * column_step + c * work.colour_step];
-    const A shift = c == 0 ? add[0] : c == 1 ? add[1] : add[2];
-    const A scale = c == 0 ? work.scale[0] : c == 1 ? work.scale[1] : work.scale[2];
-    return (static_cast<A>(byte) + shift) * scale;
+  // The first of the four pixels of y that begin `offset` bytes into its row, as bytes from y's first pixel.
+  __device__ int pixels_at(int offset) const { return flip ? -offset - 3 * kColours : offset; }
+
+  // Whether the rows [begin, end) may be read by words: what is around them must be in the images too.
+  __device__ bool has_words(const DeviceAugment<A>& work, int begin, int end) const {
+    const int64_t at = first - work.in.images - (flip ? (work.size - 1) * kColours : 0);
+    return at + begin * work.row_step >= kAround &&
+           at + (end - 1) * work.row_step + work.size * kColours + kAround <= work.readable;
   }
+
+  // The address of one colour of y's pixel, and the step to the next column, in images of any strides.
+  __device__ const uint8_t* at(const DeviceAugment<A>& work, int row, int column, int colour) const {
+    return first + row * work.row_step + column * step(work) + colour * work.colour_step;
+  }
+  __device__ int64_t step(const DeviceAugment<A>& work) const { return flip ? -work.column_step : work.column_step; }
 
  private:
   __device__ static int64_t inside(int64_t offset, int64_t most) {
@@ -64,53 +130,111 @@ struct Crop {
   }
 };
 
-// Rows of y have 3 * size values, so a thread's 16 bytes may begin in one row and end in the next, or in the next
-// image.
+// Calls f(crop, image, first row, end of the rows) for this warp's runs of rows of y.
+template <class A, class F>
+__device__ inline void for_runs(const DeviceAugment<A>& work, int64_t runs, F&& f) {
+  constexpr int kWarps = kBlockThreads / kWarp;
+  const int64_t warps = static_cast<int64_t>(gridDim.x) * kWarps;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp; i < runs; i += warps) {
+    const int64_t image = work.by_runs.divide(i);
+    const int first = static_cast<int>(i - image * work.by_runs.value) * work.run;
+    f(Crop<A>(work, image), image, first, first + work.run < work.height ? first + work.run : work.height);
+  }
+}
+
+// Rows have 3 * size values, so their first and last ones may share 16 bytes with other rows. A lane writes one of
+// these.
 template <class T, int V>
 __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
-    augment_rows_kernel(DeviceAugment<Acc<T>> work, DeviceImages out, int64_t n, T* __restrict__ y) {
-  for_each((n + V - 1) / V, [&](int64_t v) {
-    Acc<T> values[V];
-    const int count = n - v * V < V ? static_cast<int>(n - v * V) : V;
-    for (int done = 0; done < count;) {
-      const Position at = out.position(v * V + done);
-      const Crop<Acc<T>> crop(work, at.image);
-      // Past the end of the row there may be no image to read.
-      const int place = at.column * kColours + at.channel, left = work.size * kColours - place;
+    augment_rows_kernel(DeviceAugment<Acc<T>> work, int64_t runs, T* __restrict__ y) {
+  using A = Acc<T>;
+  const int length = work.size * kColours, lane = static_cast<int>(threadIdx.x % kWarp);
+  for_runs(work, runs, [&](const Crop<A>& crop, int64_t image, int row, int end) {
+    const bool has_words = crop.has_words(work, row, end);
+    const int64_t steps[] = {work.colour_step, work.colour_step, crop.step(work) - 2 * work.colour_step};
+    const uint8_t* from = crop.at(work, row, 0, 0);
+    T* to = y + (image * work.size + row) * length;
+#pragma unroll 1
+    for (; row < end; ++row, from += work.row_step, to += length) {
+      const int odd = static_cast<int>(reinterpret_cast<uintptr_t>(to) / sizeof(T) % V);
+      const int head = odd == 0 ? 0 : V - odd < length ? V - odd : length, vectors = (length - head) / V;
+      const WordReader words(from);
+      T* vector = to + head + lane * V;
+      for (int k = head + lane * V; k + V <= length; k += kWarp * V, vector += kWarp * V) {
+        const int colour = k % kColours;
+        uint32_t bytes[3] = {};
+        if (has_words) {
+          words.read(bytes, crop.pixels_at(k - colour));
+          if (crop.flip) reverse(bytes);
+          bytes[0] = shifted(bytes[0], bytes[1], 8 * colour);
+          bytes[1] = shifted(bytes[1], bytes[2], 8 * colour);
+        } else {
+          const uint8_t* byte = from + (k / kColours * crop.step(work) + colour * work.colour_step);
 #pragma unroll
-      for (int m = 0; m < V; ++m) {
-        const int k = place + m - done;
-        if (m >= done && m - done < left && m < count) values[m] = crop.value(work, at.row, k / kColours, k % kColours);
+          for (int m = 0; m < V; byte += colour_of(steps, colour, m++)) bytes[m / 4] |= *byte << m % 4 * 8;
+        }
+        A add[kColours], scale[kColours], values[V];
+#pragma unroll
+        for (int c = 0; c < kColours; ++c) {
+          add[c] = colour_of(crop.add, colour, c);
+          scale[c] = colour_of(work.scale, colour, c);
+        }
+#pragma unroll
+        for (int m = 0; m < V; ++m) values[m] = (number_of<A>(bytes[m / 4], m % 4) + add[m % 3]) * scale[m % 3];
+        store<V>(vector, values);
       }
-      done += left;
-    }
-    if (count == V) {
-      store<V>(y + v * V, values);
-    } else {
-#pragma unroll
-      for (int m = 0; m < V; ++m)
-        if (m < count) y[v * V + m] = narrow<T>(values[m]);
+      if (lane >= length - vectors * V) continue;
+      const int k = lane < head ? lane : lane + vectors * V;
+      const int colour = k % kColours;
+      const A byte = from[k / kColours * crop.step(work) + colour * work.colour_step];
+      to[k] = narrow<T>((byte + colour_of(crop.add, colour)) * colour_of(work.scale, colour));
     }
   });
 }
 
-// Space-to-depth: a thread's 16 bytes are of one pixel of y and of one colour.
+// Space-to-depth: a thread's 16 bytes are of one pixel of y and of one colour, from one row of four pixels or two.
 template <class T, int V>
 __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
-    augment_blocks_kernel(DeviceAugment<Acc<T>> work, DeviceImages out, int64_t n, T* __restrict__ y) {
-  constexpr int B = kDepthBlock;
-  static_assert(B * B % V == 0);
-  for_each(n / V, [&](int64_t v) {
-    Acc<T> values[V];
-    const Position at = out.position(v * V);
-    const Crop<Acc<T>> crop(work, at.image);
+    augment_blocks_kernel(DeviceAugment<Acc<T>> work, int64_t runs, T* __restrict__ y) {
+  using A = Acc<T>;
+  constexpr int B = kDepthBlock, kChannels = kColours * B * B;
+  static_assert(B * B % V == 0 && (B % V == 0 || V % B == 0));
+  for_runs(work, runs, [&](const Crop<A>& crop, int64_t image, int out_row, int) {
+    const int top = out_row * B, bottom = top + B < work.size ? top + B : work.size;
+    const bool has_words = crop.has_words(work, top, bottom);
+    const uint8_t* from = crop.at(work, top, 0, 0);
+    const WordReader words(from);
+    const int length = (work.size + B - 1) / B * kChannels, step = static_cast<int>(work.row_step);
+    T* to = y + (image * work.height + out_row) * length;
+    for (int k = static_cast<int>(threadIdx.x % kWarp) * V; k < length; k += kWarp * V) {
+      const int left = k / kChannels * B, colour = k % kChannels / (B * B), row = k / B % B, column = left + k % B;
+      uint32_t bytes[(V + B - 1) / B] = {};
 #pragma unroll
-    for (int m = 0; m < V; ++m) {
-      const int tap = at.channel % (B * B) + m, row = at.row * B + tap / B, column = at.column * B + tap % B;
-      const bool padding = row >= work.size || column >= work.size;
-      values[m] = padding ? Acc<T>(0) : crop.value(work, row, column, at.channel / (B * B));
+      for (int r = 0; r * B < V; ++r) {
+        const int down = top + row + r < bottom ? row + r : bottom - top - 1;
+        if (has_words) {
+          uint32_t pixels[3];
+          words.read(pixels, crop.pixels_at(left * kColours) + colour + down * step);
+          const uint32_t taps = __byte_perm(pixels[0], pixels[1], 0x0630);
+          bytes[r] = __byte_perm(taps, pixels[2], crop.flip ? 0x0125 : 0x5210) >> k % B * 8;
+        } else {
+          const uint8_t* byte = from + (down * work.row_step + column * crop.step(work) + colour * work.colour_step);
+#pragma unroll
+          for (int m = 0; m < B && m < V; ++m, byte += crop.step(work))
+            if (column + m < work.size) bytes[r] |= *byte << 8 * m;
+        }
+      }
+      A values[V];
+      const A add = colour_of(crop.add, colour), scale = colour_of(work.scale, colour);
+#pragma unroll
+      for (int m = 0; m < V; ++m) values[m] = (number_of<A>(bytes[m / B], m % B) + add) * scale;
+      if (top + B > work.size || left + B > work.size) {
+#pragma unroll
+        for (int m = 0; m < V; ++m)
+          if (top + row + m / B >= work.size || column + m % B >= work.size) values[m] = 0;
+      }
+      store<V>(to + k, values);
     }
-    store<V>(y + v * V, values);
   });
 }
 

@@ -16,6 +16,16 @@ bool has_lanes(const LocalResponseNorm& p, bool aligned) {
          (p.batch == 1 || p.batch_stride == p.channels * p.pixels);
 }
 
+// Calls f(lanes of a pixel, offset, vectors) for runs of whole pixels that a kernel can count, until one fails.
+template <class F>
+cudaError_t for_runs(const LocalResponseNorm& p, F&& f) {
+  const int64_t lanes = p.channels / kLaneChannels, all = p.batch * p.pixels * lanes, run = kMaxVectors / lanes * lanes;
+  cudaError_t status = cudaSuccess;
+  for (int64_t first = 0; first < all && status == cudaSuccess; first += run)
+    status = f(Divisor(lanes), first * kLaneChannels, static_cast<int>(all - first < run ? all - first : run));
+  return status;
+}
+
 bool has_pixels(const LocalResponseNorm& p) { return p.pixel_stride == 1 && p.channel_stride == p.pixels; }
 
 Chunks chunks_of(const LocalResponseNorm& p) {
@@ -50,10 +60,11 @@ int local_response_norm_cuda(const LocalResponseNorm& p, const void* x, void* y,
     T* out = static_cast<T*>(y);
     if constexpr (__is_same(Acc<T>, float)) {
       if (has_fast_lrn(p.lrn) && has_lanes(p, aligned(x, y))) {
-        const int64_t lanes = p.channels / kLaneChannels, vectors = p.batch * p.pixels * lanes;
-        status = with_window(p.lrn.size, [&](auto n) {
-          return launch(local_response_norm_lanes_kernel<T, n.value>, lane_blocks(vectors), 0, stream, lrn,
-                        Divisor(lanes), vectors, in, out);
+        status = for_runs(p, [&](const Divisor& lanes, int64_t at, int vectors) {
+          return with_window(p.lrn.size, [&](auto n) {
+            return launch(local_response_norm_lanes_kernel<T, n.value>, lane_blocks(vectors), 0, stream, lrn, lanes,
+                          vectors, in + at, out + at);
+          });
         });
         return;
       }
@@ -84,10 +95,11 @@ int local_response_norm_backward_cuda(const LocalResponseNorm& p, const void* dy
     T* out = static_cast<T*>(dx);
     if constexpr (__is_same(Acc<T>, float)) {
       if (has_fast_lrn(p.lrn) && has_lanes(p, aligned(dy, x, dx))) {
-        const int64_t lanes = p.channels / kLaneChannels, vectors = p.batch * p.pixels * lanes;
-        status = with_window(p.lrn.size, [&](auto n) {
-          return launch(local_response_norm_lanes_backward_kernel<T, n.value>, lane_blocks(vectors), 0, stream, lrn,
-                        Divisor(lanes), vectors, gradient, in, out);
+        status = for_runs(p, [&](const Divisor& lanes, int64_t at, int vectors) {
+          return with_window(p.lrn.size, [&](auto n) {
+            return launch(local_response_norm_lanes_backward_kernel<T, n.value>, lane_blocks(vectors), 0, stream, lrn,
+                          lanes, vectors, gradient + at, in + at, out + at);
+          });
         });
         return;
       }

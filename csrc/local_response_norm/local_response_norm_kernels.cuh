@@ -10,32 +10,44 @@
 
 namespace alexnet_ext {
 
-// ---- channels-last: lanes of eight channels
+// ---- channels-last: lanes of eight channels, counted in 32 bits
 
-template <class T, int N>
-__global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
-    local_response_norm_lanes_kernel(DeviceLrn<float> lrn, Divisor lanes, int64_t vectors, const T* __restrict__ x,
-                                     T* __restrict__ y) {
-  for_lanes(vectors, [&](int64_t v, bool owns) {
-    const int64_t channel = v - lanes.divide(v) * lanes.value;
-    float in[kLaneChannels], out[kLaneChannels];
-    load<kLaneChannels>(in, x + v * kLaneChannels);
-    lrn_values<N>(out, lrn, in, channel == 0, channel == lanes.value - 1);
-    if (owns) store<kLaneChannels>(y + v * kLaneChannels, out);
+// A launch's most vectors: the step of the largest grid may be added to them.
+constexpr int64_t kMaxVectors = 1 << 30;
+static_assert(kMaxVectors + kMaxBlocks * kBlockOwners <= INT32_MAX);
+
+// Calls f(offset, lane is the pixel's first, lane is its last, owns) for all vectors, as for_lanes does.
+template <class F>
+__device__ inline void for_pixel_lanes(const Divisor& lanes, int vectors, F&& f) {
+  const int count = static_cast<int>(lanes.value);
+  for_lanes(vectors, [&](int v, bool owns) {
+    const int lane = v - lanes.divide(v) * count;
+    f(static_cast<int64_t>(v) * kLaneChannels, lane == 0, lane == count - 1, owns);
   });
 }
 
 template <class T, int N>
 __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
-    local_response_norm_lanes_backward_kernel(DeviceLrn<float> lrn, Divisor lanes, int64_t vectors,
+    local_response_norm_lanes_kernel(DeviceLrn<float> lrn, Divisor lanes, int vectors, const T* __restrict__ x,
+                                     T* __restrict__ y) {
+  for_pixel_lanes(lanes, vectors, [&](int64_t at, bool first, bool last, bool owns) {
+    float in[kLaneChannels], out[kLaneChannels];
+    load<kLaneChannels>(in, x + at);
+    lrn_values<N>(out, lrn, in, first, last);
+    if (owns) store<kLaneChannels>(y + at, out);
+  });
+}
+
+template <class T, int N>
+__global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
+    local_response_norm_lanes_backward_kernel(DeviceLrn<float> lrn, Divisor lanes, int vectors,
                                               const T* __restrict__ dy, const T* __restrict__ x, T* __restrict__ dx) {
-  for_lanes(vectors, [&](int64_t v, bool owns) {
-    const int64_t channel = v - lanes.divide(v) * lanes.value;
+  for_pixel_lanes(lanes, vectors, [&](int64_t at, bool first, bool last, bool owns) {
     float in[kLaneChannels], gradient[kLaneChannels], out[kLaneChannels];
-    load<kLaneChannels>(in, x + v * kLaneChannels);
-    load<kLaneChannels>(gradient, dy + v * kLaneChannels);
-    lrn_gradients<N>(out, lrn, in, gradient, channel == 0, channel == lanes.value - 1);
-    if (owns) store<kLaneChannels>(dx + v * kLaneChannels, out);
+    load<kLaneChannels>(in, x + at);
+    load<kLaneChannels>(gradient, dy + at);
+    lrn_gradients<N>(out, lrn, in, gradient, first, last);
+    if (owns) store<kLaneChannels>(dx + at, out);
   });
 }
 

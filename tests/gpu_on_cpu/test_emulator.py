@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import mmap
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -69,6 +70,27 @@ def test_without_a_gradient_they_equal_the_cpu_kernels_to_the_bit(
             before = library.alexnet_emulator_launches()
             assert torch.equal(cases.fused(case, tensors, "native"), expected)
             assert library.alexnet_emulator_launches() == before + 1
+
+
+@pytest.mark.parametrize("at_end", [False, True])
+@pytest.mark.parametrize("block", [1, 4])
+def test_augment_reads_nothing_around_its_images(folder: Path, block: int, at_end: bool) -> None:
+    """The images begin, or end, with a page of memory whose neighbours may not be read: that would end the process."""
+    page, (batch, side) = mmap.PAGESIZE, (2, int((mmap.PAGESIZE / 6) ** 0.5))
+    memory = mmap.mmap(-1, 3 * page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for other in (address, address + 2 * page):
+        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(other), ctypes.c_size_t(page), 0) == 0
+    case = cases.augment((batch, side, side, 3), side, block)
+    count = math.prod(case.shapes["images"])
+    images = torch.frombuffer(memory, dtype=torch.uint8, count=count, offset=2 * page - count if at_end else page)
+    tensors = cases.make(case)
+    tensors["images"] = images.view(case.shapes["images"]).copy_(tensors["images"])
+    for flips in (False, True):
+        tensors["flips"].fill_(flips)
+        expected = cases.fused(case, tensors, "native")
+        with emulated.kernels_emulated(folder):
+            assert torch.equal(cases.fused(case, tensors, "native"), expected)
 
 
 @pytest.mark.usefixtures("emulator")
@@ -156,6 +178,26 @@ def test_lrn_at_the_edges_equals_the_cpu_kernels(
         found = raw(case, tensors)
     for one, other in zip(expected, found, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(("alpha", "k", "x"), [(1.0, 1e-40, 1e-21), (-0.5, 1.2e-38, 1e-19)])
+@pytest.mark.parametrize("op", ["local_response_norm", *cases.BLOCKS])
+def test_lrn_of_subnormal_scales_equals_the_cpu_kernels(
+    folder: Path, op: str, alpha: float, k: float, x: float, layout: str
+) -> None:
+    """k + alpha / n * sum(x^2) is below the normal numbers, which the fast kernels take for 0."""
+    shape = (1, 16, 3, 4)
+    tensors: cases.Tensors = {"x": cases.lay_out(torch.full(shape, x), layout)}
+    case = lrn(shape, 5, alpha, 0.75, k)
+    if op in cases.BLOCKS:
+        constants = {"lrn_size": 5, "alpha": alpha, "beta": 0.75, "k": k, "kernel_size": 1, "stride": 1}
+        case, tensors = block(op, shape, bias=False, **constants), tensors | {"bias": None}
+    expected = raw(case, tensors)[0]
+    with emulated.kernels_emulated(folder):
+        found = raw(case, tensors)[0]
+    assert expected.isfinite().all()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
 
 
 @pytest.mark.usefixtures("emulator")

@@ -36,6 +36,25 @@ def bfe(machine: Machine, i: Instruction) -> Step:
     return run
 
 
+def bfi(machine: Machine, i: Instruction) -> Step:
+    """The lowest ``length`` bits of one number in place of those of another, from ``begin`` on."""
+    kind = f"u{i.op[-1][1:]}"
+    width, write = int(kind[1:]), machine.target(i.operands[0])
+    inserted, into = (machine.source(text, kind) for text in i.operands[1:3])
+    begin, length = (machine.source(text, "u32") for text in i.operands[3:])
+
+    def run(some: Any) -> None:
+        first, count = (np.asarray(read(some)).astype(np.uint64) for read in (begin, length))
+        if (first + count > width).any() or (count > 63).any():
+            raise PtxError("not known of such a field")
+        mask = (np.uint64(1) << count) - np.uint64(1) << first
+        kept = np.asarray(into(some)).astype(np.uint64) & ~mask
+        field = np.asarray(inserted(some)).astype(np.uint64) << first & mask
+        write(some, (kept | field).astype(f"u{width // 8}"))
+
+    return run
+
+
 def prmt(machine: Machine, i: Instruction) -> Step:
     """Four of the eight bytes of two registers; a selector's bit 3 selects the byte's sign instead of the byte."""
     write = machine.target(i.operands[0])

@@ -83,8 +83,16 @@ FAULTS = (
     Fault("augment: colours and taps traded", AUGMENT, "c * (B * B) + r * B", "c + r * B * kColours", "augment"),
     Fault("boundary: an offset below zero is let through", "csrc/augment/augment_ops.cpp", "top >= 0 && ", "",
           "tests/ops/augment/test_augment.py -k out_of_range"),
-    Fault("CUDA: what of 16 bytes lies in the next row is left out", CUDA_AUGMENT, "done += left;", "done += V;",
+    Fault("CUDA: values before a row's first 16 bytes and behind its last are left out", CUDA_AUGMENT,
+          "if (lane >= length - vectors * V) continue;", "continue;", f"{EMULATOR} -k 'augment and float32'"),
+    Fault("CUDA: words are not shifted to the crop's first byte", CUDA_AUGMENT, "bits = at % 4U * 8", "bits = 0",
           f"{EMULATOR} -k 'augment and float32'"),
+    Fault("CUDA: four pixels of a flipped row in the image's order", CUDA_AUGMENT,
+          "if (crop.flip) reverse(bytes);", "", f"{EMULATOR} -k 'augment and float32'"),
+    Fault("CUDA: four pixels of a flipped block in the image's order", CUDA_AUGMENT,
+          "crop.flip ? 0x0125 : 0x5210", "0x5210", f"{EMULATOR} -k 'augment and float32'"),
+    Fault("CUDA: words around the images are read", CUDA_AUGMENT, "kAround = 16", "kAround = 0",
+          f"{EMULATOR} -k 'augment and around'"),
     Fault("CUDA: an offset out of range is followed", CUDA_AUGMENT, "offset > most ? most", "offset > most ? offset",
           f"{EMULATOR} -k 'augment and inside'"),
 )  # fmt: skip
@@ -138,7 +146,11 @@ SPEC = Spec(
     ),
     emulated_orders=(),
     emulated_many=(),
-    ptx=tuple(augment((5, size + 2, size + 3, 3), size, depth) for depth in (1, 4) for size in (1, 8, 17)),
+    ptx=tuple(
+        augment(images, size, depth)
+        for depth in (1, 4)
+        for images, size in (*(((5, size + 2, size + 3, 3), size) for size in (1, 8, 17)), ((3, 9, 9, 3), 9))
+    ),
     runs=sampled_on_hopper(runs),
     triton_kernels=frozenset({"augment_forward_kernel"}),
     faults=FAULTS,

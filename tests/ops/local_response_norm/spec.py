@@ -76,6 +76,10 @@ FAULTS = (
           f"{EMULATOR} -k 'order and local_response_norm'"),
     Fault("CUDA: the window reaches into the next pixel", CUDA_LRN, "last ? 0 : behind", "behind",
           f"{EMULATOR} -k 'values and local_response_norm and float32 and channels_last'"),
+    Fault("CUDA: a scale that is subnormal taken for 0", CUDA_LRN, " && lrn.k >= 0x1p-126", "",
+          f"{EMULATOR} -k 'subnormal and 1e-40'"),
+    Fault("CUDA: a scale that alpha makes subnormal taken for 0", CUDA_LRN, " && lrn.alpha >= 0", "",
+          f"{EMULATOR} -k 'subnormal and 1.2e-38'"),
     Fault("CUDA: chunks of channels without their ends", CUDA_LRN, "c = first - kHalf;", "c = first;",
           f"{EMULATOR} -k 'values and local_response_norm and float32 and contiguous'"),
 )  # fmt: skip

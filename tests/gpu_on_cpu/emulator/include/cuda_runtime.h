@@ -49,7 +49,14 @@ T __shfl_xor_sync(unsigned mask, T value, int bits, CallSite site = CallSite::cu
 inline uint64_t __umul64hi(uint64_t a, uint64_t b) {
   return static_cast<uint64_t>(static_cast<unsigned __int128>(a) * b >> 64);
 }
-inline float rsqrtf(float v) { return 1 / std::sqrt(v); }
+inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(uint64_t{a} * b >> 32); }
+// Four of the eight bytes of b:a; each digit of `which` names one, the lowest first.
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned which) {
+  const uint64_t bytes = uint64_t{b} << 32 | a;
+  unsigned found = 0;
+  for (int i = 0; i < 32; i += 8) found |= static_cast<unsigned>(bytes >> (which >> i / 2 & 7) * 8 & 255) << i;
+  return found;
+}
 inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
 inline unsigned __float_as_uint(float v) { return std::bit_cast<unsigned>(v); }
 using std::pow;
