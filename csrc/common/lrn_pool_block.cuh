@@ -37,9 +37,16 @@ inline bool has_pixels(const LrnPoolBlock& p) {
          p.in.channels <= kMaxLaneSums;
 }
 
-// The test is v <= 0 so that NaN passes.
+// NaN passes.
 template <class A>
 __device__ inline A relu(A v) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  if constexpr (__is_same(A, float)) {  // one instruction instead of two
+    float larger;
+    asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(larger) : "f"(v));
+    return larger;
+  }
+#endif
   return v <= 0 ? A(0) : v;
 }
 

@@ -104,15 +104,24 @@ __device__ inline A lrn_gradient(const DeviceLrn<A>& lrn, const ChannelBlocks& w
   return lrn.beta == 0 ? scaled : scaled - lrn.factor * value * sum;
 }
 
-// ---- n = 3, 5 or 7 and beta = 3/4: the window in registers
+// ---- n = 3, 5 or 7, beta = 3/4, and s = k + ... at least the smallest normal number: the window in registers
 
 inline bool has_fast_lrn(const Lrn& lrn) {
-  return lrn.beta == 0.75 && (lrn.size == 3 || lrn.size == 5 || lrn.size == 7);
+  return lrn.beta == 0.75 && (lrn.size == 3 || lrn.size == 5 || lrn.size == 7) && lrn.alpha >= 0 && lrn.k >= 0x1p-126;
 }
 
 // r = s^-1/2. From it s^-3/4 = r * sqrt(r) and 1/s = r * r: two instructions of the special function unit and no
-// division. r is never subnormal. It is 0 for s = inf, inf for s = 0, and NaN for a negative s.
-__device__ inline float inverse_root(float s) { return rsqrtf(s); }
+// division. r is never subnormal, and is 0 for s = inf. rsqrtf(s) would spend three more instructions on subnormal s,
+// which .ftz takes for 0.
+__device__ inline float inverse_root(float s) {
+#if defined(__CUDA_ARCH__)
+  float root;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(s));
+  return root;
+#else
+  return 1 / sqrt(s < 0x1p-126f ? 0 : s);
+#endif
+}
 
 __device__ inline float inverse_three_quarters(float r) {
 #if defined(__CUDA_ARCH__)

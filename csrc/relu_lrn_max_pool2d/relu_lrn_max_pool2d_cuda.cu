@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "relu_lrn_max_pool2d_kernels.cuh"
+#include "relu_lrn_max_pool2d_patches.cuh"
 
 namespace alexnet_ext {
 namespace {
@@ -51,7 +52,7 @@ int relu_lrn_max_pool2d_backward_cuda(const LrnPoolBlock& p, const void* dy, con
                                       const uint8_t* winners, void* dx, void* bias_sums, void* dbias, void* stream) {
   if (!fits(p.in)) return cudaErrorInvalidValue;
   cudaError_t status = cudaSuccess;
-  const int64_t rows = sum_rows_of(p.in);
+  int64_t rows = sum_rows_of(p.in);
   with_type(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const DeviceBlock<Acc<T>> block(p);
@@ -60,13 +61,17 @@ int relu_lrn_max_pool2d_backward_cuda(const LrnPoolBlock& p, const void* dy, con
     Acc<T>* sums = static_cast<Acc<T>*>(bias_sums);
     bool fast = false;
     if constexpr (__is_same(Acc<T>, float)) {
+      constexpr int64_t kLaneSums = kBlockThreads * kLaneChannels * sizeof(float);
       const bool lanes = has_lanes(p, aligned(dy, x, bias, winners, dx));
       fast = lanes || has_pixels(p);
-      if (lanes)
-        status =
-            launch(relu_lrn_max_pool2d_lanes_backward_kernel<T, 5>, rows, kBlockThreads * kLaneChannels * sizeof(float),
-                   stream, block, elements(p.in) / kLaneChannels, gradient, in, b, winners, out, sums);
-      if (fast && !lanes) {
+      if (lanes && has_patches(p)) {
+        rows = sum_rows_of(p.in, kPatchBlocks * kHopperMultiprocessors);
+        status = launch(relu_lrn_max_pool2d_patches_lanes_backward_kernel<T>, rows, kLaneSums, stream, block.lrn,
+                        Patches(p), gradient, in, b, winners, out, sums);
+      } else if (lanes) {
+        status = launch(relu_lrn_max_pool2d_lanes_backward_kernel<T, 5>, rows, kLaneSums, stream, block,
+                        elements(p.in) / kLaneChannels, gradient, in, b, winners, out, sums);
+      } else if (fast) {
         const int64_t pixels = p.in.batch * p.in.height * p.in.width;
         const int64_t busy_rows = std::max<int64_t>(1, std::min(rows, ceil_div(pixels, kBlockThreads)));
         const Chunks work(pixels, p.in.channels, ceil_div(kFullGpu, busy_rows));

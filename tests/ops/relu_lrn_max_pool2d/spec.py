@@ -34,6 +34,8 @@ def moved(case: Case, width: int) -> tuple[int, int]:
     return x + bias + y + elements, y + x + elements + x
 
 
+PATCHES = "csrc/relu_lrn_max_pool2d/relu_lrn_max_pool2d_patches.cuh"
+CHANNELS_LAST = f"{EMULATOR} -k 'relu_lrn_max_pool2d and float32 and channels_last'"
 FAULTS = (
     Fault("block: ReLU's mask dropped", "csrc/relu_lrn_max_pool2d/relu_lrn_max_pool2d_cpu.cpp",
           "mask<A>(gradient, activation, row_size);", "", "relu_lrn_max_pool2d"),
@@ -42,7 +44,15 @@ FAULTS = (
           "add_bias(row, static_cast<const T*>(bias), p.in);", "", "relu_lrn_max_pool2d"),
     Fault("CUDA: no barrier between filling a tile and pooling it",
           "csrc/relu_lrn_max_pool2d/relu_lrn_max_pool2d_kernels.cuh", "__syncthreads();\n    const int height",
-          "const int height", f"{EMULATOR} -k 'relu_lrn_max_pool2d and float32 and channels_last'"),
+          "const int height", CHANNELS_LAST),
+    Fault("CUDA patches: one past the last adds to the bias gradient", PATCHES, ": least<T>(); };",
+          ": vector_at(x, group); };", CHANNELS_LAST),
+    Fault("CUDA patches: windows before the first column", PATCHES, "column > 0, column <", "true, column <",
+          CHANNELS_LAST),
+    Fault("CUDA patches: an odd column at the tap of an even one", PATCHES, "s = i % 2 ? 1 : w % 2", "s = w % 2",
+          CHANNELS_LAST),
+    Fault("CUDA patches: a neighbour across the end of a pixel", "csrc/local_response_norm/local_response_norm_pairs.cuh",
+          "(last ? 0 : after)", "after", CHANNELS_LAST),
 )  # fmt: skip
 
 

@@ -14,6 +14,9 @@
 #define __launch_bounds__(...)
 #define __restrict__ __restrict
 
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
@@ -49,7 +52,7 @@ T __shfl_xor_sync(unsigned mask, T value, int bits, CallSite site = CallSite::cu
 inline uint64_t __umul64hi(uint64_t a, uint64_t b) {
   return static_cast<uint64_t>(static_cast<unsigned __int128>(a) * b >> 64);
 }
-inline float rsqrtf(float v) { return 1 / std::sqrt(v); }
+inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(uint64_t{a} * b >> 32); }
 inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
 inline unsigned __float_as_uint(float v) { return std::bit_cast<unsigned>(v); }
 using std::pow;
