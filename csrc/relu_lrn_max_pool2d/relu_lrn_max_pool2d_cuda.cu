@@ -1,7 +1,7 @@
 #include <algorithm>
 
 #include "relu_lrn_max_pool2d_kernels.cuh"
-#include "relu_lrn_max_pool2d_patches.cuh"
+#include "relu_lrn_max_pool2d_rows.cuh"
 
 namespace alexnet_ext {
 namespace {
@@ -28,8 +28,15 @@ int relu_lrn_max_pool2d_cuda(const LrnPoolBlock& p, const void* x, const void* b
     T* out = static_cast<T*>(y);
     if constexpr (__is_same(Acc<T>, float)) {
       const bool three = p.pool.kernel[0] == 3 && p.pool.kernel[1] == 3;
+      const bool lanes = has_lanes(p, aligned(x, bias, y, winners));
       Tiles tiles;
-      if (has_lanes(p, aligned(x, bias, y, winners))) {
+      if (lanes && has_rows(p, kRowThreads<T>)) {
+        const RowTiles walked(p, kRowThreads<T>);
+        status = launch_blocks(relu_lrn_max_pool2d_rows_lanes_kernel<T>, walked.blocks, walked.warps * kWarp,
+                               walked.shared_bytes(), stream, block.lrn, walked, in, b, out, winners);
+        return;
+      }
+      if (lanes) {
         tiles = tiles_of(p, p.in.channels / kLaneChannels, kSharedBytes / (p.in.channels * sizeof(float)), 125, 270);
         status = launch(three ? relu_lrn_max_pool2d_lanes_kernel<T, 5, 3> : relu_lrn_max_pool2d_lanes_kernel<T, 5, 0>,
                         std::min(tiles.count, kMaxBlocks), tiles.shared_bytes(p.in.channels), stream, block, tiles, in,

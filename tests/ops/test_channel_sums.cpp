@@ -1,6 +1,5 @@
 // The grid of the kernels that sum each channel: it fills a GPU, has no block too many, and keeps a thread's channels.
 #include "common/channel_sums.h"
-
 #include "harness.h"
 
 namespace alexnet_ext::test {
