@@ -147,9 +147,13 @@ def common(op: str) -> dict[str, Any]:
         ),
         "emulated_orders": (
             *(of((2, channels, 7, 9)) for channels in (9, 24)),
+            of((2, 24, 7, 21)),  # a row of outputs in two warps
             *(of((3, 70, 7, 9), lrn_size=size) for size in (4, 15)),
         ),
-        "emulated_many": (of((100, 8, 13, 11)), of((41, 24, 10, 17)), of((70, 20, 13, 9), lrn_size=4)),
+        "emulated_many": (
+            *(of(shape) for shape in ((67, 24, 9, 21), (100, 8, 13, 11), (41, 24, 10, 17))),
+            of((70, 20, 13, 9), lrn_size=4),
+        ),
         "ptx": (
             of((1, 1, 1, 1), kernel_size=1, stride=1),
             of((2, 8, 5, 7), lrn_size=1),

@@ -60,7 +60,7 @@ FAULTS = (
           TIES),
     Fault("CUDA rows: the third row's taps are the first's", ROWS, "6 + row.tap[i]", "row.tap[i]", TIES),
     Fault("CUDA rows: no barrier before the neighbour's column is read", ROWS, "__syncthreads();\n    get(", "get(",
-          CHANNELS_LAST),
+          f"{EMULATOR} -k 'order and relu_lrn_max_pool2d and channels_last'"),
 )  # fmt: skip
 
 
