@@ -42,20 +42,28 @@ inline int64_t blocks_for(int64_t threads) {
   return blocks < kMaxBlocks ? blocks : kMaxBlocks;
 }
 
-// Launches kernel(arguments...) in blocks of kBlockThreads and returns the launch's cudaError_t. 0 blocks: no launch.
+// Launches kernel(arguments...) in blocks of `threads` and returns the launch's cudaError_t. 0 blocks: no launch.
 template <class... Parameters, class... Arguments>
-inline cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int64_t shared_bytes, void* stream,
-                          const Arguments&... arguments) {
+inline cudaError_t launch_blocks(void (*kernel)(Parameters...), int64_t blocks, int64_t threads, int64_t shared_bytes,
+                                 void* stream, const Arguments&... arguments) {
   if (blocks == 0) return cudaSuccess;
 #if defined(__CUDACC__)
-  kernel<<<static_cast<unsigned>(blocks), kBlockThreads, static_cast<size_t>(shared_bytes),
+  kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), static_cast<size_t>(shared_bytes),
            static_cast<cudaStream_t>(stream)>>>(arguments...);
   return cudaGetLastError();
 #else  // tests/gpu_on_cpu/emulator
   (void)stream;
-  emulator::run({static_cast<unsigned>(blocks)}, {kBlockThreads}, shared_bytes, [&] { kernel(arguments...); });
+  emulator::run({static_cast<unsigned>(blocks)}, {static_cast<unsigned>(threads)}, shared_bytes,
+                [&] { kernel(arguments...); });
   return cudaSuccess;
 #endif
+}
+
+// The same in blocks of kBlockThreads.
+template <class... Parameters, class... Arguments>
+inline cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int64_t shared_bytes, void* stream,
+                          const Arguments&... arguments) {
+  return launch_blocks(kernel, blocks, kBlockThreads, shared_bytes, stream, arguments...);
 }
 
 // The block's dynamic shared memory, in the size given to launch().

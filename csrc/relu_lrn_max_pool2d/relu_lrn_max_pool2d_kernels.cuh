@@ -12,10 +12,11 @@
 
 namespace alexnet_ext {
 
-// ---- channels-last: lanes of eight channels
+// ---- channels-last: lanes of eight channels. (relu_lrn_max_pool2d_rows.cuh and _patches.cuh are for AlexNet's
+// windows.)
 
 // A block normalizes the inputs of a tile of outputs into shared memory, then pools them from there.
-template <class T, int N, int K>
+template <class T, int N>
 __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
     relu_lrn_max_pool2d_lanes_kernel(DeviceBlock<float> p, Tiles tiles, const T* __restrict__ x,
                                      const T* __restrict__ bias, T* __restrict__ y, uint8_t* __restrict__ winners) {
@@ -42,14 +43,14 @@ __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
                      if (owns) put(normalized, all, v, out);
                    });
     __syncthreads();
-    const int height = K ? K : p.pool.kernel[0], width = K ? K : p.pool.kernel[1];
+    const int height = p.pool.kernel[0], width = p.pool.kernel[1];
     for (int v = threadIdx.x; v < rows * tiles.columns * lanes; v += kBlockThreads) {
       const TilePlace at(tiles.by_row, p.lanes, v);
       if (first.column + at.column >= p.out.width) continue;
       Best<float, kLaneChannels> best;
-#pragma unroll(K ? K : 1)
+#pragma unroll 1
       for (int r = 0; r < height; ++r)
-#pragma unroll(K ? K : 1)
+#pragma unroll 1
         for (int s = 0; s < width; ++s) {
           const int row = at.row * p.pool.stride[0] + r, column = at.column * p.pool.stride[1] + s;
           float values[kLaneChannels];

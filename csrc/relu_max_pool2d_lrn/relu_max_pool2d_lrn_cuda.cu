@@ -9,9 +9,11 @@ namespace {
 // 140.
 Tiles tiles_of(const LrnPoolBlock& p, int64_t lanes, int64_t most_needed) {
   const int64_t lengths[] = {p.out.height, p.out.width};
-  return choose_tiles(p.in, lanes, most_needed, 240, 140, [&](int i, int64_t length) {
+  const auto need = [&](int i, int64_t length) {
     return std::min(lengths[i], (length - 1 + p.pool.kernel[i] - 1) / p.pool.stride[i] + 1);
-  });
+  };
+  return choose_tiles(p.in, lanes, most_needed, need,
+                      [](int64_t needed, int64_t own) { return needed * 240 + own * 140; });
 }
 
 // The tiles of the backward for AlexNet's LRN. There are none for another LRN, or if a single input needs too much

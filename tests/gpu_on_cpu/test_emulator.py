@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from tests.gpu_on_cpu import emulated
+from tests.ops.blocks import winners_of_ties
 from tests.support import cases, oracle
 from tests.support.cases import Case, block, each_dtype, lrn
 
@@ -152,6 +153,16 @@ def test_pooling_equals_the_cpu_kernels_to_the_bit(folder: Path, case: Case, lay
         # The CPU kernel for contiguous tensors counts padding as the first value, and its zero is +0.
         signless = case.constants["padding"] != 0 and one.is_floating_point()
         assert torch.equal(bits(one + 0 if signless else one), bits(other + 0 if signless else other))
+
+
+@pytest.mark.usefixtures("emulator")
+@each_dtype
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(2, 8, 9, 8), (2, 24, 12, 7), (1, 256, 7, 33), (140, 8, 9, 5)], ids=str)
+def test_winners_of_ties_and_nan_are_pytorchs(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
+    """Blocks of one warp and of several, of a part of a row, and of several rows."""
+    winners, expected = winners_of_ties(shape, dtype, layout)
+    assert torch.equal(winners, expected)
 
 
 SPECIAL = (torch.nan, torch.inf, -torch.inf, 1e20, -1e20, 1e-30, -0.0, 0.0)

@@ -14,6 +14,7 @@ import torch
 
 from tests.gpu_on_cpu.cuda_adapter import CompiledOps
 from tests.gpu_on_cpu.ptx.runtime import shared_folder
+from tests.ops.blocks import winners_of_ties
 from tests.support import cases, oracle
 from tests.support.cases import block
 
@@ -50,6 +51,15 @@ def test_without_a_gradient_they_equal_the_cpu_kernel_to_the_bit(op: str, ops: C
             assert torch.equal(cases.fused(case, tensors, "native"), expected)
         found |= launched
     assert set(ops.kernels[op]) <= found
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_winners_of_ties_and_nan_are_pytorchs(layout: str, ops: CompiledOps) -> None:
+    with ops.in_place():
+        for dtype in cases.DTYPES:
+            winners, expected = winners_of_ties((2, 24, 7, 8), dtype, layout)
+            assert torch.equal(winners, expected)
 
 
 @pytest.mark.usefixtures("native")

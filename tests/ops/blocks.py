@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -72,6 +73,28 @@ def settled(case: Case, values: Tensor, eps: float) -> Tensor | bool:
     return ~((first - second <= eps * first.abs()) & (first != 0))
 
 
+def winners_of_ties(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> tuple[Tensor, Tensor]:
+    """relu_lrn_max_pool2d's winners and PyTorch's, as taps, of windows of 3 x 3 whose values are often equal or NaN.
+
+    With alpha 0 and k 1 LRN changes no value, but it spreads NaN to the neighbouring channels.
+    """
+    from tests.support.spec import lay_out
+
+    generator = torch.Generator().manual_seed(5)
+    often = [-1.0, 0.0, 1.0, 2.0] * 16
+    few = torch.tensor([*often, -0.0, math.nan, math.inf, -math.inf], dtype=torch.float64)
+    x = few[torch.randint(0, len(few), shape, generator=generator)]
+    bias = torch.randint(-1, 2, (shape[1],), generator=generator).double()
+    lrn = {"lrn_size": 5, "alpha": 0.0, "beta": 0.75, "k": 1.0}
+    arguments = (lay_out(x.to(dtype), layout), bias.to(dtype), *lrn.values(), [3, 3], [2, 2])
+    _, winners = torch.ops.alexnet_ext.relu_lrn_max_pool2d(*arguments)
+    values = F.local_response_norm(activation(x, bias), 5, 0.0, 0.75, 1.0)
+    _, places = F.max_pool2d(values, 3, 2, return_indices=True)
+    rows, columns = (torch.arange(0, 2 * side, 2) for side in places.shape[2:])
+    row, column = places // shape[3] - rows[:, None], places % shape[3] - columns
+    return winners, row * 3 + column
+
+
 def emulated(of: Callable[..., Case]) -> dict[str, tuple[Case, ...]]:
     """The fields of a ``Spec`` whose cases run on a GPU in software."""
     return {
@@ -93,9 +116,13 @@ def emulated(of: Callable[..., Case]) -> dict[str, tuple[Case, ...]]:
         ),
         "emulated_orders": (
             *(of((2, channels, 7, 9)) for channels in (9, 24)),
+            of((2, 24, 7, 21)),  # a row of outputs in two warps
             *(of((3, 70, 7, 9), lrn_size=size) for size in (4, 15)),
         ),
-        "emulated_many": (of((100, 8, 13, 11)), of((41, 24, 10, 17)), of((70, 20, 13, 9), lrn_size=4)),
+        "emulated_many": (
+            *(of(shape) for shape in ((67, 24, 9, 21), (100, 8, 13, 11), (41, 24, 10, 17))),
+            of((70, 20, 13, 9), lrn_size=4),
+        ),
         "ptx": (
             of((1, 1, 1, 1), kernel_size=1, stride=1),
             of((2, 8, 5, 7), lrn_size=1),

@@ -34,6 +34,11 @@ def moved(case: Case, width: int) -> tuple[int, int]:
     return x + bias + y + elements, y + x + elements + x
 
 
+PAIRS = "csrc/local_response_norm/local_response_norm_pairs.cuh"
+PATCHES = "csrc/relu_lrn_max_pool2d/relu_lrn_max_pool2d_patches.cuh"
+ROWS = "csrc/relu_lrn_max_pool2d/relu_lrn_max_pool2d_rows.cuh"
+CHANNELS_LAST = f"{EMULATOR} -k 'relu_lrn_max_pool2d and float32 and channels_last'"
+TIES = f"{EMULATOR} -k 'winners_of_ties and float32 and channels_last'"
 FAULTS = (
     Fault("block: ReLU's mask dropped", "csrc/relu_lrn_max_pool2d/relu_lrn_max_pool2d_cpu.cpp",
           "mask<A>(gradient, activation, row_size);", "", "relu_lrn_max_pool2d"),
@@ -42,7 +47,20 @@ FAULTS = (
           "add_bias(row, static_cast<const T*>(bias), p.in);", "", "relu_lrn_max_pool2d"),
     Fault("CUDA: no barrier between filling a tile and pooling it",
           "csrc/relu_lrn_max_pool2d/relu_lrn_max_pool2d_kernels.cuh", "__syncthreads();\n    const int height",
-          "const int height", f"{EMULATOR} -k 'relu_lrn_max_pool2d and float32 and channels_last'"),
+          "const int height", CHANNELS_LAST),
+    Fault("CUDA patches: one past the last adds to the bias gradient", PATCHES, ": least<T>(); };",
+          ": vector_at(x, group); };", CHANNELS_LAST),
+    Fault("CUDA patches: windows before the first column", PATCHES, "column > 0, column <", "true, column <",
+          CHANNELS_LAST),
+    Fault("CUDA patches: an odd column at the tap of an even one", PATCHES, "s = i % 2 ? 1 : w % 2", "s = w % 2",
+          CHANNELS_LAST),
+    Fault("CUDA patches: a neighbour across the end of a pixel", PAIRS, "(last ? 0 : after)", "after", CHANNELS_LAST),
+    Fault("CUDA rows: the last of equal values wins", ROWS, "if (v > value[i] ||", "if (v >= value[i] ||", TIES),
+    Fault("CUDA rows: the first NaN wins", ROWS, "v > value[i] || v != v", "!(v <= value[i]) && value[i] == value[i]",
+          TIES),
+    Fault("CUDA rows: the third row's taps are the first's", ROWS, "6 + row.tap[i]", "row.tap[i]", TIES),
+    Fault("CUDA rows: no barrier before the neighbour's column is read", ROWS, "__syncthreads();\n    get(", "get(",
+          f"{EMULATOR} -k 'order and relu_lrn_max_pool2d and channels_last'"),
 )  # fmt: skip
 
 

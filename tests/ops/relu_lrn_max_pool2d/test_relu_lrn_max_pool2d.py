@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from alexnet_ext.ops import local_response_norm, relu_lrn_max_pool2d, relu_max_pool2d
+from tests.ops.blocks import winners_of_ties
 from tests.support import cases, oracle
 from tests.support.cases import Case, each_dtype, each_layout
 
@@ -57,6 +58,14 @@ def test_inf_becomes_nan_and_its_neighbours_zero(layout: str) -> None:
     assert y[0, 4, 1, 1].isnan()
     assert (y[0, [3, 5], 1, 1] == 0).all()
     assert y.isnan().sum() == 1
+
+
+@each_dtype
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(2, 6, 9, 8), (2, 24, 7, 12)], ids=str)
+def test_winners_of_ties_and_nan_are_pytorchs(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
+    winners, expected = winners_of_ties(shape, dtype, layout)
+    assert torch.equal(winners, expected)
 
 
 def test_one_op_equals_its_parts() -> None:

@@ -14,6 +14,9 @@
 #define __launch_bounds__(...)
 #define __restrict__ __restrict
 
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
