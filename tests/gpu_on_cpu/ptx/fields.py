@@ -36,6 +36,23 @@ def bfe(machine: Machine, i: Instruction) -> Step:
     return run
 
 
+def bfi(machine: Machine, i: Instruction) -> Step:
+    """A register with a field of bits replaced by the lowest bits of another."""
+    kind, write = i.op[-1].replace("b", "u"), machine.target(i.operands[0])
+    value, into = (machine.source(text, kind) for text in i.operands[1:3])
+    begin, length = (machine.source(text, "u32") for text in i.operands[3:])
+
+    def run(some: Any) -> None:
+        first, count = (np.asarray(read(some)).astype(np.uint64) for read in (begin, length))
+        if (first + count > int(kind[1:])).any() or (count > 63).any():
+            raise PtxError("not known of such a field")
+        mask = ((np.uint64(1) << count) - np.uint64(1)) << first
+        field = np.asarray(value(some)).astype(np.uint64) << first & mask
+        write(some, (field | np.asarray(into(some)).astype(np.uint64) & ~mask).astype(f"u{int(kind[1:]) // 8}"))
+
+    return run
+
+
 def prmt(machine: Machine, i: Instruction) -> Step:
     """Four of the eight bytes of two registers; a selector's bit 3 selects the byte's sign instead of the byte."""
     write = machine.target(i.operands[0])

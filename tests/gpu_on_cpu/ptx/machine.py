@@ -341,7 +341,7 @@ class Machine:
             return lambda some: result(some, every(value(some)))
         if i.op[:2] == ["bar", "warp"]:
             return matrices.barrier(self, i)
-        if name in ("bfe", "prmt"):
+        if name in ("bfe", "bfi", "prmt"):
             return getattr(fields, name)(self, i)
         if approximate.is_approximate(i):
             return approximate.step(self, i)
@@ -358,8 +358,8 @@ class Machine:
         if name in ("mov", "cvta"):
             read = self.source(i.operands[1], kind)
             return lambda some: write(some, read(some))
-        if kind in packed.KINDS and name in ("setp", "add"):
-            return getattr(packed, name)(self, i)  # type: ignore[no-any-return]
+        if name == "set" or (kind in packed.KINDS and name in packed.STEPS):
+            return packed.STEPS[name](self, i)
         if name == "setp" and "|" not in i.operands[0]:
             compare, (a, b) = COMPARE[i.op[1]], (self.source(text, kind) for text in i.operands[1:3])
             if len(i.operands) == 3:
@@ -376,15 +376,6 @@ class Machine:
             a, b, c = (self.source(text, kind) for text in i.operands[1:])
             wide = np.float64 if kind == "f32" else dtype_of(kind)  # a product rounded once
             return lambda some: write(some, (np.asarray(a(some), wide) * b(some) + c(some)).astype(dtype_of(kind)))
-        if name == "bfi":
-            a, b, c, d = (self.source(text, "u32") for text in i.operands[1:])
-
-            def insert(some: Some) -> None:
-                mask = ((np.uint64(1) << d(some).astype(np.uint64)) - np.uint64(1)) << c(some).astype(np.uint64)
-                value = (a(some).astype(np.uint64) << c(some).astype(np.uint64)) & mask
-                write(some, (value | (b(some).astype(np.uint64) & ~mask)).astype(np.uint32))
-
-            return insert
         if len(i.operands) == 2 and name in UNARY:
             one, a = UNARY[name], self.source(i.operands[1], kind)
             return lambda some: write(some, one(a(some)))

@@ -1,6 +1,7 @@
 // The part of CUDA C++ that the kernels use, for g++. tests/gpu_on_cpu/emulator/emulator.h runs them.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -49,8 +50,26 @@ T __shfl_xor_sync(unsigned mask, T value, int bits, CallSite site = CallSite::cu
 inline uint64_t __umul64hi(uint64_t a, uint64_t b) {
   return static_cast<uint64_t>(static_cast<unsigned __int128>(a) * b >> 64);
 }
+inline uint32_t __umulhi(uint32_t a, uint32_t b) { return static_cast<uint32_t>(uint64_t{a} * b >> 32); }
+
+// Byte i of the result is the byte of b:a that digit i of the selector names. (Signs of bytes are not selected.)
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+  const uint64_t bytes = uint64_t{b} << 32 | a;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) result |= static_cast<unsigned>(bytes >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+  return result;
+}
+
+// For pairs of 16-bit values: 0xffff in the half of each for which compare(a, b) holds.
+template <class Pair, class Widen, class Compare>
+unsigned mask_of_pair(Pair a, Pair b, Widen widen, Compare compare) {
+  return (compare(widen(a.x), widen(b.x)) ? 0xffffu : 0u) | (compare(widen(a.y), widen(b.y)) ? 0xffff0000u : 0u);
+}
+
 inline float rsqrtf(float v) { return 1 / std::sqrt(v); }
 inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
 inline unsigned __float_as_uint(float v) { return std::bit_cast<unsigned>(v); }
+using std::max;
+using std::min;
 using std::pow;
 using std::sqrt;
