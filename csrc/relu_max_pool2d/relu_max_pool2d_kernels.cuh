@@ -12,9 +12,7 @@ namespace alexnet_ext {
 
 // ---- windows of 3 x 3
 
-// The nine loads of a thread are in no branch, so that they are in flight together. Taps outside the image are moved to
-// its edge, where they meet a value of their window again, under its own number. With five blocks on a multiprocessor
-// AlexNet's 13 x 13 images at batch 128 are in flight at once: 576 blocks of 660.
+// With five blocks on a multiprocessor AlexNet's 13 x 13 images at batch 128 are in flight at once: 576 blocks of 660.
 template <class T, int V>
 __global__ void __launch_bounds__(kBlockThreads, 5)
     relu_max_pool2d_planes_kernel(Places work, Planes in, Step stride, Step padding, const T* __restrict__ x,
@@ -22,24 +20,13 @@ __global__ void __launch_bounds__(kBlockThreads, 5)
   const auto* vectors = reinterpret_cast<const Raw<T, V>*>(x);
   const uint32_t i = blockIdx.x * kBlockThreads + threadIdx.x;
   if (i >= work.count) return;
-  const Place at(work, i);
-  const int top = at.row * stride.rows - padding.rows, left = at.column * stride.columns - padding.columns;
-  const int first = in.at(at.image, 0, 0, at.lane);
-  int row[3], column[3];
-  Raw<T, V> taps[3][3];
+  const NineTaps window(in, Place(work, i), stride, padding);
+  Raw<T, V> taps[9];
 #pragma unroll
-  for (int r = 0; r < 3; ++r) row[r] = min(max(top + r, 0), in.height - 1);
+  for (int t = 0; t < 9; ++t) taps[t] = vectors[window.place[t]];
+  Largest<T, V> best(taps[0]);
 #pragma unroll
-  for (int s = 0; s < 3; ++s) column[s] = min(max(left + s, 0), in.width - 1);
-#pragma unroll
-  for (int r = 0; r < 3; ++r)
-#pragma unroll
-    for (int s = 0; s < 3; ++s) taps[r][s] = vectors[first + (row[r] * in.width + column[s]) * in.lanes];
-  Largest<T, V> best(taps[0][0]);
-#pragma unroll
-  for (int r = 0; r < 3; ++r)
-#pragma unroll
-    for (int s = 0; s < 3; ++s) best.take(taps[r][s], (row[r] - top) * 3 + column[s] - left);
+  for (int t = 0; t < 9; ++t) best.take(taps[t], window.number[t]);
   best.store(y + static_cast<int64_t>(i) * V, winners + static_cast<int64_t>(i) * V);
 }
 

@@ -126,7 +126,7 @@ __device__ inline void gather(Acc<T> (&sum)[V], const DevicePooling& pool, const
 
 // ---- windows of 3 x 3 without dilation, in vectors of V channels and 32 bits
 
-// V neighbouring elements as they are in memory: one, or 16 bytes.
+// V neighbouring elements as they are in memory: one, 16 bytes or 32.
 template <class T, int V>
 struct RawOf {
   using type = uint4;
@@ -134,6 +134,12 @@ struct RawOf {
 template <class T>
 struct RawOf<T, 1> {
   using type = T;
+};
+template <>
+struct RawOf<float, 8> {
+  struct type {
+    uint4 low, high;
+  };
 };
 template <class T, int V>
 using Raw = typename RawOf<T, V>::type;
@@ -204,11 +210,29 @@ struct Place {
 
 // Whether 32 bits count the elements, and those of a row outside the image. Without dilation every window meets the
 // image.
-inline bool has_planes(const ReluMaxPool2d& p) {
+template <class Parameters>
+inline bool has_planes(const Parameters& p) {
   constexpr int64_t kMost = int64_t{1} << 30;
   return p.pool.kernel[0] == 3 && p.pool.kernel[1] == 3 && p.pool.dilation[0] == 1 && p.pool.dilation[1] == 1 &&
          elements(p.in) <= kMost && elements(p.out) <= kMost;
 }
+
+// The nine taps of an output's window, in no branch, so that nine loads are in flight together. Taps outside the image
+// are moved to its edge, where they meet a value of their window again, under its own number.
+struct NineTaps {
+  int place[9], number[9];  // the vector at which a tap is, and which tap of the window it is
+
+  __device__ NineTaps(const Planes& in, const Place& output, const Step& stride, const Step& padding) {
+    const int top = output.row * stride.rows - padding.rows, left = output.column * stride.columns - padding.columns;
+    const int first = in.at(output.image, 0, 0, output.lane);
+#pragma unroll
+    for (int t = 0; t < 9; ++t) {
+      const int row = min(max(top + t / 3, 0), in.height - 1), column = min(max(left + t % 3, 0), in.width - 1);
+      place[t] = first + (row * in.width + column) * in.lanes;
+      number[t] = (row - top) * 3 + column - left;
+    }
+  }
+};
 
 // The maximum of a window under ReLU so far, and the tap that it came from.
 template <class T, int V>
