@@ -27,6 +27,20 @@ struct Divisor {
   }
 };
 
+// The same for numbers below 2^31, in two instructions.
+struct Divisor32 {
+  uint32_t value, reciprocal = 0;
+  int shift = 0;
+
+  explicit Divisor32(int64_t divisor) : value(static_cast<uint32_t>(divisor)) {
+    if (divisor == 1) return;
+    while (int64_t{2} << shift < divisor) ++shift;
+    reciprocal = static_cast<uint32_t>((uint64_t{1} << (32 + shift)) / value + 1);
+  }
+
+  __device__ uint32_t divide(uint32_t n) const { return value == 1 ? n : __umulhi(n, reciprocal) >> shift; }
+};
+
 // Whether the division is exact for all numbers up to n.
 inline bool divides(int64_t n, int64_t divisor) { return divisor < 1 || n <= INT64_MAX / divisor; }
 

@@ -16,14 +16,19 @@ int relu_max_pool2d_cuda(const ReluMaxPool2d& p, const void* x, void* y, uint8_t
   if (!fits(p.in) || !fits(p.pool)) return cudaErrorInvalidValue;
   cudaError_t status = cudaSuccess;
   const int64_t n = elements(p.out);
-  const bool three = p.pool.kernel[0] == 3 && p.pool.kernel[1] == 3;
   with_type(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     status = with_vector<T>(p.in, aligned(x, y, winners), [&](auto v) {
       constexpr int V = v.value;
-      return launch(three ? relu_max_pool2d_kernel<T, V, 3> : relu_max_pool2d_kernel<T, V, 0>, blocks_for(n / V), 0,
-                    stream, DevicePooling(p.pool), DeviceImages(p.in), DeviceImages(p.out), n, static_cast<const T*>(x),
-                    static_cast<T*>(y), winners);
+      const T* in = static_cast<const T*>(x);
+      T* out = static_cast<T*>(y);
+      if (has_planes(p)) {
+        const Places work(Planes(p.out, V), p.out.height, p.out.width);
+        return launch(relu_max_pool2d_planes_kernel<T, V>, ceil_div(work.count, kBlockThreads), 0, stream, work,
+                      Planes(p.in, V), Step(p.pool.stride), Step(p.pool.padding), in, out, winners);
+      }
+      return launch(relu_max_pool2d_kernel<T, V>, blocks_for(n / V), 0, stream, DevicePooling(p.pool),
+                    DeviceImages(p.in), DeviceImages(p.out), n, in, out, winners);
     });
   });
   return status;
@@ -38,9 +43,15 @@ int relu_max_pool2d_backward_cuda(const ReluMaxPool2d& p, const void* dy, const 
     using T = typename decltype(type)::type;
     status = with_vector<T>(p.in, aligned(dy, winners, dx), [&](auto v) {
       constexpr int V = v.value;
+      const T* gradient = static_cast<const T*>(dy);
+      T* to = static_cast<T*>(dx);
+      if (has_planes(p) && p.pool.stride[0] == 2 && p.pool.stride[1] == 2) {
+        const Places work(Planes(p.in, V), patches(p, 0), patches(p, 1));
+        return launch(relu_max_pool2d_patches_backward_kernel<T, V>, ceil_div(work.count, kBlockThreads), 0, stream,
+                      work, Planes(p.in, V), Planes(p.out, V), Step(p.pool.padding), gradient, winners, to);
+      }
       return launch(relu_max_pool2d_backward_kernel<T, V>, blocks_for(n / V), 0, stream, DevicePooling(p.pool),
-                    DeviceImages(p.in), DeviceImages(p.out), n, static_cast<const T*>(dy), winners,
-                    static_cast<T*>(dx));
+                    DeviceImages(p.in), DeviceImages(p.out), n, gradient, winners, to);
     });
   });
   return status;

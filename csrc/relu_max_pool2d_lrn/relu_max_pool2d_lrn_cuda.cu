@@ -41,8 +41,15 @@ int relu_max_pool2d_lrn_cuda(const LrnPoolBlock& p, const void* x, const void* b
       const bool three = p.pool.kernel[0] == 3 && p.pool.kernel[1] == 3;
       if (has_lanes(p, aligned(x, bias, y, pooled, winners))) {
         const int64_t vectors = n / kLaneChannels;
-        status = launch(three ? relu_max_pool2d_lrn_lanes_kernel<T, 5, 3> : relu_max_pool2d_lrn_lanes_kernel<T, 5, 0>,
-                        lane_blocks(vectors), 0, stream, block, vectors, in, b, out, kept, winners);
+        if (has_planes(p)) {
+          const Places work(Planes(p.out, kLaneChannels), p.out.height, p.out.width);
+          status =
+              launch(relu_max_pool2d_lrn_lanes_planes_kernel<T, 5>, lane_blocks(vectors), 0, stream, block.lrn, work,
+                     Planes(p.in, kLaneChannels), Step(p.pool.stride), Step(p.pool.padding), in, b, out, kept, winners);
+        } else {
+          status = launch(relu_max_pool2d_lrn_lanes_kernel<T, 5>, lane_blocks(vectors), 0, stream, block, vectors, in,
+                          b, out, kept, winners);
+        }
         return;
       }
       if (has_pixels(p)) {

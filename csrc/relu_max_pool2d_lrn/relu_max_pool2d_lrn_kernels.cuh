@@ -21,7 +21,46 @@ __device__ inline int first_window(const DevicePooling& pool, int i, int at) {
 
 // ---- channels-last: lanes of eight channels
 
-template <class T, int N, int K>
+// Windows of 3 x 3: nine loads in no branch.
+template <class T, int N>
+__global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
+    relu_max_pool2d_lrn_lanes_planes_kernel(DeviceLrn<float> lrn, Places work, Planes in, Step stride, Step padding,
+                                            const T* __restrict__ x, const T* __restrict__ bias, T* __restrict__ y,
+                                            T* __restrict__ pooled, uint8_t* __restrict__ winners) {
+  constexpr int V = kLaneChannels, kWarps = kBlockThreads / kWarp;
+  const auto* vectors = reinterpret_cast<const Raw<T, V>*>(x);
+  const int count = static_cast<int>(work.count), warp = static_cast<int>(blockIdx.x * kWarps + threadIdx.x / kWarp);
+  for_lanes<int>(count, warp, static_cast<int>(gridDim.x) * kWarps, [&](int v, bool owns) {
+    const Place at(work, static_cast<uint32_t>(v));
+    const NineTaps window(in, at, stride, padding);
+    Raw<T, V> taps[9];
+#pragma unroll
+    for (int t = 0; t < 9; ++t) taps[t] = vectors[window.place[t]];
+    // The sum with -0 is the value itself, -0 too.
+    float add[V];
+#pragma unroll
+    for (int i = 0; i < V; ++i) add[i] = -0.0f;
+    if (bias != nullptr) load<V>(add, bias + at.lane * V);
+    Best<float, V> best;
+#pragma unroll
+    for (int t = 0; t < 9; ++t) {
+      float values[V];
+      widen<V, T>(values, taps[t]);
+#pragma unroll
+      for (int i = 0; i < V; ++i) values[i] += add[i];
+      best.template take<true>(values, window.number[t]);
+    }
+    float normalized[V];
+    lrn_values<N>(normalized, lrn, best.value, at.lane == 0, at.lane == in.lanes - 1);
+    if (!owns) return;
+    const int64_t to = static_cast<int64_t>(v) * V;
+    store<V>(y + to, normalized);
+    store<V>(pooled + to, best.value);
+    store_bytes<V>(winners + to, best.tap);
+  });
+}
+
+template <class T, int N>
 __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
     relu_max_pool2d_lrn_lanes_kernel(DeviceBlock<float> p, int64_t vectors, const T* __restrict__ x,
                                      const T* __restrict__ bias, T* __restrict__ y, T* __restrict__ pooled,
@@ -31,7 +70,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
     const Position at = p.out.position(v * kLaneChannels);
     const T* from = x + p.in.at(at.image, lane.channel, 0, 0);
     Best<float, kLaneChannels> best;
-    for_taps<K>(p.pool, p.in, at.row, at.column, [&](int ih, int iw, int tap) {
+    for_taps<0>(p.pool, p.in, at.row, at.column, [&](int ih, int iw, int tap) {
       float values[kLaneChannels];
       load<kLaneChannels>(values, from + ih * p.in.row_step + iw * p.in.column_step);
       add_bias(values, bias, lane.channel);

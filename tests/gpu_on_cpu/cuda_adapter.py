@@ -60,6 +60,18 @@ class CompiledOps:
         with in_place_of_the_cpu_kernels(NAME, run):
             yield launched
 
+    @contextmanager
+    def compiled_for(self, architecture: str, op: str, folder: Path) -> Iterator[None]:
+        """In the block the kernels of an op are those that nvcc makes for another architecture."""
+        source, ptx, before = ROOT / "csrc" / op / f"{op}_cuda.cu", folder / f"{op}.ptx", self.by_name
+        code = ("-ptx", f"-arch=compute_{architecture}", f"-Dalexnet_ext={NAME}")
+        subprocess.run(["nvcc", *FLAGS, *code, source, "-o", ptx], check=True)
+        self.by_name = before | parse(ptx.read_text(encoding="utf-8"))
+        try:
+            yield
+        finally:
+            self.by_name = before
+
 
 class Made(TorchDispatchMode):
     """Records the tensors that a binding allocates, results and workspaces, and fills them with NaN."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from math import inf, nan
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from tests.gpu_on_cpu.cuda_adapter import CompiledOps
 from tests.gpu_on_cpu.ptx.runtime import shared_folder
 from tests.ops.blocks import winners_of_ties
 from tests.support import cases, oracle
-from tests.support.cases import block
+from tests.support.cases import block, pool
 
 pytestmark = pytest.mark.drawn
 
@@ -60,6 +62,25 @@ def test_winners_of_ties_and_nan_are_pytorchs(layout: str, ops: CompiledOps) -> 
         for dtype in cases.DTYPES:
             winners, expected = winners_of_ties((2, 24, 7, 8), dtype, layout)
             assert torch.equal(winners, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=cases.dtype_id)
+def test_pooling_compiled_for_9_0_equals_the_cpu_kernel_to_the_bit(
+    dtype: torch.dtype, ops: CompiledOps, tmp_path: Path
+) -> None:
+    """Pairs of bf16 are compared by instructions that 8.0 lacks: NaN, ties, inf, the sign of a zero."""
+    values = torch.tensor([nan, inf, -inf, -0.0, 0.0, -1.0, 1.0, 2.0], dtype=dtype)
+    with ops.compiled_for("90", "relu_max_pool2d", tmp_path):
+        for case in (pool((2, 16, 9, 12)), pool((1, 24, 7, 6), 3, 1, padding=1)):
+            x = values[torch.randint(0, len(values), case.shapes["x"])]
+            arguments = cases.raw_forward(case, {"x": cases.lay_out(x, "channels_last")})
+            y, winners = torch.ops.alexnet_ext.relu_max_pool2d(*arguments)
+            with ops.in_place() as launched:
+                found, found_winners = torch.ops.alexnet_ext.relu_max_pool2d(*arguments)
+            assert any("planes" in name for name in launched)
+            assert torch.equal(found_winners, winners)
+            torch.testing.assert_close(found, y, rtol=0, atol=0, equal_nan=True)
+            assert torch.equal(found.signbit() & ~found.isnan(), y.signbit() & ~y.isnan())
 
 
 @pytest.mark.usefixtures("native")

@@ -34,7 +34,9 @@ CUTLASS_ARCHITECTURES = {"cutlass/*f16": ("80",), "cutlass/*tf32": ("80", "90"),
 FLAGS = ("-std=c++20", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "--extended-lambda", "-Xptxas", "-v")
 
 # By name, or by a number of neighbouring elements, their second template argument, above 1.
-VECTOR_KERNEL = re.compile(r"_(lanes|vectors)_|^augment_|^(relu_max_pool2d(_backward)?|bias_relu)_kernel<\w+, [248]\b")
+VECTOR_KERNEL = re.compile(
+    r"_(lanes|vectors)_|^augment_|^(relu_max_pool2d(_planes|(_patches)?_backward)?|bias_relu)_kernel<\w+, [248]\b"
+)
 LOAD, STORE = "LDG.E.128", "STG.E.128"
 # From global to shared memory, 16 bytes at a time, and products of tensor cores.
 COPY, PRODUCT = r"LDGSTS\S*\.128", {"tf32": r"HMMA\.\S*TF32", "bf16": r"HMMA\.\S*BF16", "f16": r"HMMA\.16816\.F32 "}

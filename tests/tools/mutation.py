@@ -64,6 +64,8 @@ SHARED = (
           f"{EMULATOR} -k 'order and conv2d_bias_relu'"),
     Fault("CUDA: reciprocal rounded down", "csrc/common/images.cuh", "static_cast<uint64_t>(divisor) + 1",
           "static_cast<uint64_t>(divisor)", f"{EMULATOR} -k 'to_the_bit and float32 and not augment'"),
+    Fault("CUDA: reciprocal of 32 bits rounded down", "csrc/common/images.cuh", "/ value + 1)", "/ value)",
+          f"{EMULATOR} -k 'to_the_bit and float32 and not augment'"),
     Fault("accelerate: a ReLU in place behind whatever layer", SURVEY,
           "if before is None or type(before) not in RETURN_NEW:", "if before is None:", BY_MODULES),
     Fault("accelerate: a ReLU in place behind a layer with hooks", SURVEY,

@@ -380,8 +380,8 @@ class Machine:
         if name in ("mov", "cvta"):
             read = self.source(i.operands[1], kind)
             return lambda some: write(some, read(some))
-        if kind in packed.KINDS and name in ("setp", "add"):
-            return getattr(packed, name)(self, i)  # type: ignore[no-any-return]
+        if name == "set" or (kind in packed.KINDS and name in packed.STEPS):
+            return packed.STEPS[name](self, i)
         if name == "setp" and "|" not in i.operands[0]:
             compare, (a, b) = COMPARE[i.op[1]], (self.source(text, kind) for text in i.operands[1:3])
             if len(i.operands) == 3:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .arithmetic import COMPARE, from_bf16
+from .arithmetic import BINARY, COMPARE, from_bf16, to_bf16, to_f16
 from .program import Instruction, PtxError
 
 if TYPE_CHECKING:
@@ -24,6 +24,17 @@ def halves(machine: Machine, text: str) -> Callable[[Any], Array]:
     return lambda some: np.asarray(read(some), np.uint32)[..., None].view(np.uint16)
 
 
+def numbers(machine: Machine, text: str, kind: str) -> Callable[[Any], Array]:
+    """The same as floating-point numbers."""
+    read = halves(machine, text)
+    return lambda some: from_bf16(read(some)) if kind == "bf16x2" else read(some).view(np.float16)
+
+
+def joined(pairs: Array) -> Array:
+    """32 bits of each lower and upper half."""
+    return np.ascontiguousarray(pairs.astype(np.uint16)).view(np.uint32)[..., 0]
+
+
 def setp(machine: Machine, i: Instruction) -> Step:
     """One predicate for bf16; two for a pair, that of the lower half first."""
     compare, kind, names = COMPARE[i.op[1]], i.op[-1], i.operands[0].split("|")
@@ -33,16 +44,36 @@ def setp(machine: Machine, i: Instruction) -> Step:
     if kind == "bf16":
         bits = [machine.source(text, "u16") for text in i.operands[1:]]
         return lambda some: writes[0](some, compare(*(from_bf16(read(some)) for read in bits)))
-    pairs = [halves(machine, text) for text in i.operands[1:]]
+    a, b = (numbers(machine, text, kind) for text in i.operands[1:])
 
     def run(some: Any) -> None:
-        found = [read(some) for read in pairs]
-        a, b = (from_bf16(value) if kind == "bf16x2" else value.view(np.float16) for value in found)
-        both = compare(a, b)
+        both = compare(a(some), b(some))
         for n, write in enumerate(writes):
             write(some, both[..., n])
 
     return run
+
+
+def set_(machine: Machine, i: Instruction) -> Step:
+    """All bits of each half for which a comparison of pairs holds; 1.0 for one of fp32 that does, else 0.0."""
+    compare, write = COMPARE[i.op[1]], machine.target(i.operands[0])
+    if i.op[2:] == ["f32", "f32"]:
+        one, other = (machine.source(text, "f32") for text in i.operands[1:])
+        return lambda some: write(some, compare(one(some), other(some)).astype(np.float32))
+    if i.op[2:] not in (["u32", "bf16x2"], ["u32", "f16x2"]):
+        raise PtxError(f"not known: {i.text}")
+    a, b = (numbers(machine, text, i.op[-1]) for text in i.operands[1:])
+    return lambda some: write(some, joined(np.where(compare(a(some), b(some)), 0xFFFF, 0)))
+
+
+def least(machine: Machine, i: Instruction) -> Step:
+    """The smaller numbers of two pairs; of a NaN and a number, the number."""
+    kind, smaller = i.op[-1], BINARY["min"]
+    if i.op[1:] not in (["bf16x2"], ["f16x2"]):
+        raise PtxError(f"not known: {i.text}")
+    write, (a, b) = machine.target(i.operands[0]), (numbers(machine, text, kind) for text in i.operands[1:])
+    narrow = to_bf16 if kind == "bf16x2" else to_f16
+    return lambda some: write(some, joined(narrow(smaller(a(some), b(some)))))
 
 
 def add(machine: Machine, i: Instruction) -> Step:
@@ -50,4 +81,7 @@ def add(machine: Machine, i: Instruction) -> Step:
     if i.op[1:] not in (["s16x2"], ["u16x2"]):
         raise PtxError(f"not known: {i.text}")
     write, (a, b) = machine.target(i.operands[0]), (halves(machine, text) for text in i.operands[1:])
-    return lambda some: write(some, np.ascontiguousarray(a(some) + b(some)).view(np.uint32)[..., 0])
+    return lambda some: write(some, joined(a(some) + b(some)))
+
+
+STEPS = {"setp": setp, "set": set_, "add": add, "min": least}

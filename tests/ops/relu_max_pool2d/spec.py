@@ -13,6 +13,8 @@ from tests.support import spec
 from tests.support.spec import DY_BAD, EMULATOR, MANY, X_BAD, Case, Draw, Fault, Spec, change, flat, smaller
 
 POOL = "csrc/relu_max_pool2d/relu_max_pool2d_rows.h"
+WINDOW, KERNELS = (f"csrc/relu_max_pool2d/relu_max_pool2d_{name}.cuh" for name in ("window", "kernels"))
+BITS = EMULATOR + " -k 'to_the_bit and {} and not augment'"
 
 
 def pool(shape: tuple[int, ...], kernel_size: Any = 3, stride: Any = 2, **rest: Any) -> Case:
@@ -77,6 +79,20 @@ FAULTS = (
           "tests/ops/relu_max_pool2d/test_relu_max_pool2d.py -k sizes"),
     Fault("CUDA: NaN skipped", "csrc/relu_max_pool2d/relu_max_pool2d_window.cuh", "|| v[i] != v[i]", "",
           f"{EMULATOR} -k 'to_the_bit and float32 and not augment'"),
+    Fault("CUDA: taps in descending order", KERNELS, "best.take(taps[t], window.number[t])",
+          "best.take(taps[8 - t], window.number[8 - t])", BITS.format("float32")),
+    Fault("CUDA: a tap at the border under a number outside", WINDOW, "(row - top) * 3", "t / 3 * 3",
+          BITS.format("bfloat16")),
+    Fault("CUDA: a packed number replaces a NaN", WINDOW, "__hmin2(pair(value_[i]), pair(kInf))", "pair(value_[i])",
+          BITS.format("bfloat16")),
+    Fault("CUDA: a packed zero loses its sign", WINDOW, "words[i] & __heq2_mask(pair(words[i]), pair(0))", "0",
+          BITS.format("float16")),
+    Fault("CUDA: the middle of a window taken for its first tap", WINDOW, "(r == 1 ? 1 : 2 - 2 * a)", "(2 - 2 * a)",
+          BITS.format("bfloat16")),
+    Fault("CUDA: a patch's first row of windows and of inputs lost", WINDOW, "return row >= 0 &&", "return row > 0 &&",
+          BITS.format("float32")),
+    Fault("CUDA: too few patches with padding", WINDOW, "p.in.width) + p.pool.padding[i], 2)", "p.in.width), 2)",
+          BITS.format("float64")),
 )  # fmt: skip
 
 

@@ -14,3 +14,22 @@ inline __nv_bfloat16 __float2bfloat16_rn(float v) {
 }
 
 inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 v) { return v.bits; }
+
+struct __nv_bfloat162 {
+  __nv_bfloat16 x, y;
+};
+
+inline float __bfloat162float(__nv_bfloat16 v) { return __uint_as_float(static_cast<unsigned>(v.bits) << 16); }
+inline unsigned __heq2_mask(__nv_bfloat162 a, __nv_bfloat162 b) {
+  return mask_of_pair(a, b, __bfloat162float, [](float v, float w) { return v == w; });
+}
+inline unsigned __hgtu2_mask(__nv_bfloat162 a, __nv_bfloat162 b) {
+  return mask_of_pair(a, b, __bfloat162float, [](float v, float w) { return !(v <= w); });
+}
+// Of a NaN and a number, the number.
+inline __nv_bfloat162 __hmin2(__nv_bfloat162 a, __nv_bfloat162 b) {
+  const auto least = [](__nv_bfloat16 v, __nv_bfloat16 w) {
+    return __float2bfloat16_rn(std::fmin(__bfloat162float(v), __bfloat162float(w)));
+  };
+  return {least(a.x, b.x), least(a.y, b.y)};
+}

@@ -1,6 +1,7 @@
 // The part of CUDA C++ that the kernels use, for g++. tests/gpu_on_cpu/emulator/emulator.h runs them.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -60,7 +61,16 @@ inline unsigned __byte_perm(unsigned a, unsigned b, unsigned which) {
   for (int i = 0; i < 32; i += 8) found |= static_cast<unsigned>(bytes >> (which >> i / 2 & 7) * 8 & 255) << i;
   return found;
 }
+
+// For pairs of 16-bit values: 0xffff in the half of each for which compare(a, b) holds.
+template <class Pair, class Widen, class Compare>
+unsigned mask_of_pair(Pair a, Pair b, Widen widen, Compare compare) {
+  return (compare(widen(a.x), widen(b.x)) ? 0xffffu : 0u) | (compare(widen(a.y), widen(b.y)) ? 0xffff0000u : 0u);
+}
+
 inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
 inline unsigned __float_as_uint(float v) { return std::bit_cast<unsigned>(v); }
+using std::max;
+using std::min;
 using std::pow;
 using std::sqrt;
