@@ -8,29 +8,39 @@
 
 namespace alexnet_ext {
 
-// The workspace has the arithmetic type.
-template <class T>
+// The workspace has the arithmetic type. A block takes kChannels neighbouring channels and a run of rows for each of
+// its other threads, kRound rows at a time, so that their loads are in flight together.
+template <class T, int kChannels, int kRound>
 __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
     sum_rows_kernel(int64_t rows, int64_t channels, const Acc<T>* __restrict__ sums, T* __restrict__ total) {
-  // A block takes 32 neighbouring channels and 8 runs of rows.
-  constexpr int kChannels = 32, kRuns = kBlockThreads / kChannels;
+  constexpr int kRuns = kBlockThreads / kChannels;
   double* shared = shared_memory<double>();
   const int run = threadIdx.x / kChannels;
   const int64_t channel = static_cast<int64_t>(blockIdx.x) * kChannels + threadIdx.x % kChannels;
   double sum = 0;
   if (channel < channels)
-    for (int64_t row = run; row < rows; row += kRuns) sum += sums[row * channels + channel];
+    for (int64_t row = run; row < rows; row += kRound * kRuns) {
+      Acc<T> values[kRound];
+#pragma unroll
+      for (int i = 0; i < kRound; ++i)
+        values[i] = row + i * kRuns < rows ? sums[(row + i * kRuns) * channels + channel] : Acc<T>(0);
+#pragma unroll
+      for (int i = 0; i < kRound; ++i) sum += values[i];
+    }
   shared[threadIdx.x] = sum;
   __syncthreads();
   if (run != 0 || channel >= channels) return;
+#pragma unroll
   for (int i = 1; i < kRuns; ++i) sum += shared[threadIdx.x + i * kChannels];
   total[channel] = narrow<T>(static_cast<Acc<T>>(sum));
 }
 
-template <class T>
+// By default for a bias gradient, of few channels and up to some 528 rows, where the time of one block counts. A weight
+// gradient has many channels and few rows.
+template <class T, int kChannels = 8, int kRound = 9>
 inline cudaError_t sum_rows(int64_t rows, int64_t channels, const void* sums, void* total, void* stream) {
-  return launch(sum_rows_kernel<T>, ceil_div(channels, 32), kBlockThreads * sizeof(double), stream, rows, channels,
-                static_cast<const Acc<T>*>(sums), static_cast<T*>(total));
+  return launch(sum_rows_kernel<T, kChannels, kRound>, ceil_div(channels, kChannels), kBlockThreads * sizeof(double),
+                stream, rows, channels, static_cast<const Acc<T>*>(sums), static_cast<T*>(total));
 }
 
 // ---- channels-last: a thread keeps V neighbouring channels

@@ -62,6 +62,8 @@ SHARED = (
     Fault("CUDA: no barrier before rows are added up", CUDA_SUMS,
           "shared[threadIdx.x] = sum;\n  __syncthreads();\n  if (run", "shared[threadIdx.x] = sum;\n  if (run",
           f"{EMULATOR} -k 'order and conv2d_bias_relu'"),
+    Fault("CUDA: rows after the first round are left out", CUDA_SUMS, "row += kRound * kRuns", "row += rows",
+          f"{EMULATOR} -k 'many and conv2d_bias_relu'"),
     Fault("CUDA: reciprocal rounded down", "csrc/common/images.cuh", "static_cast<uint64_t>(divisor) + 1",
           "static_cast<uint64_t>(divisor)", f"{EMULATOR} -k 'to_the_bit and float32 and not augment'"),
     Fault("CUDA: reciprocal of 32 bits rounded down", "csrc/common/images.cuh", "/ value + 1)", "/ value)",

@@ -225,7 +225,8 @@ int conv2d_weight_gradient_cutlass(const Conv2d& p, const void* dz, const void* 
     const int status =
         launch_product<WeightGradientKernel<T>>(weight_gradient_arguments<T>(p, first, dz, x, partial), stream);
     if (status != cudaSuccess) return status;
-    return static_cast<int>(sum_rows<T>(splits, results, partial, static_cast<T*>(dweight) + first.weight, stream));
+    T* out = static_cast<T*>(dweight) + first.weight;
+    return static_cast<int>(sum_rows<T, 32, 4>(splits, results, partial, out, stream));
   });
 }
 

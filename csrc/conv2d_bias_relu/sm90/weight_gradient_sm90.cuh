@@ -267,7 +267,7 @@ int conv2d_weight_gradient_sm90(const Conv2d& p, const void* dz, const void* x, 
   status = cudaLaunchKernel(kernel, {grid(plan.column_blocks), grid(plan.filter_blocks * p.groups), grid(plan.splits)},
                             {kSm90WeightThreads, 1, 1}, given, kBytes, static_cast<cudaStream_t>(stream));
   if (status != cudaSuccess) return status;
-  return sum_rows<T>(plan.splits, p.filters * p.taps(), workspace, dweight, stream);
+  return sum_rows<T, 32, 4>(plan.splits, p.filters * p.taps(), workspace, dweight, stream);
 }
 
 }  // namespace alexnet_ext
