@@ -81,7 +81,7 @@ class AlexNet(nn.Module):
         """(N, 3, image_size, image_size) to (N, num_classes) before the softmax.
 
         Raises RuntimeError for another shape; the torchvision variant takes any height and width that its
-        layers can take.
+        layers can take. After ``take_depth`` x may also be what ``ops.augment(space_to_depth=4)`` gives.
         """
         side = self.config.image_size
         sized = VARIANTS[self.config.variant].any_size or x.shape[2:] == (side, side)

@@ -23,6 +23,7 @@ from ..ops import _backend, _choices
 from ..ops._register import RECORDS
 from ..ops.conv2d_bias_relu.candidates import describe, title
 from ..ops.conv2d_bias_relu.shared import Convolution, Direction
+from ..ops.conv2d_bias_relu.space_to_depth import rewritten
 from .compare import CASES, check
 
 
@@ -178,6 +179,8 @@ def rows(
         if "auto" in there:
             for call, arguments in given:
                 yield from _directions(call, arguments, device)
+                for first in in_training(call, dtype, layout):
+                    yield from _directions(first, first.made(device, dtype, layout), device)
             if all(_choices.agree(call.run("auto", values), call.run("stock", values)) for call, values in given):
                 backends.insert(0, "auto")
             else:
@@ -190,6 +193,15 @@ def rows(
         left = [candidate for candidate, _ in _choices.running(candidates, _choices.gpu_clock)]
         _choices.choices().remember(_choices.key_of(op, device), _choices.race(left, _choices.gpu_clock))
         yield TunedRow(op, "forward and backward", *_known(op, device))
+
+
+def in_training(call: Call, dtype: torch.dtype, layout: torch.memory_format) -> Iterator[Call]:
+    """A first layer as it is called where only its weight has a gradient, if that differs: by rewritten images."""
+    x, weight, bias, *constants, relu = call.arguments
+    if dtype.itemsize == 2 and layout == torch.channels_last:
+        rewrite, x, weight, p = rewritten(x, weight, Convolution(*constants))
+        if rewrite is not None:
+            yield Call(call.layer, call.op, (x, weight, bias, *p, relu))
 
 
 def _directions(call: Call, arguments: list[Any], device: torch.device) -> Iterator[TunedRow]:

@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from alexnet_ext.nn import Conv2dReLU
 from alexnet_ext.ops import conv2d_bias_relu
+from alexnet_ext.selfcheck import tune
 from tests.ops.test_tuning import convolve_by
 from tests.support import cases
 
@@ -181,3 +183,17 @@ def test_it_goes_through_compile_and_vmap(monkeypatch: pytest.MonkeyPatch) -> No
     assert torch.equal(torch.autograd.grad(compiled.sum(), weight)[0], expected)
     both = torch.vmap(convolve)(torch.stack([x, -x]))
     assert torch.equal(both, torch.stack([eager, convolve(-x)]))
+
+
+@pytest.mark.usefixtures("native")
+def test_tune_measures_what_training_convolves() -> None:
+    """The key of a choice is that of the call in training."""
+    layer = torch.nn.Sequential(Conv2dReLU(3, 8, (7, 6), (4, 3), (2, 0)))
+    (call, *_) = tune.calls_of(layer, (2, 3, 23, 19))
+    assert not list(tune.in_training(call, torch.float32, torch.channels_last))
+    assert not list(tune.in_training(call, torch.float16, torch.contiguous_format))
+    (first,) = tune.in_training(call, torch.float16, torch.channels_last)
+    x, weight, bias, *constants = first.made(torch.device("cpu"), torch.float16, torch.channels_last)
+    assert (x.shape, weight.shape, bias.shape) == ((2, 36, 7, 6), (8, 36, 2, 2), (8,))
+    assert constants == [[1, 1], [0, 0], [1, 1], 1, True]
+    assert not list(tune.in_training(first, torch.float16, torch.channels_last))
