@@ -79,8 +79,8 @@ def sgd_step(
     unsupported = _unsupported(parameters, momenta, weights)
     op = operator("sgd_step", backend, gradients[0], unsupported) or reference.sgd_step
     op(parameters, momenta, gradients, weights, *constants)
-    if op is not reference.sgd_step and not torch.compiler.is_compiling():
-        # So that autograd notices a backward that needs the weights of before.
+    if not torch.compiler.is_compiling():
+        # So that autograd notices a backward that needs the weights of before. No fused kernel does so itself.
         torch.autograd.graph.increment_version([*parameters, *momenta, *weights])
 
 

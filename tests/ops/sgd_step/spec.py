@@ -155,7 +155,7 @@ SPEC = Spec(
         sgd((16383, 16384, 16385, 40000)),
         sgd((3,) * 70, nesterov=True),
     ),
-    examples=(sgd((5, 17, 8)), sgd((5, 17, 8), first_step=True)),
+    examples=(sgd((5, 17, 8), **EXACT), sgd((5, 17, 8), **EXACT, first_step=True)),
     edges=(),
     small=(),
     large=(),

@@ -87,20 +87,24 @@ def test_unusual_numbers(value: float, dtype: torch.dtype, backend: str) -> None
             torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize(("backend", "layout"), [("native", "offset"), ("stock", "offset"), ("stock", "sliced")])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=cases.dtype_id)
-def test_numbers_from_tensors(dtype: torch.dtype, backend: str) -> None:
+@raw
+def test_numbers_from_tensors(dtype: torch.dtype, backend: str, layout: str) -> None:
+    """Stock PyTorch has a kernel for tensors of one memory order alone."""
     given = lists(dtype=dtype)
     expected, found = copied(given), copied(given)
     scale = torch.tensor([8.0])
     sgd_step(**expected, lr=0.125, momentum=0.5, backend="stock")
     found["gradients"] = [gradient * 8 for gradient in found["gradients"]]
+    scaled = [gradient.clone() for gradient in found["gradients"]]
+    found["momenta"] = [cases.lay_out(momentum, layout) for momentum in found["momenta"]]
     numbers = {"lr": torch.tensor(0.125), "grad_scale": scale, "found_inf": torch.zeros(1)}
     sgd_step(**found, **numbers, momentum=0.5, backend=backend)
-    found.pop("gradients"), expected.pop("gradients")
-    assert_same(found, expected)
-    before = copied(given)
-    sgd_step(**given, **numbers | {"found_inf": torch.ones(())}, momentum=0.5, first_step=True, backend=backend)
-    assert_same(given, before)
+    assert_same(found, expected | {"gradients": scaled})
+    before = copied(found)
+    sgd_step(**found, **numbers | {"found_inf": torch.ones(())}, momentum=0.5, first_step=True, backend=backend)
+    assert_same(found, before)
 
 
 def test_a_rate_in_a_tensor_of_another_dtype(backend: str) -> None:
@@ -131,15 +135,19 @@ def test_gradients_of_any_strides(others: str, gradient: str, backend: str) -> N
     assert_same(placed, expected)
 
 
-def test_what_is_written_may_have_any_strides_too() -> None:
-    """Then stock PyTorch runs."""
+@raw
+@pytest.mark.parametrize("variation", EXACT_VARIATIONS, ids=str)
+def test_what_is_written_may_have_any_strides_too(variation: dict[str, Any]) -> None:
+    """Then stock PyTorch runs, by its single operations."""
     given = lists()
+    if variation["momentum"] == 0:
+        given["momenta"] = []
     expected = copied(given)
-    sgd_step(**expected, lr=0.1, momentum=0.9, backend="stock")
-    placed = copied(given) | {"momenta": [LAYOUTS["sliced"](t) for t in given["momenta"]]}
+    sgd_step(**expected, **variation, backend="native")
+    placed = copied(given) | {"parameters": [LAYOUTS["sliced"](t) for t in given["parameters"]]}
     with pytest.raises(RuntimeError, match=r"backend='native' does not cover tensors of strides \["):
-        sgd_step(**placed, lr=0.1, momentum=0.9, backend="native")
-    sgd_step(**placed, lr=0.1, momentum=0.9)
+        sgd_step(**placed, **variation, backend="native")
+    sgd_step(**placed, **variation)
     assert_same(placed, expected)
 
 
