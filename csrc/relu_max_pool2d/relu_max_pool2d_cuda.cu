@@ -45,7 +45,7 @@ int relu_max_pool2d_backward_cuda(const ReluMaxPool2d& p, const void* dy, const 
       constexpr int V = v.value;
       const T* gradient = static_cast<const T*>(dy);
       T* to = static_cast<T*>(dx);
-      if (has_planes(p) && p.pool.stride[0] == 2 && p.pool.stride[1] == 2) {
+      if (has_patches(p)) {
         const Places work(Planes(p.in, V), patches(p, 0), patches(p, 1));
         return launch(relu_max_pool2d_patches_backward_kernel<T, V>, ceil_div(work.count, kBlockThreads), 0, stream,
                       work, Planes(p.in, V), Planes(p.out, V), Step(p.pool.padding), gradient, winners, to);

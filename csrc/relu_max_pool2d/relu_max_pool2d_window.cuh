@@ -300,8 +300,28 @@ class Largest<T, 8> {
 };
 
 // The patches of 2 x 2 inputs along side i, for a stride of 2. They begin at the first input or, with padding, before.
-inline int64_t patches(const ReluMaxPool2d& p, int i) {
+template <class Parameters>
+inline int64_t patches(const Parameters& p, int i) {
   return ceil_div((i == 0 ? p.in.height : p.in.width) + p.pool.padding[i], 2);
+}
+
+// Whether the backward takes patches.
+template <class Parameters>
+inline bool has_patches(const Parameters& p) {
+  return has_planes(p) && p.pool.stride[0] == 2 && p.pool.stride[1] == 2;
+}
+
+// Along a side, a patch's own window begins at its first input, and the window before ends there. The tap at which
+// window a (0: the one before) has input r of the patch; r <= a.
+__device__ constexpr int patch_tap(int a, int r) { return r == 1 ? 1 : 2 - 2 * a; }
+
+// sum += the gradients of V windows that were won by this tap.
+template <int V, class A>
+__device__ inline void add_won(A (&sum)[V], const A (&gradients)[V], Bytes<V> won, int tap) {
+  const Bytes<V> differs = won ^ static_cast<Bytes<V>>(static_cast<uint64_t>(tap) * 0x0101010101010101);
+#pragma unroll
+  for (int i = 0; i < V; ++i)
+    if (byte_of<V>(differs, i) == 0) sum[i] += gradients[i];
 }
 
 // The gradients and winners of the four windows that reach a patch of 2 x 2 inputs, for V neighbouring channels.
@@ -338,13 +358,8 @@ struct Patch {
 #pragma unroll
         for (int r = 0; r <= a; ++r)
 #pragma unroll
-          for (int s = 0; s <= b; ++s) {
-            const uint64_t tap = (r == 1 ? 1 : 2 - 2 * a) * 3 + (s == 1 ? 1 : 2 - 2 * b);
-            const Bytes<V> differs = won[a][b] ^ static_cast<Bytes<V>>(tap * 0x0101010101010101);
-#pragma unroll
-            for (int i = 0; i < V; ++i)
-              if (byte_of<V>(differs, i) == 0) sum[r][s][i] += gradient[i];
-          }
+          for (int s = 0; s <= b; ++s)
+            add_won<V>(sum[r][s], gradient, won[a][b], patch_tap(a, r) * 3 + patch_tap(b, s));
       }
   }
 };

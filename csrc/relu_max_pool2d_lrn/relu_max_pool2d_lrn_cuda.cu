@@ -16,12 +16,22 @@ Tiles tiles_of(const LrnPoolBlock& p, int64_t lanes, int64_t most_needed) {
                       [](int64_t needed, int64_t own) { return needed * 240 + own * 140; });
 }
 
+// The same of patches of 2 x 2 inputs. A patch costs about 330 instructions.
+Tiles patch_tiles_of(const LrnPoolBlock& p, int64_t lanes, int64_t most_needed) {
+  const int64_t lengths[] = {p.out.height, p.out.width};
+  const Images s{p.in.batch, p.in.channels, patches(p, 0), patches(p, 1), p.in.channels_last};
+  return choose_tiles(s, lanes, most_needed, 240, 330,
+                      [&](int i, int64_t length) { return std::min(lengths[i], length + 1); });
+}
+
 // The tiles of the backward for AlexNet's LRN. There are none for another LRN, or if a single input needs too much
 // shared memory.
 Tiles backward_tiles(const LrnPoolBlock& p, bool lanes) {
-  if (lanes)
-    return tiles_of(p, p.in.channels / kLaneChannels,
-                    kSharedBytes / (p.in.channels * static_cast<int64_t>(sizeof(float))));
+  if (lanes) {
+    const int64_t most = kSharedBytes / (p.in.channels * static_cast<int64_t>(sizeof(float)));
+    const int64_t vectors = p.in.channels / kLaneChannels;
+    return has_patches(p) ? patch_tiles_of(p, vectors, most) : tiles_of(p, vectors, most);
+  }
   return has_pixels(p) ? tiles_of(p, 1, kBlockThreads) : Tiles();
 }
 
@@ -100,9 +110,10 @@ int relu_max_pool2d_lrn_backward_cuda(const LrnPoolBlock& p, const void* dy, con
       if (lanes) {
         // The bias sums use the same shared memory.
         const int64_t for_sums = kBlockThreads * kLaneChannels * sizeof(float);
-        status = launch(relu_max_pool2d_lrn_lanes_backward_kernel<T, 5>, rows,
-                        std::max(for_sums, tiles.shared_bytes(p.in.channels)), stream, block, tiles, gradient, kept,
-                        winners, out, sums);
+        status = launch(has_patches(p) ? relu_max_pool2d_lrn_lanes_backward_kernel<T, 5, 2>
+                                       : relu_max_pool2d_lrn_lanes_backward_kernel<T, 5, 1>,
+                        rows, std::max(for_sums, tiles.shared_bytes(p.in.channels)), stream, block, tiles, gradient,
+                        kept, winners, out, sums);
       } else {
         const Chunks work = chunks_of(tiles, p.in);
         status = launch(relu_max_pool2d_lrn_pixels_backward_kernel<T, 5>, rows * work.chunks,

@@ -85,8 +85,77 @@ __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
   });
 }
 
-// For a tile of inputs, a block computes the gradients of the pooled values into shared memory, and gathers from there.
-template <class T, int N>
+// A block's gradients of pooled values: those of the windows from (top, left) on.
+struct PooledTile {
+  const float* gradients;  // in shared memory, as put() stores them
+  int vectors, columns, lanes, top, left;
+
+  __device__ void get(float (&values)[kLaneChannels], int oh, int ow, int lane) const {
+    alexnet_ext::get(values, gradients, vectors, ((oh - top) * columns + ow - left) * lanes + lane);
+  }
+};
+
+// dx of one input, and its part of the bias sums.
+template <class T>
+__device__ inline void unpool_input(const DeviceBlock<float>& p, const PooledTile& tile, const Position& at,
+                                    const uint8_t* __restrict__ winners, T* __restrict__ dx,
+                                    float (&sum)[kLaneChannels]) {
+  if (at.row >= p.in.height || at.column >= p.in.width) return;
+  float out[kLaneChannels] = {};
+  for_windows(p.pool, p.out, at.row, at.column, [&](int oh, int ow, int tap) {
+    if (tap < 0) return;
+    float gradient[kLaneChannels];
+    tile.get(gradient, oh, ow, at.channel / kLaneChannels);
+    add_won<kLaneChannels>(out, gradient, load_bytes<kLaneChannels>(winners + p.out.at(at.image, at.channel, oh, ow)),
+                           tap);
+  });
+#pragma unroll
+  for (int i = 0; i < kLaneChannels; ++i) sum[i] += out[i];
+  store<kLaneChannels>(dx + p.in.at(at.image, at.channel, at.row, at.column), out);
+}
+
+// The same for a patch of 2 x 2 inputs. `at` is the first of them. Its four windows' winners are read once.
+template <class T>
+__device__ inline void unpool_patch(const DeviceBlock<float>& p, const PooledTile& tile, const Position& at,
+                                    const uint8_t* __restrict__ winners, T* __restrict__ dx,
+                                    float (&sum)[kLaneChannels]) {
+  const int row = at.row / 2 - 1, column = at.column / 2 - 1;
+  const int64_t windows = p.out.at(at.image, at.channel, row, column);
+  Bytes<kLaneChannels> won[2][2];
+#pragma unroll
+  for (int a = 0; a < 2; ++a)
+#pragma unroll
+    for (int b = 0; b < 2; ++b) {
+      const bool inside = row + a >= 0 && row + a < p.out.height && column + b >= 0 && column + b < p.out.width;
+      won[a][b] = ~Bytes<kLaneChannels>{0};
+      if (inside) won[a][b] = load_bytes<kLaneChannels>(winners + windows + a * p.out.row_step + b * p.out.column_step);
+    }
+  const int64_t to = p.in.at(at.image, at.channel, at.row, at.column);
+#pragma unroll
+  for (int r = 0; r < 2; ++r)
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+      if (at.row + r >= p.in.height || at.column + s >= p.in.width) continue;
+      float out[kLaneChannels] = {};
+#pragma unroll
+      for (int a = r; a < 2; ++a)
+#pragma unroll
+        for (int b = s; b < 2; ++b) {
+          // A window outside has no winner. What is read for it is another window's gradient.
+          const int oh = min(max(row + a, 0), p.out.height - 1), ow = min(max(column + b, 0), p.out.width - 1);
+          float gradient[kLaneChannels];
+          tile.get(gradient, oh, ow, at.channel / kLaneChannels);
+          add_won<kLaneChannels>(out, gradient, won[a][b], patch_tap(a, r) * 3 + patch_tap(b, s));
+        }
+#pragma unroll
+      for (int i = 0; i < kLaneChannels; ++i) sum[i] += out[i];
+      store<kLaneChannels>(dx + to + r * p.in.row_step + s * p.in.column_step, out);
+    }
+}
+
+// For a tile of inputs, or of patches of kSide x kSide inputs, a block computes the gradients of the pooled values into
+// shared memory, and gathers from there.
+template <class T, int N, int kSide>
 __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
     relu_max_pool2d_lrn_lanes_backward_kernel(DeviceBlock<float> p, Tiles tiles, const T* __restrict__ dy,
                                               const T* __restrict__ pooled, const uint8_t* __restrict__ winners,
@@ -96,7 +165,8 @@ __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
   const int owners = kBlockThreads / lanes * lanes;  // threads; each keeps its channels
   float sum[kLaneChannels] = {};
   for (int64_t tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
-    const Position first = tile_position(tiles, tile);
+    Position first = tile_position(tiles, tile);
+    first.row *= kSide, first.column *= kSide;
     const int top = first_window(p.pool, 0, first.row), left = first_window(p.pool, 1, first.column);
     const int left_rows = p.out.height - top, rows = tiles.need_rows < left_rows ? tiles.need_rows : left_rows;
     for_lanes<int>(rows * tiles.need_columns * lanes, threadIdx.x / kWarp, kBlockThreads / kWarp,
@@ -111,24 +181,17 @@ __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
                      if (owns) put(dpooled, all, v, out);
                    });
     __syncthreads();
-    const int own_rows = tiles.rows < p.in.height - first.row ? tiles.rows : p.in.height - first.row;
-    if (static_cast<int>(threadIdx.x) < owners) {
-      for (int v = threadIdx.x; v < own_rows * tiles.columns * lanes; v += owners) {
-        const TilePlace at(tiles.by_row, p.lanes, v);
-        const int row = first.row + at.row, column = first.column + at.column, channel = at.lane * kLaneChannels;
-        if (column >= p.in.width) continue;
-        float out[kLaneChannels] = {};
-        for_windows(p.pool, p.out, row, column, [&](int oh, int ow, int tap) {
-          if (tap < 0) return;
-          const auto won = load_bytes<kLaneChannels>(winners + p.out.at(first.image, channel, oh, ow));
-          float gradient[kLaneChannels];
-          get(gradient, dpooled, all, ((oh - top) * tiles.need_columns + ow - left) * lanes + at.lane);
-#pragma unroll
-          for (int i = 0; i < kLaneChannels; ++i) out[i] += byte_of<kLaneChannels>(won, i) == tap ? gradient[i] : 0.0f;
-        });
-#pragma unroll
-        for (int i = 0; i < kLaneChannels; ++i) sum[i] += out[i];
-        store<kLaneChannels>(dx + p.in.at(first.image, channel, row, column), out);
+    const PooledTile done{dpooled, all, tiles.need_columns, lanes, top, left};
+    const int left_own = (p.in.height - first.row + kSide - 1) / kSide, own_rows = min(tiles.rows, left_own);
+    for (int v = threadIdx.x; static_cast<int>(threadIdx.x) < owners && v < own_rows * tiles.columns * lanes;
+         v += owners) {
+      const TilePlace at(tiles.by_row, p.lanes, v);
+      const Position input{first.image, at.lane * kLaneChannels, first.row + at.row * kSide,
+                           first.column + at.column * kSide};
+      if constexpr (kSide == 2) {
+        unpool_patch(p, done, input, winners, dx, sum);
+      } else {
+        unpool_input(p, done, input, winners, dx, sum);
       }
     }
     __syncthreads();

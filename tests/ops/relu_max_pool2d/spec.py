@@ -87,7 +87,7 @@ FAULTS = (
           BITS.format("bfloat16")),
     Fault("CUDA: a packed zero loses its sign", WINDOW, "words[i] & __heq2_mask(pair(words[i]), pair(0))", "0",
           BITS.format("float16")),
-    Fault("CUDA: the middle of a window taken for its first tap", WINDOW, "(r == 1 ? 1 : 2 - 2 * a)", "(2 - 2 * a)",
+    Fault("CUDA: the middle of a window taken for its first tap", WINDOW, "r == 1 ? 1 : 2 - 2 * a", "2 - 2 * a",
           BITS.format("bfloat16")),
     Fault("CUDA: a patch's first row of windows and of inputs lost", WINDOW, "return row >= 0 &&", "return row > 0 &&",
           BITS.format("float32")),

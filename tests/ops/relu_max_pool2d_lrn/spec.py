@@ -41,6 +41,9 @@ FAULTS = (
     Fault("CUDA: no barrier before a block's next tile",
           "csrc/relu_max_pool2d_lrn/relu_max_pool2d_lrn_kernels.cuh", "__syncthreads();\n  }\n  sum_owners",
           "}\n  sum_owners", f"{EMULATOR} -k 'relu_max_pool2d_lrn and (order or many)'"),
+    Fault("CUDA: a patch's taps transposed", "csrc/relu_max_pool2d_lrn/relu_max_pool2d_lrn_kernels.cuh",
+          "patch_tap(a, r) * 3 + patch_tap(b, s)", "patch_tap(b, s) * 3 + patch_tap(a, r)",
+          f"{EMULATOR} -k 'relu_max_pool2d_lrn and (order or many)'"),
 )  # fmt: skip
 
 
