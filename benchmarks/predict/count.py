@@ -124,6 +124,8 @@ def repeated(value: Any, batch: int) -> Any:
 def call_of(work: Work, case: Case, dtype: torch.dtype, small: bool) -> Callable[[], Any]:
     """The call, for one small image or a whole batch of one image's values, which the CPU's kernels computed."""
     spec: Spec = specs.SPECS[case.op]
+    if spec.in_place:
+        return in_place_call(case, small)
     shapes = {n: (1, *s[1:]) if s and s[0] == BATCH else s for n, s in case.items()}
     if small and spec.gradient:
         shapes["x"] = (*shapes["x"][:2], WHOLE, WHOLE)
@@ -134,6 +136,16 @@ def call_of(work: Work, case: Case, dtype: torch.dtype, small: bool) -> Callable
     op = getattr(torch.ops.alexnet_ext, case.op if forward else f"{case.op}_backward")
     given = arguments if small else [repeated(value, BATCH) for value in arguments]
     return lambda: op(*given)
+
+
+def in_place_call(case: Case, small: bool) -> Callable[[], Any]:
+    """An op that updates lists of tensors in place, at the case's sizes or a few small ones."""
+    if small:
+        sizes = (20_000, 96)
+        shapes = {name: (sum(sizes),) for name in case.shapes}
+        case = replace(case, shapes=shapes, constants=case.constants | {"sizes": sizes})
+    tensors = specs.make(case, requires_grad=False)
+    return specs.repeated(case, tensors, "native")
 
 
 class Counter:

@@ -20,8 +20,9 @@ Tiles tiles_of(const LrnPoolBlock& p, int64_t lanes, int64_t most_needed) {
 Tiles patch_tiles_of(const LrnPoolBlock& p, int64_t lanes, int64_t most_needed) {
   const int64_t lengths[] = {p.out.height, p.out.width};
   const Images s{p.in.batch, p.in.channels, patches(p, 0), patches(p, 1), p.in.channels_last};
-  return choose_tiles(s, lanes, most_needed, 240, 330,
-                      [&](int i, int64_t length) { return std::min(lengths[i], length + 1); });
+  const auto need = [&](int i, int64_t length) { return std::min(lengths[i], length + 1); };
+  return choose_tiles(s, lanes, most_needed, need,
+                      [](int64_t needed, int64_t own) { return needed * 240 + own * 330; });
 }
 
 // The tiles of the backward for AlexNet's LRN. There are none for another LRN, or if a single input needs too much
