@@ -59,9 +59,10 @@ __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
                                       const T* __restrict__ x, T* __restrict__ y) {
   for_chunks(work, threads, lrn.channels, [&](int64_t image, int64_t pixel, int first, int end) {
     const int64_t at = image * image_step + pixel;
+    T* to = y + (at + first * work.pixels);
     walk_values<N, 8>(
         lrn, first, end, [&](auto& in, int c) { load_run(in, x + at, work.pixels, c, lrn.channels); },
-        [&](int, int c, float value) { y[at + c * work.pixels] = narrow<T>(value); }, [](int) {});
+        [&](int, int, float value) { *to = narrow<T>(value), to += work.pixels; }, [](int) {});
   });
 }
 
@@ -71,13 +72,14 @@ __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
                                                const T* __restrict__ dy, const T* __restrict__ x, T* __restrict__ dx) {
   for_chunks(work, threads, lrn.channels, [&](int64_t image, int64_t pixel, int first, int end) {
     const int64_t at = image * image_step + pixel;
+    T* to = dx + (at + first * work.pixels);
     walk_gradients<N, 4>(
         lrn, first, end,
         [&](auto& in, auto& gradient, int c) {
           load_run(in, x + at, work.pixels, c, lrn.channels);
           load_run(gradient, dy + at, work.pixels, c, lrn.channels);
         },
-        [&](int, int c, float, float value) { dx[at + c * work.pixels] = narrow<T>(value); }, [](int) {});
+        [&](int, int, float, float value) { *to = narrow<T>(value), to += work.pixels; }, [](int) {});
   });
 }
 

@@ -284,6 +284,7 @@ struct Window {
 //   load(x, c)      sets x to the channels [c, c + kRun), 0 outside the pixel
 //   emit(j, c, y)   takes y of channel c, the j-th of its run
 //   done(c)         is called after the run in which j = 0 is channel c
+// A run whose channels are all wanted, as most are, is compiled without the checks of each.
 template <int N, int kRun, class Load, class Emit, class Done>
 __device__ inline void walk_values(const DeviceLrn<float>& lrn, int first, int end, Load&& load, Emit&& emit,
                                    Done&& done) {
@@ -293,15 +294,21 @@ __device__ inline void walk_values(const DeviceLrn<float>& lrn, int first, int e
   for (int c = first - kHalf; c < end + kHalf; c += kRun) {
     float x[kRun];
     load(x, c);
+    const auto run = [&](auto whole) {
 #pragma unroll
-    for (int j = 0; j < kRun; ++j) {
-      squares.push(x[j] * x[j]);
-      inputs.push(x[j]);
-      const int out = c + j - kHalf;
-      if (out < first || out >= end) continue;
-      const float root = inverse_root(lrn.k + lrn.mean * squares.sum());
-      emit(j, out, inputs.values[0] * inverse_three_quarters(root));
-    }
+      for (int j = 0; j < kRun; ++j) {
+        squares.push(x[j] * x[j]);
+        inputs.push(x[j]);
+        const int out = c + j - kHalf;
+        if (!whole.value && (out < first || out >= end)) continue;
+        const float root = inverse_root(lrn.k + lrn.mean * squares.sum());
+        emit(j, out, inputs.values[0] * inverse_three_quarters(root));
+      }
+    };
+    if (c - kHalf >= first && c - kHalf + kRun <= end)
+      run(Constant<true>{});
+    else
+      run(Constant<false>{});
     done(c - kHalf);
   }
 }
@@ -317,21 +324,27 @@ __device__ inline void walk_gradients(const DeviceLrn<float>& lrn, int first, in
   for (int c = first - 2 * kHalf; c < end + 2 * kHalf; c += kRun) {
     float x[kRun], dy[kRun];
     load(x, dy, c);
+    const auto run = [&](auto whole) {
 #pragma unroll
-    for (int j = 0; j < kRun; ++j) {
-      squares.push(x[j] * x[j]);
-      inputs.push(x[j]);
-      gradients.push(dy[j]);
-      const int middle = c + j - kHalf, out = middle - kHalf;
-      const float root = inverse_root(lrn.k + lrn.mean * squares.sum());
-      // Outside the channels the term is 0. Computed, 0 * s^-beta could be NaN.
-      const bool inside = middle >= 0 && middle < lrn.channels;
-      const float value = inside ? gradients.values[0] * inverse_three_quarters(root) : 0.0f;
-      scaled.push(value);
-      terms.push(inside ? value * inputs.values[kHalf] * (root * root) : 0.0f);
-      if (out < first || out >= end) continue;
-      emit(j, out, inputs.values[0], scaled.values[0] - lrn.factor * inputs.values[0] * terms.sum());
-    }
+      for (int j = 0; j < kRun; ++j) {
+        squares.push(x[j] * x[j]);
+        inputs.push(x[j]);
+        gradients.push(dy[j]);
+        const int middle = c + j - kHalf, out = middle - kHalf;
+        const float root = inverse_root(lrn.k + lrn.mean * squares.sum());
+        // Outside the channels the term is 0. Computed, 0 * s^-beta could be NaN.
+        const bool inside = whole.value || (middle >= 0 && middle < lrn.channels);
+        const float value = inside ? gradients.values[0] * inverse_three_quarters(root) : 0.0f;
+        scaled.push(value);
+        terms.push(inside ? value * inputs.values[kHalf] * (root * root) : 0.0f);
+        if (!whole.value && (out < first || out >= end)) continue;
+        emit(j, out, inputs.values[0], scaled.values[0] - lrn.factor * inputs.values[0] * terms.sum());
+      }
+    };
+    if (c - 2 * kHalf >= first && c - 2 * kHalf + kRun <= end && c - kHalf + kRun <= lrn.channels)
+      run(Constant<true>{});
+    else
+      run(Constant<false>{});
     done(c - 2 * kHalf);
   }
 }
@@ -339,8 +352,14 @@ __device__ inline void walk_gradients(const DeviceLrn<float>& lrn, int first, in
 // values[j] = channel c + j of the pixel whose channel 0 is at `from`; 0 outside the channels.
 template <int kRun, class T>
 __device__ inline void load_run(float (&values)[kRun], const T* from, int64_t step, int c, int channels) {
+  const T* at = from + c * step;
+  if (c >= 0 && c + kRun <= channels) {
 #pragma unroll
-  for (int j = 0; j < kRun; ++j) values[j] = c + j >= 0 && c + j < channels ? widen(from[(c + j) * step]) : 0.0f;
+    for (int j = 0; j < kRun; ++j, at += step) values[j] = widen(*at);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kRun; ++j, at += step) values[j] = c + j >= 0 && c + j < channels ? widen(*at) : 0.0f;
+  }
 }
 
 }  // namespace alexnet_ext
