@@ -23,6 +23,8 @@ from tests.support.cases import Case
 @pytest.mark.parametrize("case", cases.params(LAYERS))
 def test_what_a_gpu_will_be_asked(case: Case, dtype: torch.dtype, sm90: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The check of ``benchmarks.verify_gpu`` passes for what is right, and fails for a ReLU that loses NaN."""
+    if not sm90:
+        monkeypatch.setattr(cutlass, "capability", lambda _: (8, 0))
     correctness.compare_cutlass(case, dtype, "cpu", sm90)
     right = cutlass.forward
     monkeypatch.setattr(cutlass, "forward", lambda *given, **how: right(*given, **how).nan_to_num(0))
@@ -32,7 +34,7 @@ def test_what_a_gpu_will_be_asked(case: Case, dtype: torch.dtype, sm90: bool, mo
 
 @pytest.mark.usefixtures("interpreter", "kernels", "hopper")
 def test_every_candidate_will_be_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = speed.SIZES["cpu"]._replace(dtypes=(torch.float16,))
+    sizes = speed.SIZES["cpu"]._replace(dtypes=(torch.float16, torch.float32))
     monkeypatch.setitem(speed.SIZES, "cpu", sizes)
     monkeypatch.setattr(speed.cases, "alexnet_cases", lambda op, batch: [LAYERS[3]])
     monkeypatch.setattr(
@@ -42,6 +44,21 @@ def test_every_candidate_will_be_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_library, "CUTLASS", BUILT)
     monkeypatch.setattr(_library, "SM90", _library.Library("sm90", "cuda", True))
     findings = list(speed.convolution_findings("cpu"))
-    assert len(findings) == 6
-    assert all({"cudnn channels_last ms", "triton ms", "cutlass ms"} <= set(finding.numbers) for finding in findings)
-    assert all("cutlass sm90 ms" in finding.numbers for finding in findings)
+    assert len(findings) == 12
+    assert all({"cudnn channels_last ms", "triton ms"} <= set(finding.numbers) for finding in findings)
+    assert all("cutlass sm90 ms" in finding.numbers for finding in findings[:6])
+    assert all("cutlass ms" in finding.numbers for finding in findings[6:])
+
+
+@pytest.mark.parametrize(("capability", "asked"), [((8, 0), {"cutlass"}), ((9, 0), {"sm90"}), ((10, 0), {"cutlass"})])
+def test_products_of_two_bytes_are_checked_where_they_are(
+    capability: tuple[int, int], asked: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(correctness, "attempt", lambda name, *_, **__: name.split()[-1])
+    monkeypatch.setattr(_library, "CUTLASS", BUILT)
+    monkeypatch.setattr(_library, "SM90", _library.Library("sm90", "cuda", True))
+    found = list(correctness.cutlass_findings(torch.bfloat16))
+    assert {name for name in found if isinstance(name, str)} == asked
+    (skipped,) = (finding for finding in found if not isinstance(finding, str))
+    assert (skipped.ok, skipped.detail.split()[0]) == (None, "skipped:")

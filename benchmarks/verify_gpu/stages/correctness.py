@@ -127,10 +127,13 @@ def cutlass_findings(dtype: torch.dtype) -> Iterator[Finding]:
     torch.backends.cudnn.allow_tf32 = True
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return
+    hopper = torch.cuda.get_device_capability() == (9, 0)
     for library, sm90 in ((_library.CUTLASS, False), (_library.SM90, True)):
         reason = library.reason
-        if sm90 and torch.cuda.get_device_capability() != (9, 0):
+        if sm90 and not hopper:
             reason = "the device is not of compute capability 9.0"
+        if not sm90 and hopper and _library.SM90.loaded and dtype.itemsize == 2:
+            reason = "on 9.0 sm90 takes its place"
         if reason:
             yield Finding(f"conv2d_bias_relu {library.name} {cases.dtype_id(dtype)}", None, f"skipped: {reason}")
             continue

@@ -75,8 +75,8 @@ struct Sm90WeightBlock {
   }
 };
 
-// The output pixel that a step begins with. The next step's is found without a division: the one thread that loads would
-// need longer for those than the others for their products.
+// The output pixel that a step begins with. The next step's is found without a division: with divisions the thread
+// that loads would need longer for a step than its products do.
 struct Sm90WeightPixel {
   int image, row, column;
 
