@@ -139,9 +139,9 @@ def call_of(work: Work, case: Case, dtype: torch.dtype, small: bool) -> Callable
 
 
 def in_place_call(case: Case, small: bool) -> Callable[[], Any]:
-    """An op that updates lists of tensors in place, at the case's sizes or a few small ones."""
+    """An op that updates lists of tensors in place, at the case's sizes or small ones."""
     if small:
-        sizes = (20_000, 96)
+        sizes = tuple(min(size, 20_000) for size in case.constants["sizes"])
         shapes = {name: (sum(sizes),) for name in case.shapes}
         case = replace(case, shapes=shapes, constants=case.constants | {"sizes": sizes})
     tensors = specs.make(case, requires_grad=False)

@@ -1,5 +1,5 @@
-// A step of SGD on the CPU, in blocks that stay in the first-level cache. Each line of the formula is a loop of its own,
-// so that no loop has a branch.
+// A step of SGD on the CPU, in blocks that stay in the first-level cache. Each line of the formula is a loop of its
+// own, so that no loop has a branch.
 #include "../common/cpu_vector.h"
 #include "sgd_step.h"
 

@@ -10,9 +10,9 @@ int sgd_step_cuda(const SgdStep& step, const SgdTensor* tensors, int64_t count, 
     for (int64_t begin = 0; begin < count && status == cudaSuccess; begin += kSgdTensors) {
       SgdTensors work;
       for (int64_t t = begin; t < count && t < begin + kSgdTensors; ++t) work.add(tensors[t], kBlockThreads * V);
-      status = work.chunks > INT32_MAX ? cudaErrorInvalidValue
-                                         : launch(sgd_step_vectors_kernel<T, V>, work.chunks, 0, stream,
-                                                  DeviceSgdStep<Acc<T>>(step), work);
+      status = work.chunks > INT32_MAX
+                   ? cudaErrorInvalidValue
+                   : launch(sgd_step_vectors_kernel<T, V>, work.chunks, 0, stream, DeviceSgdStep<Acc<T>>(step), work);
     }
   });
   return status;

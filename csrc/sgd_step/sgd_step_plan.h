@@ -43,8 +43,7 @@ inline const float* number(const std::optional<Tensor>& t, const char* name, con
 template <class Launch>
 inline void on_lists(const TensorList& parameters, const TensorList& momenta, TensorList gradients,
                      const TensorList& weights, SgdStep step, const std::optional<Tensor>& lr_tensor,
-                     const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
-                     Launch&& launch) {
+                     const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf, Launch&& launch) {
   const size_t count = parameters.size();
   check(gradients.size() == count, "gradients has ", gradients.size(), " tensors, expected ", count);
   check(momenta.size() == (step.mu == 0 ? 0 : count), "momenta has ", momenta.size(), " tensors, expected ",

@@ -41,8 +41,9 @@ void check(Isa isa, const std::vector<int64_t>& sizes, const Settings& set, Spli
                        low ? b.weight.data() : nullptr, b.parameter.size()});
     units += sgd_step_units(tensors.back());
   }
-  const SgdStep step{kDType<T>, kLr, set.mu, set.dampening, set.decay, set.nesterov, set.maximize, set.first_step,
-                     nullptr, scale == 1 ? nullptr : &scale, &found};
+  const SgdStep step{kDType<T>,    kLr,          set.mu,         set.dampening, set.decay,
+                     set.nesterov, set.maximize, set.first_step, nullptr,       scale == 1 ? nullptr : &scale,
+                     &found};
   with_isa(isa, [&](auto i) {
     run_units(split, units, [&](int64_t begin, int64_t end) {
       sgd_step_cpu<i.value>(step, tensors.data(), static_cast<int64_t>(tensors.size()), begin, end);
