@@ -34,7 +34,9 @@ RUNS = {"training": "training step", "inference": "inference"}
 # No kernel: they name memory anew, or ask of a tensor.
 FREE = {"detach", "t", "view", "_unsafe_view", "expand", "as_strided", "transpose", "permute", "squeeze", "unsqueeze",
         "alias", "slice", "select", "split", "empty", "empty_like", "device", "lift_fresh", "empty_strided",
-        "_record_function_enter_new", "_RecordFunction", "new_empty", "is_pinned"}  # fmt: skip
+        "_record_function_enter_new", "_record_function_exit", "new_empty", "is_pinned"}  # fmt: skip
+# Of dropout on a CPU. A GPU draws, scales and multiplies in one kernel.
+IN_ONE = {"bernoulli_", "div_"}
 PRODUCTS = {"mm", "addmm", "linear_bias_relu", "linear_bias_relu_backward"}
 COPIES = {"_to_copy", "clone", "copy_", "contiguous"}
 
@@ -80,7 +82,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func.name().split("::")[1].split(".")[0].replace("_auto", "")
-        if name not in FREE:
+        if name not in FREE | IN_ONE:
             flags = tuple(value for value in args if isinstance(value, (bool, list)))
             self.operations.append(Operation(name, described((args, kwargs)), described(result), flags))
         return result

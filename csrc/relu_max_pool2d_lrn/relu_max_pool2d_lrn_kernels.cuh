@@ -23,7 +23,7 @@ __device__ inline int first_window(const DevicePooling& pool, int i, int at) {
 
 // Windows of 3 x 3: nine loads in no branch.
 template <class T, int N>
-__global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
+__global__ void __launch_bounds__(kBlockThreads, 3)  // 80 registers
     relu_max_pool2d_lrn_lanes_planes_kernel(DeviceLrn<float> lrn, Places work, Planes in, Step stride, Step padding,
                                             const T* __restrict__ x, const T* __restrict__ bias, T* __restrict__ y,
                                             T* __restrict__ pooled, uint8_t* __restrict__ winners) {
