@@ -48,7 +48,7 @@ int relu_lrn_max_pool2d_cuda(const LrnPoolBlock& p, const void* x, const void* b
       if (lanes && has_rows(p, kRowThreads<T>)) {
         const RowTiles walked(p, kRowThreads<T>);
         status = launch_blocks(relu_lrn_max_pool2d_rows_lanes_kernel<T>, walked.blocks, walked.warps * kWarp,
-                               walked.shared_bytes(), stream, block.lrn, walked, in, b, out, winners);
+                               kRowShared<T>, stream, block.lrn, walked, in, b, out, winners);
         return;
       }
       if (lanes) {

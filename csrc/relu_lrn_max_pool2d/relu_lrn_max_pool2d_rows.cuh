@@ -15,6 +15,11 @@ template <class T>
 constexpr int kRowThreads = sizeof(T) == 2 ? 448 : 320;
 constexpr int kRowBlocks = 2;
 
+// Even columns of an even row and of an odd one, and each thread's bias, for which no registers are left. As their
+// sizes are constants, so are the distances of their addresses.
+template <class T>
+constexpr int64_t kRowShared = int64_t{3} * kRowThreads<T> * kLaneChannels * sizeof(float);
+
 // A block pools `columns` x `rows` outputs of an image. It has one more pair of input columns, for the last window.
 // Offsets count vectors of eight channels, in 32 bits.
 struct RowTiles {
@@ -52,9 +57,6 @@ struct RowTiles {
     }
     by_down = Divisor(down);
   }
-
-  // Even columns of an even row and of an odd one, and the bias.
-  int64_t shared_bytes() const { return (int64_t{2} * vectors + lanes) * kLaneChannels * sizeof(float); }
 };
 
 // For a block that has_lanes: a row of at least four outputs fits a block, and outputs are whole blocks.
@@ -105,7 +107,7 @@ struct RowLane {
     first = group == 0, last = group == p.lanes - 1;
     owns = lane >= p.edge && lane < kWarp - p.edge && own < p.vectors;
     pools = owns && column < p.columns && pair < p.out_width;
-    right = pools ? v + p.lanes : v;
+    right = v + p.lanes < p.vectors ? v + p.lanes : p.vectors - 1;
     rows = p.out_height - top < p.rows ? p.out_height - top : p.rows;
     // The last pair of columns may reach past the image.
     const int even = 2 * pair < p.width ? 2 * pair : p.width - 1;
@@ -122,17 +124,17 @@ __global__ void __launch_bounds__(kRowThreads<T>, kRowBlocks)
     relu_lrn_max_pool2d_rows_lanes_kernel(DeviceLrn<float> lrn, RowTiles p, const T* __restrict__ x,
                                           const T* __restrict__ bias, T* __restrict__ y,
                                           uint8_t* __restrict__ winners) {
-  float *even_rows = shared_memory<float>(), *odd_rows = even_rows + p.vectors * kLaneChannels;
-  float* biases = odd_rows + p.vectors * kLaneChannels;
-  for (int i = threadIdx.x; i < p.lanes * kLaneChannels; i += blockDim.x)
-    biases[i] = bias == nullptr ? 0 : widen(bias[i]);
-  __syncthreads();
+  constexpr int kVectors = kRowThreads<T>;
+  float *even_rows = shared_memory<float>(), *odd_rows = even_rows + kVectors * kLaneChannels;
+  float* biases = odd_rows + kVectors * kLaneChannels;
   RowLane own(p);
-  biases += own.group * kLaneChannels;
+  float add[kLaneChannels] = {};
+  if (bias != nullptr) load<kLaneChannels>(add, bias + own.group * kLaneChannels);
+  put(biases, kVectors, threadIdx.x, add);
   Vector<T> from[] = {vector_at(x, own.place), vector_at(x, own.place + own.step)};
   const auto normalize = [&](float (&values)[kLaneChannels], int i) {
-    float active[kLaneChannels], add[kLaneChannels];
-    load<kLaneChannels>(add, biases);
+    float active[kLaneChannels];
+    get(add, biases, kVectors, threadIdx.x);
     activate(active, from[i], add);
     values_of_five(values, lrn, active, own.first, own.last);
   };
@@ -140,14 +142,14 @@ __global__ void __launch_bounds__(kRowThreads<T>, kRowBlocks)
   const auto for_row = [&](float* buffer, bool more, auto&& f) {
     float values[kLaneChannels];
     normalize(values, 0);
-    if (own.owns) put(buffer, p.vectors, own.v, values);
+    if (own.owns) put(buffer, kVectors, own.v, values);
     f(values, 0);
     normalize(values, 1);
     own.place += p.width * p.lanes;
     if (more) from[0] = vector_at(x, own.place), from[1] = vector_at(x, own.place + own.step);
     f(values, 1);
     __syncthreads();
-    get(values, buffer, p.vectors, own.right);
+    get(values, buffer, kVectors, own.right);
     f(values, 2);
   };
   Maximum window, third;
