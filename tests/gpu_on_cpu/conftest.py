@@ -13,6 +13,7 @@ KINDS = {
     "test_emulator": "emulated",
     "test_ptx": "ptx",
     "test_ptx_arithmetic": "ptx",
+    "test_ptx_counts": "ptx",
     "test_ptx_cuda": "ptx",
     "test_ptx_hopper": "ptx",
     "test_ptx_triton": "ptx",

@@ -60,8 +60,7 @@ def spread(blocks: int, wanted: int) -> Sequence[int]:
     """Numbers of this many blocks of a grid, in unequal steps: equal ones could meet the same place of every plane."""
     if wanted >= blocks:
         return range(blocks)
-    golden = (5**0.5 - 1) / 2
-    return list(dict.fromkeys(int(blocks * (n * golden % 1.0)) for n in range(wanted)))
+    return list(dict.fromkeys(int(blocks * (n * 2**0.5 % 1.0)) for n in range(wanted)))
 
 
 class Counting(Machine):
