@@ -99,3 +99,14 @@ def idle(committed: dict[str, Any]) -> Iterator[str]:
         ]
         if not any(gate.of(row) > gate.most + 0.005 for row in rows):
             yield f"the exception of {gate.name} for {', '.join(exception['rows'])} is needed by no row"
+
+
+PRODUCTS = 128 * 256 * 64 / 2048  # clocks of a step of weight_gradient_sm90 at the tensor cores' full rate
+PRODUCER = 0.8  # of these clocks may be the loading thread's
+
+
+def producer_faults(clocks: dict[str, float]) -> Iterator[str]:
+    """Threads that load for others and would let them wait."""
+    for name, needed in clocks.items():
+        if needed > PRODUCER * PRODUCTS:
+            yield f"{name}: its loads take {needed:.0f} clocks a step, expected at most {PRODUCER * PRODUCTS:.0f}"
