@@ -199,6 +199,8 @@ struct Places {
 struct Place {
   int image, row, column, lane;
 
+  __device__ Place(int image, int row, int column, int lane) : image(image), row(row), column(column), lane(lane) {}
+
   __device__ Place(const Places& work, uint32_t i) {
     const uint32_t pixel = work.by_lanes.divide(i), line = work.by_columns.divide(pixel);
     lane = static_cast<int>(i - pixel * work.by_lanes.value);
