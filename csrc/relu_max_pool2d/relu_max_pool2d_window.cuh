@@ -219,8 +219,8 @@ inline bool has_planes(const Parameters& p) {
          elements(p.in) <= kMost && elements(p.out) <= kMost;
 }
 
-// The nine taps of an output's window, in no branch, so that nine loads are in flight together. Taps outside the image
-// are moved to its edge, where they meet a value of their window again, under its own number.
+// The nine taps of an output's window, in no branch, so that as many loads overlap as registers allow. Taps outside the
+// image are moved to its edge, where they meet a value of their window again, under its own number.
 struct NineTaps {
   int place[9], number[9];  // the vector at which a tap is, and which tap of the window it is
 
