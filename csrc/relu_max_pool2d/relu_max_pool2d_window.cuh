@@ -199,6 +199,8 @@ struct Places {
 struct Place {
   int image, row, column, lane;
 
+  __device__ Place(int image, int row, int column, int lane) : image(image), row(row), column(column), lane(lane) {}
+
   __device__ Place(const Places& work, uint32_t i) {
     const uint32_t pixel = work.by_lanes.divide(i), line = work.by_columns.divide(pixel);
     lane = static_cast<int>(i - pixel * work.by_lanes.value);
@@ -217,8 +219,8 @@ inline bool has_planes(const Parameters& p) {
          elements(p.in) <= kMost && elements(p.out) <= kMost;
 }
 
-// The nine taps of an output's window, in no branch, so that nine loads are in flight together. Taps outside the image
-// are moved to its edge, where they meet a value of their window again, under its own number.
+// The nine taps of an output's window, in no branch, so that as many loads overlap as registers allow. Taps outside the
+// image are moved to its edge, where they meet a value of their window again, under its own number.
 struct NineTaps {
   int place[9], number[9];  // the vector at which a tap is, and which tap of the window it is
 

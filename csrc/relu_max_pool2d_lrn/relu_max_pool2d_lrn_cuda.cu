@@ -16,13 +16,13 @@ Tiles tiles_of(const LrnPoolBlock& p, int64_t lanes, int64_t most_needed) {
                       [](int64_t needed, int64_t own) { return needed * 240 + own * 140; });
 }
 
-// The same of patches of 2 x 2 inputs. A patch costs about 330 instructions.
+// The same of patches of 2 x 2 inputs. A pooled vector costs 340 instructions, a vector of patches 504.
 Tiles patch_tiles_of(const LrnPoolBlock& p, int64_t lanes, int64_t most_needed) {
   const int64_t lengths[] = {p.out.height, p.out.width};
   const Images s{p.in.batch, p.in.channels, patches(p, 0), patches(p, 1), p.in.channels_last};
   const auto need = [&](int i, int64_t length) { return std::min(lengths[i], length + 1); };
   return choose_tiles(s, lanes, most_needed, need,
-                      [](int64_t needed, int64_t own) { return needed * 240 + own * 330; });
+                      [](int64_t needed, int64_t own) { return needed * 340 + own * 504; });
 }
 
 // The tiles of the backward for AlexNet's LRN. There are none for another LRN, or if a single input needs too much
@@ -113,8 +113,9 @@ int relu_max_pool2d_lrn_backward_cuda(const LrnPoolBlock& p, const void* dy, con
         const int64_t for_sums = kBlockThreads * kLaneChannels * sizeof(float);
         status = launch(has_patches(p) ? relu_max_pool2d_lrn_lanes_backward_kernel<T, 5, 2>
                                        : relu_max_pool2d_lrn_lanes_backward_kernel<T, 5, 1>,
-                        rows, std::max(for_sums, tiles.shared_bytes(p.in.channels)), stream, block, tiles, gradient,
-                        kept, winners, out, sums);
+                        rows, std::max(for_sums, tiles.shared_bytes(p.in.channels)), stream, block,
+                        Planes(p.in, kLaneChannels), Planes(p.out, kLaneChannels), tiles, gradient, kept, winners, out,
+                        sums);
       } else {
         const Chunks work = chunks_of(tiles, p.in);
         status = launch(relu_max_pool2d_lrn_pixels_backward_kernel<T, 5>, rows * work.chunks,

@@ -114,42 +114,41 @@ __device__ inline void unpool_input(const DeviceBlock<float>& p, const PooledTil
   store<kLaneChannels>(dx + p.in.at(at.image, at.channel, at.row, at.column), out);
 }
 
-// The same for a patch of 2 x 2 inputs. `at` is the first of them. Its four windows' winners are read once.
+// The same for a patch of 2 x 2 inputs. Its four windows' winners are read once.
 template <class T>
-__device__ inline void unpool_patch(const DeviceBlock<float>& p, const PooledTile& tile, const Position& at,
+__device__ inline void unpool_patch(const Planes& in, const Planes& out, const PooledTile& tile, const Place& patch,
                                     const uint8_t* __restrict__ winners, T* __restrict__ dx,
                                     float (&sum)[kLaneChannels]) {
-  const int row = at.row / 2 - 1, column = at.column / 2 - 1;
-  const int64_t windows = p.out.at(at.image, at.channel, row, column);
+  const int row = patch.row - 1, column = patch.column - 1, top = patch.row * 2, left = patch.column * 2;
+  const int windows = out.at(patch.image, row, column, patch.lane), to = in.at(patch.image, top, left, patch.lane);
   Bytes<kLaneChannels> won[2][2];
 #pragma unroll
   for (int a = 0; a < 2; ++a)
 #pragma unroll
     for (int b = 0; b < 2; ++b) {
-      const bool inside = row + a >= 0 && row + a < p.out.height && column + b >= 0 && column + b < p.out.width;
       won[a][b] = ~Bytes<kLaneChannels>{0};
-      if (inside) won[a][b] = load_bytes<kLaneChannels>(winners + windows + a * p.out.row_step + b * p.out.column_step);
+      if (out.has(row + a, column + b))
+        won[a][b] = reinterpret_cast<const Bytes<kLaneChannels>*>(winners)[windows + (a * out.width + b) * out.lanes];
     }
-  const int64_t to = p.in.at(at.image, at.channel, at.row, at.column);
 #pragma unroll
   for (int r = 0; r < 2; ++r)
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
-      if (at.row + r >= p.in.height || at.column + s >= p.in.width) continue;
-      float out[kLaneChannels] = {};
+      if (!in.has(top + r, left + s)) continue;
+      float total[kLaneChannels] = {};
 #pragma unroll
       for (int a = r; a < 2; ++a)
 #pragma unroll
         for (int b = s; b < 2; ++b) {
           // A window outside has no winner. What is read for it is another window's gradient.
-          const int oh = min(max(row + a, 0), p.out.height - 1), ow = min(max(column + b, 0), p.out.width - 1);
+          const int oh = min(max(row + a, 0), out.height - 1), ow = min(max(column + b, 0), out.width - 1);
           float gradient[kLaneChannels];
-          tile.get(gradient, oh, ow, at.channel / kLaneChannels);
-          add_won<kLaneChannels>(out, gradient, won[a][b], patch_tap(a, r) * 3 + patch_tap(b, s));
+          tile.get(gradient, oh, ow, patch.lane);
+          add_won<kLaneChannels>(total, gradient, won[a][b], patch_tap(a, r) * 3 + patch_tap(b, s));
         }
 #pragma unroll
-      for (int i = 0; i < kLaneChannels; ++i) sum[i] += out[i];
-      store<kLaneChannels>(dx + to + r * p.in.row_step + s * p.in.column_step, out);
+      for (int i = 0; i < kLaneChannels; ++i) sum[i] += total[i];
+      store<kLaneChannels>(dx + static_cast<int64_t>(to + (r * in.width + s) * in.lanes) * kLaneChannels, total);
     }
 }
 
@@ -157,9 +156,10 @@ __device__ inline void unpool_patch(const DeviceBlock<float>& p, const PooledTil
 // shared memory, and gathers from there.
 template <class T, int N, int kSide>
 __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
-    relu_max_pool2d_lrn_lanes_backward_kernel(DeviceBlock<float> p, Tiles tiles, const T* __restrict__ dy,
-                                              const T* __restrict__ pooled, const uint8_t* __restrict__ winners,
-                                              T* __restrict__ dx, float* __restrict__ sums) {
+    relu_max_pool2d_lrn_lanes_backward_kernel(DeviceBlock<float> p, Planes in, Planes out, Tiles tiles,
+                                              const T* __restrict__ dy, const T* __restrict__ pooled,
+                                              const uint8_t* __restrict__ winners, T* __restrict__ dx,
+                                              float* __restrict__ sums) {
   float* dpooled = shared_memory<float>();
   const int lanes = static_cast<int>(p.lanes.value), all = tiles.need_rows * tiles.need_columns * lanes;
   const int owners = kBlockThreads / lanes * lanes;  // threads; each keeps its channels
@@ -186,12 +186,11 @@ __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
     for (int v = threadIdx.x; static_cast<int>(threadIdx.x) < owners && v < own_rows * tiles.columns * lanes;
          v += owners) {
       const TilePlace at(tiles.by_row, p.lanes, v);
-      const Position input{first.image, at.lane * kLaneChannels, first.row + at.row * kSide,
-                           first.column + at.column * kSide};
+      const int row = first.row / kSide + at.row, column = first.column / kSide + at.column;
       if constexpr (kSide == 2) {
-        unpool_patch(p, done, input, winners, dx, sum);
+        unpool_patch(in, out, done, Place(static_cast<int>(first.image), row, column, at.lane), winners, dx, sum);
       } else {
-        unpool_input(p, done, input, winners, dx, sum);
+        unpool_input(p, done, {first.image, at.lane * kLaneChannels, row, column}, winners, dx, sum);
       }
     }
     __syncthreads();
