@@ -45,21 +45,34 @@ inline cudaError_t sum_rows(int64_t rows, int64_t channels, const void* sums, vo
 
 // ---- channels-last: a thread keeps V neighbouring channels
 
+// Where value i of a thread is in shared memory. Of eight values, every second four threads swap the halves, so that no
+// two of eight lanes that store 16 bytes hit one bank.
+template <int V>
+__device__ inline int sum_place(int thread, int i) {
+  return V == 8 ? ((thread * 2 + i / 4) ^ (thread / 4 & 1)) * 4 + i % 4 : thread * V + i;
+}
+
 // Writes this block's row of sums. Owner i of the block is thread thread_of(i). It has summed vector (before + i) %
 // vectors of every pixel that it took.
 template <int V, class A, class ThreadOf>
 __device__ inline void sum_owners(const A (&sum)[V], int vectors, int before, int owners, ThreadOf&& thread_of,
                                   A* __restrict__ sums) {
   A* shared = shared_memory<A>();
+  constexpr int kPart = V < 4 ? V : 4;
 #pragma unroll
-  for (int i = 0; i < V; ++i) shared[threadIdx.x * V + i] = sum[i];
+  for (int first = 0; first < V; first += kPart) {
+    A part[kPart];
+#pragma unroll
+    for (int i = 0; i < kPart; ++i) part[i] = sum[first + i];
+    store<kPart>(shared + sum_place<V>(threadIdx.x, first), part);
+  }
   __syncthreads();
   const int channels = vectors * V;
   for (int channel = threadIdx.x; channel < channels; channel += kBlockThreads) {
     const int vector = channel / V;
     A total = 0;
     for (int i = vector >= before ? vector - before : vector - before + vectors; i < owners; i += vectors)
-      total += shared[thread_of(i) * V + channel % V];
+      total += shared[sum_place<V>(thread_of(i), channel % V)];
     sums[static_cast<int64_t>(blockIdx.x) * channels + channel] = total;
   }
 }

@@ -91,6 +91,7 @@ int relu_lrn_max_pool2d_backward_cuda(const LrnPoolBlock& p, const void* dy, con
         status = launch(relu_lrn_max_pool2d_patches_lanes_backward_kernel<T>, rows, kLaneSums, stream, block.lrn,
                         Patches(p), gradient, in, b, winners, out, sums);
       } else if (lanes) {
+        rows = sum_rows_of(p.in, kLaneBackwardBlocks * kHopperMultiprocessors);
         status = launch(relu_lrn_max_pool2d_lanes_backward_kernel<T, 5>, rows, kLaneSums, stream, block,
                         elements(p.in) / kLaneChannels, gradient, in, b, winners, out, sums);
       } else if (fast) {

@@ -65,8 +65,11 @@ __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
   }
 }
 
+// With 64 registers fp32 would spill.
+constexpr int kLaneBackwardBlocks = 3;
+
 template <class T, int N>
-__global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
+__global__ void __launch_bounds__(kBlockThreads, kLaneBackwardBlocks)
     relu_lrn_max_pool2d_lanes_backward_kernel(DeviceBlock<float> p, int64_t vectors, const T* __restrict__ dy,
                                               const T* __restrict__ x, const T* __restrict__ bias,
                                               const uint8_t* __restrict__ winners, T* __restrict__ dx,
