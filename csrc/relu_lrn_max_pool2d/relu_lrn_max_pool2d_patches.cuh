@@ -44,7 +44,7 @@ template <class T>
 struct Vector {
   uint4 parts[kLaneChannels / kVector<T>];
 
-  // `count` pairs of elements of these bits.
+  // Each word has these bits: a pair of elements, or one of fp32.
   __device__ static Vector filled(uint32_t bits) {
     Vector all;
 #pragma unroll
