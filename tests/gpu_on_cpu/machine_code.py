@@ -115,6 +115,28 @@ def read(section: str) -> Code:
     return Code(blocks if blocks[-1] else blocks[:-1], labels)
 
 
+def reached(code: Code) -> set[int]:
+    """The blocks that run where warps do not diverge. BRA.DIV jumps to a shuffle of threads that come one by one."""
+    found, left = set(), [0] if code.blocks else []
+    while left:
+        n = left.pop()
+        if n in found or n >= len(code.blocks):
+            continue
+        found.add(n)
+        block = code.blocks[n]
+        for i in block:
+            if (target := re.search(r"`?\(?(\.L\w+)\)?$", i.text)) and ".DIV" not in i.text:
+                left += [code.labels[target[1]]] if target[1] in code.labels else []
+        last = block[-1]
+        if (
+            last.name not in ("BRA", "EXIT", "RET")
+            or last.text.startswith("@")
+            or re.search(r"BRA\.(DIV|U)", last.text)
+        ):
+            left.append(n + 1)
+    return found
+
+
 def executed(code: Code, issued: Mapping[int, int]) -> list[float]:
     """How many warps run each block, from the warps that issued each line of PTX.
 
@@ -122,8 +144,9 @@ def executed(code: Code, issued: Mapping[int, int]) -> list[float]:
     The median of a block's lines outweighs those that the compiler moved to it from elsewhere.
     """
     places: dict[tuple[int, str], list[int]] = defaultdict(list)
-    for n, block in enumerate(code.blocks):
-        for i in block:
+    runs = reached(code)
+    for n in runs:
+        for i in code.blocks[n]:
             places[i.line, i.name].append(n)
 
     def estimates(block: Block, sure: bool) -> list[float]:
@@ -135,8 +158,8 @@ def executed(code: Code, issued: Mapping[int, int]) -> list[float]:
         return found
 
     counts = []
-    for block in code.blocks:
-        found = estimates(block, True) or estimates(block, False)
+    for n, block in enumerate(code.blocks):
+        found = (estimates(block, True) or estimates(block, False)) if n in runs else []
         counts.append(statistics.median(found) if found else 0.0)
     return counts
 

@@ -117,6 +117,14 @@ def test_a_loop_that_the_compiler_repeats_is_counted_once() -> None:
     assert machine_code.totals(code, counts) == {"integer": 2 + 40, "global": 40, "control": 2}
 
 
+def test_code_for_threads_that_come_one_by_one_does_not_run() -> None:
+    """BRA.DIV leaves the shuffle of a whole warp for its copy, which is reached from nowhere else."""
+    whole = [block(("BRA.DIV UR4, `(.L_x_1)", 7)), block(("SHFL.DOWN R1, R2, 1", 7)), block(("EXIT", 9))]
+    alone = block(("WARPSYNC.COLLECTIVE R3, `(.L_x_2)", 7), ("SHFL.DOWN R1, R2, 1", 7), ("BRA `(.L_x_3)", 7))
+    code = Code([*whole, alone], {".L_x_1": 3, ".L_x_2": 3, ".L_x_3": 2})
+    assert machine_code.executed(code, {7: 10, 9: 10}) == [10, 10, 10, 0]
+
+
 def test_code_moved_from_another_place_is_outweighed() -> None:
     """The address of line 8 is computed before the loop, though PTX computes it inside."""
     before = block(("S2R R1, SR_TID.X", 1), ("IADD3 R2, R1, 4, RZ", 8), ("MOV R3, R1", 2))
