@@ -1,7 +1,8 @@
 """The predicted time of a training step and of inference: every operation that PyTorch dispatches, each with its cost.
 
 The step is traced, not listed: harness.network_run runs on tensors without values, so a copy more or less in the code
-shows here. Kernels of this package cost what counts.json says, convolutions what their best candidate costs.
+shows here. Kernels of this package cost what counts.json says, convolutions what their best candidate costs. Weights are
+bf16 with fp32 masters (``alexnet_ext.optim.SGD``); images come from ``ops.augment`` with the depth that conv1 takes.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ FREE = {"detach", "t", "view", "_unsafe_view", "expand", "as_strided", "transpos
         "_record_function_enter_new", "_record_function_exit", "new_empty", "is_pinned"}  # fmt: skip
 # Of dropout on a CPU. A GPU draws, scales and multiplies in one kernel.
 IN_ONE = {"bernoulli_", "div_"}
+AUGMENT = f"augment forward {BATCH}x256x256x3 to depth bfloat16 contiguous native"
 PRODUCTS = {"mm", "addmm", "linear_bias_relu", "linear_bias_relu_backward"}
 COPIES = {"_to_copy", "clone", "copy_", "contiguous"}
 
@@ -137,6 +139,10 @@ class Costs:
             direction = "backward"
         images = max(operation.inputs + operation.outputs, key=lambda t: t.bytes, default=None)
         return self.counted(name, direction, images.shape) if images else None
+
+    def augment(self) -> Part:
+        times = row_times(counts()[AUGMENT], self.gpu, self.assumed, self.batch / BATCH)
+        return Part("augment", total(times), len(times))
 
     def optimizer(self) -> Part:
         """Of the paper's network, whatever the batch."""
@@ -239,7 +245,10 @@ def predicted(
 ) -> tuple[list[Part], float]:
     """(parts, summed up by name; seconds of the step in a CUDA graph, gaps between launches included)."""
     summed: dict[str, tuple[float, int]] = {}
-    for part in Costs(gpu, batch, producers, assumed).parts(traced(kind, batch)):
+    costs = Costs(gpu, batch, producers, assumed)
+    # The images of a training step come from augment, as conv1 takes them.
+    first = [costs.augment()] if kind == "training" else []
+    for part in (*first, *costs.parts(traced(kind, batch))):
         seconds, launches = summed.get(part.what, (0.0, 0))
         summed[part.what] = seconds + part.seconds, launches + part.launches
     launches = sum(count for _, count in summed.values())
