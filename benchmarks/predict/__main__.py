@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from . import count, gates, report
+from . import gates, report
 from .gpus import GPUS
 from .kernels import COUNTS
 
@@ -34,6 +34,8 @@ def write(path: Path, found: dict[str, Any]) -> None:
 
 def renew(words: list[str]) -> int:
     """Counts the rows whose names have all these words and writes them; returns how many gates do not hold."""
+    from . import count  # needs what tests need
+
     committed = json.loads(COUNTS.read_text(encoding="utf-8"))
     known = {job.work.name for job in count.jobs()}
     committed["rows"] = {name: row for name, row in committed["rows"].items() if name in known}

@@ -24,8 +24,8 @@ from tests.support.spec import BF16, FP32, Case, Spec
 from tests.tools.cuda_budget import FLAGS, cutlass_folders, plain, run
 
 from ..harness import layer_name
+from .kernels import BATCH
 
-BATCH = 128
 CODE = ("arch=compute_90,code=sm_90", "-lineinfo")
 LAYOUTS = ("channels_last", "contiguous")
 MOST = 1 << 30  # blocks: all of them

@@ -13,6 +13,7 @@ from typing import Any
 from .gpus import LIKELY, REGISTER_UNIT, REGISTERS, RESERVED_SHARED, WARP, Assumed, Gpu
 
 COUNTS = Path(__file__).with_name("counts.json")
+BATCH = 128  # of the counts
 MOST_BLOCKS = 32  # of a multiprocessor
 
 

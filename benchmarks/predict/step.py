@@ -26,9 +26,8 @@ from alexnet_ext.ops.conv2d_bias_relu.shared import Convolution
 
 from .. import harness
 from . import convolutions
-from .count import BATCH
 from .gpus import LIKELY, Assumed, Gpu
-from .kernels import counts, row_times, total
+from .kernels import BATCH, counts, row_times, total
 
 KINDS = ("training", "inference")
 RUNS = {"training": "training step", "inference": "inference"}

@@ -11,6 +11,7 @@ from tests.support import spec
 from tests.support.spec import DY_BAD, EMULATOR, MANY, TILE_SHAPES, X_BAD, Case, Draw, Fault, Spec, change
 
 LRN = "csrc/local_response_norm/local_response_norm_rows.h"
+PAIRS = "csrc/local_response_norm/local_response_norm_pairs.cuh"
 CUDA_LRN = "csrc/local_response_norm/local_response_norm_window.cuh"
 
 
@@ -82,6 +83,8 @@ FAULTS = (
           f"{EMULATOR} -k 'subnormal and 1.2e-38'"),
     Fault("CUDA: chunks of channels without their ends", CUDA_LRN, "c = first - kHalf;", "c = first;",
           f"{EMULATOR} -k 'values and local_response_norm and float32 and contiguous'"),
+    Fault("CUDA: pairs of channels, a neighbour across the end of a pixel", PAIRS, "(last ? 0 : after)", "after",
+          f"{EMULATOR} -k 'relu_lrn_max_pool2d and float32 and channels_last'"),
 )  # fmt: skip
 
 

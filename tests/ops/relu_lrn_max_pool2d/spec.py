@@ -34,7 +34,6 @@ def moved(case: Case, width: int) -> tuple[int, int]:
     return x + bias + y + elements, y + x + elements + x
 
 
-PAIRS = "csrc/local_response_norm/local_response_norm_pairs.cuh"
 PATCHES = "csrc/relu_lrn_max_pool2d/relu_lrn_max_pool2d_patches.cuh"
 ROWS = "csrc/relu_lrn_max_pool2d/relu_lrn_max_pool2d_rows.cuh"
 CHANNELS_LAST = f"{EMULATOR} -k 'relu_lrn_max_pool2d and float32 and channels_last'"
@@ -54,7 +53,6 @@ FAULTS = (
           CHANNELS_LAST),
     Fault("CUDA patches: an odd column at the tap of an even one", PATCHES, "s = i % 2 ? 1 : w % 2", "s = w % 2",
           CHANNELS_LAST),
-    Fault("CUDA patches: a neighbour across the end of a pixel", PAIRS, "(last ? 0 : after)", "after", CHANNELS_LAST),
     Fault("CUDA rows: the last of equal values wins", ROWS, "if (v > value[i] ||", "if (v >= value[i] ||", TIES),
     Fault("CUDA rows: the first NaN wins", ROWS, "v > value[i] || v != v", "!(v <= value[i]) && value[i] == value[i]",
           TIES),
