@@ -66,8 +66,9 @@ __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
   });
 }
 
+// A window of seven needs more than 64 registers: for compute capability 10.0 it would spill.
 template <class T, int N>
-__global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
+__global__ void __launch_bounds__(kBlockThreads, N > 5 ? 3 : kBlocksPerProcessor)
     local_response_norm_pixels_backward_kernel(DeviceLrn<float> lrn, Chunks work, int64_t threads, int64_t image_step,
                                                const T* __restrict__ dy, const T* __restrict__ x, T* __restrict__ dx) {
   for_chunks(work, threads, lrn.channels, [&](int64_t image, int64_t pixel, int first, int end) {
