@@ -122,7 +122,7 @@ def show_steps(console: Console, kind: str, by_batch: dict[str, Any]) -> None:
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """A bar for each step, of its parts; those under 2 % are one."""
+    """A bar for each step, of its parts; those under 3 % are one."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -135,7 +135,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
             part["part"]
             for one in steps.values()
             for part in one["parts"]
-            if part["microseconds"] > 0.02 * one["microseconds"]
+            if part["microseconds"] > 0.03 * one["microseconds"]
         }
         ordered = [part["part"] for part in next(iter(steps.values()))["parts"] if part["part"] in names]
         base = [0.0] * len(steps)

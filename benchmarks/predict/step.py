@@ -217,7 +217,8 @@ class Costs:
         permuted = bool(permuted) and order(operation.inputs[0]) != order(operation.outputs[0])
         what = "copies and casts" if operation.name in COPIES else "small kernels"
         if operation.name in COPIES and size > 1 << 26:
-            what = f"copies of {'x'.join(map(str, operation.inputs[0].shape))}"
+            shape = operation.inputs[0].shape
+            what = f"copies of {'x'.join(map(str, shape[shape[0] == self.batch :]))}"
         return Part(what, self.moved(size, self.assumed.permute if permuted else 1.0), 1)
 
 
