@@ -1,8 +1,8 @@
 """The predicted time of a training step and of inference: every operation that PyTorch dispatches, each with its cost.
 
 The step is traced, not listed: harness.network_run runs on tensors without values, so a copy more or less in the code
-shows here. Kernels of this package cost what counts.json says, convolutions what their best candidate costs. Weights are
-bf16 with fp32 masters (``alexnet_ext.optim.SGD``); images come from ``ops.augment`` with the depth that conv1 takes.
+shows here. Kernels of this package cost what counts.json says, convolutions what their best candidate costs. Weights
+are bf16 with fp32 masters (``alexnet_ext.optim.SGD``); images come from ``ops.augment`` with the depth that conv1 takes.
 """
 
 from __future__ import annotations
