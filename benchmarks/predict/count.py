@@ -29,7 +29,7 @@ from .kernels import BATCH
 CODE = ("arch=compute_90,code=sm_90", "-lineinfo")
 LAYOUTS = ("channels_last", "contiguous")
 MOST = 1 << 30  # blocks: all of them
-MOST_PERSISTENT = 600  # blocks: a grid of at most so many is made for the slots of a GPU, not for the work
+MOST_PERSISTENT = 600  # blocks: a grid of no more is made for the slots of a GPU, not for the work
 WHOLE = 15  # the side of planes that are executed as a whole
 
 

@@ -2,7 +2,7 @@
 
 The step is traced, not listed: harness.network_run runs on tensors without values, so a copy more or less in the code
 shows here. Kernels of this package cost what counts.json says, convolutions what their best candidate costs. Weights
-are bf16 with fp32 masters (``alexnet_ext.optim.SGD``); images come from ``ops.augment`` with the depth that conv1 takes.
+are bf16 with fp32 masters (``alexnet_ext.optim.SGD``). Images come from ``ops.augment``, with conv1's depth.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Recorder(TorchDispatchMode):
 def traced(kind: str, batch: int) -> tuple[Operation, ...]:
     """The operations of the second step, which finds the optimizer's state there, in bf16 and channels-last.
 
-    They are a GPU's: the CPU stands in for it with the GPU's operators, of which only the shapes count here.
+    They are a GPU's: the CPU stands in for it with the GPU's operators. Only their shapes count here.
     """
     on_cpu = {op: {**devices, "cpu": devices["cuda"]} for op, devices in _backend.KERNELS.items()}
     as_on_gpu = mock.patch.object(_backend, "KERNELS", on_cpu)

@@ -48,7 +48,7 @@ $end:
 
 
 def aligned(count: int) -> Any:
-    """That many words, of which the first begins a sector."""
+    """That many words; the first one begins a sector."""
     around = np.zeros(count + 8, np.uint32)
     skipped = -around.ctypes.data // 4 % 8
     return around[skipped : skipped + count]

@@ -37,8 +37,8 @@ class SpaceToDepth:
     def images(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """(N, C, H, W) to (N, stride * stride * C, *blocks), channels-last, in ``dtype`` (default x's).
 
-        Each value is moved once, padding and the change of dtype included. Blocks at the edges of x, of which it has
-        but a part, are copied by themselves.
+        Each value is moved once, padding and the change of dtype included. Blocks that lie in x only in part are copied
+        by themselves.
         """
         folded = x.new_zeros((x.shape[0], *self.blocks, *self.stride, x.shape[1]), dtype=dtype)
         spans = (_spans(self.padding[i], x.shape[2 + i], self.blocks[i], self.stride[i]) for i in (0, 1))
