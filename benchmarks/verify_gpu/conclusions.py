@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from ..predict import fit
+
 if TYPE_CHECKING:
     from .report import Finding, Outcome
 
@@ -15,7 +17,7 @@ WAYS = ("native", "triton", "auto")
 CONTESTANTS = (*WAYS, "stock", "compiled stock")
 
 
-def tables(outcomes: Iterable[Outcome]) -> Iterator[Table]:
+def tables(outcomes: Iterable[Outcome], device: str) -> Iterator[Table]:
     """(title, headings, rows) of each conclusion that the findings allow."""
     known = {outcome.stage: outcome for outcome in outcomes}
     findings = [finding for outcome in known.values() for finding in outcome.findings]
@@ -35,6 +37,7 @@ def tables(outcomes: Iterable[Outcome]) -> Iterator[Table]:
         )
         headings = ["", "% of floor", "target", "times compiled"]
         yield "Ops that miss a target", headings, missed(by_kind["op"])
+        yield from beside_predictions(by_kind["op"], device)
     if by_kind["convolution"]:
         headings = ["", "fastest", "ms", "next", "ms", "fastest stock", "times stock"]
         yield "The convolution: what won", headings, [won(finding) for finding in by_kind["convolution"]]
@@ -102,6 +105,24 @@ def missed(findings: list[Finding]) -> list[list[Any]]:
         if (target is not None and not rate >= target) or (times is not None and not times > 1):
             rows.append([finding.name, rate, target, times])
     return rows or [["none", None, None, None]]
+
+
+def beside_predictions(findings: list[Finding], device: str) -> Iterator[Table]:
+    """The compiled kernels' times over those of benchmarks.predict, and the constants that fit them."""
+    gpu = fit.gpu_of(device)
+    if gpu is None:
+        return
+    measured = [
+        fit.Measured(f.name, f.numbers["native ms"], f.numbers["floor ms"], f.numbers["MB"])
+        for f in findings
+        if f.numbers.get("native ms")
+    ]
+    compared = fit.compare(measured, gpu)
+    headings = ["", "predicted ms", "measured ms", "measured / predicted", "predicted limit", "share of it reached"]
+    rows: list[list[Any]] = [[c.name, c.predicted, c.measured, c.ratio, c.limit, c.share] for c in compared]
+    yield f"Predicted by benchmarks.predict for {gpu.name}, and measured", headings, rows
+    rows = [[name, *values] for name, values in fit.fitted(compared).items()]
+    yield "Constants of benchmarks/predict/gpus.py", ["", "assumed", "fits", "kernels"], rows
 
 
 def won(finding: Finding) -> list[Any]:

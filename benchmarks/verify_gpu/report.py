@@ -65,7 +65,7 @@ def markdown(facts: dict[str, Any], outcomes: list[Outcome]) -> str:
             [outcome.stage, outcome.purpose, outcome.verdict, f"{good} of {len(judged)}", f"{outcome.seconds:.0f}"]
         )
     lines += table(["stage", "what it proves", "verdict", "checks passed", "seconds"], stages)
-    for title, headings, rows in conclusions.tables(outcomes):
+    for title, headings, rows in conclusions.tables(outcomes, facts["device"]):
         lines += ["", f"## {title}", "", *table(headings, [[cell(value) for value in row] for row in rows])]
     for outcome in outcomes:
         lines += details(outcome)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.predict import __main__ as predict
-from benchmarks.predict import convolutions, count, gates, gpus, kernels, report, step
+from benchmarks.predict import convolutions, count, fit, gates, gpus, kernels, report, step
 from benchmarks.predict.gpus import GPUS, LIKELY
 from tests.support import specs
 
@@ -232,3 +232,49 @@ def test_counts_are_written_whole_and_read_back(tmp_path: Path) -> None:
     predict.write(file, COMMITTED)
     assert json.loads(file.read_text(encoding="utf-8")) == COMMITTED
     assert [path.name for path in tmp_path.iterdir()] == ["counts.json"]
+
+
+# ---- beside measured times
+
+
+def as_if_measured(share: float, issue: float) -> list[fit.Measured]:
+    """Times of kernels that reach these shares of a copy's rate and of all issue slots."""
+    found = []
+    for name, row in COMMITTED["rows"].items():
+        op, direction, shape, *rest = name.split()
+        if op in ("augment", "sgd_step", "conv2d_bias_relu") or rest[0] != "bfloat16":
+            continue
+        copy = 1e3 * kernels.copy_time(row["floor_bytes"], H100)
+        instructions = sum(launch["instructions"] for launch in row["launches"])
+        bound = kernels.row_times(row, H100)[0].binds
+        kernel = copy / share if bound == "memory" else 1e3 * instructions / (issue * H100.issue)
+        words = (op, shape, rest[0], rest[1], direction)
+        found.append(fit.Measured(" ".join(words), kernel, copy, row["floor_bytes"] / 1e6))
+    return found
+
+
+def test_constants_are_fitted_to_measured_times() -> None:
+    compared = fit.compare(as_if_measured(0.9, 0.7), H100)
+    assert len(compared) > 10
+    constants = fit.fitted(compared)
+    assert constants["COPY"][:2] == (0.95, pytest.approx(0.9))
+    assert constants["ISSUE"][:2] == (0.80, pytest.approx(0.7))
+    memory = [c for c in compared if c.limit == "memory" and "norm" in c.name and "channels_last" in c.name]
+    assert all(c.ratio == pytest.approx(0.95 / 0.9, rel=0.02) for c in memory)
+
+
+def test_another_batch_than_the_counted_one_is_compared_too() -> None:
+    name = "local_response_norm 256x96x55x55 bfloat16 channels_last forward"
+    (found,) = fit.compare([fit.Measured(name, 0.2, 0.1, 297.4), fit.Measured("unknown 1x2 float32", 1, 1, 1)], H100)
+    counted = COMMITTED["rows"]["local_response_norm forward 128x96x55x55 bfloat16 channels_last native"]
+    expected = 2e3 * kernels.total(kernels.row_times(counted, replace(H100, copy=2.974e12)))
+    assert found.predicted == pytest.approx(expected, rel=0.02)
+    assert found.ratio == pytest.approx(0.2 / found.predicted)
+
+
+@pytest.mark.parametrize(
+    ("device", "gpu"),
+    [("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H200", "h200"), ("NVIDIA GeForce RTX 4090", "rtx4090"), ("cpu", None)],
+)
+def test_a_device_is_known_by_its_name(device: str, gpu: str | None) -> None:
+    assert fit.gpu_of(device) is (GPUS[gpu] if gpu else None)

@@ -205,7 +205,7 @@ def proofs(**verdicts: str) -> list[Outcome]:
 
 
 def entries(outcomes: list[Outcome]) -> dict[str, str]:
-    (_, _, rows) = next(conclusions.tables(outcomes))
+    (_, _, rows) = next(conclusions.tables(outcomes, "cpu"))
     return {row[0].split('"')[1]: row[2] for row in rows}
 
 
@@ -241,7 +241,7 @@ def test_the_order_is_by_the_sum_of_what_all_layers_have() -> None:
         timed("one", about, native=3.0, triton=1.1, stock=9.0, compiled_stock=2.0),
         timed("two", about, native=1.1, triton=4.0, stock=9.0),
     )
-    _, (_, headings, rows), (_, _, slow) = conclusions.tables([Outcome("large", "", "passed", 1, findings)])
+    _, (_, headings, rows), (_, _, slow) = conclusions.tables([Outcome("large", "", "passed", 1, findings)], "cpu")
     row = dict(zip(headings, rows[0], strict=True))
     assert (row["native ms"], row["compiled stock ms"]) == (4.1, None)
     assert row["order"] == "native, triton, stock"
