@@ -7,7 +7,6 @@ are bf16 with fp32 masters (``alexnet_ext.optim.SGD``). Images come from ``ops.a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -38,7 +37,7 @@ FREE = {"detach", "t", "view", "_unsafe_view", "expand", "as_strided", "transpos
 # Of dropout on a CPU. A GPU draws, scales and multiplies in one kernel.
 IN_ONE = {"bernoulli_", "div_"}
 AUGMENT = f"augment forward {BATCH}x256x256x3 to depth bfloat16 contiguous native"
-PRODUCTS = {"mm", "addmm", "linear_bias_relu", "linear_bias_relu_backward"}
+PRODUCTS = {"mm", "addmm"}
 COPIES = {"_to_copy", "clone", "copy_", "contiguous"}
 
 
@@ -125,7 +124,7 @@ class Costs:
             elif (found := self.row(operation)) is not None:
                 yield found
             elif operation.name in PRODUCTS:
-                yield from self.products(operation)
+                yield self.products(operation)
             else:
                 yield self.elementwise(operation)
 
@@ -184,34 +183,16 @@ class Costs:
             part = self.elementwise(operation)
             yield Part(f"{name} space to depth", part.seconds, part.launches)
 
-    def products(self, operation: Operation) -> Iterator[Part]:
-        """Products of matrices by cuBLAS; ReLU and its mask by PyTorch, as on a GPU without our linear kernels."""
-        big = sorted(operation.inputs, key=lambda t: t.bytes)[-1]
-        backward = operation.name.endswith("_backward")
-        matrices = [t.shape for t in operation.inputs if len(t.shape) == 2]
-        rows = self.batch
-        weight = max(matrices, key=math.prod) if operation.name.startswith("linear") else None
-        if weight is not None:
-            multiplied = 2.0 * rows * math.prod(weight) * (2 if backward else 1)
-            size = big.bytes * (2 if backward else 1) + sum(t.bytes for t in operation.outputs)
-        else:
-            (m, k), (_, n) = matrices[-2:]
-            multiplied, size = 2.0 * m * k * n, sum(t.bytes for t in (*operation.inputs, *operation.outputs))
-        peak = self.gpu.products * 2 * self.gpu.multiprocessors * self.gpu.clock
-        seconds = max(multiplied / (peak * self.assumed.linear), size / (self.gpu.copy * self.assumed.linear_bytes))
-        yield Part("linear layers", seconds, 2 if backward and weight is not None else 1)
-        if weight is not None:  # ReLU; back, its mask and the bias's sums
-            y = operation.outputs[0].bytes
-            yield Part("linear layers' ReLU and bias", self.moved(3 * y), 2 if backward else 1)
+    def products(self, operation: Operation) -> Part:
+        """A product of matrices by cuBLAS: bound by its multiplications, or by the bytes of the weight."""
+        (rows, depth), (_, columns) = [t.shape for t in operation.inputs if len(t.shape) == 2][-2:]
+        size = sum(t.bytes for t in (*operation.inputs, *operation.outputs))
+        peak = self.gpu.products * self.gpu.multiprocessors * self.gpu.clock
+        multiplied = rows * depth * columns / (peak * self.assumed.linear)
+        return Part("linear layers", max(multiplied, size / (self.gpu.copy * self.assumed.linear_bytes)), 1)
 
     def elementwise(self, operation: Operation) -> Part:
         tensors = (*operation.inputs, *operation.outputs)
-        if operation.name in (
-            "_fused_sgd_",
-            "sgd_step",
-        ):  # parameters and momentum are read and written, gradients are read
-            size = sum(t.bytes for t in operation.inputs) * 5 / 3
-            return Part("optimizer", self.moved(size), 2)
         size = sum(t.bytes for t in tensors)
         permuted = operation.name in COPIES and operation.inputs and operation.outputs
         permuted = bool(permuted) and order(operation.inputs[0]) != order(operation.outputs[0])

@@ -26,6 +26,7 @@ LAYOUTS = ("contiguous", "channels_last", "transposed", "sliced", "expanded", "e
 EMULATOR = "tests/gpu_on_cpu/test_emulator.py"
 CITIZEN = "tests/ops/test_citizen.py"
 RUNTIME = "tests/ops/test_runtime.py"
+GATES = "tests/benchmarks/test_predict_gates.py -m slow"  # of kernels that got slower
 
 # Channels and pixels one below, at and one above 8, 16, 32 and 64: the widths of vectors and of tiles.
 TILE_SHAPES = (

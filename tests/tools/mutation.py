@@ -26,11 +26,12 @@ from pathlib import Path
 
 from tests.support import ROOT, specs
 from tests.support.parts import picked, third_of
-from tests.support.spec import EMULATOR, Fault
+from tests.support.spec import EMULATOR, GATES, Fault
 
 BIAS = "csrc/common/cpu_bias.h"
 VECTOR = "csrc/common/cpu_vector.h"
 CUDA_SUMS = "csrc/common/channel_sums.cuh"
+SLOWER = f"{GATES} -k 'relu_lrn_max_pool2d and backward'"
 SURVEY, CALLS = "alexnet_ext/accelerate/survey.py", "alexnet_ext/accelerate/calls.py"
 WATCH, TRACING = "alexnet_ext/accelerate/watch.py", "alexnet_ext/accelerate/tracing.py"
 DRAWN = "tests/accelerate/test_accelerate_generated.py -k 'before and {}'"
@@ -91,6 +92,10 @@ SHARED = (
           " and _is_right(op, backend, device)]", "]", "tests/ops/test_tuning.py -k wrong_here"),
     Fault("auto: another device's choice", "alexnet_ext/ops/_choices.py", " | {device_name(device)} | ", " | ",
           "tests/ops/test_tuning.py -k 'choices_are_of_one or auto_follows'"),
+    Fault("slower: two lanes store to one bank", CUDA_SUMS,
+          "V == 8 ? ((thread * 2 + i / 4) ^ (thread / 4 & 1)) * 4 + i % 4 : thread * V + i", "thread * V + i", SLOWER),
+    Fault("slower: more blocks than fit", "csrc/common/channel_sums.h", "(steps < most ? steps : most) * step;",
+          "(steps < most ? steps : most) * step + step;", SLOWER),
 )  # fmt: skip
 FAULTS = (*specs.of_all("faults", tuple(specs.SPECS)), *SHARED)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.ops import blocks
 from tests.ops.blocks import LRN_BAD, POOL_BAD, activation
 from tests.support import spec
-from tests.support.spec import DY_BAD, EMULATOR, Case, Fault, Spec, Tensors, change, smaller
+from tests.support.spec import DY_BAD, EMULATOR, GATES, Case, Fault, Spec, Tensors, change, smaller
 
 
 def normalized(x: Tensor, bias: Tensor | None, lrn_size: int, alpha: float, beta: float, k: float) -> Tensor:
@@ -35,6 +35,7 @@ def moved(case: Case, width: int) -> tuple[int, int]:
 
 
 PATCHES = "csrc/relu_lrn_max_pool2d/relu_lrn_max_pool2d_patches.cuh"
+LAUNCHER = "csrc/relu_lrn_max_pool2d/relu_lrn_max_pool2d_cuda.cu"
 ROWS = "csrc/relu_lrn_max_pool2d/relu_lrn_max_pool2d_rows.cuh"
 CHANNELS_LAST = f"{EMULATOR} -k 'relu_lrn_max_pool2d and float32 and channels_last'"
 TIES = f"{EMULATOR} -k 'winners_of_ties and float32 and channels_last'"
@@ -59,6 +60,11 @@ FAULTS = (
     Fault("CUDA rows: the third row's taps are the first's", ROWS, "6 + row.tap[i]", "row.tap[i]", TIES),
     Fault("CUDA rows: no barrier before the neighbour's column is read", ROWS, "__syncthreads();\n    get(", "get(",
           f"{EMULATOR} -k 'order and relu_lrn_max_pool2d and channels_last'"),
+    Fault("slower: narrow tiles, whose edges are read again", ROWS,
+          "most = most_threads / kWarp * owners / lanes - 1;", "most = 3;",
+          f"{GATES} -k 'relu_lrn_max_pool2d and forward'"),
+    Fault("slower: the gradient by the general path", LAUNCHER, "if (lanes && has_patches(p)) {", "if (false) {",
+          f"{GATES} -k 'relu_lrn_max_pool2d and backward'"),
 )  # fmt: skip
 
 
