@@ -36,8 +36,9 @@ class SGD(torch.optim.SGD):
 
     ``state_dict`` is ``torch.optim.SGD``'s, and holds ``"master"`` besides ``"momentum_buffer"``, both in fp32. Resumed
     from it, a run continues bit for bit. A state of ``torch.optim.SGD`` loads; masters then begin as the parameters. So
-    they do anew where a parameter was written meanwhile (``model.load_state_dict``), unless it is its master rounded.
-    (What is written through ``parameter.data`` is not noticed.)
+    does each element of a parameter that was written meanwhile (``model.load_state_dict``, clipping, a mask), unless it
+    is its master rounded. (What is written through ``parameter.data``, as ``torch.nn.utils.vector_to_parameters``
+    does, is not noticed.)
 
     Raises:
         ValueError: as ``torch.optim.SGD``; a parameter that is not of fp64, fp32, bf16 or fp16.
@@ -94,11 +95,17 @@ class SGD(torch.optim.SGD):
         return loss
 
     def _update(self, group: dict[str, Any], parameters: list[Tensor], is_first: bool) -> None:
+        found_inf = getattr(self, "found_inf", None)
+        if is_first and found_inf is not None and found_inf.item():
+            return  # GradScaler skips this step, and the next one is the first
         masters = [self._master(parameter) for parameter in parameters]
         has_masters = parameters[0].dtype in LOW
+        momenta: list[Tensor] = []
+        if group["momentum"] != 0:
+            momenta = [self._momentum(*pair) for pair in zip(parameters, masters, strict=True)]
         sgd_step(
             masters,
-            [self._momentum(*pair) for pair in zip(parameters, masters, strict=True)] if group["momentum"] != 0 else [],
+            momenta,
             [parameter.grad for parameter in parameters if parameter.grad is not None],
             parameters if has_masters else (),
             lr=group["lr"],
@@ -106,28 +113,29 @@ class SGD(torch.optim.SGD):
             **{name: group[name] for name in ("momentum", "dampening", "nesterov", "maximize")},
             first_step=is_first,
             grad_scale=getattr(self, "grad_scale", None),
-            found_inf=getattr(self, "found_inf", None),
+            found_inf=found_inf,
         )
+        for parameter, buffer in zip(parameters, momenta, strict=False):
+            self.state[parameter]["momentum_buffer"] = buffer
         if has_masters:
             self._versions.update((parameter, parameter._version) for parameter in parameters)
 
     def _master(self, parameter: Tensor) -> Tensor:
-        """The parameter in full precision: itself, or its master, begun anew where somebody else wrote it."""
+        """The parameter in full precision: itself, or its master. Elements that somebody else wrote begin anew."""
         if parameter.dtype not in LOW:
             return parameter
         master: Tensor | None = self.state[parameter].get("master")
-        if master is not None and self._versions.get(parameter) != parameter._version:
-            master = master if torch.equal(master.to(parameter.dtype), parameter) else None
         if master is None:
             master = parameter.detach().float()
+        elif self._versions.get(parameter) != parameter._version:
+            kept = master.to(parameter.dtype) == parameter
+            master = torch.where(kept, master, parameter.detach().float())
         self.state[parameter]["master"] = master = with_strides_of(parameter, master)
         return master
 
     def _momentum(self, parameter: Tensor, master: Tensor) -> Tensor:
         buffer = self.state[parameter].get("momentum_buffer")
-        buffer = torch.zeros_like(master) if buffer is None else with_strides_of(master, buffer)
-        self.state[parameter]["momentum_buffer"] = buffer
-        return buffer
+        return torch.zeros_like(master) if buffer is None else with_strides_of(master, buffer)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -56,7 +56,7 @@ else()
     add_products(sm90_kernels 90a-real "${INCLUDE};${UTILITIES}" ${SM90_SOURCES})
     target_sources(cuda PRIVATE ${SM90_OPS})
     # Then 9.0 needs no products of bf16 and fp16 by mma.sync. Newer GPUs can use the PTX for 8.0 in place of that for 9.0.
-    list(TRANSFORM HALF REPLACE "^90$" "80-virtual")
+    list(TRANSFORM HALF REPLACE "^90(-virtual)?$" "80-virtual")
     list(FILTER HALF EXCLUDE REGEX "^90")
   endif()
   if(HALF)

@@ -83,12 +83,14 @@ def check_lrn(size: Any, alpha: Any, beta: Any, k: Any, name: str = "size") -> t
         raise TypeError(f"{name} must be an int, got {type(size).__name__} {size!r}")
     if whole <= 0:
         raise RuntimeError(f"{name} must be greater than zero, got {size}")
-    constants = []
-    for which, value in (("alpha", alpha), ("beta", beta), ("k", k)):
-        if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, Real)):
-            raise TypeError(f"{which} must be a float, got {type(value).__name__} {value!r}")
-        constants.append(value if isinstance(value, (int, float, torch.SymFloat)) else float(value))
-    return whole, *constants
+    return whole, *(real(which, value) for which, value in (("alpha", alpha), ("beta", beta), ("k", k)))
+
+
+def real(name: str, value: Any) -> Any:
+    """A real number, NumPy's included, as Python's own."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, Real)):
+        raise TypeError(f"{name} must be a float, got {type(value).__name__} {value!r}")
+    return value if isinstance(value, (int, float, torch.SymFloat)) else float(value)
 
 
 def integer(value: Any) -> Any:

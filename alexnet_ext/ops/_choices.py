@@ -55,7 +55,8 @@ def gpu_clock() -> float:
 
 def agree(ours: Results, theirs: Results) -> bool:
     """Whether two candidates computed the same, within some roundings of the dtype (TF32's for fp32)."""
-    return all(relative_difference(a, b) <= 16 * _rounding(b.dtype) for a, b in zip(ours, theirs, strict=True))
+    pairs = zip(ours, theirs, strict=True)
+    return all(a.dtype == b.dtype and relative_difference(a, b) <= 16 * _rounding(b.dtype) for a, b in pairs)
 
 
 def _rounding(dtype: torch.dtype) -> float:

@@ -9,6 +9,7 @@ Kernels are predicted from counts (counts.json) and a GPU's data sheet, none of 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
@@ -27,9 +28,17 @@ def write(path: Path, found: dict[str, Any]) -> None:
     rest = {name: value for name, value in found.items() if name != "rows"}
     text = json.dumps(rest, indent=1)[:-2] + f',\n "rows": {{\n{rows}\n }}\n}}\n'
     json.loads(text)
+    put(path, text)
+
+
+def put(path: Path, text: str) -> None:
+    """The file as a whole, or as it was."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    try:
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def renew(words: list[str]) -> int:
@@ -66,12 +75,20 @@ def main(words: list[str]) -> int:
     batches = options.batch or [128, 1024]
     if min(batches) < 1:
         parser.error(f"--batch {min(batches)}: expected at least 1")
+    if options.picture and options.picture.suffix not in (".png", ".svg"):
+        parser.error(f"--picture {options.picture}: expected a name that ends in .png or .svg")
+    if options.picture and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--picture needs matplotlib: pip install matplotlib")
     found = report.predictions(options.gpu, batches)
     report.show(found)
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    if options.picture:
-        report.draw(found, options.picture)
+    try:
+        if options.json:
+            put(options.json, json.dumps(found, indent=1) + "\n")
+        if options.picture:
+            report.draw(found, options.picture)
+    except OSError as error:
+        print(f"{error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
     return 0
 
 

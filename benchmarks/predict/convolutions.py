@@ -87,14 +87,17 @@ class Work:
     blocks: int
     resident: int  # blocks on a multiprocessor
     around: float
-    launches: int = 1  # of as many blocks each
-    summed_bytes: float = 0  # of partial sums, written and read
+    products: int = 1  # launches of as many blocks each
+    summed_bytes: float = 0  # of partial sums, written, and read by a launch of its own
+
+    @property
+    def launches(self) -> int:
+        return self.products + (self.summed_bytes > 0)
 
     def seconds(self, gpu: Gpu, assumed: Assumed) -> float:
         waves = math.ceil(self.blocks / (self.resident * gpu.multiprocessors))
         clocks = waves * self.resident * (self.steps * self.step.clocks(gpu, assumed) + self.around)
-        sums = self.summed_bytes / gpu.copy + (2 * assumed.gap if self.summed_bytes else 0)
-        return self.launches * clocks / gpu.clock + (self.launches - 1) * assumed.gap + sums
+        return self.products * clocks / gpu.clock + self.summed_bytes / gpu.copy
 
 
 def up(a: float, b: float) -> int:
@@ -168,7 +171,8 @@ CANDIDATES: dict[str, Callable[[Layer, str, float], Work]] = {
     "cutlass": mma_sync,
     "triton": triton,
 }
-NEEDS = {"cutlass sm90": 90}  # the capability that a candidate is made for
+# On 9.0 bf16 has the kernels of wgmma in place of those of mma.sync.
+RUNS: dict[str, Callable[[int], bool]] = {"cutlass sm90": lambda c: c == 90, "cutlass": lambda c: c != 90}
 
 
 def layers(batch: int) -> list[tuple[str, Layer]]:
@@ -180,9 +184,9 @@ def layers(batch: int) -> list[tuple[str, Layer]]:
 def candidates(
     layer: Layer, direction: str, gpu: Gpu, producers: dict[str, float], assumed: Assumed = LIKELY
 ) -> dict[str, float]:
-    """Seconds of each candidate that is made for this GPU."""
+    """Seconds of each candidate that runs on this GPU."""
     return {
         name: work(layer, direction, producers).seconds(gpu, assumed)
         for name, work in CANDIDATES.items()
-        if NEEDS.get(name, gpu.capability) == gpu.capability
+        if name not in RUNS or RUNS[name](gpu.capability)
     }

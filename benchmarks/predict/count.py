@@ -29,7 +29,9 @@ from .kernels import BATCH
 CODE = ("arch=compute_90,code=sm_90", "-lineinfo")
 LAYOUTS = ("channels_last", "contiguous")
 MOST = 1 << 30  # blocks: all of them
-MOST_PERSISTENT = 600  # blocks: a grid of no more is made for the slots of a GPU, not for the work
+# A grid of no more blocks is made for the slots of a GPU (four a multiprocessor of an H100), not for the work. Some
+# more, so that a grid a little too large is taken for one.
+MOST_PERSISTENT = 4 * 132 + 32
 WHOLE = 15  # the side of planes that are executed as a whole
 
 

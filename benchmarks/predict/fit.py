@@ -11,6 +11,9 @@ from .gpus import COPY as COPY_SHARE
 from .gpus import GPUS, ISSUE, Gpu
 from .kernels import BATCH, counts, row_times, total
 
+# In the names of GPUs with fewer multiprocessors, or another memory, than the data sheet's.
+SMALLER = ("pcie", "nvl", "mig", "laptop")
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -36,7 +39,9 @@ class Compared:
 
 
 def gpu_of(device: str) -> Gpu | None:
-    """The data sheet for a device's name; None for one that is not known."""
+    """The data sheet for a device's name; None for one that is not known, or a smaller one of a name."""
+    if any(word in device.lower() for word in SMALLER):
+        return None
     return next((gpu for key, gpu in GPUS.items() if key.removeprefix("rtx") in device.lower()), None)
 
 

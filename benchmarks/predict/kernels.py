@@ -49,8 +49,11 @@ def resident(launch: dict[str, Any], gpu: Gpu) -> int:
 def time_of(launch: dict[str, Any], gpu: Gpu, assumed: Assumed = LIKELY, batches: float = 1) -> Time:
     """Of a launch as it is in counts.json, at this many times its batch.
 
-    A grid whose size does not depend on the batch ("persistent") does more a block; another has more blocks.
+    A grid whose size does not depend on the batch ("persistent") does more a block; another has more blocks. The sums
+    of rows that a persistent grid left do not depend on it at all.
     """
+    if launch["kernel"].startswith("sum_rows_kernel"):
+        batches = 1
     persistent = launch["persistent"]
     blocks = launch["blocks"] * (1 if persistent else batches)
     work = {name: launch[name] * batches for name in ("dram_bytes", "instructions", "turns", "clocks_alone")}

@@ -106,12 +106,14 @@ def show(found: dict[str, Any]) -> None:
 
 def show_steps(console: Console, kind: str, by_batch: dict[str, Any]) -> None:
     parts = table(f"Predicted: {kind}, a CUDA graph, us", "part", *(f"batch {batch}" for batch in by_batch), "launches")
-    first = next(iter(by_batch.values()))
-    for n, part in enumerate(first["parts"]):
-        micros = (f"{found['parts'][n]['microseconds']:.1f}" for found in by_batch.values())
-        parts.add_row(part["part"], *micros, str(part["launches"]))
+    columns = [{part["part"]: part for part in found["parts"]} for found in by_batch.values()]
+    for name in dict.fromkeys(name for column in columns for name in column):
+        micros = (f"{column[name]['microseconds']:.1f}" if name in column else "" for column in columns)
+        launches = dict.fromkeys(str(column[name]["launches"]) for column in columns if name in column)
+        parts.add_row(name, *micros, ", ".join(launches))
     totals = (f"{found['microseconds']:,.0f}" for found in by_batch.values())
-    parts.add_row("all", *totals, str(first["launches"]), style="bold")
+    launches = dict.fromkeys(str(found["launches"]) for found in by_batch.values())
+    parts.add_row("all", *totals, ", ".join(launches), style="bold")
     console.print(parts)
     for batch, found in by_batch.items():
         console.print(
@@ -137,7 +139,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
             for part in one["parts"]
             if part["microseconds"] > 0.03 * one["microseconds"]
         }
-        ordered = [part["part"] for part in next(iter(steps.values()))["parts"] if part["part"] in names]
+        every = (part["part"] for one in steps.values() for part in one["parts"])
+        ordered = [name for name in dict.fromkeys(every) if name in names]
         base = [0.0] * len(steps)
         colours = pyplot.get_cmap("tab20").colors  # type: ignore[attr-defined]
         for n, name in enumerate([*ordered, "others"]):

@@ -2,7 +2,8 @@
 
 The step is traced, not listed: harness.network_run runs on tensors without values, so a copy more or less in the code
 shows here. Kernels of this package cost what counts.json says, convolutions what their best candidate costs. Weights
-are bf16 with fp32 masters (``alexnet_ext.optim.SGD``). Images come from ``ops.augment``, with conv1's depth.
+that are trained are bf16 with fp32 masters (``alexnet_ext.optim.SGD``), their images come from ``ops.augment`` with
+conv1's depth. Inference is autocast's, of fp32 weights and images.
 """
 
 from __future__ import annotations
@@ -154,13 +155,17 @@ class Costs:
         if row is None:
             return None
         times = row_times(row, self.gpu, self.assumed, self.batch / BATCH)
-        return Part(f"{op} {direction}", total(times), len(times))
+        return Part(f"{op} {direction}", sum(max(time.total, self.assumed.small) for time in times), len(times))
 
-    def best(self, layer: convolutions.Layer, direction: str) -> float:
-        return min(convolutions.candidates(layer, direction, self.gpu, self.producers, self.assumed).values())
+    def best(self, name: str, layer: convolutions.Layer, direction: str) -> Part:
+        """By the fastest candidate."""
+        seconds = convolutions.candidates(layer, direction, self.gpu, self.producers, self.assumed)
+        fastest = min(seconds, key=seconds.__getitem__)
+        launches = convolutions.CANDIDATES[fastest](layer, direction, self.producers).launches
+        return Part(f"{name} {direction}", seconds[fastest], launches)
 
     def convolution(self, name: str, layer: convolutions.Layer, operation: Operation) -> Iterator[Part]:
-        yield Part(f"{name} forward", self.best(layer, "forward"), 1)
+        yield self.best(name, layer, "forward")
         if operation.inputs[0].shape[1] < convolutions.DEPTH_LIMIT:
             yield from self.rewrite(name, operation.inputs[0])  # in the op
 
@@ -173,9 +178,9 @@ class Costs:
         if relu or for_bias:
             yield self.counted("conv2d_bias_relu", "mask", dy.shape) or self.elementwise(operation)
         if for_x:
-            yield Part(f"{name} input gradient", self.best(layer, "input gradient"), 1)
+            yield self.best(name, layer, "input gradient")
         if for_weight:
-            yield Part(f"{name} weight gradient", self.best(layer, "weight gradient"), 2)
+            yield self.best(name, layer, "weight gradient")
 
     def rewrite(self, name: str, x: Described) -> Iterator[Part]:
         """A first layer's space to depth."""

@@ -278,3 +278,52 @@ def test_another_batch_than_the_counted_one_is_compared_too() -> None:
 )
 def test_a_device_is_known_by_its_name(device: str, gpu: str | None) -> None:
     assert fit.gpu_of(device) is (GPUS[gpu] if gpu else None)
+
+
+@pytest.mark.parametrize("device", ["NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA GeForce RTX 4090 Laptop GPU"])
+def test_a_smaller_gpu_of_the_same_name_has_no_data_sheet(device: str) -> None:
+    assert fit.gpu_of(device) is None
+
+
+# ---- what a stranger may type
+
+
+@pytest.mark.parametrize("batches", [("1", "4096"), ("4096", "1"), ("16", "256")])
+def test_each_batch_has_its_own_parts(batches: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    """A part that one batch lacks shifts no other: the table's numbers are those of the predictions."""
+    assert predict.main([word for batch in batches for word in ("--batch", batch)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    title = next(n for n, line in enumerate(lines) if line.startswith("Predicted: inference"))
+    (line,) = (line for line in lines[title:] if line.startswith(" conv1 forward"))
+    found = report.predictions("h100", [int(batch) for batch in batches])["inference"]
+    expected = [
+        part["microseconds"] for one in found.values() for part in one["parts"] if part["part"] == "conv1 forward"
+    ]
+    assert [float(word) for word in line.split()[2:4]] == expected
+
+
+@pytest.mark.parametrize("words", [["--picture", "a.foo"], ["--batch", "0"], ["--gpu", "voodoo"]])
+def test_a_wrong_word_is_one_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        predict.main(words)
+    assert ended.value.code == 2
+    assert words[0] in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_file_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert predict.main(["--batch", "128", "--json", str(tmp_path / "missing" / "x.json")]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert predict.main(["--batch", "128", "--json", str(tmp_path)]) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sums_of_rows_do_not_grow_with_the_batch() -> None:
+    launch = LAUNCH | {"kernel": "sum_rows_kernel<bf16, 8, 9>", "persistent": True, "blocks": 32}
+    assert kernels.time_of(launch, H100, LIKELY, 8) == kernels.time_of(launch, H100)
+
+
+def test_what_is_not_built_for_9_0_is_not_predicted_there() -> None:
+    layer = convolutions.layers(128)[2][1]
+    names = {gpu: set(convolutions.candidates(layer, "forward", GPUS[gpu], kernels.producers())) for gpu in GPUS}
+    assert names["h100"] == names["h200"] == {"cutlass sm90", "triton"}
+    assert names["a100"] == {"cutlass", "triton"}

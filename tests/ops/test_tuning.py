@@ -113,6 +113,12 @@ def test_what_raises_or_differs_is_dropped(clock: FakeTime) -> None:
     assert [str(w.message).split(" is")[0] for w in caught] == ["raises", "wrong", "shape", "nan"]
 
 
+def test_a_result_of_another_dtype_does_not_agree() -> None:
+    x = torch.randn(5)
+    assert _choices.agree([x], [x.clone()])
+    assert not _choices.agree([x.bfloat16().float()], [x.bfloat16()])
+
+
 def test_nothing_that_runs_is_an_error(clock: FakeTime) -> None:
     with pytest.warns(UserWarning, match="is not measured"), pytest.raises(RuntimeError, match="none of a, b runs"):
         fastest("call", CPU, [clock.candidate(n, 1, ValueError(n)) for n in "ab"], clock)

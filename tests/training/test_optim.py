@@ -185,6 +185,49 @@ def test_a_weight_that_somebody_else_wrote_is_kept(dtype: torch.dtype) -> None:
     assert torch.equal(masters(optimizer)[1], kept)
 
 
+@pytest.mark.parametrize("other", [0.0, torch.nan])
+def test_masked_elements_disturb_no_other(other: float) -> None:
+    """A mask after each step, or a NaN: the element beside goes on in fp32, by steps that bf16 cannot hold."""
+    parameter = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+    optimizer = SGD([parameter], lr=2.0**-12)
+    for _ in range(64):
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        with torch.no_grad():
+            parameter[1] = other
+    assert parameter[0].item() == 1 - 64 * 2.0**-12
+    assert parameter[1].isnan() == (other != 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_skipped_first_step_is_not_the_first(dtype: torch.dtype) -> None:
+    """With dampening, which the first step has not: as torch.optim.SGD after GradScaler found an inf."""
+    ends = []
+    for kind, of in ((SGD, dtype), (torch.optim.SGD, torch.float32)):
+        parameter = nn.Parameter(torch.ones(1, dtype=of))
+        optimizer = kind([parameter], lr=0.25, momentum=0.5, dampening=0.5)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+        for gradient in (torch.inf, 1.0, 1.0):
+            scaler.scale(torch.ones(()))
+            parameter.grad = torch.full_like(parameter, gradient * scaler.get_scale())
+            scaler.step(optimizer)
+            scaler.update()
+        ends.append(parameter.item())
+    assert ends[0] == ends[1] == 0.5
+
+
+def test_a_step_that_raises_leaves_no_state_behind() -> None:
+    parameter = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+    optimizer = SGD([parameter], lr=1.0, momentum=0.5, dampening=0.5)
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.param_groups[0]["nesterov"] = "no"
+    with pytest.raises(TypeError, match="nesterov must be a bool"):
+        optimizer.step()
+    optimizer.param_groups[0]["nesterov"] = False
+    optimizer.step()
+    assert parameter.item() == 0.0
+
+
 @pytest.mark.parametrize("way", ["pickle", "deepcopy"])
 def test_copies_continue_alike(way: str) -> None:
     optimizer = SGD(parameters(torch.bfloat16), lr=0.1, momentum=0.9)

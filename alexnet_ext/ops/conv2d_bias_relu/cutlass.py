@@ -31,7 +31,7 @@ def applies(x: Tensor, weight: Tensor, p: Convolution, direction: Direction, sm9
 
     The gradient of weight needs no more than the forward does. The gradient of x needs stride 1, which a first layer
     gets by its rewrite. The kernels of ``sm90`` need stride 1 in every direction, and have no gradients of TF32. Where
-    they are, the others are compiled for TF32 alone: in bf16 and fp16 they are predicted to lose everywhere.
+    they are, the others are compiled for TF32 alone: in bf16 and fp16 they are predicted to lose nearly everywhere.
     """
     on_hopper = SM90.loaded and capability(x) == HOPPER
     if sm90:

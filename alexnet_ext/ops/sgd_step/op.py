@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._backend import DTYPES, operator
-from .._checks import check_tensor
+from .._checks import check_tensor, real
 from .._layout import is_dense, same_strides
 from .._register import register
 from . import reference
@@ -59,11 +59,14 @@ def sgd_step(
     Raises:
         RuntimeError: lists of other lengths, tensors whose shapes, dtypes or devices do not fit together, sparse or
             complex ones.
-        TypeError: an argument that is no list of Tensors.
+        TypeError: an argument that is no list of Tensors; a constant that is no number, or no bool.
     """
     lists = {"parameters": parameters, "momenta": momenta, "gradients": gradients, "weights": weights}
     given = {name: _checked(name, tensors) for name, tensors in lists.items()}
     parameters, momenta, gradients, weights = given.values()
+    _check_constants(lr, nesterov=nesterov, maximize=maximize, first_step=first_step)
+    floats = (("momentum", momentum), ("dampening", dampening), ("weight_decay", weight_decay))
+    momentum, dampening, weight_decay = (real(name, value) for name, value in floats)
     _check_lengths(given, momentum)
     if not parameters:
         return
@@ -120,10 +123,21 @@ def _check(name: str, tensor: Tensor, parameter: Tensor, dtype: torch.dtype) -> 
         raise RuntimeError(f"{name} is on device {tensor.device}, expected {parameter.device}")
 
 
+def _check_constants(lr: Any, **flags: Any) -> None:
+    if not isinstance(lr, Tensor):
+        real("lr", lr)
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be a bool, got {type(flag).__name__} {flag!r}")
+
+
 def _number(name: str, value: Any, parameter: Tensor) -> Tensor | None:
     """A number that the kernel is to read, in fp32; None for one that the host knows, or for none."""
-    if not isinstance(value, Tensor):
+    if value is None or (name == "lr" and not isinstance(value, Tensor)):
         return None
+    check_tensor(name, value)
+    if value.is_complex():
+        raise TypeError(f"{name} must be a real number, got {value.dtype}")
     if value.numel() != 1:
         raise RuntimeError(f"{name} has shape {list(value.shape)}, expected one number")
     if name == "lr" and value.device.type == "cpu" and (parameter.device.type != "cpu" or value.dtype != torch.float32):
