@@ -9,14 +9,16 @@ if TYPE_CHECKING or not COMMAND:
     from . import models, nn, ops, optim
     from .accelerate import Report, accelerate, accelerated, restore
     from .ops import use_backend
+    from .selfcheck import first_call as _first_call  # noqa: F401 (it is what an unproven op's first call runs)
     from .selfcheck.info import info
-    from .selfcheck.tune import tune
+    from .selfcheck.prove import Proved, prove, tune
 else:
     from .training.interrupt import begin
 
     begin()
 
 __all__ = [
+    "Proved",
     "Report",
     "__version__",
     "accelerate",
@@ -26,6 +28,7 @@ __all__ = [
     "nn",
     "ops",
     "optim",
+    "prove",
     "restore",
     "tune",
     "use_backend",

@@ -27,6 +27,8 @@ from .training.process import huge_pages
 from .variants import VARIANTS, AlexNetConfig, config_of
 
 if TYPE_CHECKING:
+    import torch
+
     from .models import AlexNet
 
 app = typer.Typer(pretty_exceptions_enable=False)
@@ -146,27 +148,61 @@ def tune(
     image_size: Annotated[int | None, typer.Option(min=1, show_default="the variant's")] = None,
     precision: Annotated[Precision, typer.Option()] = Precision.bf16,
     device: Device = "auto",
+    forget: Annotated[bool, typer.Option("--forget", help="Remove all that is known of kernels; prove nothing.")] = False,
+    export: Annotated[
+        Path | None, typer.Option("--export", parser=path, metavar="FILE", help="Write what is known; prove nothing.")
+    ] = None,
+    taken: Annotated[
+        Path | None,
+        typer.Option("--import", parser=path, metavar="FILE", help="Take the choices of such a file; prove them anew."),
+    ] = None,
 ) -> None:
-    """Prove the kernels on this GPU, measure what is fastest for each op and convolution, and remember it."""
+    """Prove the kernels on this GPU, race them with PyTorch, and remember what is right and fastest."""
+    if forget + (export is not None) + (taken is not None) > 1:
+        raise CommandError("--forget, --export and --import: give one of them", 2)
     with starting():
-        import torch
-
-        from .ops import _choices
-        from .selfcheck.tune import rows
+        from .ops import _backend, _known
+        from .selfcheck import prove, tables
         from .training.evaluate import DTYPES
+        from .training.files import write_file
 
+    if forget:
+        print(f"removed {len(_known.forget())} files of {path_text(_known.folder() or 'no folder')}")
+        return
+    if export is not None:
+        write_file(export, tables.exported().encode())
+        print(path_text(export))
+        return
     config, where = _config(model, image_size), device_of(device)
-    if where.type != "cuda":
-        raise CommandError(f"--device {device}: choices are measured on a GPU, and torch sees none here")
-    dtype = DTYPES[precision.value]
-    network, side = _shapes(config), config.image_size
+    if not _backend.proves(where):
+        raise CommandError(f"--device {device}: kernels are proven and raced on a GPU, and torch sees none here")
     console = Console()
+    if taken is not None:
+        _import(taken, where)
+    shape, dtype = (batch_size, 3, config.image_size, config.image_size), DTYPES[precision.value]
+    with console.status(Text("proving kernels")) as status:
+        proved = prove.prove(
+            where, _shapes(config), shape, dtype=dtype, again=taken is None, tell=lambda line: status.update(Text(line))
+        )
     table = Table("layer or op", "direction", "choice", "microseconds")
-    for row in rows(network, (batch_size, 3, side, side), where, dtype, torch.channels_last):
+    for row in proved.races:
         times = ", ".join(f"{name} {time:.0f}" for name, time in sorted(row.microseconds.items(), key=lambda t: t[1]))
         table.add_row(row.layer, row.direction, row.choice, times)
     console.print(table)
-    console.print(f"Kept in {path_text(_choices.cache_file())}")
+    console.print(str(proved), highlight=False, markup=False)
+    console.print(f"Kept in {path_text(_known.on(where).path or 'memory alone')}", highlight=False, markup=False)
+
+
+def _import(file: Path, device: torch.device) -> None:
+    from .selfcheck import tables
+
+    try:
+        count = tables.import_races(file, device)
+    except OSError as error:
+        raise os_error(file, error) from error
+    except ValueError as error:
+        raise CommandError(f"{path_text(file)}: {error}") from error
+    print(f"{count} choices taken from {path_text(file)}")
 
 
 def _config(model: Variant | None, image_size: int | None, classes: int = 1000) -> AlexNetConfig:

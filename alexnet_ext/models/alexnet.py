@@ -97,7 +97,9 @@ class AlexNet(nn.Module):
         stage, conv = stages(self.config)[0], self.features.conv1
         taps = -(-stage.conv.kernel // DEPTH)
         fits = stage.conv.stride == DEPTH and stage.padding == 0 and self._depth_shape()[1] == stage.size + taps - 1
-        rewritten = dtype.itemsize == 2 and decide("conv2d_bias_relu", device, dtype).backend in ("auto", "triton")
+        images = torch.empty(1, 3, 2, 2, memory_format=torch.channels_last)
+        backend = decide("conv2d_bias_relu", device, dtype, x=images).backend
+        rewritten = dtype.itemsize == 2 and backend in ("auto", "triton")
         if not (fits and rewritten and hasattr(conv, "takes_depth")):
             return 1
         conv.takes_depth = True

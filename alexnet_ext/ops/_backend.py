@@ -1,33 +1,30 @@
 """Which implementation a call runs: ``native`` (compiled), ``triton`` or ``stock`` PyTorch.
 
 ``decide`` is the one place that says so, and why. Calls, ``alexnet info`` and ``alexnet tune`` all ask it. ``KERNELS``
-lists what could run, ``STANDINGS`` what is known of it.
+lists what could run, ``ORDER`` in what order and what the authors know of it, ``_known`` what the user's device showed.
 """
 
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd import forward_ad
 
 from .. import _library
+from . import _known
 from ._checks import overrides
-from ._choices import assume_constant_result, tuned
 
 BACKENDS = ("auto", "native", "triton", "stock")
 OPS = tuple(folder.name for folder in pkgutil.iter_modules([str(Path(__file__).parent)]) if folder.ispkg)
+PROVABLE = (torch.float32, torch.bfloat16, torch.float16)
+"""What users' GPUs prove. Other dtypes run on stock PyTorch there."""
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-TUNED: tuple[str, ...] = ("cuda",)
-"""Kinds of devices where ``"auto"`` follows what `alexnet tune` found right and fastest, if it has looked."""
-TUNED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 class Decision(NamedTuple):
     """The backend of a call, and why.
@@ -41,49 +38,43 @@ class Decision(NamedTuple):
 
 
 class Standing(NamedTuple):
-    """What is known of a backend's kernels on a device, and the reason where they are not proven.
+    """What the authors know of a backend's kernels on a kind of device. ``"auto"`` runs proven kernels alone.
 
-    ``"auto"`` runs proven kernels alone.
+    Of an unknown kernel the user's own device decides: what ``_known`` has of it, by ``alexnet_ext.prove``.
     """
 
-    state: Literal["proven", "unknown", "refused"]
+    state: _known.State
     reason: str = ""
 
 
 PROVEN = Standing("proven")
+UNKNOWN = Standing("unknown", "not yet proven on this device: `alexnet_ext.prove()` or `alexnet tune` does it")
 
-
-def _unknown(what: str) -> Standing:
-    reason = f"its {what} has not been run on a GPU by its authors: `alexnet tune` proves it on yours"
-    return Standing("unknown", reason)
-
-
-# By backend and kind of device, for all that `alexnet tune` has not looked at. On the meta device no kernel runs.
-STANDINGS = {
-    ("native", "cpu"): PROVEN,
-    ("triton", "cpu"): Standing("refused", "no compiled kernel is loaded, and Triton's interpreter is for tests"),
-    ("auto", "cuda"): _unknown("choice by measurement"),
-    ("native", "cuda"): _unknown("compiled kernel"),
-    ("triton", "cuda"): _unknown("Triton kernel"),
-    ("native", "meta"): PROVEN,
-    ("triton", "meta"): PROVEN,
+# The static order: by kind of device, the backends that "auto" prefers, the first one first. On a GPU each direction of
+# a convolution has candidates of its own, the compiled kernels do not depend on Triton's version, and no author has run
+# either: the user's GPU proves them. On the meta device no kernel runs.
+ORDER: dict[str, dict[str, Standing]] = {
+    "cpu": {
+        "native": PROVEN,
+        "triton": Standing("refused", "no compiled kernel is loaded, and Triton's interpreter is for tests"),
+    },
+    "cuda": {"auto": UNKNOWN, "native": UNKNOWN, "triton": UNKNOWN},
+    "meta": {"native": PROVEN, "triton": PROVEN},
 }
 
 
 def _kernels_of(op: str) -> dict[str, dict[str, str]]:
-    native = {device: op for device in ("cpu", "cuda") if _library.has_kernel(op, device)}
-    triton = dict.fromkeys(_library.triton_devices(op), f"{op}_triton")
-    found: dict[str, dict[str, str]] = {"cpu": {}, "cuda": {}, "meta": {}}
+    """[kind of device][backend]: the operator, in the static order."""
+    there = {("native", device): op for device in ("cpu", "cuda") if _library.has_kernel(op, device)}
+    there |= {("triton", device): f"{op}_triton" for device in _library.triton_devices(op)}
+    there |= {(backend, "meta"): name for (backend, _), name in there.items()}
     if _library.has_candidates(op):
-        found["cuda"]["auto"] = f"{op}_auto"
-    for backend, operators in (("native", native), ("triton", triton)):
-        for device, name in operators.items():
-            found[device][backend] = found["meta"][backend] = name
-    return found
+        there["auto", "cuda"] = f"{op}_auto"
+    return {kind: {name: there[name, kind] for name in order if (name, kind) in there} for kind, order in ORDER.items()}
 
 
-# [op][kind of device][backend]: the operator, in the order that "auto" prefers. Filled at import, as torch.compile can
-# trace a look-up in it, but no question to the dispatcher.
+# [op][kind of device][backend]. Filled at import, as torch.compile can trace a look-up in it, but no question to the
+# dispatcher.
 KERNELS = {op: _kernels_of(op) for op in OPS}
 
 _RUNS = {
@@ -91,12 +82,22 @@ _RUNS = {
     "native": Decision("native", "compiled kernel"),
     "triton": Decision("triton", "Triton kernel"),
 }
-_FOUND = {name: Decision(name, "right and fastest here, as `alexnet tune` found") for name in (*_RUNS, "stock")}
+_FOUND = {name: Decision(name, "proven on this device, and the fastest where raced") for name in _RUNS}
+_FOUND["stock"] = Decision("stock", "faster here than our kernels")
+_UNKNOWN = Decision("stock", UNKNOWN.reason)
+_REFUSED = Decision("stock", "our kernels were refused on this device (`alexnet info` says why)")
+_DECISIONS = _FOUND | {"unknown": _UNKNOWN, "refused": _REFUSED}
 _BY_ARGUMENT = Decision("stock", "backend='stock' was passed")
 _BY_BLOCK = Decision("stock", "use_backend('stock') is in force")
 
 _preferred: dict[str, tuple[str, ...]] = {}
 """By kind of device, what ``preferring`` puts in place of the order and standings above."""
+
+
+def assume_constant_result(function: Callable[..., Any]) -> Callable[..., Any]:
+    """As ``torch.compiler``'s, which imports torch._dynamo, a second of work, to set this one mark."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def check_backend(backend: str) -> None:
@@ -219,7 +220,7 @@ def decide(
     if requested == "auto":
         if unsupported:
             return Decision("stock", f"our kernels do not cover {unsupported}")
-        return _automatic(op, device, dtype)
+        return _automatic(op, device, dtype, x)
     if requested not in kernels(op, device.type):
         unsupported = _refusal(requested, op, device.type)
     if unsupported:
@@ -227,26 +228,52 @@ def decide(
     return _RUNS[requested]
 
 
-def _automatic(op: str, device: torch.device, dtype: torch.dtype) -> Decision:
+def _automatic(op: str, device: torch.device, dtype: torch.dtype, x: torch.Tensor | None) -> Decision:
     """What ``"auto"`` runs for a call that our kernels cover."""
     kind = device.type
     there = kernels(op, kind)
     if kind in _preferred:
-        for backend in _preferred[kind]:
-            if backend in there:
-                return _RUNS[backend]
+        for name in _preferred[kind]:
+            if name.partition(" ")[0] in there:
+                return _RUNS[name.partition(" ")[0]]
         return Decision("stock", "the backends that are preferred at the moment have no kernel for it")
-    if kind in TUNED and dtype in TUNED_DTYPES:
-        found = tuned(op, device)
-        if found == "stock" or found in there:
-            return _FOUND[found]
     reason = ""
     for backend in there:
-        standing = STANDINGS[backend, kind]
+        standing = ORDER[kind][backend]
         if standing.state == "proven":
             return _RUNS[backend]
+        if standing.state == "unknown" and dtype not in PROVABLE:
+            return Decision("stock", f"kernels for {dtype} are not proven on a user's device")
+        if standing.state == "unknown":
+            layout = "contiguous" if x is None else _known.layout_of(x)
+            # Traced sizes may be symbols.
+            shape = None if x is None or torch.compiler.is_compiling() else tuple(x.shape)
+            return _DECISIONS[_found(op, device, dtype, layout, shape)]
         reason = reason or standing.reason
     return Decision("stock", reason or _no_kernel(kind))
+
+
+@assume_constant_result
+def _found(
+    op: str, device: torch.device, dtype: torch.dtype, layout: str, shape: tuple[int, ...] | None
+) -> str:
+    """A key of ``_DECISIONS``: what is known on this device of a call in this dtype, layout and shape."""
+    states = {backend: proof_of(op, backend, device, dtype, layout).state for backend in kernels(op, device.type)}
+    proven = [backend for backend, state in states.items() if state == "proven"]
+    if not proven:
+        return "unknown" if "unknown" in states.values() else "refused"
+    raced = _known.on(device).winner(op, _known.name_of(dtype), layout, shape)
+    return raced if raced in (*proven, "stock") else proven[0]
+
+
+def proof_of(op: str, backend: str, device: torch.device, dtype: torch.dtype, layout: str) -> _known.Proof:
+    """What is known on this device of one backend, or of a candidate of ``"auto"`` (``"auto NAME"``)."""
+    standing = ORDER[device.type].get(backend.partition(" ")[0], UNKNOWN)
+    if device.type in _preferred or standing.state == "proven":
+        return _known.Proof("proven")
+    if standing.state == "refused":
+        return _known.Proof("refused", standing.reason)
+    return _known.on(device).proof(_known.Unit(op, backend, _known.name_of(dtype), layout))
 
 
 def _no_kernel(device_type: str) -> str:
@@ -256,16 +283,17 @@ def _no_kernel(device_type: str) -> str:
     return f"no library serves {device_type}"
 
 
-def is_untuned(device: torch.device) -> bool:
-    """Whether ``"auto"`` leaves all ops to stock PyTorch on this device because `alexnet tune` has not looked yet."""
-    if device.type not in TUNED:
-        return False
-    return not any(tuned(op, device) or _automatic(op, device, torch.float32).backend != "stock" for op in OPS)
+def proves(device: torch.device) -> bool:
+    """Whether kernels on this kind of device are left to the user's own device to prove."""
+    return any(standing.state == "unknown" for standing in ORDER.get(device.type, {}).values())
 
 
 @contextmanager
 def preferring(backends: Sequence[str], device: str) -> Iterator[None]:
-    """``"auto"`` runs the first of these that has a kernel on this kind of device, proven or not; to prove it."""
+    """``"auto"`` runs the first of these that has a kernel on this kind of device, proven or not; to prove it.
+
+    ``"auto NAME"`` is an op's choice among its candidates, with this one taken wherever it applies.
+    """
     global _preferred
     before = _preferred
     _preferred = before | {device: tuple(backends)}
@@ -286,18 +314,34 @@ def _refusal(backend: str, op: str, device: str) -> str:
     return f"device {device!r} (move the tensors to a GPU, or set TRITON_INTERPRET=1 before Python starts)"
 
 
+def preferred_candidate(device_type: str) -> str:
+    """The candidate that ``preferring`` asks for; "" for none."""
+    first, *_ = _preferred.get(device_type) or ("",)
+    return first.partition(" ")[2]
+
+
 def operator(op: str, backend: str, x: torch.Tensor, unsupported: str = "", dtype: torch.dtype | None = None) -> Any:
     """The operator that runs this call in ``dtype`` (default x's); None where stock PyTorch runs it.
 
     ``unsupported`` as in ``decide``. RuntimeError where ``backend`` does not cover the call.
     """
-    device = x.device
-    runs, reason = decide(op, device, dtype or x.dtype, backend, unsupported, x)
-    if runs == "stock":
+    device, dtype = x.device, dtype or x.dtype
+    decision = decide(op, device, dtype, backend, unsupported, x)
+    if not torch.compiler.is_compiling() and decision is _UNKNOWN:
+        return first_call(op, x, dtype)
+    if decision.backend == "stock":
         return None
-    if runs == "none":
-        raise RuntimeError(reason)
-    return getattr(torch.ops.alexnet_ext, KERNELS[op][device.type][runs])
+    if decision.backend == "none":
+        raise RuntimeError(decision.reason)
+    return getattr(torch.ops.alexnet_ext, KERNELS[op][device.type][decision.backend])
+
+
+def _stay_stock(op: str, x: torch.Tensor, dtype: torch.dtype) -> Any:
+    return None
+
+
+first_call: Callable[[str, torch.Tensor, torch.dtype], Any] = _stay_stock
+"""What runs an eager call of an op of which nothing is known on x's device. ``selfcheck/first_call.py`` sets it."""
 
 
 def _unsupported(x: torch.Tensor, dtype: torch.dtype) -> str:

@@ -52,6 +52,7 @@ class Record:
 
     stock: Callable[..., Any]
     gradient: Gradient | None
+    product: bool
 
 
 RECORDS: dict[str, Record] = {}
@@ -80,7 +81,7 @@ def register(
         batched: positions of the arguments with a batch dimension to fold a vmapped one into; with none, vmap loops.
         product: each result is a sum over the dimensions of ``weight`` except its first. ``FlopCounterMode`` counts it.
     """
-    RECORDS[name] = Record(stock, gradient)
+    RECORDS[name] = Record(stock, gradient, product)
     twins = [name] if _library.LIBRARIES[0].loaded else []
     if _library.triton_devices(name):
         twins.append(_define(name, "triton", "triton_kernels", _triton_op, schema, gradient))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from .. import _library
 from .._version import __version__
-from ..ops import _backend, _choices
+from ..ops import _backend, _known
 
 DEVICES = ("cpu", "cuda")
 
@@ -30,6 +31,43 @@ class Choice:
     reason: str
 
 
+@dataclass(frozen=True)
+class KnownOfDevice:
+    """What a file holds of the kernels on one device.
+
+    ``current`` says whether that is the identity of a GPU in this process, so that calls follow it. ``proofs`` are by
+    unit (op, backend, dtype, layout), ``races`` by call.
+    """
+
+    file: str
+    device: str
+    current: bool
+    proofs: dict[str, _known.Proof]
+    races: dict[str, _known.Race]
+
+    def lines(self) -> list[str]:
+        state = "in force" if self.current else "of another driver, version, code or setting: not followed"
+        lines = [f"  {self.device}, {state} ({self.file})"]
+        for unit, proof in sorted(self.proofs.items()):
+            reason = f": {proof.reason}" if proof.reason else ""
+            lines.append(f"    {proof.state}, {_age(proof.at)}, in {proof.seconds:.1f} s: {unit}{reason}")
+        for call, race in sorted(self.races.items()):
+            times = sorted(race.microseconds.items(), key=lambda pair: pair[1])
+            said = ", ".join(f"{name} {time:.1f} us" for name, time in times)
+            lines.append(f"    {race.choice}, {_age(race.at)}: {call} ({said})")
+        return lines
+
+
+def _age(at: float) -> str:
+    """How long ago that was."""
+    seconds = max(time.time() - at, 0.0)
+    for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
+        if seconds >= length:
+            count = int(seconds // length)
+            return f"{count} {unit}{'s' if count > 1 else ''} ago"
+    return "just now"
+
+
 @dataclass(frozen=True, repr=False)
 class Info:
     """What ``info()`` found; ``str()`` of it is a text to print, ``as_dict()`` is ready for JSON."""
@@ -44,8 +82,7 @@ class Info:
     libraries: tuple[_library.Library, ...]
     build_record: dict[str, Any]
     choices: list[Choice] = field(default_factory=list)
-    measured_file: str = ""
-    measured: dict[str, str] = field(default_factory=dict)
+    known: list[KnownOfDevice] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -74,8 +111,8 @@ class Info:
         width = max((len(choice.op) for choice in self.choices), default=0)
         for choice in self.choices:
             lines.append(f"  {choice.op:{width}s}  {choice.device:4s}  {choice.backend:6s}  {choice.reason}")
-        lines += ["", f"Measured choices ({self.measured_file}; `alexnet tune` adds to them)"]
-        lines += [f"  {choice}: {call}" for call, choice in sorted(self.measured.items())] or ["  none"]
+        lines += ["", f"Kernels proven and raced on this machine ({_known.folder() or 'no home folder'})"]
+        lines += [line for known in self.known for line in known.lines()] or ["  none"]
         return "\n".join(lines)
 
 
@@ -98,9 +135,20 @@ def info() -> Info:
         libraries=(*_library.LIBRARIES, _library.TRITON, _library.CUTLASS, _library.SM90),
         build_record=_library.build_record(),
         choices=[choice(op, device) for op in _backend.OPS for device in DEVICES],
-        measured_file=str(_choices.cache_file()),
-        measured={call: str(found["choice"]) for call, found in _choices.choices().known().items()},
+        known=_known_here(),
     )
+
+
+def _known_here() -> list[KnownOfDevice]:
+    kinds = [torch.device(kind) for kind in _backend.ORDER if kind != "meta"]
+    current = [_known.on(device).path for device in kinds if _backend.proves(device)]
+    found = []
+    for path in _known.files():
+        held = _known.read(path)
+        if held is not None:
+            proofs, races = _known.entries(held, "proofs", _known.Proof), _known.entries(held, "races", _known.Race)
+            found.append(KnownOfDevice(str(path), str(held["identity"].get("device")), path in current, proofs, races))
+    return found
 
 
 def choice(op: str, device: str) -> Choice:

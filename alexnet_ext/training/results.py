@@ -73,6 +73,9 @@ def evaluate_weights(
             warn(f"{shown}: not the images that the run began with; among the held out may be some it was trained on")
     for note in notes:
         warn(note)
+    if fused_layers(model):
+        size = description.preprocessing.size
+        prove_kernels(model, (BATCH, 3, size, size), DTYPES[precision], device, console)
     with Reporter(0, 0, console) as reporter, Readers(dataset, workers) as readers:
         reporter.bar.remove_task(reporter.training)
         result = evaluate(

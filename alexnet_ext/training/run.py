@@ -15,20 +15,20 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from .. import _library
+from .. import _library, models
 from .._errors import CommandError, first_line, os_error, path_text
 from .._optional import require
 from ..data.digits import Digits
 from ..data.folder import ImageFolder
 from ..data.sources import Split, is_folder, open_split
 from ..models.weights import find_variant
-from ..ops import _backend
 from ..variants import VARIANTS
 from . import checkpoint, pictures
-from .evaluate import Evaluation
+from .evaluate import DTYPES, Evaluation
 from .files import check_folder, check_outside, write_file
 from .log import METRICS, has_events, json_text, read_metrics
 from .progress import Reporter
+from .proving import prove_kernels
 from .recipe import CHANGEABLE, Recipe
 from .results import by_class
 from .trainer import Trainer, first_kernels
@@ -46,7 +46,7 @@ def start(recipe: Recipe, out: Path, device: torch.device, workers: int, console
         if data is not None and is_folder(data):
             check_outside(out, Path(data))
     split = _split(recipe)
-    trainer = _trainer(recipe, split, out, device, workers)
+    trainer = _trainer(recipe, split, out, device, workers, console)
     if recipe.weights is not None:
         say(console, f"Starting from {path_text(recipe.weights)}{trainer.start_from(Path(recipe.weights))}")
     try:
@@ -106,7 +106,7 @@ def resume(
     recipe = recipe.changed({name: given[name] for name in CHANGEABLE if name in given})
     description, weights = checkpoint.read_weights(path / checkpoint.WEIGHTS)
     split = _split(recipe).brought_as(description.preprocessing)
-    trainer = _trainer(recipe, split, run, device, workers)
+    trainer = _trainer(recipe, split, run, device, workers, console)
     trainer.check_data(path, state)
     for name, value in dataclasses.asdict(trainer.model.config).items():
         if getattr(description.config, name) != value:
@@ -156,8 +156,16 @@ def _split(recipe: Recipe) -> Split:
     return split
 
 
-def _trainer(recipe: Recipe, split: Split, out: Path, device: torch.device, workers: int) -> Trainer:
+def _trainer(
+    recipe: Recipe, split: Split, out: Path, device: torch.device, workers: int, console: Console
+) -> Trainer:
     try:
+        if not recipe.stock:
+            with torch.device("meta"):
+                network = models.alexnet(recipe.model, image_size=recipe.image_size, init="torch")
+            side = network.config.image_size
+            shape = (recipe.batch_size, 3, side, side)
+            prove_kernels(network, shape, DTYPES[recipe.precision], device, console)
         return Trainer(recipe, split, out, device, workers)
     except ValueError as error:  # an image too small for the variant, by the message
         raise CommandError(str(error), 2) from error
@@ -173,8 +181,6 @@ def _train(trainer: Trainer, console: Console) -> Evaluation:
     say(console, f"AlexNet, variant {recipe.model}: {parameters / 1e6:.1f} M parameters, {kind}, {place}")
     if not recipe.stock and library is not None and not library.loaded:
         say(console, f"  the layers run on stock PyTorch, slower: {library.reason}; to mend it: {library.remedy}")
-    elif not recipe.stock and _backend.is_untuned(trainer.device):
-        say(console, "  the layers run on stock PyTorch until `alexnet tune` has proven the kernels on this GPU")
     say(
         console,
         f"{path_text(recipe.data)}: {len(split.train):,} images to train on and {len(split.held_out):,} held out, "

@@ -72,7 +72,8 @@ def augment(
     if space_to_depth not in (1, 4):
         raise RuntimeError(f"space_to_depth must be 1 or 4, got {space_to_depth!r}")
     mean, std = check_normalization(mean, std)
-    op = operator("augment", backend, images, dtype=dtype) or reference.augment
+    planes = images.permute(0, 3, 1, 2)  # as layouts are named
+    op = operator("augment", backend, planes, dtype=dtype) or reference.augment
     return op(images, offsets.long(), flips, shifts, size, mean, std, dtype, space_to_depth)
 
 

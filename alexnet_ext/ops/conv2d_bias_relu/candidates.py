@@ -1,11 +1,13 @@
 """conv2d_bias_relu by what is fastest for the call, each direction for itself: products by cuDNN, Triton or CUTLASS.
 
-``ALGORITHMS`` lists the ways there are. Those of the compiled library need no Triton. On the CPU PyTorch's convolution
-takes the place of cuDNN's, for tests.
+``ALGORITHMS`` lists the ways there are. Those of the compiled library need no Triton. cuDNN is trusted, with the bias
+and ReLU after it that the proof of ``"auto"`` covers; each other way has a proof of its own. On the CPU PyTorch's
+convolution takes the place of cuDNN's, for tests.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,9 +17,10 @@ import torch
 from torch import Tensor
 
 from ..._library import TRITON
-from .._backend import kernels
-from .._choices import Candidate, fastest
+from .._backend import kernels, preferred_candidate, proof_of
+from .._known import layout_of
 from .._layout import convolved_format
+from .._race import Candidate, fastest
 from . import cutlass, reference, shared
 from .shared import Convolution, Direction, precision, zero_gradients
 
@@ -128,11 +131,34 @@ ALGORITHMS: tuple[Algorithm, ...] = (
 )
 
 
+NAMES = tuple(algorithm.name for algorithm in ALGORITHMS if not isinstance(algorithm, CuDNN))
+"""Those that need a proof."""
+taken: Counter[str] = Counter()
+"""How often each was run because ``preferring`` asked for it."""
+
+
 def offered(x: Tensor, weight: Tensor, p: Convolution, direction: Direction) -> list[Algorithm]:
-    """The algorithms that apply; first, as the trusted one, cuDNN in the memory format that is there already."""
+    """The proven algorithms that apply; first, as the trusted one, cuDNN in the memory format that is there already.
+
+    Where ``preferring`` asks for one of them, it is the only one, wherever it applies.
+    """
     layout = convolved_format(x, weight)
     found = [algorithm for algorithm in ALGORITHMS if algorithm.applies(x, weight, p, direction)]
+    asked = preferred_candidate(x.device.type)
+    if asked:
+        only = [algorithm for algorithm in found if algorithm.name == asked]
+        taken[asked] += len(only)
+        found = only or found
+    else:
+        found = [algorithm for algorithm in found if _is_proven(algorithm, x)]
     return sorted(found, key=lambda algorithm: algorithm.layout != layout)
+
+
+def _is_proven(algorithm: Algorithm, x: Tensor) -> bool:
+    if isinstance(algorithm, CuDNN):
+        return True
+    name = f"auto {algorithm.name}"
+    return proof_of("conv2d_bias_relu", name, x.device, x.dtype, layout_of(x)).state == "proven"
 
 
 def title(direction: Direction, relu: bool) -> str:

@@ -73,7 +73,7 @@ def conv2d_bias_relu(
         if pad == "same":
             x, pad = _pad_same(x, weight, dilate)
         _check_reach(x, weight, pad, dilate)
-    op = operator("conv2d_bias_relu", backend, x, unsupported)
+    op = operator("conv2d_bias_relu", backend, x, unsupported, computed_in(x))
     if op is None:
         return reference.conv2d_bias_relu(x, weight, bias, step, pad, dilate, groups, relu)
     batch, p = x if x.dim() == 4 else x.unsqueeze(0), Convolution(step, pad, dilate, groups)

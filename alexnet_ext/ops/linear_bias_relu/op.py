@@ -53,7 +53,7 @@ def linear_bias_relu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, b
     if not unsupported:
         check_bias(bias, outputs, x)
     check_operands(x, weight, bias)
-    op = operator("linear_bias_relu", backend, x, unsupported or wrapper(weight, bias))
+    op = operator("linear_bias_relu", backend, x, unsupported or wrapper(weight, bias), computed_in(x))
     if op is None:
         return reference.linear_bias_relu(x, weight, bias)
     if x.dim() == 2:

@@ -80,7 +80,8 @@ def sgd_step(
     rate = 0.0 if numbers[0] is not None else float(lr)
     constants: tuple[Any, ...] = (rate, momentum, dampening, weight_decay, nesterov, maximize, first_step, *numbers)
     unsupported = _unsupported(parameters, momenta, weights)
-    op = operator("sgd_step", backend, gradients[0], unsupported) or reference.sgd_step
+    alike = gradients[0].new_empty(0)  # what is known of the kernel depends on no layout or shape
+    op = operator("sgd_step", backend, alike, unsupported) or reference.sgd_step
     op(parameters, momenta, gradients, weights, *constants)
     if not torch.compiler.is_compiling():
         # So that autograd notices a backward that needs the weights of before. No fused kernel does so itself.

@@ -1,0 +1,356 @@
+"""What is known of the kernels on a device: which are proven, which refused and why, which is fastest for a shape.
+
+It is kept in memory and in one JSON file for each identity: the device, its driver, the versions and code of all that
+takes part, and the settings in force. Where any of these differs, nothing is known. Any number of processes read and
+write a file. A lock is taken where the file system has locks; without one an entry may be lost, and is then found anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import re
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _library
+from .._version import __version__
+
+State = Literal["unknown", "proven", "refused"]
+MAX_RACES, MAX_FILES = 2000, 64
+"""Races kept in a file, and files in the folder: the newest."""
+
+
+class Unit(NamedTuple):
+    """What is proven as one: a backend of an op, in one dtype and one class of layouts.
+
+    ``backend`` is ``"native"``, ``"triton"``, ``"auto"``, or ``"auto NAME"`` for one of the candidates among which
+    ``"auto"`` chooses. ``dtype`` is PyTorch's name without ``torch.``, ``layout`` one of ``layout_of``'s.
+    """
+
+    op: str
+    backend: str
+    dtype: str
+    layout: str
+
+    def __str__(self) -> str:
+        return " | ".join(self)
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What came of a unit's proof; ``at`` is the time in seconds since 1970."""
+
+    state: State
+    reason: str = ""
+    seconds: float = 0.0
+    at: float = field(default_factory=time.time)
+
+
+@dataclass(frozen=True)
+class Race:
+    """The choice for a call, and each candidate's time."""
+
+    choice: str
+    microseconds: Mapping[str, float]
+    at: float = field(default_factory=time.time)
+
+    @classmethod
+    def of(cls, choice: str, seconds: Mapping[str, float]) -> Race:
+        return cls(choice, {name: round(s * 1e6, 2) for name, s in seconds.items()})
+
+
+def layout_of(x: Tensor) -> str:
+    """``"contiguous"``, ``"channels_last"`` or, for all other strides, ``"strided"``."""
+    if x.is_contiguous():
+        return "contiguous"
+    return "channels_last" if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) else "strided"
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def call_of(op: str, dtype: str, layout: str, shape: Sequence[int]) -> str:
+    """The key of a race between an op's backends."""
+    return f"{op} | {dtype} | {layout} | {list(shape)}"
+
+
+class Known:
+    """Proofs and races under one identity. With ``path`` None they last as long as the process.
+
+    ``distrusted`` is a reason for which none of it is followed.
+    """
+
+    def __init__(self, identity: Mapping[str, Any], path: Path | None) -> None:
+        self.identity, self.path = dict(identity), path
+        self.distrusted = ""
+        self.proofs: dict[str, Proof] = {}
+        self.races: dict[str, Race] = {}
+        self._winners: dict[tuple[str, str, str], list[tuple[int, str]]] = {}
+        self._take(self._read())
+
+    def proof(self, unit: Unit) -> Proof:
+        if self.distrusted:
+            return Proof("refused", self.distrusted)
+        return self.proofs.get(str(unit), Proof("unknown"))
+
+    def winner(self, op: str, dtype: str, layout: str, shape: Sequence[int] | None) -> str:
+        """The choice for a call with an x of this shape; of one that was not raced, the largest one's; else ""."""
+        exact = None if shape is None else self.races.get(call_of(op, dtype, layout, shape))
+        if exact is not None:
+            return exact.choice
+        prefix = f"{op} | {dtype} | {layout} | "
+        if (op, dtype, layout) not in self._winners:
+            raced = ((call.removeprefix(prefix), race) for call, race in self.races.items() if call.startswith(prefix))
+            sizes = [(math.prod(map(int, re.findall(r"\d+", said))), race.choice) for said, race in raced]
+            self._winners[op, dtype, layout] = sorted(sizes)[-1:]
+        return next((choice for _, choice in self._winners[op, dtype, layout]), "")
+
+    def add(self, proofs: Mapping[str, Proof] | None = None, races: Mapping[str, Race] | None = None) -> None:
+        """Keep these, here and in the file."""
+        self._take((proofs or {}, races or {}))
+        if self.path is None:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(self.path):
+                self._take(self._read())
+                self._write()
+            _remove_oldest(self.path.parent)
+        except OSError as error:
+            _warn(self.path, f"cannot be written, and what was found lasts as long as this process: {error}")
+
+    def adopt(self, proofs: Mapping[str, Proof], races: Mapping[str, Race]) -> None:
+        """Follow another process's table, in this process alone: it keeps it itself."""
+        self.proofs, self.races, self._winners = dict(proofs), dict(races), {}
+
+    def _take(self, found: tuple[Mapping[str, Proof], Mapping[str, Race]]) -> None:
+        """Merge. A refusal outlasts a proof, as a kernel that is wrong now and then is wrong; a newer race an older."""
+        proofs, races = found
+        for unit, proof in proofs.items():
+            if proof.state == "refused" or self.proofs.get(unit, proof).state != "refused":
+                self.proofs[unit] = proof
+        for call, race in races.items():
+            if race.at >= self.races.get(call, race).at:
+                self.races[call] = race
+        newest = sorted(self.races, key=lambda call: self.races[call].at)[-MAX_RACES:]
+        self.races = {call: self.races[call] for call in newest}
+        self._winners = {}
+
+    def _write(self) -> None:
+        assert self.path is not None
+        held = {"identity": self.identity, "proofs": self.proofs, "races": self.races}
+        text = json.dumps(held, default=asdict, indent=1, sort_keys=True)
+        beside = self.path.with_name(f".{self.path.name}.tmp-{os.getpid()}")
+        try:
+            beside.write_text(f"{text}\n", encoding="utf-8")
+            os.replace(beside, self.path)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+
+    def _read(self) -> tuple[dict[str, Proof], dict[str, Race]]:
+        if self.path is None:
+            return {}, {}
+        held = read(self.path)
+        return {} if held is None else entries(held, "proofs", Proof), {} if held is None else entries(held, "races", Race)
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """The file's content; None, and a warning, where it cannot be read or is nothing of ours. None without a file."""
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        _warn(path, f"cannot be read and is not used: {error}")
+        return None
+    if not isinstance(held, dict) or not isinstance(held.get("identity"), dict):
+        _warn(path, "holds nothing of this package and is not used")
+        return None
+    return held
+
+
+def entries(held: Mapping[str, Any], name: str, kind: Any) -> dict[str, Any]:
+    """Those of a file that are what this version writes: other versions and programs may have written it."""
+    found = held.get(name)
+    result = {}
+    for key, entry in found.items() if isinstance(found, dict) else ():
+        with contextlib.suppress(TypeError):
+            made = kind(**entry)
+            if _is_sound(made):
+                result[key] = made
+    return result
+
+
+def _is_sound(entry: Proof | Race) -> bool:
+    if not isinstance(entry.at, int | float):
+        return False
+    if isinstance(entry, Proof):
+        return entry.state in ("proven", "refused") and isinstance(entry.reason, str)
+    times = entry.microseconds
+    return isinstance(entry.choice, str) and isinstance(times, dict) and all(map(math.isfinite, times.values()))
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with open(path.with_name(f".{path.name}.lock"), "w", encoding="utf-8") as file:
+        with contextlib.suppress(OSError):  # a file system without locks: the rename keeps the file whole
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+_warned: set[tuple[Path, str]] = set()
+
+
+def _warn(path: Path, what: str) -> None:
+    """Once for each file and kind of trouble."""
+    kind = what.partition(":")[0]
+    if (path, kind) not in _warned:
+        _warned.add((path, kind))
+        warnings.warn(f"{path} {what}", stacklevel=2)
+
+
+def folder() -> Path | None:
+    """In the user's cache folder, by the XDG base directory specification; None for a user without a home."""
+    given = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(given or Path.home() / ".cache") / "alexnet_ext" / "kernels"
+    except RuntimeError:
+        return None
+
+
+def files() -> list[Path]:
+    """What is known under any identity, the newest last."""
+    where = folder()
+    found = {}
+    for path in where.glob("*.json") if where is not None else ():
+        with contextlib.suppress(OSError):
+            found[path] = path.stat().st_mtime
+    return sorted(found, key=found.__getitem__)
+
+
+def _remove_oldest(where: Path) -> None:
+    for path in files()[:-MAX_FILES]:
+        for old in (path, where / f".{path.name}.lock"):
+            old.unlink(missing_ok=True)
+
+
+@functools.cache
+def code() -> dict[str, str]:
+    """Hashes of the compiled libraries, and of the sources that the other kernels are compiled from."""
+    libraries = sorted(_library.FOLDER.glob("libalexnet_ext_*.so"))
+    sources = sorted((_library.FOLDER / "ops").rglob("*.py"))
+    return {"library": _hash(libraries), "sources": _hash(sources)}
+
+
+def _hash(paths: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(f"{path.relative_to(_library.FOLDER)} {path.stat().st_size}\n".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    found = {"alexnet_ext": __version__, "torch": torch.__version__, "cudnn": str(torch.backends.cudnn.version())}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        found["triton"] = importlib.metadata.version("triton")
+    return found
+
+
+@functools.cache
+def driver() -> str:
+    """The version of the GPU's driver, as its module tells it; "" without one."""
+    with contextlib.suppress(OSError):
+        said = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
+        return said.splitlines()[0] if said else ""
+    return ""
+
+
+def device_facts(device: torch.device) -> dict[str, Any]:
+    if device.type != "cuda":
+        facts = {"capability": torch.backends.cpu.get_cpu_capability(), "multiprocessors": os.cpu_count()}
+        return {"device": device.type, **facts}
+    properties = torch.cuda.get_device_properties(device)
+    capability = f"{properties.major}.{properties.minor}"
+    facts = {"capability": capability, "multiprocessors": properties.multi_processor_count}
+    return {"device": properties.name, **facts}
+
+
+def settings() -> tuple[bool, str, str]:
+    """What changes which kernels run and how exact they are: determinism, TF32 in matrix products and convolutions."""
+    deterministic = torch.are_deterministic_algorithms_enabled() or torch.backends.cudnn.deterministic
+    precisions: Any = torch.backends
+    return deterministic, precisions.cuda.matmul.fp32_precision, precisions.cudnn.conv.fp32_precision
+
+
+def identity(device: torch.device) -> dict[str, Any]:
+    """All that a proof and a time depend on."""
+    deterministic, matmul, convolution = settings()
+    rules = {"deterministic": deterministic, "matmul": matmul, "convolution": convolution}
+    return {**device_facts(device), "driver": driver(), **versions(), **code(), **rules}
+
+
+_stores: dict[tuple[Any, ...], Known] = {}
+
+
+def on(device: torch.device) -> Known:
+    """What is known on this device under the settings in force."""
+    key = (device.type, device.index, settings())
+    if key not in _stores:
+        _stores[key] = _open(device)
+    return _stores[key]
+
+
+def _open(device: torch.device) -> Known:
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return Known({"device": "none"}, None)
+    found, where = identity(device), folder()
+    if where is None:
+        return Known(found, None)
+    path = where / file_name(found)
+    same = (known for known in _stores.values() if known.path == path)  # GPUs of a kind share what is known
+    return next(same, None) or Known(found, path)
+
+
+def file_name(identity: Mapping[str, Any]) -> str:
+    slug = re.sub(r"[^a-z0-9]+", "-", str(identity["device"]).lower()).strip("-")
+    return f"{slug}-{hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]}.json"
+
+
+def distrust(device: torch.device, reason: str) -> None:
+    """From now on, and in this process alone, no kernel of ours counts as proven on this device."""
+    on(device).distrusted = reason
+
+
+def forget() -> list[Path]:
+    """Remove all files, and what this process knows; the files."""
+    removed = files()
+    for path in removed:
+        path.unlink(missing_ok=True)
+    reopen()
+    return removed
+
+
+def reopen() -> None:
+    """As in a new process: what is in the files alone."""
+    _stores.clear()
+    _warned.clear()
+    for cached in (code, versions, driver):
+        cached.cache_clear()

@@ -1,0 +1,138 @@
+"""Proves kernels in a process of their own, where a crash, a hang or an illegal access refuses one kernel alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from .. import _library
+from ..ops import _known
+from ..ops._known import Proof, Unit
+
+START_SECONDS, UNIT_SECONDS = 60.0, 30.0
+"""The time for importing PyTorch and starting the GPU, and for one unit, Triton's compiler included."""
+Tell = Callable[[int, int, Unit], None]
+
+
+def command() -> list[str]:
+    return [sys.executable, "-P", "-m", f"{__package__}.child"]
+
+
+class _Child:
+    """The process, and its answers as they come."""
+
+    def __init__(self, device: torch.device, units: Sequence[Unit]) -> None:
+        self.said = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
+        package = str(_library.FOLDER.parent)
+        paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+        self.process = subprocess.Popen(
+            command(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.said,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+            start_new_session=True,
+        )
+        self.answers: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        threading.Thread(target=self._listen, daemon=True).start()
+        task = {"device": str(device), "settings": _known.settings(), "units": units}
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(f"{json.dumps(task)}\n".encode())
+            self.process.stdin.flush()  # and left open: the child ends when it closes
+        except BrokenPipeError:
+            pass  # it has died; there will be no answer
+
+    def _listen(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.answers.put(json.loads(line))
+        self.answers.put(None)
+
+    def __enter__(self) -> _Child:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)  # and the compilers that it has started
+        except ProcessLookupError:
+            pass
+        self.process.wait()
+        self.said.close()
+
+    def answer(self, seconds: float) -> dict[str, Any] | None:
+        """The next answer; None if the process died. TimeoutError."""
+        try:
+            return self.answers.get(timeout=max(seconds, 0.0))
+        except queue.Empty:
+            raise TimeoutError from None
+
+    def death(self) -> str:
+        """How the process died, in words."""
+        code = self.process.wait()
+        if code < 0:
+            return f"its process died of {signal.Signals(-code).name}"
+        self.said.seek(0)
+        lines = self.said.read()[-4000:].decode(errors="replace").split("\n")
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        return f"its process ended with code {code}{f': {last[:300]}' if last else ''}"
+
+
+def examine(units: Sequence[Unit], device: torch.device, seconds: float, tell: Tell) -> dict[Unit, Proof]:
+    """What came of each unit within some ``seconds``; ``tell(done, of, unit)`` is called before each."""
+    end, found = time.monotonic() + seconds, dict[Unit, Proof]()
+    while len(found) < len(units):
+        left = units[len(found) :]
+        if time.monotonic() >= end:
+            return found | dict.fromkeys(left, Proof("unknown", f"there was no time for it within {seconds:.0f} s"))
+        with _Child(device, left) as child:
+            trouble = _started(child, min(START_SECONDS, end - time.monotonic()))
+            if trouble:
+                return found | dict.fromkeys(left, Proof("unknown", trouble))
+            for unit in left:
+                tell(len(found), len(units), unit)
+                found[unit], usable = _outcome(child, end, seconds)
+                if not usable:
+                    break  # the others need another process
+    return found
+
+
+def _started(child: _Child, seconds: float) -> str:
+    """Why the process cannot prove anything; "" if it can."""
+    try:
+        ready = child.answer(seconds)
+    except TimeoutError:
+        return f"the process that proves kernels did not start within {seconds:.0f} s"
+    if ready is None:
+        return f"the process that proves kernels did not start: {child.death()}"
+    return "" if ready["ready"] else "the process that proves kernels cannot use this device"
+
+
+def _outcome(child: _Child, end: float, seconds: float) -> tuple[Proof, bool]:
+    """What came of the unit that the process is at, and whether the process can go on."""
+    begun = time.monotonic()
+    limit = min(UNIT_SECONDS, end - begun)
+    try:
+        said = child.answer(limit)
+    except TimeoutError:
+        if limit < UNIT_SECONDS:
+            return Proof("unknown", f"there was no time for it within {seconds:.0f} s"), False
+        return Proof("refused", f"it did not end within {UNIT_SECONDS:.0f} s", UNIT_SECONDS), False
+    if said is None:
+        return Proof("refused", child.death(), round(time.monotonic() - begun, 3)), False
+    return Proof(said["state"], said["reason"], said["seconds"]), said["usable"]
