@@ -17,6 +17,7 @@ import alexnet_ext as ax
 from alexnet_ext import _library, ops
 from alexnet_ext.ops import _backend
 from alexnet_ext.selfcheck import compare
+from alexnet_ext.selfcheck.cases import integers
 from alexnet_ext.selfcheck.compare import check, check_table, verdict
 from alexnet_ext.selfcheck.info import Choice, choice
 from tests.support import cases
@@ -397,19 +398,19 @@ def test_no_decision_of_the_networks_is_left_to_rounding(variant: str) -> None:
         elif isinstance(layer, nn.MaxPool2d):
             layer.register_forward_pre_hook(pool_margin)
     with torch.no_grad():
-        model(compare._integers(compare.IMAGE_SEEDS[variant], (1, 3, 227, 227), 0.25).double())
+        model(integers(compare.IMAGE_SEEDS[variant], (1, 3, 227, 227), 0.25).double())
     assert len(margins) == 10
     assert min(margins) > 9e-6
 
 
 def test_integers_are_exact_in_every_dtype() -> None:
-    drawn = compare._integers(5, (1_500_000,), 2.0**-10)
+    drawn = integers(5, (1_500_000,), 2.0**-10)
     for dtype in (torch.bfloat16, torch.float16):
         assert torch.equal(drawn.to(dtype).float(), drawn)
     assert float(drawn.min()) == -127 * 2**-10
     assert float(drawn.max()) == 127 * 2**-10
     assert torch.equal(drawn[1_000_003:], drawn[: 1_500_000 - 1_000_003])
-    assert not torch.equal(compare._integers(6, (9,), 1.0), compare._integers(5, (9,), 1.0))
+    assert not torch.equal(integers(6, (9,), 1.0), integers(5, (9,), 1.0))
 
 
 def test_table_shows_rows_notes_and_the_verdict() -> None:

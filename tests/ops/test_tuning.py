@@ -23,6 +23,7 @@ from alexnet_ext import cli
 from alexnet_ext.ops import _backend, _choices
 from alexnet_ext.ops._choices import Candidate, Choices, fastest
 from alexnet_ext.selfcheck import compare, tune
+from alexnet_ext.selfcheck.cases import CASES, Case, OpCase
 from alexnet_ext.selfcheck.info import Choice, choice
 from alexnet_ext.selfcheck.tune import calls_of
 from tests.support import cases, oracle
@@ -350,8 +351,11 @@ def quick_tune(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_choices, "REPEATS", 1)
     monkeypatch.delitem(_backend.KERNELS["augment"]["cpu"], "triton", raising=False)  # its images are no smaller
     monkeypatch.setitem(_backend.KERNELS["conv2d_bias_relu"]["cpu"], "auto", "conv2d_bias_relu_auto")
-    small = []
-    for case in compare.CASES:
+    small = list[Case]()
+    for case in CASES:
+        if not isinstance(case, OpCase):
+            small.append(case)
+            continue
         x = SMALL.get(case.op, SMALL["local_response_norm"])
         weights = {
             "conv2d_bias_relu": ((6, 4 // (1 + ("two" in case.name)), 3, 3), (6,)),
