@@ -148,7 +148,9 @@ def tune(
     image_size: Annotated[int | None, typer.Option(min=1, show_default="the variant's")] = None,
     precision: Annotated[Precision, typer.Option()] = Precision.bf16,
     device: Device = "auto",
-    forget: Annotated[bool, typer.Option("--forget", help="Remove all that is known of kernels; prove nothing.")] = False,
+    forget: Annotated[
+        bool, typer.Option("--forget", help="Remove all that is known of kernels; prove nothing.")
+    ] = False,
     export: Annotated[
         Path | None, typer.Option("--export", parser=path, metavar="FILE", help="Write what is known; prove nothing.")
     ] = None,

@@ -26,6 +26,7 @@ PROVABLE = (torch.float32, torch.bfloat16, torch.float16)
 """What users' GPUs prove. Other dtypes run on stock PyTorch there."""
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
+
 class Decision(NamedTuple):
     """The backend of a call, and why.
 
@@ -254,9 +255,7 @@ def _automatic(op: str, device: torch.device, dtype: torch.dtype, x: torch.Tenso
 
 
 @assume_constant_result
-def _found(
-    op: str, device: torch.device, dtype: torch.dtype, layout: str, shape: tuple[int, ...] | None
-) -> str:
+def _found(op: str, device: torch.device, dtype: torch.dtype, layout: str, shape: tuple[int, ...] | None) -> str:
     """A key of ``_DECISIONS``: what is known on this device of a call in this dtype, layout and shape."""
     states = {backend: proof_of(op, backend, device, dtype, layout).state for backend in kernels(op, device.type)}
     proven = [backend for backend, state in states.items() if state == "proven"]

@@ -166,8 +166,8 @@ class Known:
     def _read(self) -> tuple[dict[str, Proof], dict[str, Race]]:
         if self.path is None:
             return {}, {}
-        held = read(self.path)
-        return {} if held is None else entries(held, "proofs", Proof), {} if held is None else entries(held, "races", Race)
+        held = read(self.path) or {}
+        return entries(held, "proofs", Proof), entries(held, "races", Race)
 
 
 def read(path: Path) -> dict[str, Any] | None:

@@ -87,17 +87,20 @@ def timings(candidates: Sequence[Candidate], clock: Clock) -> dict[str, float]:
 
 def race(candidates: Sequence[Candidate], clock: Clock) -> dict[str, float]:
     """Seconds per call of each candidate: the median of some rounds, in which they take turns, after a warm-up."""
-    begun = clock()
+    begun, turns = clock(), 0
     while clock() - begun < WARM_UP:
         for candidate in candidates:
             candidate.run()
+        turns += 1
+    # All rounds together take about as long as the warm-up, at least one call each.
+    repeats = max(1, min(REPEATS, turns // ROUNDS))
     seconds: dict[str, list[float]] = {candidate.name: [] for candidate in candidates}
     for _ in range(ROUNDS):
         for candidate in candidates:
             begun = clock()
-            for _ in range(REPEATS):
+            for _ in range(repeats):
                 candidate.run()
-            seconds[candidate.name].append((clock() - begun) / REPEATS)
+            seconds[candidate.name].append((clock() - begun) / repeats)
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 

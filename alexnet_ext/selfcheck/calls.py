@@ -109,7 +109,7 @@ def calls_of(model: nn.Module, shape: Sequence[int], dtype: torch.dtype) -> list
             for case in CASES:
                 if isinstance(case, OpCase) and case.op not in called:
                     (_, *rest), *others = case.shapes
-                    getattr(ops, case.op)(meta(batch, *rest), *map(meta, others), *case.constants)
+                    case.call(True, meta(batch, *rest), *map(meta, others))
             drawn = meta(batch, 2, dtype=torch.int64), meta(batch, dtype=torch.bool), meta(batch, 3)
             images = meta(batch, height, width, 3, dtype=torch.uint8)
             ops.augment(images, *drawn, min(height, width), mean=(0.5,) * 3, std=(0.5,) * 3, dtype=dtype)

@@ -65,11 +65,11 @@ def exact_arithmetic() -> Iterator[None]:
 def with_gradients(
     run: Callable[..., Tensor], inputs: Sequence[Tensor], dy: Tensor, grad: str = "dense", first: int = 0
 ) -> list[Tensor]:
-    """[y, gradient of each input from ``first`` on] by the exact arithmetic, on the CPU.
+    """[y, gradient of each input from ``first`` on], on the CPU.
 
     ``dy`` expands to y, and is stored as ``GRADS`` says.
     """
-    with exact_arithmetic(), torch.enable_grad():
+    with torch.enable_grad():
         leaves = [x.detach().requires_grad_(i >= first) for i, x in enumerate(inputs)]
         y = run(*leaves)
         dy = dy.to(y.device, y.dtype).expand_as(y)

@@ -21,7 +21,7 @@ from torch import Tensor
 from .._difference import relative_difference
 from ..ops import _backend, _known
 from ..ops._register import RECORDS
-from .cases import SMALL, Case
+from .cases import SMALL, Case, SgdCase
 from .guards import Fences
 
 RUNS = 3
@@ -39,10 +39,12 @@ def judge(unit: _known.Unit, device: torch.device) -> tuple[_known.State, str]:
     try:
         with _backend.preferring((unit.backend,), device.type):
             for case in cases:
-                for gradient in case.gradients:
-                    wrong = _wrong(case, unit, device, gradient)
-                    if wrong:
-                        return "refused", f"{case.name}, {unit.layout}, gradient {gradient}: {wrong}"
+                # What is known of sgd_step depends on no layout: all are of one unit.
+                for layout in case.layouts if isinstance(case, SgdCase) else (unit.layout,):
+                    for grad in case.grads:
+                        wrong = _wrong(case, unit, device, layout, grad)
+                        if wrong:
+                            return "refused", f"{case.name}, {layout}, gradient {grad}: {wrong}"
     except torch.OutOfMemoryError as error:
         return "unknown", f"too little memory: {str(error).splitlines()[0]}"
     except Exception as error:  # whatever it is, it is this kernel's verdict and not the end of the others'
@@ -55,17 +57,17 @@ def judge(unit: _known.Unit, device: torch.device) -> tuple[_known.State, str]:
     return "proven", ""
 
 
-def _wrong(case: Case, unit: _known.Unit, device: torch.device, gradient: str) -> str:
+def _wrong(case: Case, unit: _known.Unit, device: torch.device, layout: str, grad: str) -> str:
     """What is wrong with some runs of a case; "" for nothing."""
     dtype = getattr(torch, unit.dtype)
-    expected, caps = case.reference(gradient), [cap for _, cap in case.limits(dtype)]
+    expected, caps = case.reference(grad), [cap for _, cap in case.limits(dtype)]
     if dtype == torch.float32 and RECORDS[unit.op].product and "tf32" in _known.settings()[1:]:
         caps = [max(cap, 4 * TF32_EPS) for cap in caps]
     first: list[Tensor] = []
     for run in range(1, RUNS + 1):
         fences = Fences(device)
         with fences:
-            results = case.ours(device, dtype, unit.layout, gradient)
+            results = case.ours(device, dtype, layout, grad)
         broken = fences.broken()
         if broken:
             return broken

@@ -17,7 +17,7 @@ from torch import Tensor
 from .._difference import relative_difference
 from ..models import VARIANTS, AlexNet, alexnet
 from ..ops._backend import OPS, decide
-from .cases import CASES, DTYPES, LAYOUTS, Case, integers, with_gradients
+from .cases import CASES, DTYPES, LAYOUTS, Case, exact_arithmetic, integers, with_gradients
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -191,7 +191,8 @@ def _baseline(
 ) -> tuple[Sequence[float | None], str]:
     """Stock's errors; where it has no kernel for the dtype, Nones and what it said."""
     try:
-        return _errors(stock(), reference, order), ""
+        with exact_arithmetic():
+            return _errors(stock(), reference, order), ""
     except RuntimeError as error:  # NotImplementedError is one
         return [None] * len(reference), f"stock: {str(error).splitlines()[0]}"
 
@@ -208,7 +209,8 @@ def _row(
     """Run ours and judge each tensor by its (slack, cap); where stock has no error to go by, by the cap alone."""
     stock_errors, note = baseline
     try:
-        errors = _errors(ours(), reference, order)
+        with exact_arithmetic():
+            errors = _errors(ours(), reference, order)
     except Exception as error:  # whatever it is, it is this row's verdict and not the end of the check
         return CheckRow(*label, "", math.nan, None, 0.0, False, f"{type(error).__name__}: {error}")
     tolerances = [

@@ -70,9 +70,9 @@ class Fences:
         memory_format: torch.memory_format | None = None,
     ) -> Tensor:
         if memory_format == torch.channels_last:
-            strides = torch._prims_common.make_channels_last_strides_for(size)
+            strides = torch._prims_common.make_channels_last_strides_for(tuple(size))
         else:
-            strides = torch._prims_common.make_contiguous_strides_for(size)
+            strides = torch._prims_common.make_contiguous_strides_for(tuple(size))
         return self._empty_strided(size, strides, dtype)
 
     def _empty_strided(
@@ -86,10 +86,11 @@ class Fences:
     ) -> Tensor:
         dtype = dtype or torch.get_default_dtype()
         last = sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-        used = (last + 1) * dtype.itemsize if math.prod(size) else 0
+        if not math.prod(size):  # may be given memory later, by resize_
+            return self.empty[dtype].detach().set_(torch.UntypedStorage(0, device=self.device), 0, size, stride)
+        used = (last + 1) * dtype.itemsize
         storage = torch.UntypedStorage(2 * BAND + used, device=self.device)
         memory = self.empty[torch.uint8].detach().set_(storage, 0, (storage.nbytes(),), (1,))
         memory.fill_(FILL)
         self.held.append((memory, used))
         return self.empty[dtype].detach().set_(storage, BAND // dtype.itemsize, tuple(size), tuple(stride))
-

@@ -180,8 +180,10 @@ def _prove(calls: Sequence[Call], where: Setting, tell: Tell, again: bool) -> Pr
             rows.append(row)
     known = _known.on(where.device)
     proofs |= {unit: known.proof(unit) for unit, proof in proofs.items() if proof.state == "proven"}  # races refuse too
-    choices = {call.op: known.winner(call.op, _known.name_of(where.dtype), call.layout(where.layout), call.shape)
-               for call in calls}
+    choices = {
+        call.op: known.winner(call.op, _known.name_of(where.dtype), call.layout(where.layout), call.shape)
+        for call in calls
+    }
     faster = tuple(op for op, choice in choices.items() if choice not in ("", "stock"))
     return Proved(known.identity["device"], time.monotonic() - begun, proofs, rows, faster)
 

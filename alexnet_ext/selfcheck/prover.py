@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -12,7 +13,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -50,11 +50,9 @@ class _Child:
         threading.Thread(target=self._listen, daemon=True).start()
         task = {"device": str(device), "settings": _known.settings(), "units": units}
         assert self.process.stdin is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):  # it has died; there will be no answer
             self.process.stdin.write(f"{json.dumps(task)}\n".encode())
             self.process.stdin.flush()  # and left open: the child ends when it closes
-        except BrokenPipeError:
-            pass  # it has died; there will be no answer
 
     def _listen(self) -> None:
         assert self.process.stdout is not None
@@ -68,10 +66,8 @@ class _Child:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)  # and the compilers that it has started
-        except ProcessLookupError:
-            pass
         self.process.wait()
         self.said.close()
 

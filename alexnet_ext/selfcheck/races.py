@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..ops import _backend, _known, _race
 from ..ops._known import Proof, Race, Unit, name_of
@@ -69,7 +68,8 @@ def race_call(call: Call, where: Setting) -> Iterator[TunedRow]:
             for first in _in_training(call, where):
                 yield from _directions(first, first.made(where.device, where.dtype, where.layout), where.device)
         candidates = [_race.Candidate(name, partial(call.run, name, arguments)) for name in ("stock", *proven)]
-        left, expected = [], list[Tensor]()
+        left: list[_race.Candidate] = []
+        expected: _race.Results = ()
         for candidate, results in _race.running(candidates, _race.gpu_clock):
             expected = expected or results
             if _race.agree(results, expected):

@@ -22,8 +22,9 @@ from ..data.folder import ImageFolder
 from ..data.readers import Readers
 from ..data.sources import open_split
 from . import checkpoint
-from .evaluate import Evaluation, evaluate
+from .evaluate import BATCH, DTYPES, Evaluation, evaluate
 from .progress import Reporter
+from .proving import prove_kernels
 
 TABLE_CLASSES = 20  # more classes do not fit on a screen, and are not listed
 
@@ -73,7 +74,7 @@ def evaluate_weights(
             warn(f"{shown}: not the images that the run began with; among the held out may be some it was trained on")
     for note in notes:
         warn(note)
-    if fused_layers(model):
+    if model.fused:
         size = description.preprocessing.size
         prove_kernels(model, (BATCH, 3, size, size), DTYPES[precision], device, console)
     with Reporter(0, 0, console) as reporter, Readers(dataset, workers) as readers:

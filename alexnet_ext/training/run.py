@@ -156,9 +156,7 @@ def _split(recipe: Recipe) -> Split:
     return split
 
 
-def _trainer(
-    recipe: Recipe, split: Split, out: Path, device: torch.device, workers: int, console: Console
-) -> Trainer:
+def _trainer(recipe: Recipe, split: Split, out: Path, device: torch.device, workers: int, console: Console) -> Trainer:
     try:
         if not recipe.stock:
             with torch.device("meta"):

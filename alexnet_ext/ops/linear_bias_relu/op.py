@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from .._backend import by_functions, operator, wrapper
-from .._checks import check_bias, check_operands, check_tensor, expands
+from .._checks import check_bias, check_operands, check_tensor, computed_in, expands
 from .._layout import new_images, outline
 from .._register import Gradient, all_but_fp64, register
 from . import reference
