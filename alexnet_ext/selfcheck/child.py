@@ -37,7 +37,7 @@ def judge(unit: _known.Unit, device: torch.device) -> tuple[_known.State, str]:
     if backend not in _backend.kernels(unit.op, device.type):
         return "unknown", "no such kernel is loaded in the process that proves it"
     try:
-        with _backend.preferring((unit.backend,), device.type):
+        with _backend.preferring((f"{backend} {candidate or _backend.TRUSTED}",), device.type):
             for case in cases:
                 # What is known of sgd_step depends on no layout: all are of one unit.
                 for layout in case.layouts if isinstance(case, SgdCase) else (unit.layout,):
@@ -82,7 +82,8 @@ def _wrong(case: Case, unit: _known.Unit, device: torch.device, layout: str, gra
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
+    bits = getattr(torch, f"int{8 * a.itemsize}")
+    return torch.equal(a.view(bits), b.view(bits))
 
 
 def _is_usable(device: torch.device) -> bool:
@@ -117,6 +118,8 @@ def main() -> None:
         begun = time.monotonic()
         state, reason = judge(_known.Unit(*unit), device)
         usable = _is_usable(device)
+        if state == "proven" and not usable:
+            state, reason = "refused", "the device does not compute any more after it"
         answer(state=state, reason=reason, seconds=round(time.monotonic() - begun, 3), usable=usable)
         if not usable:
             break

@@ -57,7 +57,8 @@ class Proved:
             reasons = [f"{u.op} by {u.backend} ({p.reason})" for u, p in self.proofs.items() if p.state == state]
             if reasons:
                 more = f" and {len(reasons) - 3} more" if len(reasons) > 3 else ""
-                said.append(f"{len(reasons)} kernels {words}: {', '.join(reasons[:3])}{more}")
+                kernels = "kernels" if len(reasons) > 1 else "kernel"
+                said.append(f"{len(reasons)} {kernels} {words}: {', '.join(reasons[:3])}{more}")
         return f"proved {ops} ops on {self.device} in {self.seconds:.0f} s: {', '.join(said)}"
 
 

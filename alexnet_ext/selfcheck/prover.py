@@ -57,7 +57,8 @@ class _Child:
     def _listen(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            self.answers.put(json.loads(line))
+            with contextlib.suppress(ValueError):  # what Python prints while it starts is no answer
+                self.answers.put(json.loads(line))
         self.answers.put(None)
 
     def __enter__(self) -> _Child:
@@ -96,7 +97,12 @@ def examine(units: Sequence[Unit], device: torch.device, seconds: float, tell: T
         left = units[len(found) :]
         if time.monotonic() >= end:
             return found | dict.fromkeys(left, Proof("unknown", f"there was no time for it within {seconds:.0f} s"))
-        with _Child(device, left) as child:
+        try:
+            child = _Child(device, left)
+        except OSError as error:
+            reason = f"the process that proves kernels did not start: {error}"
+            return found | dict.fromkeys(left, Proof("unknown", reason))
+        with child:
             trouble = _started(child, min(START_SECONDS, end - time.monotonic()))
             if trouble:
                 return found | dict.fromkeys(left, Proof("unknown", trouble))
