@@ -91,6 +91,7 @@ _DECISIONS = _FOUND | {"unknown": _UNKNOWN, "refused": _REFUSED}
 _BY_ARGUMENT = Decision("stock", "backend='stock' was passed")
 _BY_BLOCK = Decision("stock", "use_backend('stock') is in force")
 
+TRUSTED = "trusted"
 _preferred: dict[str, tuple[str, ...]] = {}
 """By kind of device, what ``preferring`` puts in place of the order and standings above."""
 
@@ -291,7 +292,8 @@ def proves(device: torch.device) -> bool:
 def preferring(backends: Sequence[str], device: str) -> Iterator[None]:
     """``"auto"`` runs the first of these that has a kernel on this kind of device, proven or not; to prove it.
 
-    ``"auto NAME"`` is an op's choice among its candidates, with this one taken wherever it applies.
+    ``"auto NAME"`` is an op's choice among its candidates, with this one taken wherever it applies, and the trusted one
+    elsewhere: nothing is raced. So is ``"auto trusted"`` with no other.
     """
     global _preferred
     before = _preferred
