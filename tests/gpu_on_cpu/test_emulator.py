@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from alexnet_ext.ops._known import Unit
+from alexnet_ext.selfcheck import child
 from tests.gpu_on_cpu import emulated
 from tests.ops.blocks import winners_of_ties
 from tests.support import cases, oracle
@@ -54,6 +56,15 @@ def test_values_and_gradients(case: Case, dtype: torch.dtype, layout: str) -> No
 @pytest.mark.parametrize("case", cases.params(cases.of_all("emulated_many", cases.ON_GPU)))
 def test_many_blocks(case: Case, layout: str) -> None:
     oracle.assert_matches_float64(case, cases.make(case, layout=layout), "native")
+
+
+@pytest.mark.usefixtures("emulator")
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
+@pytest.mark.parametrize("op", dict.fromkeys((*cases.ON_GPU, *cases.WITHOUT_GRADIENT)))
+def test_a_users_proof_finds_them_right(op: str, layout: str) -> None:
+    """With fences around their memory, three times, gradients of all strides."""
+    dtype = "float32" if layout == "contiguous" else "bfloat16"
+    assert child.judge(Unit(op, "native", dtype, layout), torch.device("cpu")) == ("proven", "")
 
 
 @pytest.mark.usefixtures("poisoned")
