@@ -6,6 +6,7 @@ them for its shape.
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from typing import Any
@@ -20,7 +21,7 @@ from ..ops._register import RECORDS
 from . import ranks
 from .calls import Call, names_of
 from .prove import prove_units
-from .races import Setting, race_call
+from .races import Setting, race_calls
 
 VARIABLE = "ALEXNET_EXT_PROVE"
 SECONDS = 30.0
@@ -68,7 +69,7 @@ def _raced(op: str, x: Tensor, dtype: torch.dtype) -> Any:
         meta = tree_map(lambda a: torch.empty_like(a, device="meta") if isinstance(a, Tensor) else a, arguments)
         layout = torch.channels_last if layout_of(x) == "channels_last" else torch.contiguous_format
         if _race.may_race():
-            for _ in race_call(Call("", op, meta), Setting(x.device, dtype, layout)):
+            for _ in race_calls([Call("", op, meta)], Setting(x.device, dtype, layout), math.inf, again=False):
                 pass
         return (_backend.operator(op, "auto", x, dtype=dtype) or RECORDS[op].stock)(*arguments)
 

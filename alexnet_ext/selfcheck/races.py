@@ -51,10 +51,14 @@ def race_calls(calls: Sequence[Call], where: Setting, end: float, again: bool) -
         if key in seen or (key in known.races and not again) or time.monotonic() >= end:
             continue
         seen.add(key)
-        yield from race_call(call, where)
+        try:
+            yield from _race_call(call, where)
+        except RuntimeError as error:  # too little memory for a shape is no reason to stop
+            what = f"{call.op} is not raced for x of shape {list(call.shape)}"
+            warnings.warn(f"{what}, as it raises {error!r:.200}", stacklevel=2)
 
 
-def race_call(call: Call, where: Setting) -> Iterator[TunedRow]:
+def _race_call(call: Call, where: Setting) -> Iterator[TunedRow]:
     """Race the backends that are proven and agree with stock PyTorch on this very call; its directions first."""
     known, layout = _known.on(where.device), call.layout(where.layout)
     units = {b: Unit(call.op, b, name_of(where.dtype), layout) for b in _backend.kernels(call.op, where.device.type)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from alexnet_ext.ops.conv2d_bias_relu.shared import Convolution, Direction
 from alexnet_ext.selfcheck import child
 from alexnet_ext.selfcheck.calls import Call, names_of
 from alexnet_ext.selfcheck.cases import SMALL, OpCase
-from alexnet_ext.selfcheck.races import Setting, race_call
+from alexnet_ext.selfcheck.races import Setting, race_calls
 
 CPU = torch.device("cpu")
 CONV = "conv2d_bias_relu"
@@ -124,12 +125,13 @@ def test_the_race_of_a_direction_is_among_what_is_proven(monkeypatch: pytest.Mon
     _known.on(CPU).add(proofs={str(unit("auto")): Proof("proven")})
     x, weight, bias = (torch.empty(shape, device="meta") for shape in ((2, 4, 7, 6), (6, 2, 3, 3), (6,)))
     call = Call("layer", CONV, (x, weight, bias, [1, 1], [1, 1], [1, 1], 2, True))
-    rows = list(race_call(call, Setting(CPU, torch.float32, torch.channels_last)))
+    where = Setting(CPU, torch.float32, torch.channels_last)
+    rows = list(race_calls([call], where, math.inf, again=False))
     assert raced == [CUDNN, CUDNN, CUDNN, ["stock", "auto"]]
     assert [row.choice for row in rows] == ["cudnn per tower"] * 3 + ["auto"]
     del raced[:]
     _known.forget()
     know(triton="proven")
     _known.on(CPU).add(proofs={str(unit("auto")): Proof("proven")})
-    rows = list(race_call(call, Setting(CPU, torch.float32, torch.channels_last)))
+    list(race_calls([call], where, math.inf, again=False))
     assert [sorted(names) for names in raced[:3]] == [sorted([*CUDNN, "triton"])] * 3

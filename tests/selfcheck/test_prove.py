@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import alexnet_ext as ax
 from alexnet_ext.ops import _backend, _known, _race
 from alexnet_ext.ops._known import Unit
 from alexnet_ext.selfcheck import child
+from alexnet_ext.selfcheck.calls import Call
 from tests.selfcheck.conftest import SHAPE, Times
 from tests.selfcheck.planted import planted
 
@@ -156,6 +158,26 @@ def test_what_raises_at_the_models_shape_is_not_raced_there(times: Times) -> Non
 
 
 @in_this_process
+def test_where_nothing_runs_at_the_models_shape_the_others_are_raced(
+    times: Times, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where memory does not suffice: not for stock PyTorch either, or not for the tensors."""
+    times(native=0.5)
+    run = Call.run
+
+    def limited(call: Call, backend: str, arguments: Any) -> list[Tensor]:
+        if call.op == NORM:
+            raise torch.OutOfMemoryError("as large as that")
+        return run(call, backend, arguments)
+
+    monkeypatch.setattr(Call, "run", limited)
+    with pytest.warns(UserWarning, match=rf"{NORM} is not raced for x of shape \[2, 6, 40, 40\], as it raises"):
+        proved = prove()
+    assert proved.faster == (POOL,)
+    assert (runs(NORM), runs(POOL)) == ("native", "native"), "what is proven runs, in the static order"
+
+
+@in_this_process
 @pytest.mark.parametrize(("seconds", "choice"), [(1.3, "stock"), (1.0, "stock"), (0.96, "stock"), (0.94, "native")])
 def test_ours_runs_where_it_is_faster_by_more_than_noise(seconds: float, choice: str, times: Times) -> None:
     times(native=seconds)
@@ -217,3 +239,26 @@ def test_compiled_code_follows_what_is_known(times: Times) -> None:
         assert compiled() == runs(NORM) == choice
     _known.distrust(CPU, "the ranks differ")
     assert compiled() == runs(NORM) == "stock"
+
+
+CHANGED = {
+    "driver": (_known, "driver", lambda: "NVRM version: 999"),
+    "library": (_known, "code", lambda: {"library": "another", "sources": "same"}),
+    "torch": (_known, "versions", lambda: {"torch": "99.0"}),
+    "device": (_known, "device_facts", lambda _: {"device": "another GPU"}),
+}
+
+
+@in_this_process
+@pytest.mark.parametrize("what", CHANGED)
+def test_of_another_identity_nothing_is_known(what: str, times: Times, monkeypatch: pytest.MonkeyPatch) -> None:
+    times(native=0.5)
+    prove()
+    assert runs(NORM) == "native"
+    with monkeypatch.context() as patch:
+        patch.setattr(*CHANGED[what])
+        _known._stores.clear()
+        assert runs(NORM) == "stock"
+        assert "not yet proven" in _backend.decide(NORM, CPU).reason
+    _known.reopen()
+    assert runs(NORM) == "native"
