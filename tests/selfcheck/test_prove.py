@@ -100,8 +100,10 @@ def test_a_refusal_outlasts_the_process_and_the_fault(times: Times, in_this_proc
     assert second.proofs == first.proofs
     assert [row.op for row in prove(again=True).races] == [POOL]
     assert runs(NORM) == "stock"
-    _known.on(CPU).add(proofs={str(unit(NORM)): _known.Proof("proven")})
-    assert runs(NORM) == "stock", "a kernel that is wrong now and then is wrong"
+    assert runs(POOL) == "native"
+    for state in ("refused", "proven"):
+        _known.on(CPU).add(proofs={str(unit(POOL)): _known.Proof(state)})
+        assert runs(POOL) == "stock", "a kernel that is wrong now and then is wrong"
 
 
 @in_this_process

@@ -34,12 +34,16 @@ CUDA_SUMS = "csrc/common/channel_sums.cuh"
 SLOWER = f"{GATES} -k 'relu_lrn_max_pool2d and backward'"
 SURVEY, CALLS = "alexnet_ext/accelerate/survey.py", "alexnet_ext/accelerate/calls.py"
 WATCH, TRACING = "alexnet_ext/accelerate/watch.py", "alexnet_ext/accelerate/tracing.py"
+CHILD, PARENT = "alexnet_ext/selfcheck/child.py", "alexnet_ext/selfcheck/prover.py"
+KNOWN, CANDIDATES = "alexnet_ext/ops/_known.py", "alexnet_ext/ops/conv2d_bias_relu/candidates.py"
+PROVE, PROVER = "tests/selfcheck/test_prove.py", "tests/selfcheck/test_prover.py"
+OFFERED, FIRST = "tests/selfcheck/test_candidates.py", "tests/selfcheck/test_first_call.py"
 DRAWN = "tests/accelerate/test_accelerate_generated.py -k 'before and {}'"
 BY_MODULES, BY_FX = DRAWN.format("modules"), DRAWN.format("fx")
 SECONDS = 240  # a fault may make a loop endless; four times as long where none is planted, on a busy machine
 MOST_TREES = 4  # copies of the tree, in each of which one fault stands at a time
 
-# Those in no op's files: what ops share, accelerate, tune. The others are in the specs, tests/ops/<op>/spec.py.
+# Those in no op's files: what ops share, accelerate, what proves kernels. The others are in tests/ops/<op>/spec.py.
 SHARED = (
     Fault("bias: one channel's added to all (channels-last)", BIAS, "+= widen(bias[i]);\n    return",
           "+= widen(bias[0]);\n    return", "relu_max_pool2d_lrn"),
@@ -88,10 +92,46 @@ SHARED = (
     Fault("accelerate: ReLU moved behind what writes into its input", CALLS, "graph.inserting_before(relu)",
           "graph.inserting_before(node)", BY_FX),
     Fault("accelerate: a ReLU in place whose input is read", CALLS, "or len(given.users) != 1:", "or False:", BY_FX),
-    Fault("tune: unproven kernels measured", "alexnet_ext/selfcheck/tune.py",
-          " and _is_right(op, backend, device)]", "]", "tests/ops/test_tuning.py -k wrong_here"),
-    Fault("auto: another device's choice", "alexnet_ext/ops/_choices.py", " | {device_name(device)} | ", " | ",
-          "tests/ops/test_tuning.py -k 'choices_are_of_one or auto_follows'"),
+    Fault("proof: fences not looked at", CHILD, "if broken:", "if False:", f"{PROVE} -k writes"),
+    Fault("proof: memory is zero until it is written", "alexnet_ext/selfcheck/guards.py", "FILL = 255", "FILL = 0",
+          f"{PROVE} -k leaves_a_part"),
+    Fault("proof: a single run", CHILD, "RUNS = 3", "RUNS = 1", f"{PROVE} -k second_call"),
+    Fault("proof: dense gradients alone", CHILD, "for grad in case.grads:", 'for grad in ("dense",):',
+          f"{PROVE} -k wrong_for"),
+    Fault("proof: a device that is spoiled after right results", CHILD, 'if state == "proven" and not usable:',
+          "if False:", f"{PROVER} -k spoil"),
+    Fault("proof: the process outlives the one that started it", CHILD,
+          "threading.Thread(target=_end_with_parent, daemon=True).start()", "pass", f"{PROVER} -k ends_with_the_one"),
+    Fault("proof: a crash refuses nothing", PARENT, 'Proof("refused", child.death()', 'Proof("proven", child.death()',
+          f"{PROVER} -k ends_the_process"),
+    Fault("proof: a hang is tried for ever again", PARENT, 'Proof("refused", f"it did not end',
+          'Proof("unknown", f"it did not end', f"{PROVER} -k 'hangs or spoil'"),
+    Fault("proof: what did not start is refused", PARENT, 'dict.fromkeys(left, Proof("unknown", trouble))',
+          'dict.fromkeys(left, Proof("refused", trouble))', f"{PROVER} -k does_not_start"),
+    Fault("proof: compilers outlive an interrupt", PARENT, "os.killpg(self.process.pid, signal.SIGKILL)",
+          "self.process.kill()", f"{PROVER} -k interrupted"),
+    Fault("proof: candidates race in the process that proves", CANDIDATES,
+          "found = only or [algorithm for algorithm in found if algorithm.layout == layout]", "found = only or found",
+          f"{OFFERED} -k no_other_runs"),
+    Fault("known: a refusal forgotten at the merge", KNOWN,
+          'if proof.state == "refused" or self.proofs.get(unit, proof).state != "refused":', "if True:",
+          f"{PROVE} -k outlasts"),
+    Fault("known: a new driver keeps the proofs", KNOWN, '"driver": driver(), ', "", f"{PROVE} -k another_identity"),
+    Fault("race: unproven candidates offered", CANDIDATES,
+          "found = [algorithm for algorithm in found if _is_proven(algorithm, x)]", "pass", f"{OFFERED} -k offered"),
+    Fault("race: unproven backends take part", "alexnet_ext/selfcheck/races.py",
+          '.state == "proven"]', '.state != ""]', f"{PROVE} -k refused_alone"),
+    Fault("race: what differs from stock takes part", "alexnet_ext/selfcheck/races.py",
+          "if _race.agree(results, expected):", "if True:", f"{PROVE} -k differs_at_the_models_shape"),
+    Fault("race: any gain over stock counts", "alexnet_ext/ops/_race.py", "MARGIN = 0.95", "MARGIN = 1.0",
+          f"{PROVE} -k more_than_noise"),
+    Fault("race: under deterministic algorithms", "alexnet_ext/ops/_race.py",
+          "return is_plain() and not torch.are_deterministic_algorithms_enabled()", "return is_plain()",
+          "tests/selfcheck -k deterministic"),
+    Fault("first call: proves inside a trace", "alexnet_ext/selfcheck/first_call.py", "if not _race.is_plain():",
+          "if False:", f"{FIRST} -k traced_or_transformed"),
+    Fault("first call: tries again in vain", "alexnet_ext/selfcheck/first_call.py", "if attempt in _attempted:",
+          "if False:", f"{FIRST} -k not_tried_again"),
     Fault("slower: two lanes store to one bank", CUDA_SUMS,
           "V == 8 ? ((thread * 2 + i / 4) ^ (thread / 4 & 1)) * 4 + i % 4 : thread * V + i", "thread * V + i", SLOWER),
     Fault("slower: more blocks than fit", "csrc/common/channel_sums.h", "(steps < most ? steps : most) * step;",
