@@ -22,8 +22,8 @@ from .. import _library
 from ..ops import _known
 from ..ops._known import Proof, Unit
 
-START_SECONDS, UNIT_SECONDS = 60.0, 30.0
-"""The time for importing PyTorch and starting the GPU, and for one unit, Triton's compiler included."""
+START_SECONDS, UNIT_SECONDS, END_SECONDS = 60.0, 30.0, 10.0
+"""The time for importing PyTorch and starting the GPU, for one unit, Triton's compiler included, and for ending."""
 Tell = Callable[[int, int, Unit], None]
 
 
@@ -69,7 +69,8 @@ class _Child:
     ) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)  # and the compilers that it has started
-        self.process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a GPU that hangs keeps it
+            self.process.wait(END_SECONDS)
         self.said.close()
 
     def answer(self, seconds: float) -> dict[str, Any] | None:
@@ -81,7 +82,10 @@ class _Child:
 
     def death(self) -> str:
         """How the process died, in words."""
-        code = self.process.wait()
+        try:
+            code = self.process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            return "its process stopped to answer and did not end"
         if code < 0:
             return f"its process died of {signal.Signals(-code).name}"
         self.said.seek(0)

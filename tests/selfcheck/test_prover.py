@@ -129,6 +129,17 @@ def test_a_kernel_that_hangs_is_refused_alone(
     assert [ends(process.pid) for process in started] == [True, True]
 
 
+def test_a_process_that_stops_to_answer_is_not_waited_for(
+    speaks: Speaks, started: Started, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that the driver of a GPU keeps while it ends."""
+    monkeypatch.setattr(prover, "END_SECONDS", 0.5)
+    speaks("os.close(1); time.sleep(1000)")
+    reason = "its process stopped to answer and did not end"
+    assert examined() == (["proven", "refused", "proven"], ["", reason, ""])
+    assert ends(started[0].pid)
+
+
 def test_a_device_that_is_spoiled_gets_another_process(speaks: Speaks, started: Started) -> None:
     speaks("outcome('refused', 'an illegal access', usable=False); break")
     assert examined() == (["proven", "refused", "proven"], ["", "an illegal access", ""])
@@ -160,6 +171,20 @@ def test_a_process_that_does_not_start_refuses_nothing(
     assert examined() == (["unknown"] * 3, [reason] * 3)
     (process,) = started
     assert ends(process.pid)
+
+
+def test_a_process_that_dies_before_it_has_its_task_refuses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prover, "command", lambda: [sys.executable, "-I", "-c", "exit('no library')"])
+    start = subprocess.Popen
+
+    def ended(*given: object, **more: object) -> subprocess.Popen[bytes]:
+        process = start(*given, **more)  # type: ignore[call-overload]
+        process.wait()
+        return process
+
+    monkeypatch.setattr(prover.subprocess, "Popen", ended)
+    reason = "the process that proves kernels did not start: its process ended with code 1: no library"
+    assert examined() == (["unknown"] * 3, [reason] * 3)
 
 
 def test_a_command_that_is_not_there_refuses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
