@@ -3,7 +3,7 @@
     python -m alexnet_ext.selfcheck.child < task        # selfcheck/prover.py starts it
 
 The task is a line of JSON: the device, the settings, the units. The answers are lines of JSON: one when it is ready,
-then one for each unit, in order.
+then for each unit, in order, one before each case and one with the outcome.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,8 +29,10 @@ RUNS = 3
 TF32_EPS = 2.0**-10
 
 
-def judge(unit: _known.Unit, device: torch.device) -> tuple[_known.State, str]:
-    """The state of a unit after its small cases, and the reason unless it is proven."""
+def judge(
+    unit: _known.Unit, device: torch.device, tell: Callable[[str], None] = lambda case: None
+) -> tuple[_known.State, str]:
+    """The state of a unit after its small cases, and the reason unless it is proven; ``tell(case)`` before each."""
     cases = [case for case in SMALL if case.op == unit.op and unit.layout in case.layouts]
     backend, _, candidate = unit.backend.partition(" ")
     if not cases:
@@ -39,6 +42,7 @@ def judge(unit: _known.Unit, device: torch.device) -> tuple[_known.State, str]:
     try:
         with _backend.preferring((unit.backend,), device.type):
             for case in cases:
+                tell(case.name)
                 # What is known of sgd_step depends on no layout: all are of one unit.
                 for layout in case.layouts if isinstance(case, SgdCase) else (unit.layout,):
                     for grad in case.grads:
@@ -115,7 +119,7 @@ def main() -> None:
     answer(ready=_is_usable(device))
     for unit in task["units"]:
         begun = time.monotonic()
-        state, reason = judge(_known.Unit(*unit), device)
+        state, reason = judge(_known.Unit(*unit), device, lambda case: answer(case=case))
         usable = _is_usable(device)
         answer(state=state, reason=reason, seconds=round(time.monotonic() - begun, 3), usable=usable)
         if not usable:
