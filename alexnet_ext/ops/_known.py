@@ -100,7 +100,8 @@ class Known:
         self.distrusted = ""
         self.proofs: dict[str, Proof] = {}
         self.races: dict[str, Race] = {}
-        self._winners: dict[tuple[str, str, str], list[tuple[int, str]]] = {}
+        self.decided: dict[tuple[Any, ...], str] = {}
+        """What was looked up by call, until something new is known: calls ask each time."""
         self._take(self._read())
 
     def proof(self, unit: Unit) -> Proof:
@@ -114,11 +115,9 @@ class Known:
         if exact is not None:
             return exact.choice
         prefix = f"{op} | {dtype} | {layout} | "
-        if (op, dtype, layout) not in self._winners:
-            raced = ((call.removeprefix(prefix), race) for call, race in self.races.items() if call.startswith(prefix))
-            sizes = [(math.prod(map(int, re.findall(r"\d+", said))), race.choice) for said, race in raced]
-            self._winners[op, dtype, layout] = sorted(sizes)[-1:]
-        return next((choice for _, choice in self._winners[op, dtype, layout]), "")
+        raced = ((call.removeprefix(prefix), race) for call, race in self.races.items() if call.startswith(prefix))
+        sizes = [(math.prod(map(int, re.findall(r"\d+", said))), race.choice) for said, race in raced]
+        return max(sizes, default=(0, ""))[1]
 
     def add(self, proofs: Mapping[str, Proof] | None = None, races: Mapping[str, Race] | None = None) -> None:
         """Keep these, here and in the file."""
@@ -136,7 +135,7 @@ class Known:
 
     def adopt(self, proofs: Mapping[str, Proof], races: Mapping[str, Race]) -> None:
         """Follow another process's table, in this process alone: it keeps it itself."""
-        self.proofs, self.races, self._winners = dict(proofs), dict(races), {}
+        self.proofs, self.races, self.decided = dict(proofs), dict(races), {}
 
     def _take(self, found: tuple[Mapping[str, Proof], Mapping[str, Race]]) -> None:
         """Merge. A refusal outlasts a proof, as a kernel that is wrong now and then is wrong; a newer race an older."""
@@ -149,7 +148,7 @@ class Known:
                 self.races[call] = race
         newest = sorted(self.races, key=lambda call: self.races[call].at)[-MAX_RACES:]
         self.races = {call: self.races[call] for call in newest}
-        self._winners = {}
+        self.decided = {}
 
     def _write(self) -> None:
         assert self.path is not None
@@ -336,7 +335,8 @@ def file_name(identity: Mapping[str, Any]) -> str:
 
 def distrust(device: torch.device, reason: str) -> None:
     """From now on, and in this process alone, no kernel of ours counts as proven on this device."""
-    on(device).distrusted = reason
+    known = on(device)
+    known.distrusted, known.decided = reason, {}
 
 
 def forget() -> list[Path]:

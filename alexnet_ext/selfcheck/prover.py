@@ -24,6 +24,7 @@ from ..ops._known import Proof, Unit
 
 START_SECONDS, CASE_SECONDS = 60.0, 30.0
 """The time for importing PyTorch and starting the GPU, and for one case of a unit, Triton's compiler included."""
+END_SECONDS = 5.0
 Tell = Callable[[int, int, Unit], None]
 
 
@@ -47,7 +48,8 @@ class _Child:
             start_new_session=True,
         )
         self.answers: queue.Queue[dict[str, Any] | None] = queue.Queue()
-        threading.Thread(target=self._listen, daemon=True).start()
+        self.listener = threading.Thread(target=self._listen, daemon=True)
+        self.listener.start()
         task = {"device": str(device), "settings": _known.settings(), "units": units}
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it has died; there will be no answer
@@ -68,7 +70,9 @@ class _Child:
     ) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)  # and the compilers that it has started
-        self.process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a process that waits for a broken GPU may not end
+            self.process.wait(END_SECONDS)
+        self.listener.join(END_SECONDS)
         for stream in (self.process.stdin, self.process.stdout, self.said):
             assert stream is not None
             stream.close()
@@ -82,7 +86,10 @@ class _Child:
 
     def death(self) -> str:
         """How the process died, in words."""
-        code = self.process.wait()
+        try:
+            code = self.process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            return "its process answers no more"
         if code < 0:
             return f"its process died of {signal.Signals(-code).name}"
         self.said.seek(0)
