@@ -129,7 +129,7 @@ class Known:
             with _locked(self.path):
                 self._take(self._read())
                 self._write()
-            _remove_oldest(self.path.parent)
+            _remove_oldest()
         except OSError as error:
             _warn(self.path, f"cannot be written, and what was found lasts as long as this process: {error}")
 
@@ -243,10 +243,14 @@ def files() -> list[Path]:
     return sorted(found, key=found.__getitem__)
 
 
-def _remove_oldest(where: Path) -> None:
+def _remove_oldest() -> None:
     for path in files()[:-MAX_FILES]:
-        for old in (path, where / f".{path.name}.lock"):
-            old.unlink(missing_ok=True)
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    for old in (path, path.with_name(f".{path.name}.lock")):
+        old.unlink(missing_ok=True)
 
 
 @functools.cache
@@ -275,11 +279,12 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def driver() -> str:
-    """The version of the GPU's driver, as its module tells it; "" without one."""
+    """The version of the GPU's driver: as its module has it, else the newest CUDA that it knows; "" without one."""
     with contextlib.suppress(OSError):
         said = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
-        return said.splitlines()[0] if said else ""
-    return ""
+        return said.partition("\n")[0]
+    native: Any = torch._C
+    return f"CUDA {native._cuda_getDriverVersion()}" if torch.cuda.is_available() else ""
 
 
 def device_facts(device: torch.device) -> dict[str, Any]:
@@ -292,18 +297,35 @@ def device_facts(device: torch.device) -> dict[str, Any]:
     return {"device": properties.name, **facts}
 
 
-def settings() -> tuple[bool, str, str]:
+class Settings(NamedTuple):
     """What changes which kernels run and how exact they are: determinism, TF32 in matrix products and convolutions."""
-    deterministic = torch.are_deterministic_algorithms_enabled() or torch.backends.cudnn.deterministic
-    precisions: Any = torch.backends
-    return deterministic, precisions.cuda.matmul.fp32_precision, precisions.cudnn.conv.fp32_precision
+
+    deterministic: bool
+    cudnn_deterministic: bool
+    matmul: str
+    convolution: str
+
+    def apply(self) -> None:
+        backends: Any = torch.backends
+        torch.use_deterministic_algorithms(self.deterministic, warn_only=True)
+        backends.cudnn.deterministic = self.cudnn_deterministic
+        backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision = self.matmul, self.convolution
+
+
+def settings() -> Settings:
+    """Those in force."""
+    backends: Any = torch.backends
+    return Settings(
+        torch.are_deterministic_algorithms_enabled(),
+        backends.cudnn.deterministic,
+        backends.cuda.matmul.fp32_precision,
+        backends.cudnn.conv.fp32_precision,
+    )
 
 
 def identity(device: torch.device) -> dict[str, Any]:
     """All that a proof and a time depend on."""
-    deterministic, matmul, convolution = settings()
-    rules = {"deterministic": deterministic, "matmul": matmul, "convolution": convolution}
-    return {**device_facts(device), "driver": driver(), **versions(), **code(), **rules}
+    return {**device_facts(device), "driver": driver(), **versions(), **code(), **settings()._asdict()}
 
 
 _stores: dict[tuple[Any, ...], Known] = {}
@@ -343,7 +365,7 @@ def forget() -> list[Path]:
     """Remove all files, and what this process knows; the files."""
     removed = files()
     for path in removed:
-        path.unlink(missing_ok=True)
+        _remove(path)
     reopen()
     return removed
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .._difference import relative_difference
-from ..ops import _backend, _known
+from ..ops import _backend, _known, _race
 from ..ops._register import RECORDS
 from .cases import SMALL, Case, SgdCase
 from .guards import Fences
@@ -65,7 +65,7 @@ def _wrong(case: Case, unit: _known.Unit, device: torch.device, layout: str, gra
     """What is wrong with some runs of a case; "" for nothing."""
     dtype = getattr(torch, unit.dtype)
     expected, caps = case.reference(grad), [cap for _, cap in case.limits(dtype)]
-    if dtype == torch.float32 and RECORDS[unit.op].product and "tf32" in _known.settings()[1:]:
+    if dtype == torch.float32 and RECORDS[unit.op].product and "tf32" in _known.settings():
         caps = [max(cap, 4 * TF32_EPS) for cap in caps]
     first: list[Tensor] = []
     for run in range(1, RUNS + 1):
@@ -107,11 +107,9 @@ def main() -> None:
     os.dup2(2, 1)  # what compilers and kernels print is no answer
     task: dict[str, Any] = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    _race.allowed = False
     device = torch.device(task["device"])
-    deterministic, matmul, convolution = task["settings"]
-    torch.use_deterministic_algorithms(deterministic)
-    backends: Any = torch.backends
-    backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision = matmul, convolution
+    _known.Settings(*task["settings"]).apply()
 
     def answer(**said: Any) -> None:
         print(json.dumps(said), file=answers, flush=True)

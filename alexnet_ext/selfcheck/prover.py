@@ -105,7 +105,12 @@ def examine(units: Sequence[Unit], device: torch.device, seconds: float, tell: T
         left = units[len(found) :]
         if time.monotonic() >= end:
             return found | dict.fromkeys(left, Proof("unknown", f"there was no time for it within {seconds:.0f} s"))
-        with _Child(device, left) as child:
+        try:
+            child = _Child(device, left)
+        except OSError as error:
+            trouble = f"no process can be started to prove kernels: {error.strerror or error}"
+            return found | dict.fromkeys(left, Proof("unknown", trouble))
+        with child:
             trouble = _started(child, min(START_SECONDS, end - time.monotonic()))
             if trouble:
                 return found | dict.fromkeys(left, Proof("unknown", trouble))
