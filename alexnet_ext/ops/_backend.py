@@ -91,7 +91,6 @@ _DECISIONS = _FOUND | {"unknown": _UNKNOWN, "refused": _REFUSED}
 _BY_ARGUMENT = Decision("stock", "backend='stock' was passed")
 _BY_BLOCK = Decision("stock", "use_backend('stock') is in force")
 
-TRUSTED = "trusted"
 _preferred: dict[str, tuple[str, ...]] = {}
 """By kind of device, what ``preferring`` puts in place of the order and standings above."""
 
@@ -258,11 +257,26 @@ def _automatic(op: str, device: torch.device, dtype: torch.dtype, x: torch.Tenso
 @assume_constant_result
 def _found(op: str, device: torch.device, dtype: torch.dtype, layout: str, shape: tuple[int, ...] | None) -> str:
     """A key of ``_DECISIONS``: what is known on this device of a call in this dtype, layout and shape."""
+    known = _known.on(device)
+    call = (op, dtype, layout, shape)
+    if call not in known.decided:
+        known.decided[call] = _look_up(known, op, device, dtype, layout, shape)
+    return known.decided[call]
+
+
+def _look_up(
+    known: _known.Known,
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    layout: str,
+    shape: tuple[int, ...] | None,
+) -> str:
     states = {backend: proof_of(op, backend, device, dtype, layout).state for backend in kernels(op, device.type)}
     proven = [backend for backend, state in states.items() if state == "proven"]
     if not proven:
         return "unknown" if "unknown" in states.values() else "refused"
-    raced = _known.on(device).winner(op, _known.name_of(dtype), layout, shape)
+    raced = known.winner(op, _known.name_of(dtype), layout, shape)
     return raced if raced in (*proven, "stock") else proven[0]
 
 
@@ -292,8 +306,7 @@ def proves(device: torch.device) -> bool:
 def preferring(backends: Sequence[str], device: str) -> Iterator[None]:
     """``"auto"`` runs the first of these that has a kernel on this kind of device, proven or not; to prove it.
 
-    ``"auto NAME"`` is an op's choice among its candidates, with this one taken wherever it applies, and the trusted one
-    elsewhere: nothing is raced. So is ``"auto trusted"`` with no other.
+    ``"auto NAME"`` is an op's choice among its candidates, with this one taken wherever it applies.
     """
     global _preferred
     before = _preferred

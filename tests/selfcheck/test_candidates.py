@@ -41,6 +41,13 @@ def unit(name: str, dtype: str = "float32") -> Unit:
     return Unit(CONV, name, dtype, "channels_last")
 
 
+def judged(unit: Unit) -> tuple[str, str]:
+    """As in the process that proves kernels."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_race, "allowed", False)
+        return child.judge(unit, CPU)
+
+
 def know(**states: Any) -> None:
     _known.on(CPU).add(proofs={str(unit(f"auto {name}")): Proof(state) for name, state in states.items()})
 
@@ -78,20 +85,20 @@ def test_a_wrong_candidate_is_refused_alone(monkeypatch: pytest.MonkeyPatch) -> 
     def wrong(self: Any, dz: Tensor, x: Tensor, weight: Tensor, p: Convolution, direction: Direction) -> Tensor:
         return right(self, dz, x, weight, p, direction) * (1.5 if direction == Direction.WEIGHT else 1.0)
 
-    assert child.judge(unit("auto triton"), CPU) == ("proven", "")
+    assert judged(unit("auto triton")) == ("proven", "")
     monkeypatch.setattr(candidates.Triton, "gradient", wrong)
-    state, reason = child.judge(unit("auto triton"), CPU)
+    state, reason = judged(unit("auto triton"))
     assert state == "refused"
     assert "gradient dense: dweight is off by" in reason
-    assert child.judge(unit("auto"), CPU) == ("proven", "")
-    assert child.judge(unit("native"), CPU) == ("proven", "")
+    assert judged(unit("auto")) == ("proven", "")
+    assert judged(unit("native")) == ("proven", "")
 
 
 def test_what_applies_to_no_small_case_stays_unknown() -> None:
     """As CUTLASS where it is not built, and the persistent kernel where there are no tensor cores."""
     candidates.taken.clear()
     for name in ("auto cutlass", "auto triton persistent"):
-        assert child.judge(unit(name), CPU) == ("unknown", "it applies to no small case on this device")
+        assert judged(unit(name)) == ("unknown", "it applies to no small case on this device")
 
 
 @pytest.mark.parametrize("name", ["auto", "auto triton", "auto triton persistent"])
@@ -101,12 +108,13 @@ def test_while_one_is_proven_no_other_runs_and_nothing_is_raced(name: str, monke
     fastest = candidates.fastest
 
     def noted(what: str, device: torch.device, given: list[_race.Candidate]) -> _race.Candidate:
-        ran.update(candidate.name for candidate in given)
-        return fastest(what, device, given)
+        chosen = fastest(what, device, given)
+        ran.add(chosen.name)
+        return chosen
 
     monkeypatch.setattr(candidates, "fastest", noted)
     monkeypatch.setattr(_race, "race", None)
-    state, _ = child.judge(unit(name, "float16"), CPU)
+    state, _ = judged(unit(name, "float16"))
     assert state == "proven"
     asked = name.partition(" ")[2]
     assert ran <= {asked, "cudnn channels_last", "cudnn contiguous"}

@@ -93,6 +93,7 @@ def test_where_a_function_is_traced_or_transformed_nothing_is_said_or_proven(
 
 
 def test_during_the_capture_of_a_graph_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    _known.on(CPU)  # it asks for the GPU's driver, where there is one
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with warnings.catch_warnings():

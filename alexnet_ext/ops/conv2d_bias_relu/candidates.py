@@ -140,7 +140,7 @@ taken: Counter[str] = Counter()
 def offered(x: Tensor, weight: Tensor, p: Convolution, direction: Direction) -> list[Algorithm]:
     """The proven algorithms that apply; first, as the trusted one, cuDNN in the memory format that is there already.
 
-    Where ``preferring`` asks for one of them, it is the only one, wherever it applies; elsewhere the trusted one is.
+    Where ``preferring`` asks for one of them, it is the only one, wherever it applies.
     """
     layout = convolved_format(x, weight)
     found = [algorithm for algorithm in ALGORITHMS if algorithm.applies(x, weight, p, direction)]
@@ -148,7 +148,7 @@ def offered(x: Tensor, weight: Tensor, p: Convolution, direction: Direction) -> 
     if asked:
         only = [algorithm for algorithm in found if algorithm.name == asked]
         taken[asked] += len(only)
-        found = only or [algorithm for algorithm in found if algorithm.layout == layout]
+        found = only or found
     else:
         found = [algorithm for algorithm in found if _is_proven(algorithm, x)]
     return sorted(found, key=lambda algorithm: algorithm.layout != layout)
