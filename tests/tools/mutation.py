@@ -107,7 +107,7 @@ SHARED = (
     Fault("proof: a hang is tried for ever again", PARENT, 'Proof("refused", f"a case did not end',
           'Proof("unknown", f"a case did not end', f"{PROVER} -k 'hangs or spoil'"),
     Fault("proof: what did not start is refused", PARENT, 'dict.fromkeys(left, Proof("unknown", trouble))',
-          'dict.fromkeys(left, Proof("refused", trouble))', f"{PROVER} -k does_not_start"),
+          'dict.fromkeys(left, Proof("refused", trouble))', f"{PROVER} -k does_not_start", 2),
     Fault("proof: compilers outlive an interrupt", PARENT, "os.killpg(self.process.pid, signal.SIGKILL)",
           "self.process.kill()", f"{PROVER} -k interrupted"),
     Fault("proof: candidates race in the process that proves", "alexnet_ext/ops/_race.py",
