@@ -1,4 +1,4 @@
-"""The CPU as a GPU of which nothing is known, with a cache folder of the test's own."""
+"""Fixtures: the CPU as a GPU of which nothing is known, races with given times."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ SHAPE = (2, 6, 40, 40)
 """Larger than any case that proves a kernel."""
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def cpu_as_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, native: None) -> Iterator[None]:
+    """Its compiled kernels are unknown, the cache folder is the test's own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv(first_call.VARIABLE, raising=False)
     monkeypatch.setitem(_backend.ORDER, "cpu", {"native": _backend.UNKNOWN})

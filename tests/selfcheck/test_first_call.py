@@ -19,6 +19,7 @@ from alexnet_ext.selfcheck import first_call, prover
 from tests.selfcheck.conftest import SHAPE, Times
 from tests.selfcheck.planted import planted
 
+pytestmark = pytest.mark.usefixtures("cpu_as_gpu")
 CPU = torch.device("cpu")
 NORM = "local_response_norm"
 
@@ -28,7 +29,7 @@ def norm(x: Tensor) -> Tensor:
 
 
 @pytest.fixture
-def lazy(monkeypatch: pytest.MonkeyPatch) -> None:
+def lazy(monkeypatch: pytest.MonkeyPatch, cpu_as_gpu: None) -> None:
     monkeypatch.setenv(first_call.VARIABLE, "lazy")
 
 

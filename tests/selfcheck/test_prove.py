@@ -19,6 +19,7 @@ from tests.selfcheck.planted import planted
 
 CPU = torch.device("cpu")
 NORM, POOL = "local_response_norm", "relu_max_pool2d"
+pytestmark = pytest.mark.usefixtures("cpu_as_gpu")
 in_this_process = pytest.mark.usefixtures("in_this_process", "two_ops")
 
 
@@ -160,6 +161,7 @@ def test_what_raises_at_the_models_shape_is_not_raced_there(times: Times) -> Non
 
 
 @in_this_process
+@pytest.mark.filterwarnings("ignore:.* is not measured")
 def test_where_nothing_runs_at_the_models_shape_the_others_are_raced(
     times: Times, monkeypatch: pytest.MonkeyPatch
 ) -> None:

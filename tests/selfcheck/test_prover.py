@@ -22,6 +22,7 @@ from alexnet_ext.selfcheck import prover
 from alexnet_ext.selfcheck.prove import prove_units
 from tests.support import ROOT
 
+pytestmark = pytest.mark.usefixtures("cpu_as_gpu")
 CPU = torch.device("cpu")
 UNITS = [Unit(op, "native", "float32", "contiguous") for op in ("first", "second", "third")]
 Speaks = Callable[..., None]
