@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from alexnet_ext.ops import _backend
-from alexnet_ext.ops._choices import Candidate
+from alexnet_ext.ops._race import Candidate
 from tests.support import cases
 from tests.support.cases import Case, Tensors
 

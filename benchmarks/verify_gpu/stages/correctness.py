@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from alexnet_ext import _library
 from alexnet_ext.ops import _backend
-from alexnet_ext.ops._choices import Candidate
+from alexnet_ext.ops._race import Candidate
 from tests.support import cases, oracle
 from tests.support.cases import Case
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from alexnet_ext import _library
 from alexnet_ext.ops import _backend
-from alexnet_ext.ops._choices import Candidate
+from alexnet_ext.ops._race import Candidate
 from benchmarks import harness
 from tests.support import cases
 from tests.support.cases import Case, Tensors

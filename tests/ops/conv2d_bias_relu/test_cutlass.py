@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alexnet_ext import _library
-from alexnet_ext.ops._choices import Candidate
+from alexnet_ext.ops._race import Candidate
 from tests.ops.conv2d_bias_relu.spec import LAYERS
-from tests.ops.test_tuning import convolve_by
+from tests.selfcheck.test_races import convolve_by
 from tests.support import cases, oracle
 from tests.support.cases import Case, conv
 
