@@ -181,7 +181,7 @@ def read(path: Path) -> dict[str, Any] | None:
     """The file's content; None, and a warning, where it cannot be read or is nothing of ours. None without a file."""
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, RecursionError) as error:
         _warn(path, f"cannot be read and is not used: {error}")
