@@ -257,11 +257,26 @@ def _automatic(op: str, device: torch.device, dtype: torch.dtype, x: torch.Tenso
 @assume_constant_result
 def _found(op: str, device: torch.device, dtype: torch.dtype, layout: str, shape: tuple[int, ...] | None) -> str:
     """A key of ``_DECISIONS``: what is known on this device of a call in this dtype, layout and shape."""
+    known = _known.on(device)
+    call = (op, dtype, layout, shape)
+    if call not in known.decided:
+        known.decided[call] = _look_up(known, op, device, dtype, layout, shape)
+    return known.decided[call]
+
+
+def _look_up(
+    known: _known.Known,
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    layout: str,
+    shape: tuple[int, ...] | None,
+) -> str:
     states = {backend: proof_of(op, backend, device, dtype, layout).state for backend in kernels(op, device.type)}
     proven = [backend for backend, state in states.items() if state == "proven"]
     if not proven:
         return "unknown" if "unknown" in states.values() else "refused"
-    raced = _known.on(device).winner(op, _known.name_of(dtype), layout, shape)
+    raced = known.winner(op, _known.name_of(dtype), layout, shape)
     return raced if raced in (*proven, "stock") else proven[0]
 
 

@@ -103,7 +103,8 @@ class Known:
         self.distrusted = ""
         self.proofs: dict[str, Proof] = {}
         self.races: dict[str, Race] = {}
-        self._winners: dict[tuple[str, str, str], list[tuple[int, str]]] = {}
+        self.decided: dict[tuple[Any, ...], str] = {}
+        """What was looked up by call, until something new is known: calls ask each time."""
         self._take(self._read())
 
     def proof(self, unit: Unit) -> Proof:
@@ -117,11 +118,9 @@ class Known:
         if exact is not None:
             return exact.choice
         prefix = f"{op} | {dtype} | {layout} | "
-        if (op, dtype, layout) not in self._winners:
-            raced = ((call.removeprefix(prefix), race) for call, race in self.races.items() if call.startswith(prefix))
-            sizes = [(math.prod(map(int, re.findall(r"\d+", said))), race.choice) for said, race in raced]
-            self._winners[op, dtype, layout] = sorted(sizes)[-1:]
-        return next((choice for _, choice in self._winners[op, dtype, layout]), "")
+        raced = ((call.removeprefix(prefix), race) for call, race in self.races.items() if call.startswith(prefix))
+        sizes = [(math.prod(map(int, re.findall(r"\d+", said))), race.choice) for said, race in raced]
+        return max(sizes, default=(0, ""))[1]
 
     def add(self, proofs: Mapping[str, Proof] | None = None, races: Mapping[str, Race] | None = None) -> None:
         """Keep these, here and in the file."""
@@ -133,13 +132,13 @@ class Known:
             with _locked(self.path):
                 self._take(self._read())
                 self._write()
-            _remove_oldest(self.path.parent)
+            _remove_oldest()
         except OSError as error:
             _warn(self.path, f"cannot be written, and what was found lasts as long as this process: {error}")
 
     def adopt(self, proofs: Mapping[str, Proof], races: Mapping[str, Race]) -> None:
         """Follow another process's table, in this process alone: it keeps it itself."""
-        self.proofs, self.races, self._winners = dict(proofs), dict(races), {}
+        self.proofs, self.races, self.decided = dict(proofs), dict(races), {}
 
     def _take(self, found: tuple[Mapping[str, Proof], Mapping[str, Race]]) -> None:
         """Merge. A refusal outlasts a proof, as a kernel that is wrong now and then is wrong; a newer race an older."""
@@ -152,7 +151,7 @@ class Known:
                 self.races[call] = race
         newest = sorted(self.races, key=lambda call: self.races[call].at)[-MAX_RACES:]
         self.races = {call: self.races[call] for call in newest}
-        self._winners = {}
+        self.decided = {}
 
     def _write(self) -> None:
         assert self.path is not None
@@ -253,10 +252,14 @@ def files() -> list[Path]:
     return sorted(found, key=found.__getitem__)
 
 
-def _remove_oldest(where: Path) -> None:
+def _remove_oldest() -> None:
     for path in files()[:-MAX_FILES]:
-        for old in (path, where / f".{path.name}.lock"):
-            old.unlink(missing_ok=True)
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    for old in (path, path.with_name(f".{path.name}.lock")):
+        old.unlink(missing_ok=True)
 
 
 @functools.cache
@@ -285,11 +288,12 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def driver() -> str:
-    """The version of the GPU's driver, as its module tells it; "" without one."""
+    """The version of the GPU's driver: as its module has it, else the newest CUDA that it knows; "" without one."""
     with contextlib.suppress(OSError):
         said = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
-        return said.splitlines()[0] if said else ""
-    return ""
+        return said.partition("\n")[0]
+    native: Any = torch._C
+    return f"CUDA {native._cuda_getDriverVersion()}" if torch.cuda.is_available() else ""
 
 
 def device_facts(device: torch.device) -> dict[str, Any]:
@@ -302,18 +306,35 @@ def device_facts(device: torch.device) -> dict[str, Any]:
     return {"device": properties.name, **facts}
 
 
-def settings() -> tuple[bool, str, str]:
+class Settings(NamedTuple):
     """What changes which kernels run and how exact they are: determinism, TF32 in matrix products and convolutions."""
-    deterministic = torch.are_deterministic_algorithms_enabled() or torch.backends.cudnn.deterministic
-    precisions: Any = torch.backends
-    return deterministic, precisions.cuda.matmul.fp32_precision, precisions.cudnn.conv.fp32_precision
+
+    deterministic: bool
+    cudnn_deterministic: bool
+    matmul: str
+    convolution: str
+
+    def apply(self) -> None:
+        backends: Any = torch.backends
+        torch.use_deterministic_algorithms(self.deterministic, warn_only=True)
+        backends.cudnn.deterministic = self.cudnn_deterministic
+        backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision = self.matmul, self.convolution
+
+
+def settings() -> Settings:
+    """Those in force."""
+    backends: Any = torch.backends
+    return Settings(
+        torch.are_deterministic_algorithms_enabled(),
+        backends.cudnn.deterministic,
+        backends.cuda.matmul.fp32_precision,
+        backends.cudnn.conv.fp32_precision,
+    )
 
 
 def identity(device: torch.device) -> dict[str, Any]:
     """All that a proof and a time depend on."""
-    deterministic, matmul, convolution = settings()
-    rules = {"deterministic": deterministic, "matmul": matmul, "convolution": convolution}
-    return {**device_facts(device), "driver": driver(), **versions(), **code(), **rules}
+    return {**device_facts(device), "driver": driver(), **versions(), **code(), **settings()._asdict()}
 
 
 _stores: dict[tuple[Any, ...], Known] = {}
@@ -345,14 +366,15 @@ def file_name(identity: Mapping[str, Any]) -> str:
 
 def distrust(device: torch.device, reason: str) -> None:
     """From now on, and in this process alone, no kernel of ours counts as proven on this device."""
-    on(device).distrusted = reason
+    known = on(device)
+    known.distrusted, known.decided = reason, {}
 
 
 def forget() -> list[Path]:
     """Remove all files, and what this process knows; the files."""
     removed = files()
     for path in removed:
-        path.unlink(missing_ok=True)
+        _remove(path)
     reopen()
     return removed
 

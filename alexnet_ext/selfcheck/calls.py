@@ -124,9 +124,13 @@ def calls_of(model: nn.Module, shape: Sequence[int], dtype: torch.dtype) -> list
 
 
 def units_of(calls: Sequence[Call], kind: str, dtype: torch.dtype, layout: torch.memory_format) -> list[_known.Unit]:
-    """What must be proven on a kind of device before these calls may run by our kernels there."""
+    """What must be proven on a kind of device before these calls may run by our kernels there.
+
+    Triton's come last: its compiler takes longer than all else.
+    """
     found = dict.fromkeys((call.op, call.layout(layout)) for call in calls)
-    return [_known.Unit(op, name, _known.name_of(dtype), where) for op, where in found for name in names_of(op, kind)]
+    units = [_known.Unit(op, name, _known.name_of(dtype), where) for op, where in found for name in names_of(op, kind)]
+    return sorted(units, key=lambda unit: "triton" in unit.backend)
 
 
 def names_of(op: str, kind: str) -> list[str]:

@@ -3,7 +3,7 @@
     python -m alexnet_ext.selfcheck.child < task        # selfcheck/prover.py starts it
 
 The task is a line of JSON: the device, the settings, the units. The answers are lines of JSON: one when it is ready,
-then one for each unit, in order.
+then for each unit, in order, one before each case and one with the outcome.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._difference import relative_difference
-from ..ops import _backend, _known
+from ..ops import _backend, _known, _race
 from ..ops._register import RECORDS
 from .cases import SMALL, Case, SgdCase
 from .guards import Fences
@@ -28,8 +29,10 @@ RUNS = 3
 TF32_EPS = 2.0**-10
 
 
-def judge(unit: _known.Unit, device: torch.device) -> tuple[_known.State, str]:
-    """The state of a unit after its small cases, and the reason unless it is proven."""
+def judge(
+    unit: _known.Unit, device: torch.device, tell: Callable[[str], None] = lambda case: None
+) -> tuple[_known.State, str]:
+    """The state of a unit after its small cases, and the reason unless it is proven; ``tell(case)`` before each."""
     cases = [case for case in SMALL if case.op == unit.op and unit.layout in case.layouts]
     backend, _, candidate = unit.backend.partition(" ")
     if not cases:
@@ -39,6 +42,7 @@ def judge(unit: _known.Unit, device: torch.device) -> tuple[_known.State, str]:
     try:
         with _backend.preferring((unit.backend,), device.type):
             for case in cases:
+                tell(case.name)
                 # What is known of sgd_step depends on no layout: all are of one unit.
                 for layout in case.layouts if isinstance(case, SgdCase) else (unit.layout,):
                     for grad in case.grads:
@@ -61,7 +65,7 @@ def _wrong(case: Case, unit: _known.Unit, device: torch.device, layout: str, gra
     """What is wrong with some runs of a case; "" for nothing."""
     dtype = getattr(torch, unit.dtype)
     expected, caps = case.reference(grad), [cap for _, cap in case.limits(dtype)]
-    if dtype == torch.float32 and RECORDS[unit.op].product and "tf32" in _known.settings()[1:]:
+    if dtype == torch.float32 and RECORDS[unit.op].product and "tf32" in _known.settings():
         caps = [max(cap, 4 * TF32_EPS) for cap in caps]
     first: list[Tensor] = []
     for run in range(1, RUNS + 1):
@@ -103,11 +107,9 @@ def main() -> None:
     os.dup2(2, 1)  # what compilers and kernels print is no answer
     task: dict[str, Any] = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    _race.allowed = False
     device = torch.device(task["device"])
-    deterministic, matmul, convolution = task["settings"]
-    torch.use_deterministic_algorithms(deterministic)
-    backends: Any = torch.backends
-    backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision = matmul, convolution
+    _known.Settings(*task["settings"]).apply()
 
     def answer(**said: Any) -> None:
         print(json.dumps(said), file=answers, flush=True)
@@ -115,7 +117,7 @@ def main() -> None:
     answer(ready=_is_usable(device))
     for unit in task["units"]:
         begun = time.monotonic()
-        state, reason = judge(_known.Unit(*unit), device)
+        state, reason = judge(_known.Unit(*unit), device, lambda case: answer(case=case))
         usable = _is_usable(device)
         answer(state=state, reason=reason, seconds=round(time.monotonic() - begun, 3), usable=usable)
         if not usable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
@@ -13,6 +14,7 @@ import torch
 from .. import _library
 from .._version import __version__
 from ..ops import _backend, _known
+from .cases import LAYOUTS
 
 DEVICES = ("cpu", "cuda")
 
@@ -152,5 +154,17 @@ def _known_here() -> list[KnownOfDevice]:
 
 
 def choice(op: str, device: str) -> Choice:
-    """What ``backend="auto"`` runs for ``op`` on ``device`` (``"cpu"`` or ``"cuda"``) at this moment."""
-    return Choice(op, device, *_backend.decide(op, torch.device(device)))
+    """What ``backend="auto"`` runs for ``op`` on ``device`` (``"cpu"`` or ``"cuda"``) at this moment.
+
+    On a device that proves kernels itself, what is known may differ by dtype and layout: one where ours run is shown.
+    """
+    where = torch.device(device)
+    decision = _backend.decide(op, where)
+    if decision.backend != "stock" or not _backend.proves(where):
+        return Choice(op, device, *decision)
+    for dtype, (layout, memory_format) in itertools.product(_backend.PROVABLE, LAYOUTS.items()):
+        alike = torch.empty((2, 2, 2, 2), device="meta", memory_format=memory_format)
+        found = _backend.decide(op, where, dtype, x=alike)
+        if found.backend != "stock":
+            return Choice(op, device, found.backend, f"{found.reason} ({_known.name_of(dtype)}, {layout})")
+    return Choice(op, device, *decision)

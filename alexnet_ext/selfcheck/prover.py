@@ -22,8 +22,9 @@ from .. import _library
 from ..ops import _known
 from ..ops._known import Proof, Unit
 
-START_SECONDS, UNIT_SECONDS = 60.0, 30.0
-"""The time for importing PyTorch and starting the GPU, and for one unit, Triton's compiler included."""
+START_SECONDS, CASE_SECONDS = 60.0, 30.0
+"""The time for importing PyTorch and starting the GPU, and for one case of a unit, Triton's compiler included."""
+END_SECONDS = 5.0
 Tell = Callable[[int, int, Unit], None]
 
 
@@ -47,7 +48,8 @@ class _Child:
             start_new_session=True,
         )
         self.answers: queue.Queue[dict[str, Any] | None] = queue.Queue()
-        threading.Thread(target=self._listen, daemon=True).start()
+        self.listener = threading.Thread(target=self._listen, daemon=True)
+        self.listener.start()
         task = {"device": str(device), "settings": _known.settings(), "units": units}
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it has died; there will be no answer
@@ -68,8 +70,12 @@ class _Child:
     ) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)  # and the compilers that it has started
-        self.process.wait()
-        self.said.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a process that waits for a broken GPU may not end
+            self.process.wait(END_SECONDS)
+        self.listener.join(END_SECONDS)
+        for stream in (self.process.stdin, self.process.stdout, self.said):
+            assert stream is not None
+            stream.close()
 
     def answer(self, seconds: float) -> dict[str, Any] | None:
         """The next answer; None if the process died. TimeoutError."""
@@ -80,7 +86,10 @@ class _Child:
 
     def death(self) -> str:
         """How the process died, in words."""
-        code = self.process.wait()
+        try:
+            code = self.process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            return "its process answers no more"
         if code < 0:
             return f"its process died of {signal.Signals(-code).name}"
         self.said.seek(0)
@@ -96,7 +105,12 @@ def examine(units: Sequence[Unit], device: torch.device, seconds: float, tell: T
         left = units[len(found) :]
         if time.monotonic() >= end:
             return found | dict.fromkeys(left, Proof("unknown", f"there was no time for it within {seconds:.0f} s"))
-        with _Child(device, left) as child:
+        try:
+            child = _Child(device, left)
+        except OSError as error:
+            trouble = f"no process can be started to prove kernels: {error.strerror or error}"
+            return found | dict.fromkeys(left, Proof("unknown", trouble))
+        with child:
             trouble = _started(child, min(START_SECONDS, end - time.monotonic()))
             if trouble:
                 return found | dict.fromkeys(left, Proof("unknown", trouble))
@@ -122,13 +136,15 @@ def _started(child: _Child, seconds: float) -> str:
 def _outcome(child: _Child, end: float, seconds: float) -> tuple[Proof, bool]:
     """What came of the unit that the process is at, and whether the process can go on."""
     begun = time.monotonic()
-    limit = min(UNIT_SECONDS, end - begun)
-    try:
-        said = child.answer(limit)
-    except TimeoutError:
-        if limit < UNIT_SECONDS:
-            return Proof("unknown", f"there was no time for it within {seconds:.0f} s"), False
-        return Proof("refused", f"it did not end within {UNIT_SECONDS:.0f} s", UNIT_SECONDS), False
-    if said is None:
-        return Proof("refused", child.death(), round(time.monotonic() - begun, 3)), False
-    return Proof(said["state"], said["reason"], said["seconds"]), said["usable"]
+    while True:
+        limit = min(CASE_SECONDS, end - time.monotonic())
+        try:
+            said = child.answer(limit)
+        except TimeoutError:
+            if limit < CASE_SECONDS:
+                return Proof("unknown", f"there was no time for it within {seconds:.0f} s"), False
+            return Proof("refused", f"a case did not end within {CASE_SECONDS:.0f} s", time.monotonic() - begun), False
+        if said is None:
+            return Proof("refused", child.death(), time.monotonic() - begun), False
+        if "state" in said:
+            return Proof(said["state"], said["reason"], said["seconds"]), said["usable"]

@@ -24,6 +24,7 @@ class TunedRow:
     """What was found for a call of an op, or for a direction of a convolution: the choice, each one's microseconds.
 
     The candidates of an op are backends. ``"auto"`` stands for what was chosen for each direction of the layer.
+    ``shape`` is that of the op's x; empty for a direction.
     """
 
     layer: str
@@ -31,6 +32,7 @@ class TunedRow:
     direction: str
     choice: str
     microseconds: dict[str, float]
+    shape: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,9 @@ def race_call(call: Call, where: Setting) -> Iterator[TunedRow]:
         seconds = _race.race(left, _race.gpu_clock)
     race = Race.of(_race.winner(seconds), seconds)
     known.add(races={_known.call_of(call.op, name_of(where.dtype), layout, call.shape): race})
-    yield TunedRow(call.layer or call.op, call.op, "forward and backward", race.choice, dict(race.microseconds))
+    yield TunedRow(
+        call.layer or call.op, call.op, "forward and backward", race.choice, dict(race.microseconds), call.shape
+    )
 
 
 def in_training(call: Call, where: Setting) -> Iterator[Call]:

@@ -12,7 +12,6 @@ from ..ops import _known
 
 SAME = ("device", "capability", "multiprocessors", "alexnet_ext", "torch", "triton", "cudnn")
 """What must be equal for another machine's times to hold here. Its proofs never do: kernels are proven again."""
-SETTINGS = ("deterministic", "matmul", "convolution")
 
 
 def exported() -> str:
@@ -35,7 +34,7 @@ def import_races(path: Path, device: torch.device) -> int:
     for one in held:
         identity = one.get("identity")
         if isinstance(identity, dict) and all(
-            identity.get(name) == known.identity.get(name) for name in (*SAME, *SETTINGS)
+            identity.get(name) == known.identity.get(name) for name in (*SAME, *_known.Settings._fields)
         ):
             races |= _known.entries(one, "races", _known.Race)
     known.add(races=races)

@@ -1,7 +1,7 @@
 """Runs the stages one after another, each in processes of its own and within its time, and writes the report.
 
     python -m benchmarks.verify_gpu                    # the GPU, ten minutes
-    python -m benchmarks.verify_gpu --stage images --stage sanitizers --stage tune --stage compiled    # the rest
+    python -m benchmarks.verify_gpu --stage images --stage sanitizers --stage prove --stage compiled    # the rest
     python -m benchmarks.verify_gpu --device cpu       # the stages that apply to a CPU, at small sizes
 
 The second needs the build that the first leaves, and adds its stages to the first one's report,

@@ -23,7 +23,7 @@ def tables(outcomes: Iterable[Outcome], device: str) -> Iterator[Table]:
     findings = [finding for outcome in known.values() for finding in outcome.findings]
     if known.keys() & set(PROOFS):
         yield (
-            "STANDINGS of ops/_backend.py",
+            "ORDER of ops/_backend.py",
             ["unknown", "checks passed", "it"],
             [unproven(way, known) for way in WAYS],
         )
@@ -47,7 +47,7 @@ def tables(outcomes: Iterable[Outcome], device: str) -> Iterator[Table]:
 
 
 def unproven(way: str, known: dict[str, Outcome]) -> list[Any]:
-    """One entry of STANDINGS: it may go if every proof was finished and none about it failed."""
+    """One UNKNOWN of ORDER: it may go if every proof was finished and none about it failed."""
     failed, passed, open_proofs = [], 0, []
     for stage in PROOFS:
         outcome = known.get(stage)

@@ -86,6 +86,6 @@ STAGES = (
         crossed(("planted", *WAYS), TOOLS),
         True,
     ),
-    Stage("tune", "what `alexnet tune` finds, and that backend='auto' follows it", 90),
+    Stage("prove", "what `alexnet_ext.prove` finds, in at most a minute; backend='auto' follows it", 120),
     Stage("compiled", "the network beside torch.compile(mode='max-autotune') of stock", 300, NETWORKS),
 )
