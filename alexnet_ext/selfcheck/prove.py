@@ -99,7 +99,8 @@ def prove(
     """
     where = setting(device, dtype, layout, model)
     calls = _calls(model, shape, where.dtype)
-    return ranks.together(where.device, partial(_prove, calls, where, tell, again))
+    proved = ranks.together(where.device, partial(_prove, calls, where, tell, again))
+    return proved or Proved(_known.on(where.device).identity["device"], 0.0)  # ranks that differ prove nothing
 
 
 def tune(

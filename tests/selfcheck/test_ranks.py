@@ -44,7 +44,7 @@ class Work:
 Outcome = dict[str, Any]
 
 
-def found(proved: Proved, calls: int) -> Outcome:
+def found(proved: Proved | None, calls: int) -> Outcome:
     """What this rank knows afterwards."""
     known = _known.on(CPU)
     race = known.races.get(CALL)
@@ -53,7 +53,7 @@ def found(proved: Proved, calls: int) -> Outcome:
     decision = _backend.decide("relu_max_pool2d", CPU, x=x)
     return {
         "calls": calls,
-        "by": proved.device,
+        "by": proved and proved.device,
         "state": proof.state,
         "reason": proof.reason,
         "time": race.microseconds["native"] if race else None,
@@ -132,7 +132,7 @@ def proved(rank: int) -> Outcome:
 def lazy(rank: int) -> Outcome:
     """A first call proves nothing: the other ranks may not come to it."""
     with mock.patch.dict(os.environ, ALEXNET_EXT_PROVE="lazy"), mock.patch.object(prover, "examine", pytest.fail):
-        return found(Proved("", 0.0), 0)
+        return found(None, 0)
 
 
 SCENES: dict[str, Callable[[int], Outcome]] = {
@@ -204,6 +204,7 @@ def test_the_others_take_the_races_too(outcomes: list[dict[str, Outcome]]) -> No
 def test_ranks_that_differ_all_run_stock(scene: str, difference: str, outcomes: list[dict[str, Outcome]]) -> None:
     """And one of them says so: a rank whose table is another's would compute what nobody has checked."""
     assert of(outcomes, scene, "calls") == [0, 0]
+    assert of(outcomes, scene, "by") == [None, None]
     assert of(outcomes, scene, "state") == ["refused"] * 2
     assert of(outcomes, scene, "reason") == [f"the ranks differ: {difference}"] * 2
     assert of(outcomes, scene, "runs") == ["stock"] * 2

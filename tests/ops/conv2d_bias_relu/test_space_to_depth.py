@@ -17,7 +17,7 @@ from alexnet_ext.nn import Conv2dReLU
 from alexnet_ext.ops import conv2d_bias_relu
 from alexnet_ext.selfcheck.calls import calls_of
 from alexnet_ext.selfcheck.races import Setting, in_training
-from tests.selfcheck.test_races import convolve_by
+from tests.ops.conv2d_bias_relu.test_candidates import convolve_by
 from tests.support import cases
 
 space_to_depth = importlib.import_module("alexnet_ext.ops.conv2d_bias_relu.space_to_depth")
