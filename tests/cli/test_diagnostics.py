@@ -107,6 +107,7 @@ def test_info_says_why_each_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels[OPS[3]]["cpu"] = {"triton": f"{OPS[3]}_triton"}
     assert choice(OPS[3], "cpu").reason == "no compiled kernel is loaded, and Triton's interpreter is for tests"
     kernels[OPS[2]]["cuda"] = {"auto": f"{OPS[2]}_auto", **kernels[OPS[2]]["cuda"]}
+    _known.reopen()
     assert choice(OPS[2], "cuda").backend == "triton", "what is not proven is passed over"
     monkeypatch.setitem(_backend.ORDER["cuda"], "auto", _backend.PROVEN)
     assert choice(OPS[2], "cuda").reason == "each direction by whatever measures fastest"
