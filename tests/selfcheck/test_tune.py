@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import alexnet_ext as ax
+from alexnet_ext import _library
 from alexnet_ext.ops import _backend, _known
 from alexnet_ext.ops._known import Proof, Race, Unit
 from alexnet_ext.selfcheck import calls, prove, prover
@@ -28,7 +29,10 @@ SMALL = {"local_response_norm": (2, 9, 7, 5), "conv2d_bias_relu": (2, 4, 6, 5), 
 def quick_tune(as_gpu: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The CPU plays a GPU: the compiled kernels and the interpreted ones, on small tensors, timed once."""
     quick(monkeypatch)
-    monkeypatch.delitem(_backend.KERNELS["augment"]["cpu"], "triton", raising=False)  # its images are no smaller
+    for op, kernels in _backend.KERNELS.items():
+        if "cpu" in _library.triton_devices(op) and op != "augment":  # whose images are no smaller
+            monkeypatch.setitem(kernels["cpu"], "triton", f"{op}_triton")
+    monkeypatch.delitem(_backend.KERNELS["augment"]["cpu"], "triton", raising=False)
     monkeypatch.setitem(_backend.KERNELS["conv2d_bias_relu"]["cpu"], "auto", "conv2d_bias_relu_auto")
     small = list[Case]()
     for case in CASES:
@@ -153,7 +157,7 @@ def test_what_differs_from_stock_at_the_models_shapes_is_refused(monkeypatch: py
     assert "local_response_norm" not in proved.faster
     assert _backend.decide("local_response_norm", CPU, x=images()).backend == "stock"
     assert rows["relu_max_pool2d"].microseconds.keys() == {"native", "stock"}
-    assert "1 kernels refused: local_response_norm by native (it differs from stock PyTorch" in str(proved)
+    assert "refused: local_response_norm by native (it differs from stock PyTorch" in str(proved)
 
 
 @pytest.mark.usefixtures("native", "quick_tune")
@@ -204,7 +208,8 @@ def test_under_deterministic_algorithms_nothing_is_raced(monkeypatch: pytest.Mon
     assert _backend.decide("local_response_norm", CPU, x=images()).backend == "stock", "a proof of other settings"
 
 
-def test_tune_refuses_what_is_no_gpu() -> None:
+def test_tune_refuses_what_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(_backend.ORDER, "cpu", {"native": _backend.PROVEN})
     with pytest.raises(RuntimeError, match="device must be a GPU that PyTorch sees, got 'cpu'"):
         ax.tune(small_network(), SHAPE, device="cpu")
     if not torch.cuda.is_available():
