@@ -292,8 +292,8 @@ def driver() -> str:
     with contextlib.suppress(OSError):
         said = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
         return said.partition("\n")[0]
-    native: Any = torch._C
-    return f"CUDA {native._cuda_getDriverVersion()}" if torch.cuda.is_available() else ""
+    newest = getattr(torch._C, "_cuda_getDriverVersion", None)  # none in a CPU build
+    return f"CUDA {newest()}" if newest is not None and torch.cuda.is_available() else ""
 
 
 def device_facts(device: torch.device) -> dict[str, Any]:
