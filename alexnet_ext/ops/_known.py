@@ -258,7 +258,7 @@ def _remove_oldest() -> None:
 
 
 def _remove(path: Path) -> None:
-    for old in (path, path.with_name(f".{path.name}.lock")):
+    for old in (path, *path.parent.glob(f".{path.name}.*")):  # its lock, and what a killed process left
         old.unlink(missing_ok=True)
 
 

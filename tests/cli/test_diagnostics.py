@@ -149,6 +149,19 @@ def test_info_shows_what_is_known_of_the_kernels(as_gpu: Path, monkeypatch: pyte
     assert known["races"]["a call"]["microseconds"] == {"stock": 12.5, "native": 10.0}
 
 
+@pytest.mark.filterwarnings("ignore:.*is of another device, driver or version and is not used")
+def test_info_does_not_call_in_force_what_is_not_followed(as_gpu: Path) -> None:
+    """A file that was copied over this GPU's."""
+    _known.on(CPU).add(races={"a call": Race("native", {})})
+    (file,) = as_gpu.glob("*.json")
+    held = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(held | {"identity": held["identity"] | {"driver": "another"}}), encoding="utf-8")
+    _known.reopen()
+    assert [known.current for known in ax.info().known] == [False]
+    _known.on(CPU).add()
+    assert [known.current for known in ax.info().known] == [True]
+
+
 def test_info_passes_over_a_file_that_cannot_be_read(as_gpu: Path) -> None:
     _known.on(CPU).add(races={"a call": Race("native", {})})
     (as_gpu / "broken.json").write_text("{")

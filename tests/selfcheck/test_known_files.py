@@ -139,7 +139,9 @@ def test_the_newest_files_are_kept(folder: Path, monkeypatch: pytest.MonkeyPatch
 def test_forgetting_removes_all_files(folder: Path) -> None:
     file = remember()
     (folder / "broken.json").write_text("{")
+    (folder / f".{file.name}.tmp-1").write_text("of a process that was killed")
     assert set(_known.forget()) == {file, folder / "broken.json"}
+    assert list(folder.iterdir()) == []
     assert state() == "unknown"
     assert _known.files() == []
     assert _known.forget() == []
