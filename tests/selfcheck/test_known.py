@@ -275,6 +275,19 @@ def test_a_refusal_outlasts_a_proof() -> None:
     assert second.proof(UNIT) == REFUSED
 
 
+def test_a_refusal_takes_the_place_of_a_proof() -> None:
+    """In memory and in the file, where the proof is."""
+    remember()
+    _known.on(CPU).add(proofs={KEY: REFUSED})
+    assert _known.on(CPU).proof(UNIT) == REFUSED
+    _known.reopen()
+    assert _known.on(CPU).proof(UNIT) == REFUSED
+    alone = Known({"device": "a test"}, None)
+    for proof in (REFUSED, PROVEN):
+        alone.add(proofs={KEY: proof})
+    assert alone.proof(UNIT) == REFUSED
+
+
 def test_a_proof_outlives_a_new_race() -> None:
     remember()
     _known.on(CPU).add(races={"call": Race.of("b", {"b": 1e-6})})
