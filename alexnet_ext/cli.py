@@ -202,7 +202,7 @@ def _import(file: Path, device: torch.device) -> None:
         count = tables.import_races(file, device)
     except OSError as error:
         raise os_error(file, error) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CommandError(f"{path_text(file)}: {error}") from error
     print(f"{count} choices taken from {path_text(file)}")
 

@@ -15,6 +15,8 @@ import torch
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
 from alexnet_ext import _library
+from alexnet_ext.ops import _backend, _known
+from alexnet_ext.selfcheck import first_call
 from tests.gpu_on_cpu import emulated
 from tests.support import ROOT
 
@@ -87,6 +89,25 @@ def poisoned() -> Iterator[None]:
     assert torch.empty(8).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def known_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of what is known of kernels: the test's own, and not there yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(first_call, "_warned", set())
+    monkeypatch.setattr(first_call, "_attempted", set())
+    _known.reopen()
+    yield tmp_path / "cache" / "alexnet_ext" / "kernels"
+    _known.reopen()
+
+
+@pytest.fixture
+def as_gpu(known_files: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The CPU plays a GPU, whose kernels are left to the user's device to prove."""
+    unknown = dict.fromkeys(("auto", "native", "triton"), _backend.UNKNOWN)
+    monkeypatch.setitem(_backend.ORDER, "cpu", unknown)
+    return known_files
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ import math
 import os
 import re
 import time
+import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -32,6 +33,8 @@ from .._version import __version__
 State = Literal["unknown", "proven", "refused"]
 MAX_RACES, MAX_FILES = 2000, 64
 """Races kept in a file, and files in the folder: the newest."""
+DAY = 86400.0
+"""In seconds: the clocks of hosts that share a file may differ by less."""
 
 
 class Unit(NamedTuple):
@@ -154,7 +157,8 @@ class Known:
         assert self.path is not None
         held = {"identity": self.identity, "proofs": self.proofs, "races": self.races}
         text = json.dumps(held, default=asdict, indent=1, sort_keys=True)
-        beside = self.path.with_name(f".{self.path.name}.tmp-{os.getpid()}")
+        # Of a name that no other host or container on a shared file system takes: process numbers repeat there.
+        beside = self.path.with_name(f".{self.path.name}.tmp-{uuid.uuid4().hex}")
         try:
             beside.write_text(f"{text}\n", encoding="utf-8")
             os.replace(beside, self.path)
@@ -166,6 +170,9 @@ class Known:
         if self.path is None:
             return {}, {}
         held = read(self.path) or {}
+        if held and held["identity"] != self.identity:
+            _warn(self.path, "is of another device, driver or version and is not used")
+            held = {}
         return entries(held, "proofs", Proof), entries(held, "races", Race)
 
 
@@ -173,7 +180,7 @@ def read(path: Path) -> dict[str, Any] | None:
     """The file's content; None, and a warning, where it cannot be read or is nothing of ours. None without a file."""
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, RecursionError) as error:
         _warn(path, f"cannot be read and is not used: {error}")
@@ -189,7 +196,7 @@ def entries(held: Mapping[str, Any], name: str, kind: Any) -> dict[str, Any]:
     found = held.get(name)
     result = {}
     for key, entry in found.items() if isinstance(found, dict) else ():
-        with contextlib.suppress(TypeError):
+        with contextlib.suppress(TypeError, OverflowError):  # an integer may be of any length
             made = kind(**entry)
             if _is_sound(made):
                 result[key] = made
@@ -197,12 +204,14 @@ def entries(held: Mapping[str, Any], name: str, kind: Any) -> dict[str, Any]:
 
 
 def _is_sound(entry: Proof | Race) -> bool:
-    if not isinstance(entry.at, int | float):
-        return False
+    """TypeError or OverflowError for what is no number. What comes from the future would outlast all that is found."""
     if isinstance(entry, Proof):
-        return entry.state in ("proven", "refused") and isinstance(entry.reason, str)
-    times = entry.microseconds
-    return isinstance(entry.choice, str) and isinstance(times, dict) and all(map(math.isfinite, times.values()))
+        sound = entry.state in ("proven", "refused") and isinstance(entry.reason, str)
+        numbers = [entry.at, entry.seconds]
+    else:
+        sound = isinstance(entry.choice, str) and isinstance(entry.microseconds, dict)
+        numbers = [entry.at, *entry.microseconds.values()] if sound else []
+    return sound and all(map(math.isfinite, numbers)) and entry.at < time.time() + DAY
 
 
 @contextlib.contextmanager
@@ -249,7 +258,7 @@ def _remove_oldest() -> None:
 
 
 def _remove(path: Path) -> None:
-    for old in (path, path.with_name(f".{path.name}.lock")):
+    for old in (path, *path.parent.glob(f".{path.name}.*")):  # its lock, and what a killed process left
         old.unlink(missing_ok=True)
 
 
@@ -283,8 +292,8 @@ def driver() -> str:
     with contextlib.suppress(OSError):
         said = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
         return said.partition("\n")[0]
-    native: Any = torch._C
-    return f"CUDA {native._cuda_getDriverVersion()}" if torch.cuda.is_available() else ""
+    newest = getattr(torch._C, "_cuda_getDriverVersion", None)  # none in a CPU build
+    return f"CUDA {newest()}" if newest is not None and torch.cuda.is_available() else ""
 
 
 def device_facts(device: torch.device) -> dict[str, Any]:

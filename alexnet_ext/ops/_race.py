@@ -141,5 +141,6 @@ def fastest(what: str, device: torch.device, candidates: Sequence[Candidate], cl
     if len(candidates) == 1 or not may_race():
         return candidates[0]
     seconds = timings(candidates, clock)
-    known.add(races={what: _known.Race.of(min(seconds, key=seconds.__getitem__), seconds)})
-    return by_name[known.races[what].choice]
+    best = min(seconds, key=seconds.__getitem__)
+    known.add(races={what: _known.Race.of(best, seconds)})
+    return by_name[best]

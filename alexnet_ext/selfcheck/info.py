@@ -143,13 +143,17 @@ def info() -> Info:
 
 def _known_here() -> list[KnownOfDevice]:
     kinds = [torch.device(kind) for kind in _backend.ORDER if kind != "meta"]
-    current = [_known.on(device).path for device in kinds if _backend.proves(device)]
+    current = [_known.on(device).identity for device in kinds if _backend.proves(device)]
     found = []
     for path in _known.files():
         held = _known.read(path)
         if held is not None:
             proofs, races = _known.entries(held, "proofs", _known.Proof), _known.entries(held, "races", _known.Race)
-            found.append(KnownOfDevice(str(path), str(held["identity"].get("device")), path in current, proofs, races))
+            found.append(
+                KnownOfDevice(
+                    str(path), str(held["identity"].get("device")), held["identity"] in current, proofs, races
+                )
+            )
     return found
 
 

@@ -100,7 +100,8 @@ def prove(
     """
     where = setting(device, dtype, layout, model)
     calls = _calls(model, shape, where.dtype)
-    return ranks.together(where.device, partial(_prove, calls, where, tell, again))
+    proved = ranks.together(where.device, partial(_prove, calls, where, tell, again))
+    return proved or Proved(_known.on(where.device).identity["device"], 0.0)  # ranks that differ prove nothing
 
 
 def tune(
@@ -181,12 +182,15 @@ def _prove(calls: Sequence[Call], where: Setting, tell: Tell, again: bool) -> Pr
             rows.append(row)
     known = _known.on(where.device)
     proofs |= {unit: known.proof(unit) for unit, proof in proofs.items() if proof.state == "proven"}  # races refuse too
-    choices = {
-        call.op: known.winner(call.op, _known.name_of(where.dtype), call.layout(where.layout), call.shape)
-        for call in calls
-    }
-    faster = tuple(op for op, choice in choices.items() if choice not in ("", "stock"))
+    faster = tuple(dict.fromkeys(call.op for call in calls if _is_faster(call, where)))
     return Proved(known.identity["device"], time.monotonic() - begun, proofs, rows, faster)
+
+
+def _is_faster(call: Call, where: Setting) -> bool:
+    """Whether a proven kernel of ours won this call's race."""
+    known, dtype, layout = _known.on(where.device), _known.name_of(where.dtype), call.layout(where.layout)
+    choice = known.winner(call.op, dtype, layout, call.shape)
+    return known.proof(Unit(call.op, choice, dtype, layout)).state == "proven"
 
 
 def prove_units(units: Sequence[Unit], device: torch.device, seconds: float, tell: Tell = _silent) -> dict[Unit, Proof]:

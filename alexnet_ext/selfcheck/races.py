@@ -71,7 +71,7 @@ def _race_call(call: Call, where: Setting) -> Iterator[TunedRow]:
         arguments = call.made(where.device, where.dtype, where.layout)
         if "auto" in proven:
             yield from _directions(call, arguments, where.device)
-            for first in _in_training(call, where):
+            for first in in_training(call, where):
                 yield from _directions(first, first.made(where.device, where.dtype, where.layout), where.device)
         candidates = [_race.Candidate(name, partial(call.run, name, arguments)) for name in ("stock", *proven)]
         left: list[_race.Candidate] = []
@@ -92,7 +92,7 @@ def _race_call(call: Call, where: Setting) -> Iterator[TunedRow]:
     )
 
 
-def _in_training(call: Call, where: Setting) -> Iterator[Call]:
+def in_training(call: Call, where: Setting) -> Iterator[Call]:
     """A first layer as it is called where only its weight has a gradient, if that differs: by rewritten images."""
     x, weight, bias, *constants, relu = call.arguments
     if where.dtype.itemsize == 2 and where.layout == torch.channels_last:

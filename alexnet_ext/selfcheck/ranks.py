@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from ..ops import _known
 
-if TYPE_CHECKING:
-    from .prove import Proved
+T = TypeVar("T")
 
 
 def are_many() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def together(device: torch.device, work: Callable[[], Proved]) -> Proved:
+def together(device: torch.device, work: Callable[[], T]) -> T | None:
     """``work()``, by one rank of each kind of device where there are many; all ranks must call this.
 
     A rank whose driver, versions, code or settings differ from those of its kind would follow a table that is not its
-    own. Then every rank runs stock PyTorch, and the first one warns.
+    own. Then nothing is done, every rank runs stock PyTorch, and the first one warns.
+
+    Returns:
+        what the work returned; None where the ranks differ.
 
     Raises:
         RuntimeError: on every rank, if the work failed on one.
@@ -39,8 +41,8 @@ def together(device: torch.device, work: Callable[[], Proved]) -> Proved:
         _known.distrust(device, f"the ranks differ: {differing}")
         if rank == 0:
             warnings.warn(f"all ops run on stock PyTorch, as the ranks differ: {differing}", stacklevel=4)
-        return _stock(known.identity["device"])
-    done: tuple[Proved | None, str] = (None, "")
+        return None
+    done: tuple[T | None, str] = (None, "")
     if leader == rank:
         try:
             done = work(), ""
@@ -50,10 +52,11 @@ def together(device: torch.device, work: Callable[[], Proved]) -> Proved:
     for other, ((_, trouble), _, _) in enumerate(tables):
         if trouble:
             raise RuntimeError(f"rank {other} could not prove the kernels: {trouble}")
-    (proved, _), proofs, races = tables[leader]
+    (result, _), proofs, races = tables[leader]
     if leader != rank:
         known.adopt(proofs, races)
-    return proved
+    found: T = result
+    return found
 
 
 def _gathered(mine: Any) -> list[Any]:
@@ -70,9 +73,3 @@ def _differing(identities: list[dict[str, Any]], kinds: list[Any]) -> str:
             if identities[first].get(name) != value:
                 return f"{name} is {value!r} on rank {rank}, and {identities[first].get(name)!r} on rank {first}"
     return ""
-
-
-def _stock(name: str) -> Proved:
-    from .prove import Proved
-
-    return Proved(name, 0.0)

@@ -22,8 +22,10 @@ def prove_kernels(
     """
     if not _backend.proves(device):
         return
+    from ..selfcheck import first_call
     from ..selfcheck.prove import prove
 
+    first_call.silence(device)
     try:
         with console.status(Text("proving kernels")) as status:
             outcome = str(prove(device, model, shape, dtype=dtype, tell=lambda line: status.update(Text(line))))

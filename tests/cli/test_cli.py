@@ -18,7 +18,6 @@ from PIL import Image, ImageOps
 from alexnet_ext import cli, models
 from alexnet_ext.data import Digits, Synthetic
 from alexnet_ext.data.folder import imagenet_preprocessing
-from alexnet_ext.ops import _backend
 from alexnet_ext.selfcheck import compare
 from alexnet_ext.selfcheck.info import info
 from alexnet_ext.training import checkpoint
@@ -81,24 +80,6 @@ def test_train_says_how_well_it_did(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert f"of the 200 held-out images right ({right};" in printed
     assert "stock layers" in printed
     assert "after 1 step, " in printed
-
-
-def test_train_says_that_the_kernels_wait_for_tune(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The CPU plays a GPU on which no kernel has been proven."""
-    monkeypatch.setattr(_backend, "TUNED", ("cpu",))
-    monkeypatch.setitem(_backend.STANDINGS, ("native", "cpu"), _backend.Standing("unknown", "nobody has looked"))
-    monkeypatch.setattr(_backend, "tuned", lambda *_: "")
-    options = ["train", "--data", "synthetic", *SMALL, "--steps", "1", "--out"]
-    assert cli.run_command([*options, str(tmp_path / "run")]) == 0
-    assert "stock PyTorch until `alexnet tune` has proven the kernels on this GPU" in capsys.readouterr().out
-    monkeypatch.setattr(_backend, "tuned", lambda op, _: "native" if op == "relu_max_pool2d" else "")
-    assert cli.run_command([*options, str(tmp_path / "another")]) == 0
-    assert "alexnet tune" not in capsys.readouterr().out
-    monkeypatch.setattr(_backend, "tuned", lambda *_: "")
-    monkeypatch.setitem(_backend.STANDINGS, ("native", "cpu"), _backend.PROVEN)
-    assert not _backend.is_untuned(torch.device("cpu")), "what is proven for everybody runs untuned"
 
 
 def test_train_on_a_folder_with_a_broken_image(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import time
 from collections.abc import Callable, Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +18,8 @@ from torch import Tensor, nn
 
 import alexnet_ext as ax
 from alexnet_ext import _library, ops
-from alexnet_ext.ops import _backend
+from alexnet_ext.ops import _backend, _known
+from alexnet_ext.ops._known import Proof, Race
 from alexnet_ext.selfcheck import compare
 from alexnet_ext.selfcheck.cases import integers
 from alexnet_ext.selfcheck.compare import check, check_table, verdict
@@ -23,15 +27,10 @@ from alexnet_ext.selfcheck.info import Choice, choice
 from tests.support import cases
 
 OPS = _backend.OPS
+CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def untuned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if `alexnet tune` had found nothing on this machine."""
-    monkeypatch.setattr(_backend, "TUNED", ())
-
-
-@pytest.mark.usefixtures("untuned")
+@pytest.mark.usefixtures("known_files")
 def test_info_of_this_installation() -> None:
     info = ax.info()
     text = str(info)
@@ -75,7 +74,7 @@ def test_info_names_what_is_missing_why_and_the_remedy(monkeypatch: pytest.Monke
     }
 
 
-@pytest.mark.usefixtures("untuned")
+@pytest.mark.usefixtures("known_files")
 def test_info_says_why_each_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     libraries = (_library.Library("cpu", "cpu", True), _library.Library("cuda", "cuda", True))
     monkeypatch.setattr(_library, "LIBRARIES", libraries)
@@ -88,9 +87,9 @@ def test_info_says_why_each_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "  cpu     loaded" in text
     assert '  isa: ["AVX2", "AVX512"]' in text
     assert choice(OPS[1], "cpu").reason == "compiled kernel"
-    unproven = "its {} has not been run on a GPU by its authors: `alexnet tune` proves it on yours"
-    for op, kernel in ((OPS[0], "compiled kernel"), (OPS[2], "Triton kernel")):
-        assert choice(op, "cuda") == Choice(op, "cuda", "stock", unproven.format(kernel))
+    unproven = "not yet proven on this device: `alexnet_ext.prove()` or `alexnet tune` does it"
+    for op in (OPS[0], OPS[2]):
+        assert choice(op, "cuda") == Choice(op, "cuda", "stock", unproven)
     with ax.use_backend("native"):
         assert choice(OPS[0], "cuda").backend == "native"
     with ax.use_backend("triton"):
@@ -103,18 +102,72 @@ def test_info_says_why_each_backend(monkeypatch: pytest.MonkeyPatch) -> None:
             f"backend='native' does not cover device 'cuda' (no compiled kernel for {OPS[2]} is loaded; "
             "`alexnet info` says why)",
         )
-    monkeypatch.setitem(_backend.STANDINGS, ("triton", "cuda"), _backend.PROVEN)
+    monkeypatch.setitem(_backend.ORDER["cuda"], "triton", _backend.PROVEN)
     assert choice(OPS[2], "cuda") == Choice(OPS[2], "cuda", "triton", "Triton kernel")
     kernels[OPS[3]]["cpu"] = {"triton": f"{OPS[3]}_triton"}
     assert choice(OPS[3], "cpu").reason == "no compiled kernel is loaded, and Triton's interpreter is for tests"
     kernels[OPS[2]]["cuda"] = {"auto": f"{OPS[2]}_auto", **kernels[OPS[2]]["cuda"]}
+    _known.reopen()
     assert choice(OPS[2], "cuda").backend == "triton", "what is not proven is passed over"
-    monkeypatch.setitem(_backend.STANDINGS, ("auto", "cuda"), _backend.PROVEN)
+    monkeypatch.setitem(_backend.ORDER["cuda"], "auto", _backend.PROVEN)
     assert choice(OPS[2], "cuda").reason == "each direction by whatever measures fastest"
     assert choice(OPS[1], "cuda") == Choice(OPS[1], "cuda", "stock", "the cuda library has no kernel for it")
     with ax.use_backend("stock"):
         assert {c.backend for c in ax.info().choices} == {"stock"}
         assert "use_backend('stock') is in force" in str(ax.info())
+
+
+def test_info_shows_what_is_known_of_the_kernels(as_gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """State, age, time and reason of each proof; choice, age and times of each race; of old drivers too."""
+    assert str(ax.info()).endswith(f"Kernels proven and raced on this machine ({as_gpu})\n  none")
+    now = time.time()
+    unit, another = (
+        _known.Unit("relu_max_pool2d", "native", "float32", layout) for layout in ("contiguous", "strided")
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(_known, "driver", functools.cache(lambda: "an old driver"))
+        _known.reopen()
+        _known.on(CPU).add(proofs={str(unit): Proof("proven", "", 0.5, now - 3 * 86400)})
+    _known.reopen()
+    proofs = {
+        str(unit): Proof("proven", "", 1.25, now - 3700),
+        str(another): Proof("refused", "y is off by 0.5", 2.0, now - 7300),
+    }
+    _known.on(CPU).add(proofs, {"a call": Race("native", {"stock": 12.5, "native": 10.0}, now - 61)})
+    lines = str(ax.info()).splitlines()
+    old, new = (i for i, line in enumerate(lines) if line.startswith("  cpu, "))
+    assert lines[old].startswith("  cpu, of another driver, version, code or setting: not followed (")
+    assert lines[old + 1] == f"    proven, 3 days ago, in 0.5 s: {unit}"
+    assert lines[new:] == [
+        f"  cpu, in force ({_known.on(CPU).path})",
+        f"    proven, 1 hour ago, in 1.2 s: {unit}",
+        f"    refused, 2 hours ago, in 2.0 s: {another}: y is off by 0.5",
+        "    native, 1 minute ago: a call (native 10.0 us, stock 12.5 us)",
+    ]
+    (*_, known) = json.loads(json.dumps(ax.info().as_dict()))["known"]
+    assert known["proofs"][str(another)]["reason"] == "y is off by 0.5"
+    assert known["races"]["a call"]["microseconds"] == {"stock": 12.5, "native": 10.0}
+
+
+@pytest.mark.filterwarnings("ignore:.*is of another device, driver or version and is not used")
+def test_info_does_not_call_in_force_what_is_not_followed(as_gpu: Path) -> None:
+    """A file that was copied over this GPU's."""
+    _known.on(CPU).add(races={"a call": Race("native", {})})
+    (file,) = as_gpu.glob("*.json")
+    held = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(held | {"identity": held["identity"] | {"driver": "another"}}), encoding="utf-8")
+    _known.reopen()
+    assert [known.current for known in ax.info().known] == [False]
+    _known.on(CPU).add()
+    assert [known.current for known in ax.info().known] == [True]
+
+
+def test_info_passes_over_a_file_that_cannot_be_read(as_gpu: Path) -> None:
+    _known.on(CPU).add(races={"a call": Race("native", {})})
+    (as_gpu / "broken.json").write_text("{")
+    with pytest.warns(UserWarning, match="broken.json cannot be read and is not used"):
+        (known,) = ax.info().known
+    assert list(known.races) == ["a call"]
 
 
 @pytest.fixture(scope="module")

@@ -347,7 +347,7 @@ def test_where_images_are_rewritten_the_model_takes_them_so(
     variant: str, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a GPU's backend would have it: equal logits and gradients, by the same parameters."""
-    monkeypatch.setattr(alexnet_module, "decide", lambda *_: Decision("auto", "as on a GPU"))
+    monkeypatch.setattr(alexnet_module, "decide", lambda *_, **__: Decision("auto", "as on a GPU"))
     model = ax.models.alexnet(variant, num_classes=3, image_size=size, dropout=0).double()
     images = torch.randint(0, 256, (2, size + 5, size + 6, 3), dtype=torch.uint8)
     drawn = torch.tensor([[0, 6], [5, 1]]), torch.tensor([True, False]), torch.randn(2, 3)
@@ -367,7 +367,7 @@ def test_where_images_are_rewritten_the_model_takes_them_so(
 def test_elsewhere_the_model_takes_plain_images(monkeypatch: pytest.MonkeyPatch) -> None:
     device, half = torch.device("cpu"), torch.bfloat16
     assert ax.models.alexnet(image_size=67).take_depth(device, half) == 1  # the compiled op
-    monkeypatch.setattr(alexnet_module, "decide", lambda *_: Decision("auto", "as on a GPU"))
+    monkeypatch.setattr(alexnet_module, "decide", lambda *_, **__: Decision("auto", "as on a GPU"))
     assert ax.models.alexnet(image_size=67).take_depth(device, torch.float32) == 1
     assert ax.models.alexnet(image_size=67, fused=False).take_depth(device, half) == 1
     with torch.device("meta"):
@@ -376,5 +376,5 @@ def test_elsewhere_the_model_takes_plain_images(monkeypatch: pytest.MonkeyPatch)
         model = ax.models.alexnet(variant, image_size=size)
         assert model.take_depth(device, half) == 1, (variant, size)
     for reason in ("native", "stock"):
-        monkeypatch.setattr(alexnet_module, "decide", lambda *_, found=reason: Decision(found, ""))
+        monkeypatch.setattr(alexnet_module, "decide", lambda *_, found=reason, **__: Decision(found, ""))
         assert ax.models.alexnet(image_size=67).take_depth(device, half) == 1

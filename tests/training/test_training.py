@@ -144,7 +144,9 @@ def test_images_come_as_conv1_takes_them_and_train_the_same_weights(
     assert {(x.shape[1:], x.dtype) for x in seen} == {((3, SIZE, SIZE), torch.float32)}
     seen.clear()
     monkeypatch.setattr(
-        importlib.import_module("alexnet_ext.models.alexnet"), "decide", lambda *_: Decision("auto", "as on a GPU")
+        importlib.import_module("alexnet_ext.models.alexnet"),
+        "decide",
+        lambda *_, **__: Decision("auto", "as on a GPU"),
     )
     deep = trainer(tmp_path / "deep", recipe, data)
     result = deep.run(reporter())

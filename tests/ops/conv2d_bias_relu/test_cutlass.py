@@ -16,7 +16,7 @@ from torch import Tensor
 from alexnet_ext import _library
 from alexnet_ext.ops._race import Candidate
 from tests.ops.conv2d_bias_relu.spec import LAYERS
-from tests.ops.test_tuning import convolve_by
+from tests.ops.conv2d_bias_relu.test_candidates import convolve_by
 from tests.support import cases, oracle
 from tests.support.cases import Case, conv
 

@@ -15,12 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from alexnet_ext.nn import Conv2dReLU
 from alexnet_ext.ops import conv2d_bias_relu
-from alexnet_ext.selfcheck import tune
-from tests.ops.test_tuning import convolve_by
+from alexnet_ext.selfcheck.calls import calls_of
+from alexnet_ext.selfcheck.races import Setting, in_training
+from tests.ops.conv2d_bias_relu.test_candidates import convolve_by
 from tests.support import cases
 
 space_to_depth = importlib.import_module("alexnet_ext.ops.conv2d_bias_relu.space_to_depth")
 shared = importlib.import_module("alexnet_ext.ops.conv2d_bias_relu.shared")
+CPU = torch.device("cpu")
 
 
 class Written(TorchDispatchMode):
@@ -189,11 +191,11 @@ def test_it_goes_through_compile_and_vmap(monkeypatch: pytest.MonkeyPatch) -> No
 def test_tune_measures_what_training_convolves() -> None:
     """The key of a choice is that of the call in training."""
     layer = torch.nn.Sequential(Conv2dReLU(3, 8, (7, 6), (4, 3), (2, 0)))
-    (call, *_) = tune.calls_of(layer, (2, 3, 23, 19))
-    assert not list(tune.in_training(call, torch.float32, torch.channels_last))
-    assert not list(tune.in_training(call, torch.float16, torch.contiguous_format))
-    (first,) = tune.in_training(call, torch.float16, torch.channels_last)
-    x, weight, bias, *constants = first.made(torch.device("cpu"), torch.float16, torch.channels_last)
+    (call, *_) = calls_of(layer, (2, 3, 23, 19), torch.float32)
+    assert not list(in_training(call, Setting(CPU, torch.float32, torch.channels_last)))
+    assert not list(in_training(call, Setting(CPU, torch.float16, torch.contiguous_format)))
+    (first,) = in_training(call, Setting(CPU, torch.float16, torch.channels_last))
+    x, weight, bias, *constants = first.made(CPU, torch.float16, torch.channels_last)
     assert (x.shape, weight.shape, bias.shape) == ((2, 36, 7, 6), (8, 36, 2, 2), (8,))
     assert constants == [[1, 1], [0, 0], [1, 1], 1, True]
-    assert not list(tune.in_training(first, torch.float16, torch.channels_last))
+    assert not list(in_training(first, Setting(CPU, torch.float16, torch.channels_last)))
