@@ -57,8 +57,7 @@ class Proved:
             reasons = [f"{u.op} by {u.backend} ({p.reason})" for u, p in self.proofs.items() if p.state == state]
             if reasons:
                 more = f" and {len(reasons) - 3} more" if len(reasons) > 3 else ""
-                kernels = "kernels" if len(reasons) > 1 else "kernel"
-                said.append(f"{len(reasons)} {kernels} {words}: {', '.join(reasons[:3])}{more}")
+                said.append(f"{len(reasons)} {words}: {', '.join(reasons[:3])}{more}")
         return f"proved {ops} ops on {self.device} in {self.seconds:.0f} s: {', '.join(said)}"
 
 
