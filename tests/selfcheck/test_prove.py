@@ -83,7 +83,7 @@ def test_a_wrong_kernel_is_refused_alone(operator: str, fault: str, times: Times
     assert [row.op for row in proved.races] == [POOL]
     assert (runs(NORM), runs(POOL)) == ("stock", "native")
     assert "refused on this device" in _backend.decide(NORM, CPU).reason
-    said = f"1 right, 1 faster than PyTorch, 1 kernel refused: {NORM} by native ({refused.reason})"
+    said = f"1 right, 1 faster than PyTorch, 1 refused: {NORM} by native ({refused.reason})"
     assert re.fullmatch(rf"proved 2 ops on cpu in \d+ s: {re.escape(said)}", str(proved))
     assert f"refused, just now, in 0.0 s: {unit(NORM)}: {refused.reason}\n" in str(ax.info())
 
@@ -124,7 +124,7 @@ def test_what_needs_more_memory_is_tried_again(times: Times) -> None:
     times(native=0.5)
     with planted(local_response_norm="needs_memory"):
         proved = prove()
-    said = f"1 kernel not yet known: {NORM} by native (too little memory: tried to allocate 20.00 GiB)"
+    said = f"1 not yet known: {NORM} by native (too little memory: tried to allocate 20.00 GiB)"
     assert str(proved).endswith(said)
     assert "not yet proven" in _backend.decide(NORM, CPU).reason
     assert str(unit(NORM)) not in str(ax.info())
@@ -142,7 +142,7 @@ def test_what_differs_at_the_models_shape_is_refused_and_never_raced(times: Time
         assert (runs(NORM), runs(POOL)) == ("stock", "native")
         assert (proved.proofs[unit(NORM)].state, proved.proofs[unit(NORM)].reason) == ("refused", reason)
         assert raced == [["stock"], ["stock", "native"]]
-        assert f"1 right, 1 faster than PyTorch, 1 kernel refused: {NORM} by native ({reason})" in str(proved)
+        assert f"1 right, 1 faster than PyTorch, 1 refused: {NORM} by native ({reason})" in str(proved)
         assert prove(again=True).faster == (POOL,)
     assert raced[2:] == [["stock", "native"]]
     _known.reopen()
