@@ -14,7 +14,7 @@ from .._errors import BadImage, CommandError, os_error, path_text
 from .._optional import require
 from .folder import ImageFolder
 from .images import EXTENSIONS, NOT_ITS_FAULT, decode, read_image
-from .listing import HELD_OUT, HELD_OUT_NAMES, TRAINING_NAMES, digest, hold_out, relative
+from .listing import HELD_OUT, HELD_OUT_NAMES, TRAINING_NAMES, digest, find_parts, hold_out, relative
 from .packed import SPLITS
 
 if TYPE_CHECKING:
@@ -60,11 +60,14 @@ class Source(NamedTuple):
 
 
 def open_source(root: Path) -> Source:
-    """The images of the folder ``root``: ILSVRC's two tar files, WebDataset's, or else folders of classes.
+    """The images of the folder ``root``: folders ``train`` and ``val``, ILSVRC's tar files, WebDataset's, or classes.
 
     Raises CommandError where a file that is needed is missing, cannot be read, or contradicts another.
     """
     try:
+        parts = find_parts(root) if root.is_dir() else None
+        if parts is not None and parts.train is not None and parts.held_out is not None:
+            return _folder(root)  # even with the tar files beside them that they came from
         if (root / ILSVRC_TRAIN).exists():
             return _ilsvrc(root)
         tars = _shards_of(root)
@@ -185,7 +188,7 @@ def _shards_of(root: Path) -> dict[str, list[Path]]:
     """WebDataset's tar files by split: named train-000000.tar, or imagenet1k-train-0000.tar, and so on."""
     found: dict[str, list[Path]] = {}
     for path in sorted(root.glob("*.tar")):
-        words = re.split(r"[-_.]", path.name.casefold())
+        words = re.split(r"[-_.]", path.name.casefold())[:-2]  # not train.tar, which has no number
         for split, names in zip(SPLITS, (TRAINING_NAMES, HELD_OUT_NAMES), strict=True):
             if not set(words).isdisjoint(names):
                 found.setdefault(split, []).append(path)

@@ -35,9 +35,9 @@ def _added(one: list[int], other: list[int]) -> list[int]:
 def components(sums: Sums) -> tuple[list[float], list[float], list[list[float]]]:
     """The mean of the pixels' RGB, the eigenvalues of its covariance, descending, and its eigenvectors in rows.
 
-    For pixels x in 0 to 1, section 4.1 of the paper takes C = E[x xᵀ] - E[x] E[x]ᵀ over the pixels of all training
-    images, its eigenvalues λ and eigenvectors p. The shift of an image's colour is [p1 p2 p3] [α1 λ1, α2 λ2, α3 λ3]ᵀ,
-    with α drawn from a normal distribution of deviation 0.1. The largest number of each p is made positive.
+    For pixels x in 0 to 1, section 4.1 of the paper takes C = E(x xᵀ) - E(x) E(x)ᵀ over the pixels of all training
+    images, its eigenvalues λ and eigenvectors p. An image's colour is shifted by α1 λ1 p1 + α2 λ2 p2 + α3 λ3 p3, with
+    each α drawn from a normal distribution of deviation 0.1. The largest number of each p is made positive.
     """
     n = sums.pixels
     mean = [s / (255 * n) for s in sums.first]

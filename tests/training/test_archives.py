@@ -195,5 +195,17 @@ def test_a_folder_of_classes_is_listed_as_for_training(tmp_path: Path) -> None:
     assert [(e.file, e.target) for e in found.entries["val"]] == split.held_out.samples
     assert (found.classes, found.listing) == (("a", "b"), split.listing)
     assert found.entries["train"][0].name == "a/0.png"
+    (tmp_path / "images" / "train.tar").write_bytes(b"what the images came from")
+    assert open_source(tmp_path / "images").entries == found.entries
     with pytest.raises(CommandError, match="no such folder"):
         open_source(tmp_path / "none")
+
+
+def test_folders_come_before_the_tar_files_beside_them(tmp_path: Path, ilsvrc: Path) -> None:
+    for number in range(8):
+        path = ilsvrc / ("train" if number < 6 else "val") / "ab"[number % 2] / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(jpeg(number))
+    found = open_source(ilsvrc)
+    assert found.classes == ("a", "b")
+    assert [entry.name for entry in found.entries["val"]] == ["val/a/6.jpg", "val/b/7.jpg"]
