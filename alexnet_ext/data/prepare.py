@@ -11,7 +11,8 @@ import json
 import mmap
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -79,7 +80,7 @@ class Preparation:
         ]
         # Images that are done, by shard: shared with the processes that are forked.
         self.done = np.frombuffer(mmap.mmap(-1, 8 * len(self.parts)), dtype=np.int64)
-        self.process = os.getpid()
+        self.process = 0  # that of ``run``
 
     @property
     def plan(self) -> dict[str, Any]:
@@ -88,14 +89,18 @@ class Preparation:
 
     def run(self, workers: int) -> Index:
         """Write what is missing, by ``workers`` processes (0: by this one)."""
+        self.process = os.getpid()
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             with locked(self.out):
-                if not self._is_done():
-                    try:
+                index = self._finished()
+                try:
+                    if index is None:
                         self._write_missing(workers)
-                    finally:
-                        self._remove_unfinished()
+                    else:
+                        self._write_lost(index, workers)
+                finally:
+                    self._remove_unfinished()
                 shutil.rmtree(self._progress, ignore_errors=True)
                 return Index.read(self.out)
         except OSError as error:
@@ -109,19 +114,19 @@ class Preparation:
         for path in (*unfinished(self.out), *unfinished(self._progress)):
             path.unlink(missing_ok=True)
 
-    def _is_done(self) -> bool:
-        """Whether the index is there. CommandError if ``out`` holds anything but shards of the same plan."""
+    def _finished(self) -> Index | None:
+        """The index, if it is there. CommandError if ``out`` holds anything but shards of the same plan."""
         plan = self._progress / PLAN
         if (self.out / INDEX).exists():
-            found = dataclasses.asdict(Index.read(self.out))
-            self._refuse_other({name: found[name] for name in self.plan})
-            return True
+            index = Index.read(self.out)
+            self._refuse_other({name: getattr(index, name) for name in self.plan})
+            return index
         if plan.exists():
             try:
                 self._refuse_other(json.loads(plan.read_bytes()))
             except ValueError as error:
                 raise CommandError(f"{path_text(plan)}: no JSON ({error})") from error
-            return False
+            return None
         own = {PROGRESS, *(path.name for path in unfinished(self.out))}
         others = [path for path in self.out.iterdir() if path.name not in own]
         if self._progress.exists():
@@ -129,7 +134,7 @@ class Preparation:
         if others:
             held = path_text(min(others).relative_to(self.out))
             raise CommandError(f"{path_text(self.out)}: holds {held} already; name a new or an empty folder", 2)
-        return False
+        return None
 
     def _refuse_other(self, found: Any) -> None:
         for name, wanted in self.plan.items():
@@ -152,21 +157,36 @@ class Preparation:
 
     def _write_missing(self, workers: int) -> None:
         records = {number: Record.read(self._record(part), self.out) for number, part in enumerate(self.parts)}
-        missing = [number for number, record in records.items() if record is None]
-        for number, record in records.items():
-            self.done[number] = 0 if record is None else len(self.parts[number].entries)
-        self._remove_unfinished()
-        self._check_space([self.parts[number] for number in missing])
         self._check_skipped(records)
+        missing = [number for number, record in records.items() if record is None]
+        with closing(self._written(missing, workers)) as written:
+            for number, record in written:
+                records[number] = record
+                self._check_skipped(records)
+        self._finish([record for record in records.values() if record is not None])
+
+    def _write_lost(self, index: Index, workers: int) -> None:
+        """Write anew the shards that were finished, and have been removed or cut short since."""
+        shards = [shard for split in SPLITS for shard in index.shards[split]]
+        lost = [number for number, shard in enumerate(shards) if not shard.fits(self.out)]
+        with closing(self._written(lost, workers)) as written:
+            for number, record in written:
+                if record.shard != shards[number]:
+                    name = path_text(self.out / record.shard.file)
+                    raise CommandError(f"{name}: its images are no longer those of {INDEX}; name another folder")
+
+    def _written(self, numbers: list[int], workers: int) -> Generator[tuple[int, Record], None, None]:
+        """Write the shards of these ``numbers``; to be closed, which ends the processes."""
+        for number, part in enumerate(self.parts):
+            self.done[number] = 0 if number in numbers else len(part.entries)
+        self._remove_unfinished()
+        self._check_space([self.parts[number] for number in numbers])
         self._progress.mkdir(exist_ok=True)
         write_file(self._progress / PLAN, json.dumps(self.plan).encode())
         self._look()
-        with Processes(self._pack, min(workers, len(missing)), self._look) as processes:
-            for number, record in zip(missing, processes(missing), strict=True):
-                records[number] = record
-                self._check_skipped(records)
+        with Processes(self._pack, min(workers, len(numbers)), self._look) as processes:
+            yield from zip(numbers, processes(numbers), strict=True)
         self._look()
-        self._finish([record for record in records.values() if record is not None])
 
     def _look(self) -> None:
         self.tell(int(self.done.sum()))

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -134,6 +135,7 @@ def test_a_kill_at_any_moment_loses_and_doubles_nothing(tmp_path: Path, photos: 
         process.join(chance.uniform(0, 0.5 * whole))
         process.kill()
         process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
         killed += process.exitcode != 0
         met.add(len(list((out / PROGRESS).glob("*-*.json"))))
         if process.exitcode == 0:
@@ -167,6 +169,21 @@ def test_finished_shards_are_kept_if_their_size_fits(
     assert kept == {"train-00000.npy", "train-00000.labels.npy"}
     monkeypatch.setattr(Preparation, "_pack", lambda *_: pytest.fail("all is there"))
     pack(photos, out)
+    assert contents(out) == contents(packed)
+
+
+def test_a_lost_shard_is_written_anew(tmp_path: Path, photos: Path, packed: Path) -> None:
+    root, out = tmp_path / "photos", tmp_path / "out"
+    shutil.copytree(photos, root)
+    shutil.copytree(packed, out)
+    (out / "train-00001.npy").unlink()
+    os.truncate(out / "val-00000.labels.npy", 9)
+    pack(root, out, workers=2)
+    assert contents(out) == contents(packed)
+    (out / "train-00000.npy").unlink()
+    picture(seed=77).save(root / "train" / "a" / "00.jpg")
+    with pytest.raises(CommandError, match=r"train-00000\.npy: its images are no longer those of index\.json"):
+        pack(root, out)
 
 
 @pytest.mark.parametrize("finished", [False, True])
@@ -233,7 +250,9 @@ def test_many_broken_images_end_it_each_time(tmp_path: Path, photos: Path) -> No
     spoil(root, 2)
     for _ in range(2):
         with pytest.raises(CommandError, match=r"with it 2 of 30 images of train are unreadable, more than 5%"):
-            pack(root, out, shard_size=30)
+            pack(root, out, workers=2, shard_size=2)
+        assert multiprocessing.active_children() == []
+        assert [path.name for path in out.rglob("*") if ".tmp-" in path.name] == []
     assert not (out / "index.json").exists()
 
 
