@@ -18,13 +18,14 @@ import torch
 from PIL import Image
 
 from alexnet_ext.data import CommandError, ImageFolder, PackedFolder, Preprocessing, Readers, batches
-from alexnet_ext.data.archives import open_source
+from alexnet_ext.data.archives import Entry, open_source
 from alexnet_ext.data.batches import collate
 from alexnet_ext.data.colours import Sums, components
 from alexnet_ext.data.packed import SPLITS, Index, verify, write_shard
 from alexnet_ext.data.prepare import PLAN, PROGRESS, SKIPPED, Preparation
 from alexnet_ext.training.files import locked
 from tests.training.test_data import picture
+from tests.training.test_readers import runs
 
 SIDE, SHARD = 32, 4
 
@@ -146,6 +147,32 @@ def test_a_kill_at_any_moment_loses_and_doubles_nothing(tmp_path: Path, photos: 
     assert len(met) > 2
 
 
+def test_the_processes_of_a_killed_one_end_within_a_shard(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Entry.read
+
+    def slowly(entry: Entry) -> Image.Image:
+        time.sleep(1)
+        return read(entry)
+
+    preparation = Preparation(open_source(photos), tmp_path / "out", SIDE, 30)
+    monkeypatch.setattr(Entry, "read", slowly)
+    process = multiprocessing.get_context("fork").Process(target=preparation.run, args=(2,))
+    process.start()
+    listed, pids, deadline = Path(f"/proc/{process.pid}/task/{process.pid}/children"), [], time.monotonic() + 30
+    while len(pids) < 2 and time.monotonic() < deadline:
+        pids = [int(word) for word in listed.read_text().split()]
+    assert len(pids) == 2
+    time.sleep(0.5)
+    process.kill()
+    process.join()
+    deadline = time.monotonic() + 5  # whole shards take 30 and 6 seconds
+    while any(map(runs, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert [pid for pid in pids if runs(pid)] == []
+
+
 def test_finished_shards_are_kept_if_their_size_fits(
     tmp_path: Path, photos: Path, packed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,8 +250,8 @@ def test_two_processes_do_not_write_into_one_folder(tmp_path: Path, photos: Path
         pack(photos, out)
 
 
-def spoil(root: Path, count: int) -> list[Path]:
-    broken = sorted((root / "train").rglob("*.jpg"))[2 : 2 + count]
+def spoil(root: Path, count: int, part: str = "train") -> list[Path]:
+    broken = sorted((root / part).rglob("*.jpg"))[2 : 2 + count]
     for path in broken:
         path.write_bytes(path.read_bytes()[:200])
     return broken
@@ -244,13 +271,14 @@ def test_broken_images_are_left_out_and_named(tmp_path: Path, photos: Path, work
     assert data.row(3).shape == data.row(28).shape == (SIDE, SIDE, 3)
 
 
-def test_many_broken_images_end_it_each_time(tmp_path: Path, photos: Path) -> None:
+@pytest.mark.parametrize(("part", "total"), [("train", 30), ("val", 6)])
+def test_many_broken_images_end_it_each_time(tmp_path: Path, photos: Path, part: str, total: int) -> None:
     root, out = tmp_path / "photos", tmp_path / "out"
     shutil.copytree(photos, root)
-    spoil(root, 2)
+    spoil(root, 2, part)
     for _ in range(2):
-        with pytest.raises(CommandError, match=r"with it 2 of 30 images of train are unreadable, more than 5%"):
-            pack(root, out, workers=2, shard_size=2)
+        with pytest.raises(CommandError, match=f"with it 2 of {total} images of {part} are unreadable, more than 5%"):
+            pack(root, out, workers=2, shard_size=6)
         assert multiprocessing.active_children() == []
         assert [path.name for path in out.rglob("*") if ".tmp-" in path.name] == []
     assert not (out / "index.json").exists()
@@ -265,8 +293,15 @@ def test_a_shard_may_have_no_image(tmp_path: Path) -> None:
 
 
 def test_the_disk_must_have_the_room(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000))
+    usage, left_over = shutil.disk_usage(tmp_path), tmp_path / "out" / ".0123abcd.tmp-77.npy"
+    left_over.parent.mkdir()
+    left_over.touch()
+
+    def disk_usage(_: Path) -> object:
+        assert not left_over.exists(), "its room counts as free"
+        return usage._replace(free=100_000)
+
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
     with pytest.raises(CommandError, match=r"out: 0\.1 MB needed, 0\.1 MB free on its disk"):
         pack(photos, tmp_path / "out")
     assert contents(tmp_path / "out") == {}
