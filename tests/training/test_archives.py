@@ -12,7 +12,9 @@ import pytest
 
 from alexnet_ext.data import BadImage, CommandError, ImageFolder
 from alexnet_ext.data.archives import ILSVRC_TRAIN, ILSVRC_TRUTH, ILSVRC_VAL, Entry, Source, open_source
-from alexnet_ext.data.images import read_image
+from alexnet_ext.data.images import decode, read_image, square
+from alexnet_ext.data.packed import verify
+from alexnet_ext.data.prepare import Preparation
 from tests.training.test_data import picture
 
 SYNSETS = ("n01440764", "n02100735", "n02119789")
@@ -72,6 +74,23 @@ def check_ilsvrc(found: Source, tmp_path: Path) -> None:
 
 def test_ilsvrcs_own_tar_files(tmp_path: Path, ilsvrc: Path) -> None:
     check_ilsvrc(open_source(ilsvrc), tmp_path)
+
+
+def test_tar_files_are_packed_as_they_are(tmp_path: Path, ilsvrc: Path) -> None:
+    """A broken image in one is named by the tar file's member."""
+    out, wds = (
+        tmp_path / "ilsvrc-out",
+        webdataset(tmp_path / "wds", train_0=[*some(0, 39), ("x.cls", b"0"), ("x.jpg", b"")]),
+    )
+    assert Preparation(open_source(ilsvrc), out, 24, 4).run(2).images == {"train": 6, "val": 5}
+    labels = [np.load(out / name).tolist() for name in ("train-00000.labels.npy", "val-00000.labels.npy")]
+    assert labels == [[0, 0, 1, 1], [0, 2, 2, 1]]
+    expected = np.asarray(square(decode(io.BytesIO(jpeg(11)), "a JPEG"), 24, 24))
+    assert np.array_equal(np.load(out / "train-00000.npy", mmap_mode="r")[2], expected)
+    index = Preparation(open_source(wds), tmp_path / "wds-out", 24, 16).run(0)
+    assert sum(index.images.values()) == 39
+    assert (tmp_path / "wds-out" / "skipped.txt").read_text().startswith("train-0.tar/x.jpg: not an image")
+    assert list(verify(out)) == list(verify(tmp_path / "wds-out")) == []
 
 
 def test_ilsvrcs_numbers_by_the_development_kit(tmp_path: Path, ilsvrc: Path) -> None:
