@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from . import cli_results, cli_train, layers
+from . import cli_data, cli_results, cli_train, layers
 from ._errors import CommandError, os_error, path_text
 from ._version import __version__
 from .cli_options import Device, Last, Precision, UsageError, Variant, device_of, path, warn
@@ -62,6 +62,7 @@ def _command(
 
 
 app.command()(cli_train.train)
+app.command()(cli_data.prepare)
 app.command()(cli_results.evaluate)
 app.command()(cli_results.predict)
 

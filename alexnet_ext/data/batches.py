@@ -12,6 +12,8 @@ from torch import Tensor
 
 from .._errors import BadImage
 
+MAX_SKIPPED = 0.05  # share of a split's images: with more unreadable ones the data are refused
+
 
 class Drawn(NamedTuple):
     """The random numbers of an image, or (stacked) of a batch: arguments of ``ops.augment``."""

@@ -111,17 +111,10 @@ class ImageFolder:
             return Sample(index, None, target, error)
         if not self.augment:
             return Sample(index, crop(image, self.preprocessing.resize, self.preprocessing.size), target)
-        drawn = self._draw(random.Random(f"{self.seed} {epoch} {index}"))
+        room = self.preprocessing.resize - self.preprocessing.size
+        drawn = draw(random.Random(f"{self.seed} {epoch} {index}"), room)
         square = crop(image, self.preprocessing.resize, self.preprocessing.resize)
         return Sample(index, square, target, drawn=drawn)
-
-    def _draw(self, chance: random.Random) -> Drawn:
-        room = self.preprocessing.resize - self.preprocessing.size
-        return Drawn(
-            torch.tensor([chance.randint(0, room), chance.randint(0, room)]),
-            torch.tensor(chance.random() < 0.5),
-            colour_shift([chance.gauss(0, COLOUR_SHIFT) for _ in range(3)]),
-        )
 
 
 def _parts(root: Path, val: Path | None, held_out: float | None) -> Parts:
@@ -162,6 +155,11 @@ def imagenet_preprocessing(size: int) -> Preprocessing:
     return Preprocessing(size, round(size * 256 / 227), **IMAGENET)
 
 
-def colour_shift(factors: list[float]) -> Tensor:
-    """The shift of RGB (0 to 255) by a multiple of each principal component: fp32 (3,)."""
-    return COMPONENTS @ (DEVIATIONS * torch.tensor(factors)) * 255
+def draw(chance: random.Random, room: int, components: Tensor = COMPONENTS, deviations: Tensor = DEVIATIONS) -> Drawn:
+    """The random numbers of an image whose crop may move by ``room`` pixels: the paper's crop, mirror and shift of
+    colour by a multiple of each principal component (columns of ``components``)."""
+    return Drawn(
+        torch.tensor([chance.randint(0, room), chance.randint(0, room)]),
+        torch.tensor(chance.random() < 0.5),
+        components @ (deviations * torch.tensor([chance.gauss(0, COLOUR_SHIFT) for _ in range(3)])) * 255,
+    )

@@ -6,7 +6,7 @@ import errno
 import os
 import stat
 import warnings
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -32,7 +32,6 @@ def read_image(path: str | os.PathLike[str]) -> Image:
     Raises BadImage for a file that is no whole image of ``FORMATS`` with at most ``MAX_PIXELS`` pixels. Raises
     OSError or MemoryError if this process may open no more files or has no more memory.
     """
-    images, operations = require("PIL.Image"), require("PIL.ImageOps")
     try:
         # O_NONBLOCK: opening a named pipe called cat.jpg must not wait for somebody to write to it.
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -44,7 +43,14 @@ def read_image(path: str | os.PathLike[str]) -> Image:
     if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
         os.close(file)
         raise BadImage(path, "an empty file" if stat.S_ISREG(status.st_mode) else "not a file")
-    with open(file, "rb") as stream, warnings.catch_warnings():
+    with open(file, "rb") as stream:
+        return decode(stream, path)
+
+
+def decode(stream: IO[bytes], path: str | os.PathLike[str]) -> Image:
+    """``read_image`` of an open file; ``path`` names it in errors."""
+    images, operations = require("PIL.Image"), require("PIL.ImageOps")
+    with warnings.catch_warnings():
         warnings.simplefilter("error", images.DecompressionBombWarning)
         # Half-known EXIF blocks and odd palettes: only the pixels matter here.
         warnings.simplefilter("ignore", UserWarning)
@@ -80,7 +86,12 @@ def to_rgb(image: Image) -> Image:
 
 
 def crop(image: Image, resize: int, size: int) -> Tensor:
-    """The middle ``size`` x ``size`` pixels of ``image`` once its shorter side is ``resize``: uint8 (3, size, size).
+    """``square`` as uint8 (3, size, size)."""
+    return torch.from_numpy(np.array(square(image, resize, size))).permute(2, 0, 1).contiguous()
+
+
+def square(image: Image, resize: int, size: int) -> Image:
+    """The middle ``size`` x ``size`` pixels of ``image`` once its shorter side is ``resize``.
 
     Cropping and scaling are one step, so that a strip of 30,000 x 1 pixels never becomes one of 7,680,000 x 256.
     """
@@ -88,5 +99,4 @@ def crop(image: Image, resize: int, size: int) -> Tensor:
     left, top = (image.width - side) / 2, (image.height - side) / 2
     resampling = require("PIL.Image").Resampling.BILINEAR
     # reducing_gap: large photographs are first halved by averaging, several times faster and hardly visible.
-    square = image.resize((size, size), resampling, (left, top, left + side, top + side), reducing_gap=2.0)
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
+    return image.resize((size, size), resampling, (left, top, left + side, top + side), reducing_gap=2.0)

@@ -1,8 +1,9 @@
-"""Processes that read images ahead of the trainer. Images come back by a pipe: no shared memory that may be full, no
-names in a temporary folder, no descriptor that is passed on."""
+"""Processes that work ahead: they read images for the trainer. Answers come back by a pipe: no shared memory that may
+be full, no names in a temporary folder, no descriptor that is passed on."""
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import pickle
 import signal
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from types import TracebackType
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 
@@ -18,51 +20,55 @@ from .._errors import CommandError
 from .batches import Batch, Dataset, Key, read_batch
 
 LOOK_EVERY = 0.1  # seconds of waiting
+Request = TypeVar("Request")
+Answer = TypeVar("Answer")
 
 
-class Readers:
-    """Context manager: ``count`` processes that read batches of ``dataset``, from the first request to the end of the
-    block; 0 reads in this process. They serve any number of epochs, one after another.
+class Processes(Generic[Request, Answer]):
+    """Context manager: ``count`` processes that do ``work`` on requests, from the first one to the end of the block; 0
+    works in this process. They serve any number of calls, one after another.
 
-    An exception raised while a batch is read is raised here. Raises CommandError if a process cannot be started or
+    An exception raised by ``work`` is raised here. Raises CommandError if a process cannot be started or
     has died. ``look`` is called again and again during a wait; its exception ends the wait.
     """
 
-    def __init__(self, dataset: Dataset, count: int = 0, look: Callable[[], None] = lambda: None) -> None:
-        self.dataset, self.count, self.look = dataset, count, look
+    def __init__(
+        self, work: Callable[[Request], Answer], count: int = 0, look: Callable[[], None] = lambda: None
+    ) -> None:
+        self.work, self.count, self.look = work, count, look
         self.processes: list[BaseProcess] = []
         self.pipes: list[Connection] = []
         self.asked: list[bool] = []  # whether a process owes an answer
 
-    def __call__(self, keys: Sequence[Sequence[Key]]) -> Iterator[Batch]:
-        """The batch of each of ``keys``, in their order. Batches that an earlier call has not fetched are dropped."""
+    def __call__(self, requests: Sequence[Request]) -> Iterator[Answer]:
+        """The answer to each of ``requests``, in their order. Answers that an earlier call has not fetched are
+        dropped."""
         if not self.count:
-            for key in keys:
-                yield read_batch(self.dataset, key)
+            yield from map(self.work, requests)
             return
         if not self.processes:
             self._start()
         for number, asked in enumerate(self.asked):
             if asked:
                 self._answer(number)
-        for number, key in enumerate(keys[: self.count]):
-            self._ask(number, key)
-        for at in range(len(keys)):
+        for number, request in enumerate(requests[: self.count]):
+            self._ask(number, request)
+        for at in range(len(requests)):
             number = at % self.count
-            batch = self._answer(number)
-            if at + self.count < len(keys):
-                self._ask(number, keys[at + self.count])
-            if isinstance(batch, Exception):
-                raise batch
-            yield batch
+            answer = self._answer(number)
+            if at + self.count < len(requests):
+                self._ask(number, requests[at + self.count])
+            if isinstance(answer, Exception):
+                raise answer
+            yield answer
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("fork")  # the dataset is in memory already, and is not copied
+        context = multiprocessing.get_context("fork")  # what the work needs is in memory already, and is not copied
         try:
             for _ in range(self.count):
                 self.look()
                 ours, theirs = context.Pipe()
-                process = context.Process(target=_serve, args=(self.dataset, ours, theirs), daemon=True)
+                process = context.Process(target=_serve, args=(self.work, ours, theirs), daemon=True)
                 try:
                     process.start()
                 finally:
@@ -77,15 +83,15 @@ class Readers:
                 "try fewer --workers"
             ) from error
 
-    def _ask(self, number: int, key: Sequence[Key]) -> None:
+    def _ask(self, number: int, request: Request) -> None:
         try:
-            self.pipes[number].send_bytes(pickle.dumps(key))
+            self.pipes[number].send_bytes(pickle.dumps(request))
         except OSError as error:
             raise self._died(number) from error
         self.asked[number] = True
 
-    def _answer(self, number: int) -> Batch | Exception:
-        """The batch that process ``number`` has read, or the exception raised there."""
+    def _answer(self, number: int) -> Answer | Exception:
+        """The answer of process ``number``, or the exception raised there."""
         pipe = self.pipes[number]
         try:
             while not pipe.poll(LOOK_EVERY):
@@ -121,7 +127,7 @@ class Readers:
             pipe.close()
         self.processes, self.pipes, self.asked = [], [], []
 
-    def __enter__(self) -> Readers:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -130,33 +136,43 @@ class Readers:
         self.close()
 
 
-def _serve(dataset: Dataset, trainers: Connection, pipe: Connection) -> None:
-    """A reading process. It closes its copy of the trainer's end, so that it notices when the trainer ends."""
-    # Ctrl-C reaches every process of the terminal. Only the trainer handles it, and ends its readers.
+class Readers(Processes[Sequence[Key], Batch]):
+    """``Processes`` that read batches of ``dataset``."""
+
+    def __init__(self, dataset: Dataset, count: int = 0, look: Callable[[], None] = lambda: None) -> None:
+        super().__init__(functools.partial(read_batch, dataset), count, look)
+        self.dataset = dataset
+
+
+def _serve(work: Callable[[Any], Any], parents: Connection, pipe: Connection) -> None:
+    """A working process. It closes its copy of the parent's end, so that it notices when the parent ends."""
+    # Ctrl-C reaches every process of the terminal. Only the parent handles it, and ends its processes.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    trainers.close()
+    parents.close()
     torch.set_num_threads(1)
     try:
         while True:
-            keys = pickle.loads(pipe.recv_bytes())
+            request = pickle.loads(pipe.recv_bytes())
             try:
-                batch = read_batch(dataset, keys)
+                answer = work(request)
             except Exception as error:
-                pipe.send_bytes(pickle.dumps((None, _told(error))))
+                answer = _told(error)
+            if not isinstance(answer, Batch):
+                pipe.send_bytes(pickle.dumps((None, answer)))
                 continue
             # The images go as bytes: pickled, they would be copied once more. ``Connection.send`` is not used, as there
             # torch puts tensors into shared memory and passes descriptors on.
-            rest = batch._replace(images=torch.empty(0, dtype=torch.uint8))
-            pipe.send_bytes(pickle.dumps((batch.images.shape, rest)))
-            if batch.images.numel():
-                pipe.send_bytes(batch.images.numpy().reshape(-1).data)
+            rest = answer._replace(images=torch.empty(0, dtype=torch.uint8))
+            pipe.send_bytes(pickle.dumps((answer.images.shape, rest)))
+            if answer.images.numel():
+                pipe.send_bytes(answer.images.numpy().reshape(-1).data)
     except (EOFError, ConnectionError):
         return
 
 
 def _told(error: Exception) -> Exception:
-    """An exception as sent to the trainer: errors that the user can fix as they are, others with a traceback."""
+    """An exception as sent to the parent: errors that the user can fix as they are, others with a traceback."""
     if isinstance(error, (CommandError, OSError, MemoryError)):
         return error
     return RuntimeError("".join(traceback.format_exception(error)))

@@ -73,11 +73,11 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".{number}.tmp-{os.getpid()}{path.suffix if len(path.suffix) < 20 else ''}")
 
 
-def check_outside(out: Path, data: Path) -> None:
-    """CommandError where ``out`` lies in a folder of images, which would find it there as a class."""
+def check_outside(out: Path, data: Path, option: str = "--out") -> None:
+    """CommandError where ``out``, given as ``option``, lies in a folder of images, which would take it for a class."""
     if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(data)):  # resolve() raises for a loop of links
         raise CommandError(
-            f"--out {path_text(out)}: lies in the images' folder {path_text(data)}; name a folder outside of it", 2
+            f"{option} {path_text(out)}: lies in the images' folder {path_text(data)}; name a folder outside of it", 2
         )
 
 
@@ -147,6 +147,11 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
+def unfinished(folder: Path) -> list[Path]:
+    """The files that killed processes have left in a folder, half written; to be removed where it is ``locked``."""
+    return [path for path in folder.glob(".*.tmp-*") if re.match(r"\.[0-9a-f]{8}\.tmp-\d+", path.name)]
+
+
 def _system_error(error: BaseException | None) -> OSError | None:
     """The system's error, even if safetensors put it into words or torch raised its own error after it."""
     while error is not None:
@@ -173,7 +178,7 @@ os.register_at_fork(after_in_child=_leave_locks)
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold ``folder`` for this process alone, and none that it forks; CommandError where another trains into it."""
+    """Hold ``folder`` for this process alone, and none that it forks; CommandError where another writes into it."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
@@ -183,7 +188,7 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise CommandError(f"{path_text(folder)}: another process is training in this folder") from error
+            raise CommandError(f"{path_text(folder)}: another process writes into this folder") from error
         except OSError:
             pass  # a file system without locks
         yield

@@ -87,6 +87,25 @@ def starting() -> Iterator[None]:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Context manager: SIGTERM and SIGHUP raise KeyboardInterrupt in this process, as Ctrl-C does, unless ignored."""
+    process = os.getpid()
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        if os.getpid() == process:
+            raise KeyboardInterrupt
+
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def _stop_at_start(_number: int, _frame: FrameType | None) -> None:
     end_at_once("stopped")
 

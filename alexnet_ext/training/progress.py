@@ -45,6 +45,58 @@ def lasting_console(quiet: bool = False) -> Console:
     return Console(file=cast(TextIO, _Unread(sys.stdout)), quiet=quiet)
 
 
+def _bar(console: Console) -> Progress:
+    """A live bar with a status and the time left, on a terminal alone."""
+    return Progress(
+        TextColumn("[bold]{task.description:8s}"),
+        BarColumn(bar_width=None, complete_style="cyan", finished_style="green"),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[status]}"),
+        TimeRemainingColumn(compact=True),
+        TextColumn("left"),
+        console=console,
+        refresh_per_second=2,
+        expand=True,
+        disable=not console.is_terminal,
+        speed_estimate_period=60,
+    )
+
+
+class Counter:
+    """Context manager: counts images up to ``total``. Its first call tells how many were done before."""
+
+    def __init__(self, name: str, total: int, console: Console) -> None:
+        self.name, self.total, self.console, self.bar = name, total, console, _bar(console)
+        self.task = self.bar.add_task(name, total=total, status="")
+        self.first: tuple[int, float] | None = None  # images done, and when
+        self.last_line = time.monotonic()
+
+    def __call__(self, done: int) -> None:
+        """After ``done`` images."""
+        now = time.monotonic()
+        self.first = self.first or (done, now)
+        rate = (done - self.first[0]) / max(now - self.first[1], 1e-9)
+        self.bar.update(self.task, completed=done, status=f"{rate:,.0f} images/s")
+        if not self.console.is_terminal and now - self.last_line > LINE_EVERY and rate > 0:
+            seconds = (self.total - done) / rate
+            text = f"{self.name} {done:,}/{self.total:,}  {rate:,.0f} images/s  {_clock(seconds)} left"
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            self.last_line = now
+
+    def __enter__(self) -> Counter:
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+
+
+def _clock(seconds: float) -> str:
+    return f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
+
+
 class Reporter:
     """Context manager. A resumed run has taken ``start`` of ``total`` steps already."""
 
@@ -55,19 +107,7 @@ class Reporter:
         self.last_line = time.monotonic()
         self.first_step = start
         self.first_time = self.last_line
-        self.bar = Progress(
-            TextColumn("[bold]{task.description:8s}"),
-            BarColumn(bar_width=None, complete_style="cyan", finished_style="green"),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
-            TimeRemainingColumn(compact=True),
-            TextColumn("left"),
-            console=self.console,
-            refresh_per_second=2,
-            expand=True,
-            disable=not self.live,
-            speed_estimate_period=60,
-        )
+        self.bar = _bar(self.console)
         self.training = self.bar.add_task("train", total=total, completed=start, status="")
         self.evaluation: Any = None
 
@@ -78,7 +118,7 @@ class Reporter:
         now = time.monotonic()
         if not self.live and (now - self.last_line > LINE_EVERY or step == self.total):
             seconds = (now - self.first_time) / max(1, step - self.first_step) * (self.total - step)
-            self.note(f"step {step}/{self.total}  {status}  {seconds // 60:.0f}:{seconds % 60:02.0f} left")
+            self.note(f"step {step}/{self.total}  {status}  {_clock(seconds)} left")
             self.last_line = now
 
     def evaluating(self, done: int, total: int) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import models
 from .._errors import BadImage, CommandError, first_line, os_error, path_text
-from ..data.batches import Batch, batches
+from ..data.batches import MAX_SKIPPED, Batch, batches
 from ..data.readers import Readers
 from ..data.sources import Split
 from ..nn import stock_kind
@@ -32,7 +32,6 @@ from .process import prepare, random_state, set_random_state
 from .progress import Reporter
 from .recipe import Recipe
 
-MAX_SKIPPED = 0.05  # share of the training images: more unreadable ones end the run
 CHECKPOINT_SECONDS = 600.0
 FLUSH_EVERY_CUDA = 20  # steps between readings of the loss, each of which waits for the GPU
 # The paper's patience is some epochs of a million images each. The epochs of a small folder are a few steps: its rate

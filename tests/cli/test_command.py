@@ -47,9 +47,11 @@ def wait_for(steps: int, out: Path, process: subprocess.Popen[str]) -> None:
         (["--help"], 0),
         (["--version"], 0),
         (["train", "--help"], 0),
+        (["prepare", "--help"], 0),
         (["summary"], 0),
         (["train", "--speed", "9"], 2),
         (["train", "--lr", "inf"], 2),
+        (["prepare", "SRC"], 2),
         (["summary", "--image-size", "9"], 2),
     ],
 )

@@ -1,0 +1,99 @@
+"""``alexnet prepare``: images packed once, for training from mapped memory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from ._errors import path_text
+from .cli_options import MOST_WORKERS, UsageError, path, warn
+from .training.interrupt import starting, stoppable
+
+Given = Annotated[
+    Path,
+    typer.Argument(
+        parser=path, metavar="SRC", help="Folders of classes, ILSVRC's tar files or WebDataset's; DST to --verify it."
+    ),
+]
+Target = Annotated[Path | None, typer.Argument(parser=path, metavar="[DST]", help="Folder of shards to write.")]
+Side = Annotated[int, typer.Option(min=1, max=4096, help="Pixels that the shorter side is scaled to.")]
+ShardSize = Annotated[int, typer.Option(min=1, max=1_000_000, help="Images in a shard.")]
+Workers = Annotated[
+    int | None, typer.Option(min=0, max=MOST_WORKERS, help="Processes that read images.", show_default="cores")
+]
+Verify = Annotated[bool, typer.Option("--verify", help="Read all shards and compare their checksums.")]
+
+
+def prepare(
+    source: Given,
+    target: Target = None,
+    side: Side = 256,
+    shard_size: ShardSize = 4096,
+    workers: Workers = None,
+    verify: Verify = False,
+) -> None:
+    """Pack images into shards of squares: the shorter side scaled, the middle cut out.
+
+    Ctrl-C stops it, and the same command goes on.
+    """
+    if target is None and not verify:
+        raise UsageError(f"{path_text(source)}: name also DST, the folder to write, or --verify")
+    with starting():
+        from .data import prepare as _  # noqa: F401 (the slow imports, all at once)
+        from .training.progress import lasting_console
+
+    console = lasting_console()
+    with stoppable():
+        if target is not None:
+            count = len(os.sched_getaffinity(0)) if workers is None else workers
+            _pack(source, target, side, shard_size, count, console)
+        if verify:
+            _verify(target or source, console)
+
+
+def _pack(source: Path, target: Path, side: int, shard_size: int, workers: int, console: Console) -> None:
+    """Prepare, and say what is there."""
+    from .data.archives import open_source
+    from .data.packed import SPLITS
+    from .data.prepare import SKIPPED, Preparation
+    from .training.files import check_folder, check_outside
+    from .training.progress import Counter
+
+    check_folder(target, "DST")
+    check_outside(target, source, "DST")
+    with console.status(Text(f"listing {path_text(source)}")):
+        found = open_source(source)
+    for note in found.notes:
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
+    total = sum(map(len, found.entries.values()))
+    with Counter("prepare", total, console) as counter:
+        index = Preparation(found, target, side, shard_size, counter).run(workers)
+    train, val = (index.images[split] for split in SPLITS)
+    shards = [shard for split in SPLITS for shard in index.shards[split]]
+    size = sum(shard.bytes + shard.labels_bytes for shard in shards) / 1e6
+    skipped = sum(index.skipped.values())
+    print(
+        f"{path_text(target)}: {train:,} images to train on and {val:,} held out, {side} x {side}, of "
+        f"{len(index.classes):,} classes; {len(shards):,} shards, {size:,.1f} MB"
+        + (f"; {skipped:,} images could not be read, {SKIPPED} names them" if skipped else "")
+    )
+
+
+def _verify(folder: Path, console: Console) -> None:
+    from .data.packed import Index, verify
+    from .training.progress import Counter
+
+    total, damaged = sum(Index.read(folder).images.values()), []
+    with Counter("verify", total, console) as counter:
+        for line in verify(folder, counter):
+            damaged.append(line)
+    for line in damaged:
+        warn(line)
+    if damaged:
+        raise typer.Exit(1)
+    print(f"{path_text(folder)}: {total:,} images, all as written")

@@ -1,0 +1,217 @@
+"""The format of packed images: memory-mapped shards of squares, and an index in JSON.
+
+A folder holds, for each of ``SPLITS``, shards of two files: ``train-00000.npy``, uint8 (n, side, side, 3), and
+``train-00000.labels.npy``, int64 (n,). ``index.json`` describes them (``Index``); it is written last.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._errors import CommandError, os_error, path_text
+from ..training.files import new_file, write_file
+from .batches import Sample
+from .folder import draw
+from .preprocessing import Preprocessing
+
+VERSION = 1
+INDEX = "index.json"
+SPLITS = ("train", "val")
+OPEN_SHARDS = 512  # each takes one of the process's open files, often 1,024
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The two files of a shard: names, sizes in bytes, checksums."""
+
+    images: int
+    file: str
+    bytes: int
+    sha256: str
+    labels: str
+    labels_bytes: int
+    labels_sha256: str
+
+    def fits(self, folder: Path) -> bool:
+        """Whether both files are there in full length."""
+        try:
+            sizes = [(folder / name).stat().st_size for name in (self.file, self.labels)]
+        except FileNotFoundError:
+            return False
+        return sizes == [self.bytes, self.labels_bytes]
+
+    def damage(self, folder: Path) -> str | None:
+        """The first file whose bytes are not those that were written, and why; None if both are whole."""
+        for name, expected in ((self.file, self.sha256), (self.labels, self.labels_sha256)):
+            try:
+                if checksum(folder / name) != expected:
+                    return f"{path_text(folder / name)}: not the bytes that were written (SHA-256 differs)"
+            except OSError as error:
+                return str(os_error(folder / name, error))
+        return None
+
+
+@dataclass(frozen=True)
+class Index:
+    """What ``index.json`` says.
+
+    side: of the squares, in pixels. shard_size: images of the listing to a shard; those that cannot be read are left
+    out of theirs. listing: a checksum of the names of classes and images. images, skipped, shards: by split.
+    mean: of the training images' RGB in 0 to 1. eigenvalues (descending) and eigenvectors (in rows): of the covariance
+    of their RGB (``colours.components``).
+    """
+
+    version: int
+    side: int
+    shard_size: int
+    listing: str
+    classes: tuple[str, ...]
+    images: dict[str, int]
+    skipped: dict[str, int]
+    mean: list[float]
+    eigenvalues: list[float]
+    eigenvectors: list[list[float]]
+    shards: dict[str, list[Shard]]
+
+    def write(self, folder: Path) -> None:
+        """Write the file, whole or not at all."""
+        write_file(folder / INDEX, (json.dumps(dataclasses.asdict(self), indent=1) + "\n").encode())
+
+    @classmethod
+    def read(cls, folder: Path) -> Index:
+        """The index of a folder that ``alexnet prepare`` has finished. CommandError for any other."""
+        path = folder / INDEX
+        try:
+            values = json.loads(path.read_bytes())
+        except FileNotFoundError as error:
+            raise CommandError(f"{path_text(path)}: no such file; `alexnet prepare` writes it when it ends") from error
+        except OSError as error:
+            raise os_error(path, error) from error
+        except ValueError as error:
+            raise CommandError(f"{path_text(path)}: no JSON ({error})") from error
+        version = values.get("version") if isinstance(values, dict) else None
+        if version != VERSION:
+            raise CommandError(f"{path_text(path)}: expected version {VERSION} of packed images, got {version!r}")
+        try:
+            shards = {split: [Shard(**shard) for shard in values["shards"][split]] for split in SPLITS}
+            return cls(**{**values, "classes": tuple(values["classes"]), "shards": shards})
+        except (KeyError, TypeError) as error:
+            raise CommandError(f"{path_text(path)}: not the fields of an index of packed images ({error})") from error
+
+
+def checksum(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_shard(folder: Path, name: str, side: int, rows: Iterable[tuple[Any, int]]) -> Shard:
+    """Write the shard ``name`` of (uint8 (side, side, 3), class) ``rows``, whose number need not be known before.
+
+    Each file is written next to its place, flushed to the disk and renamed."""
+    targets: list[int] = []
+    image_file, label_file = folder / f"{name}.npy", folder / f"{name}.labels.npy"
+    with new_file(image_file) as beside:
+        with beside.open("wb") as stream:
+            stream.write(_header(0, side))
+            for pixels, target in rows:
+                stream.write(np.ascontiguousarray(pixels, dtype=np.uint8).data)
+                targets.append(target)
+            stream.seek(0)
+            stream.write(_header(len(targets), side))  # as long as the first: NumPy leaves room for 20 digits
+        size, digest = beside.stat().st_size, checksum(beside)
+    with new_file(label_file) as beside:
+        np.save(beside, np.array(targets, dtype=np.int64))
+        label_size, label_digest = beside.stat().st_size, checksum(beside)
+    return Shard(len(targets), image_file.name, size, digest, label_file.name, label_size, label_digest)
+
+
+def _header(images: int, side: int) -> bytes:
+    stream = io.BytesIO()
+    shape = (images, side, side, 3)
+    np.lib.format.write_array_header_1_0(stream, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return stream.getvalue()
+
+
+def verify(folder: Path, tell: Callable[[int], None] = lambda images: None) -> Iterator[str]:
+    """A line for each damaged shard of ``folder``; every byte is read. ``tell`` gets the images read so far."""
+    index, done = Index.read(folder), 0
+    for split in SPLITS:
+        for shard in index.shards[split]:
+            damage = shard.damage(folder)
+            if damage is not None:
+                yield damage
+            done += shard.images
+            tell(done)
+
+
+class PackedFolder:
+    """One of ``SPLITS`` of a folder that ``alexnet prepare`` wrote, as ``batches`` reads it.
+
+    ``targets`` is int64 (N,). With ``augment`` an image is its whole square, with the random numbers that
+    ``ops.augment`` takes, colours along the folder's own components; without, the middle ``preprocessing.size`` pixels.
+    Random numbers depend on seed, epoch and index alone. Raises CommandError where an index or a shard is missing or
+    cut short.
+    """
+
+    def __init__(
+        self, root: Path, split: str, preprocessing: Preprocessing, augment: bool = False, seed: int = 0
+    ) -> None:
+        self.root, self.preprocessing, self.augment, self.seed = root, preprocessing, augment, seed
+        self.index = Index.read(root)
+        self.classes, self.shards = self.index.classes, self.index.shards[split]
+        for shard in self.shards:
+            if not shard.fits(root):
+                name = path_text(root / shard.file)
+                raise CommandError(f"{name}: missing or cut short, or its labels; `alexnet prepare --verify` tells")
+        if preprocessing.resize != self.index.side:
+            raise CommandError(
+                f"{path_text(root)}: its images have a side of {self.index.side}, where {preprocessing.resize} is "
+                "needed; prepare them anew with --side"
+            )
+        self.starts = np.cumsum([0, *(shard.images for shard in self.shards)])
+        labels = [np.load(root / shard.labels) for shard in self.shards]
+        self.targets = torch.from_numpy(np.concatenate(labels) if labels else np.empty(0, np.int64))
+        self.pixels = functools.lru_cache(OPEN_SHARDS)(self._open)
+        self.components = torch.tensor(self.index.eigenvectors).T
+        self.deviations = torch.tensor(self.index.eigenvalues)
+
+    def _open(self, number: int) -> np.ndarray:
+        """The images of a shard, uint8 (n, side, side, 3), mapped into memory."""
+        return np.load(self.root / self.shards[number].file, mmap_mode="r")
+
+    def row(self, index: int) -> np.ndarray:
+        """Image ``index``, uint8 (side, side, 3), in mapped memory."""
+        number = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return self.pixels(number)[index - self.starts[number]]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, index = key
+        row, size = self.row(index), self.preprocessing.size
+        target, room = int(self.targets[index]), self.index.side - size
+        if self.augment:
+            drawn = draw(random.Random(f"{self.seed} {epoch} {index}"), room, self.components, self.deviations)
+            return Sample(index, _planes(row), target, drawn=drawn)
+        start = room // 2
+        return Sample(index, _planes(row[start : start + size, start : start + size]), target)
+
+
+def _planes(pixels: np.ndarray) -> Tensor:
+    """(height, width, 3) in mapped memory as (3, height, width) of its own."""
+    return torch.from_numpy(np.array(pixels.transpose(2, 0, 1), order="C"))
