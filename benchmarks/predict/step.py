@@ -9,7 +9,7 @@ conv1's depth. Inference is autocast's, of fp32 weights and images.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 from unittest import mock
@@ -125,6 +125,7 @@ class Costs:
             elif operation.name.startswith("linear_bias_relu"):
                 yield from self.linear(operation)
             elif (found := self.row(operation)) is not None:
+                yield from self.brought(operation)
                 yield found
             elif operation.name in PRODUCTS:
                 yield self.products(operation)
@@ -140,6 +141,13 @@ class Costs:
             direction = "backward"
         images = max(operation.inputs + operation.outputs, key=lambda t: t.bytes, default=None)
         return self.counted(name, direction, images.shape) if images else None
+
+    def brought(self, operation: Operation) -> Iterator[Part]:
+        """A gradient that a binding copies, as it is not in the memory format of what the forward saved."""
+        if operation.name.endswith("_backward"):
+            dy, saved = operation.inputs[:2]
+            if order(dy) != order(saved):
+                yield self.elementwise(Operation("copy_", (dy,), (replace(dy, stride=saved.stride),)))
 
     def augment(self) -> Part:
         times = row_times(counts()[AUGMENT], self.gpu, self.assumed, self.batch / BATCH)

@@ -32,7 +32,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, c
   const Tensor gradient = rows_of(dy), result = rows_of(y), none = empty(x, {0});
   Tensor dz = empty(x, {p.rows, p.outputs});
   std::optional<DeviceSums> sums;
-  if (output_mask.at(2)) sums.emplace(x, pixels_of(p));
+  if (output_mask.at(2) && p.outputs > 0) sums.emplace(x, pixels_of(p));
   stream.check("linear_bias_relu_backward",
                linear_relu_mask_cuda(p, gradient.data_ptr(), result.data_ptr(), dz.data_ptr(),
                                      sums ? sums->rows.data_ptr() : nullptr, sums ? sums->total.data_ptr() : nullptr,

@@ -136,7 +136,7 @@ SPEC = Spec(
         *(linear((9, 5), outputs) for outputs in (8, 16, 32, 72, 6)),
         linear((130, 3), 40, bias=False),
         linear((1030, 3), 8),
-        linear((1, 1), 1),
+        *(linear((rows, 5), outputs) for rows, outputs in ((1, 1), (0, 6), (3, 0))),
     ),
     emulated_orders=(linear((70, 9), 40), linear((10, 7), 6)),
     emulated_many=(linear((300, 4), 1100),),
