@@ -29,8 +29,8 @@ def library(folder: Path) -> ctypes.CDLL:
 
 
 def operators(namespace: str) -> Iterator[str]:
-    """The ops and backwards that have a CUDA kernel."""
-    for name in (*cases.SPECS, *(f"{op}_backward" for op in cases.OPS)):
+    """The ops, and what is part of their backwards, that have a CUDA kernel."""
+    for name in (*cases.SPECS, *(f"{op}_backward" for op in cases.OPS), "conv2d_bias_relu_mask"):
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{name}", "CUDA"):
             yield name
 

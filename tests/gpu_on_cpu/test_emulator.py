@@ -18,6 +18,7 @@ import torch
 
 from tests.gpu_on_cpu import emulated
 from tests.ops.blocks import winners_of_ties
+from tests.ops.linear_bias_relu.spec import MASKED, masked_gradients
 from tests.support import cases, oracle
 from tests.support.cases import Case, block, each_dtype, lrn
 
@@ -163,6 +164,31 @@ def test_winners_of_ties_and_nan_are_pytorchs(shape: tuple[int, ...], layout: st
     """Blocks of one warp and of several, of a part of a row, and of several rows."""
     winners, expected = winners_of_ties(shape, dtype, layout)
     assert torch.equal(winners, expected)
+
+
+@pytest.mark.usefixtures("poisoned", "emulator")
+@each_dtype
+@pytest.mark.parametrize("for_bias", [True, False])
+@pytest.mark.parametrize(("rows", "outputs"), MASKED)
+def test_a_linear_layer_masks_as_relu_does(rows: int, outputs: int, for_bias: bool, dtype: torch.dtype) -> None:
+    assert all(torch.equal(ours, exact) for ours, exact in masked_gradients(rows, outputs, for_bias, dtype))
+
+
+@pytest.mark.usefixtures("poisoned", "emulator")
+@each_dtype
+@pytest.mark.parametrize("for_bias", [True, False])
+@pytest.mark.parametrize("layouts", [("channels_last", "channels_last"), ("contiguous", "sliced")], ids="-".join)
+def test_a_convolutions_mask_is_relus(layouts: tuple[str, str], for_bias: bool, dtype: torch.dtype) -> None:
+    shape = (3, 24, 7, 5)
+    y = torch.tensor([*SPECIAL, 1.0, -1.0])[torch.randint(0, 10, shape)].to(dtype)
+    dy, y = (
+        cases.lay_out(t, layout) for t, layout in zip((torch.randint(-1, 2, shape).to(dtype), y), layouts, strict=True)
+    )
+    dz, dbias = torch.ops.alexnet_ext.conv2d_bias_relu_mask(dy, y, for_bias)
+    exact = torch.ops.aten.threshold_backward(dy, y, 0)
+    assert torch.equal(dz, exact)
+    assert dz.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(dbias, exact.double().sum((0, 2, 3)).to(dtype)[: 24 if for_bias else 0])
 
 
 SPECIAL = (torch.nan, torch.inf, -torch.inf, 1e20, -1e20, 1e-30, -0.0, 0.0)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -13,7 +15,6 @@ from tests.support.spec import DY_BAD, EMULATOR, Case, Draw, Fault, Spec, Tensor
 
 LINEAR = "csrc/linear_bias_relu/linear_bias_relu_cpu.cpp"
 CUDA = "csrc/linear_bias_relu/linear_bias_relu_kernels.cuh"
-OWN_BY_CUDA = "--emulated=random tests/ops/linear_bias_relu/test_linear_bias_relu.py"
 
 
 def linear(shape: tuple[int, ...], outputs: int, bias: bool = True) -> Case:
@@ -55,6 +56,24 @@ def settled(case: Case, exact: Tensors, eps: float) -> Tensor | bool:
     return ~(value.abs() <= eps * scale) | (scale == 0)
 
 
+MASKED = ((3, 8), (70, 40), (70, 33), (129, 32), (1025, 8))
+"""Rows and outputs for ``masked_gradients``."""
+
+
+def masked_gradients(rows: int, outputs: int, for_bias: bool, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each gradient by the raw backward, and exact, where results are NaN, infinite, or zeros of both signs.
+
+    Sums of integers are exact.
+    """
+    values = torch.tensor([math.nan, -1, 0, -0.0, 1, math.inf, -math.inf, 3], dtype=dtype)
+    y = values[torch.randint(0, len(values), (rows, outputs))]
+    dy, x, weight = (torch.randint(-1, 2, shape).to(dtype) for shape in ((rows, outputs), (rows, 5), (outputs, 5)))
+    found = torch.ops.alexnet_ext.linear_bias_relu_backward(dy, x, weight, y, [True, True, for_bias])
+    dz = torch.ops.aten.threshold_backward(dy.double(), y.double(), 0)
+    exact = (dz @ weight.double(), dz.mT @ x.double(), dz.sum(0)[: outputs if for_bias else 0])
+    yield from ((ours, theirs.to(dtype)) for ours, theirs in zip(found, exact, strict=True))
+
+
 FAULTS = (
     Fault("linear: a row left over from the tiles not computed", LINEAR, "for (; i < rows; ++i) tile<1, V>",
           "for (; i < rows - 1; ++i) tile<1, V>", "linear_bias_relu"),
@@ -67,7 +86,7 @@ FAULTS = (
           "return torch::stable::contiguous(t);", "return t;",
           "tests/ops/linear_bias_relu/test_linear_bias_relu.py -k 'values_and_gradients and transposed and float32'"),
     Fault("CUDA: linear's mask takes NaN for closed", CUDA, "result[i][j] <= 0", "!(result[i][j] > 0)",
-          f"{OWN_BY_CUDA} -k masks"),
+          f"{EMULATOR} -k 'masks and float32'"),
     Fault("CUDA: linear's mask leaves out a thread's second row", CUDA, "row < rows ? row : first", "first",
           f"{EMULATOR} -k 'linear and values and float32'"),
     Fault("CUDA: linear's bias sums written past the outputs of a block", CUDA, "total[before + column] = ",

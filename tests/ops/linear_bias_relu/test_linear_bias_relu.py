@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alexnet_ext.ops import linear_bias_relu
+from tests.ops.linear_bias_relu.spec import MASKED, masked_gradients
 from tests.support import cases, oracle
 from tests.support.cases import Case, each_dtype, linear
 
@@ -73,16 +74,9 @@ def test_relu_as_stock_at_zero_nan_and_inf(dtype: torch.dtype, rows: int) -> Non
 @pytest.mark.usefixtures("native", "poisoned")
 @each_dtype
 @pytest.mark.parametrize("for_bias", [True, False])
-@pytest.mark.parametrize(("rows", "outputs"), [(3, 8), (70, 40), (70, 33), (129, 32), (1025, 8)])
+@pytest.mark.parametrize(("rows", "outputs"), MASKED)
 def test_the_backward_masks_as_relu_does(rows: int, outputs: int, for_bias: bool, dtype: torch.dtype) -> None:
-    """Of results that are NaN, infinite, or zeros of both signs; sums of integers are exact."""
-    values = torch.tensor([nan, -1, 0, -0.0, 1, math.inf, -math.inf, 3], dtype=dtype)
-    y = values[torch.randint(0, len(values), (rows, outputs))]
-    dy, x, weight = (torch.randint(-1, 2, shape).to(dtype) for shape in ((rows, outputs), (rows, 5), (outputs, 5)))
-    found = torch.ops.alexnet_ext.linear_bias_relu_backward(dy, x, weight, y, [True, True, for_bias])
-    dz = torch.ops.aten.threshold_backward(dy.double(), y.double(), 0)
-    exact = (dz @ weight.double(), dz.mT @ x.double(), dz.sum(0)[: outputs if for_bias else 0])
-    assert all(torch.equal(ours, theirs.to(dtype)) for ours, theirs in zip(found, exact, strict=True))
+    assert all(torch.equal(ours, exact) for ours, exact in masked_gradients(rows, outputs, for_bias, dtype))
 
 
 @pytest.mark.parametrize("rows", [3, 20])
