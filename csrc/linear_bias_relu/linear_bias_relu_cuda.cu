@@ -20,9 +20,9 @@ int linear_relu_mask_cuda(const LinearBiasRelu& p, const void* dy, const void* y
       status = static_cast<cudaError_t>(relu_mask_cuda(p.dtype, pixels, dy, y, dz, sums, dbias, stream));
       return;
     }
-    constexpr int64_t kOutputs = kColumnVectors * kVector<T>;
-    status = launch(relu_mask_columns_vectors_kernel<T>, ceil_div(p.outputs, kOutputs),
-                    kBlockThreads * kVector<T> * sizeof(Acc<T>), stream, p.rows, p.outputs, static_cast<const T*>(dy),
+    const int64_t vectors = p.outputs / kVector<T>;
+    status = launch(relu_mask_columns_vectors_kernel<T>, ceil_div(vectors, int64_t{kColumnVectors}),
+                    kBlockThreads * kVector<T> * sizeof(Acc<T>), stream, p.rows, vectors, static_cast<const T*>(dy),
                     static_cast<const T*>(y), static_cast<T*>(dz), static_cast<T*>(dbias));
   });
   return status;

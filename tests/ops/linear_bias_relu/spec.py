@@ -89,8 +89,8 @@ FAULTS = (
           f"{EMULATOR} -k 'masks and float32'"),
     Fault("CUDA: linear's mask leaves out a thread's second row", CUDA, "row < rows ? row : first", "first",
           f"{EMULATOR} -k 'linear and values and float32'"),
-    Fault("CUDA: linear's bias sums written past the outputs of a block", CUDA, "total[before + column] = ",
-          "total[column] = ", f"{EMULATOR} -k 'linear and values and float32'"),
+    Fault("CUDA: linear's bias sums written past the outputs of a block", CUDA,
+          "total[before * V + output] = ", "total[output] = ", f"{EMULATOR} -k 'linear and values and float32'"),
 )  # fmt: skip
 
 
