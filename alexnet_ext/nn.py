@@ -171,10 +171,13 @@ class Conv2dReLU(_FusedConv2d):
         return self.convolution(input)
 
 
-class Conv2d(Conv2dReLU):
+class Conv2d(_FusedConv2d):
     """``nn.Conv2d`` by ``ops.conv2d_bias_relu``, before a layer that applies the ReLU, such as ``ReLUMaxPool2d``."""
 
     relu = False
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.convolution(input)
 
 
 class LinearReLU(_WithParameters):

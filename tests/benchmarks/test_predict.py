@@ -181,6 +181,23 @@ def test_a_layer_that_is_called_is_paid_for() -> None:
     assert seconds == pytest.approx(sum(part.seconds for part in parts))
 
 
+def test_a_training_step_has_no_more_launches_than_it_had() -> None:
+    parts, _ = step.predicted("training", 128, H100, kernels.producers())
+    assert sum(part.launches for part in parts) <= 67
+
+
+def test_a_gradient_in_another_memory_format_is_copied() -> None:
+    costs = step.Costs(H100, 128, kernels.producers())
+    contiguous, last = (
+        step.Described((128, 256, 6, 6), stride, 128 * 9216 * 2) for stride in ((9216, 36, 6, 1), (9216, 1, 1536, 256))
+    )
+    copied, *rest = costs.brought(step.Operation("relu_max_pool2d_backward", (contiguous, last), (last,)))
+    assert (copied.launches, rest) == (1, [])
+    assert copied.seconds == pytest.approx(2 * contiguous.bytes / (0.33 * 0.95 * H100.copy))
+    for operation in (("relu_max_pool2d_backward", (last, last)), ("relu_max_pool2d", (contiguous, last))):
+        assert list(costs.brought(step.Operation(*operation, (last,)))) == []
+
+
 def test_convolutions_cost_at_least_their_products() -> None:
     for name, layer in convolutions.layers(128):
         peak = 2 * H100.products * H100.multiprocessors * H100.clock
