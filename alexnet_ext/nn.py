@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
+from .ops.conv2d_bias_relu.space_to_depth import weight_to_depth
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -159,8 +160,7 @@ class _FusedConv2d(_WithParameters):
         return ops.conv2d_bias_relu(input, self.weight, bias, *constants, relu=self.relu)
 
     def _convolution_of_depth(self, input: Tensor) -> Tensor:
-        step, size = self.stride[0], self.kernel_size[0]
-        weight = F.pixel_unshuffle(F.pad(self.weight, (0, -size % step) * 2), step)
+        weight = weight_to_depth(self.weight, self.stride[0])
         return ops.conv2d_bias_relu(input, weight, self.bias if self.adds_bias else None, relu=self.relu)
 
 

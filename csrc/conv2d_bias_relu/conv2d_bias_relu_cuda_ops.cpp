@@ -43,6 +43,38 @@ std::tuple<Tensor, Tensor> mask(const Tensor& dy, const Tensor& y, bool for_bias
   return masked(stream, dy, y, images, for_bias);
 }
 
+DepthWeight depth_of(const Tensor& weight, int64_t step) {
+  check(weight.dim() == 4 && step > 0, "weight has shape ", shape_text(weight), " and step is ", step,
+        ", expected 4D and at least 1");
+  return {weight.size(0), weight.size(1), weight.size(2),
+          weight.size(3), step,           {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)}};
+}
+
+Tensor to_depth(const Tensor& weight, int64_t step) {
+  CudaStream stream(weight);
+  const DepthWeight w = depth_of(weight, step);
+  const Images deep{w.filters, w.channels * step * step, ceil_div(w.height, step), ceil_div(w.width, step), true};
+  Tensor result = empty_images(weight, deep, weight.scalar_type());
+  stream.check("to_depth", depth_weight_cuda(dtype_of(weight, "weight"), w, weight.data_ptr(), result.data_ptr(), false,
+                                             stream.get()));
+  return result;
+}
+
+Tensor from_depth(const Tensor& gradient, int64_t step, int64_t height, int64_t width, bool channels_last) {
+  CudaStream stream(gradient);
+  Images deep = images_of(gradient, "gradient");
+  deep.channels_last = true;
+  check(step > 0 && deep.channels % (step * step) == 0 && deep.height == ceil_div(height, step) &&
+            deep.width == ceil_div(width, step),
+        "gradient ", shape_text(gradient), " is not of ", height, " x ", width, " taps at step ", step);
+  const Tensor given = dense(gradient, deep);
+  Tensor result = empty_images(gradient, {deep.batch, deep.channels / (step * step), height, width, channels_last},
+                               gradient.scalar_type());
+  stream.check("from_depth", depth_weight_cuda(dtype_of(gradient, "gradient"), depth_of(result, step), given.data_ptr(),
+                                               result.data_ptr(), true, stream.get()));
+  return result;
+}
+
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& y,
                                             IntList stride, IntList padding, IntList dilation, int64_t groups,
                                             std::vector<bool> output_mask, bool relu) {
@@ -66,4 +98,6 @@ STABLE_TORCH_LIBRARY_IMPL(alexnet_ext, CUDA, m) {
   m.impl("conv2d_bias_relu", TORCH_BOX(&alexnet_ext::forward));
   m.impl("conv2d_bias_relu_backward", TORCH_BOX(&alexnet_ext::backward));
   m.impl("conv2d_bias_relu_mask", TORCH_BOX(&alexnet_ext::mask));
+  m.impl("conv2d_bias_relu_to_depth", TORCH_BOX(&alexnet_ext::to_depth));
+  m.impl("conv2d_bias_relu_from_depth", TORCH_BOX(&alexnet_ext::from_depth));
 }

@@ -18,6 +18,7 @@ import torch
 
 from tests.gpu_on_cpu import emulated
 from tests.ops.blocks import winners_of_ties
+from tests.ops.conv2d_bias_relu.spec import to_depth_and_back
 from tests.ops.linear_bias_relu.spec import MASKED, masked_gradients
 from tests.support import cases, oracle
 from tests.support.cases import Case, block, each_dtype, lrn
@@ -189,6 +190,22 @@ def test_a_convolutions_mask_is_relus(layouts: tuple[str, str], for_bias: bool, 
     assert torch.equal(dz, exact)
     assert dz.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(dbias, exact.double().sum((0, 2, 3)).to(dtype)[: 24 if for_bias else 0])
+
+
+@pytest.mark.usefixtures("poisoned")
+@each_dtype
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize(("shape", "step"), [((5, 3, 11, 11), 4), ((2, 2, 4, 3), 2), ((1, 2, 3, 7), 3)])
+def test_a_weight_turned_to_depth_is_pytorchs(
+    folder: Path, shape: tuple[int, ...], step: int, layout: str, dtype: torch.dtype
+) -> None:
+    weight = cases.lay_out(torch.randn(shape).to(dtype), layout)
+    expected = to_depth_and_back(weight, step)
+    with emulated.kernels_emulated(folder) as library:
+        before = library.alexnet_emulator_launches()
+        found = to_depth_and_back(weight, step)
+        assert library.alexnet_emulator_launches() == before + 3
+    assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(found, expected, strict=True))
 
 
 SPECIAL = (torch.nan, torch.inf, -torch.inf, 1e20, -1e20, 1e-30, -0.0, 0.0)
