@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
+from .ops.conv2d_bias_relu.space_to_depth import weight_to_depth
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -142,8 +143,8 @@ class _FusedConv2d(_WithParameters):
     groups: int
     padding_mode: str
     _reversed_padding_repeated_twice: list[int]
-    relu = True
-    """Whether the convolution adds the bias and applies ReLU; else the op after it does."""
+    adds_bias = relu = True
+    """Whether the convolution adds the bias, and whether it applies ReLU; else what comes after it does."""
     takes_depth = False
     """Whether the layer, unpadded and square, also takes images of ``ops.augment(space_to_depth=stride)``."""
 
@@ -154,18 +155,26 @@ class _FusedConv2d(_WithParameters):
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
-        bias = self.bias if self.relu else None
+        bias = self.bias if self.adds_bias else None
         constants = (self.stride, padding, self.dilation, self.groups)
         return ops.conv2d_bias_relu(input, self.weight, bias, *constants, relu=self.relu)
 
     def _convolution_of_depth(self, input: Tensor) -> Tensor:
-        step, size = self.stride[0], self.kernel_size[0]
-        weight = F.pixel_unshuffle(F.pad(self.weight, (0, -size % step) * 2), step)
-        return ops.conv2d_bias_relu(input, weight, self.bias if self.relu else None, relu=self.relu)
+        weight = weight_to_depth(self.weight, self.stride[0])
+        return ops.conv2d_bias_relu(input, weight, self.bias if self.adds_bias else None, relu=self.relu)
 
 
 class Conv2dReLU(_FusedConv2d):
     """``nn.Sequential(nn.Conv2d(...), nn.ReLU())`` by ``ops.conv2d_bias_relu``."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.convolution(input)
+
+
+class Conv2d(_FusedConv2d):
+    """``nn.Conv2d`` by ``ops.conv2d_bias_relu``, before a layer that applies the ReLU, such as ``ReLUMaxPool2d``."""
+
+    relu = False
 
     def forward(self, input: Tensor) -> Tensor:
         return self.convolution(input)
@@ -183,7 +192,7 @@ class LinearReLU(_WithParameters):
 class _Conv2dBlock(_FusedConv2d):
     """A convolution and the fused block after it; subclasses name the block's op and its order."""
 
-    relu = False
+    adds_bias = relu = False
     norm: tuple[int, float, float, float]
     window: tuple[Any, Any]
 

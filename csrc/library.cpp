@@ -34,6 +34,12 @@ STABLE_TORCH_LIBRARY(alexnet_ext, m) {
       "conv2d_bias_relu_backward(Tensor dy, Tensor x, Tensor weight, Tensor y, int[2] stride, int[2] padding,"
       " int[2] dilation, int groups, bool[3] output_mask, bool relu=True)"
       " -> (Tensor dx, Tensor dweight, Tensor dbias)");
+  // On CUDA alone: the gradient before the ReLU, channels-last, and with for_bias its sums by channel.
+  m.def("conv2d_bias_relu_mask(Tensor dy, Tensor y, bool for_bias) -> (Tensor dz, Tensor dbias)");
+  // A first layer's weight for images turned to depth, channels-last, and its gradient back. space_to_depth.py has them
+  // for the CPU.
+  m.def("conv2d_bias_relu_to_depth(Tensor weight, int step) -> Tensor");
+  m.def("conv2d_bias_relu_from_depth(Tensor gradient, int step, int height, int width, bool channels_last) -> Tensor");
   // Registered if the build found CUTLASS's headers. alexnet_ext/ops/conv2d_bias_relu/cutlass.py says which operands
   // they take; they are channels-last. dz is the gradient before the ReLU. wanted is 0 for the gradient of x and 1 for
   // the gradient of weight.

@@ -130,10 +130,12 @@ def _convolution(table: Variant, stage: Stage, fused: bool) -> dict[str, nn.Modu
         convolution = BLOCKS[after](*arguments, norm=nn.LocalResponseNorm(*table.lrn), pool=plain)
         layers = {kind: nn.Identity() for kind in after}
     elif after[0] == "relu":
-        convolution = fused_nn.Conv2dReLU(*arguments)
         layers["relu"] = nn.Identity()
-        if after[1:2] == ("pool",):  # ReLU twice is ReLU; a winner is one byte, and eight in stock pooling
+        if after[1:2] == ("pool",):  # pooling applies ReLU, so that no gradient is masked; a winner is one byte
+            convolution = fused_nn.Conv2d(*arguments)
             layers["pool"] = fused_nn.ReLUMaxPool2d(WINDOW, STRIDE, ceil_mode=table.ceil_mode)
+        else:
+            convolution = fused_nn.Conv2dReLU(*arguments)
     else:  # the tutorial's order: normalization sees negative values, so no ReLU can move before it
         convolution = nn.Conv2d(*arguments)
     return {"conv": convolution, **layers}

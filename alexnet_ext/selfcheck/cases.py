@@ -21,6 +21,7 @@ from torch import Tensor
 from .. import ops
 from ..ops._checks import pair
 from ..ops._register import RECORDS
+from ..ops.conv2d_bias_relu.space_to_depth import to_depth, weight_to_depth
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -198,6 +199,29 @@ class OpCase(Case):
         # Channels-last is x alone, which is what decides how results are stored. Gaps are in all tensors.
         placed = [_stored(x, layout if i == 0 or layout == "strided" else "contiguous") for i, x in enumerate(inputs)]
         return with_gradients(partial(self.call, fused), placed, self._dy[grad], grad, int(self.first_layer))
+
+
+@dataclass(frozen=True, eq=False)
+class DepthCase(Case):
+    """A weight for images with depth, which a first layer may take: part of every proof of the convolution."""
+
+    name: str
+    shape: tuple[int, ...]
+    step: int
+    layouts: tuple[str, ...] = ANY
+    op: str = "conv2d_bias_relu"
+
+    grads = GRADS
+    results = ("y", "dx")
+
+    def limits(self, dtype: torch.dtype) -> list[tuple[float, float]]:
+        return [(0.0, torch.finfo(dtype).eps)] * 2
+
+    def _run(self, fused: bool, device: torch.device, dtype: torch.dtype, layout: str, grad: str) -> list[Tensor]:
+        weight = _stored(integers(0, self.shape, 2.0**-10).to(device, dtype), layout)
+        run = partial(weight_to_depth if fused else to_depth, step=self.step)
+        dy = integers(9, run(weight).shape, 2.0**-7)
+        return with_gradients(run, [weight], dy[:1, :, :1, :1] if grad == "expanded" else dy, grad)
 
 
 @dataclass(frozen=True, eq=False)
@@ -432,6 +456,8 @@ SMALL: tuple[Case, ...] = (
     _conv((3, 5, 13, 10), (7, 5, 3, 2), (2, 1), (1, 0), (1, 3), 1),
     _conv((3, 3, 19, 15), (9, 3, 11, 11), 4, 2, 1, 1),
     _conv((1, 3, 23, 27), (16, 3, 11, 11), 4, 0, 1, 1, first_layer=True, **_BEFORE_BLOCK),
+    DepthCase("conv2d_bias_relu, weight to depth", (9, 3, 11, 11), 4),
+    DepthCase("conv2d_bias_relu, odd weight to depth", (5, 2, 4, 3), 3),
     _linear((1, 5), (3, 5)),
     _linear((3, 17), (9, 17)),
     _linear((3, 96), (5, 96), bias=False),

@@ -71,7 +71,7 @@ class Job:
 
 
 def jobs() -> Iterator[Job]:
-    """Every op that memory bounds, each of its calls in AlexNet, in bf16 and fp32; and what goes with convolutions."""
+    """Every op that memory bounds, each of its calls in AlexNet, in bf16 and fp32; and what goes with products."""
     for dtype in (BF16, FP32):
         for op in specs.named("on_gpu", "not product"):
             spec = specs.SPECS[op]
@@ -82,15 +82,17 @@ def jobs() -> Iterator[Job]:
                         work = Work(op, direction, layer_name(typed), name_of(dtype), layout)
                         floor = spec.moved(typed, dtype.itemsize)[direction == "backward"]
                         yield Job(work, floor, partial(call_of, work, typed, dtype))
-        yield from around_convolutions(dtype)
+        yield from around_products(dtype)
 
 
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def around_convolutions(dtype: torch.dtype) -> Iterator[Job]:
-    """Bias and ReLU after a convolution, in place, and before its gradients: the mask, and the sums of each channel."""
+def around_products(dtype: torch.dtype) -> Iterator[Job]:
+    """Bias and ReLU after a convolution, in place, and before its gradients: the mask, and the sums of each channel.
+    The mask of a linear layer, whose rows are pixels.
+    """
     for case in specs.alexnet_cases("conv2d_bias_relu", BATCH)[2:]:
         _, _, height, width = case.shapes["x"]
         channels = case.shapes["weight"][0]
@@ -99,6 +101,9 @@ def around_convolutions(dtype: torch.dtype) -> Iterator[Job]:
         for direction, floor in (("bias and relu", 2 * elements), ("mask", 3 * elements)):
             work = Work("conv2d_bias_relu", direction, shape, name_of(dtype), "channels_last")
             yield Job(work, floor, partial(call_around, direction, channels, height, dtype))
+    outputs, _ = specs.ALEXNET["linear_bias_relu"][0].shapes["weight"]
+    work = Work("linear_bias_relu", "mask", f"{BATCH}x{outputs}", name_of(dtype), "channels_last")
+    yield Job(work, 3 * BATCH * outputs * dtype.itemsize, partial(call_linear_mask, outputs, dtype))
 
 
 def call_around(direction: str, channels: int, side: int, dtype: torch.dtype, small: bool) -> Callable[[], Any]:
@@ -112,6 +117,12 @@ def call_around(direction: str, channels: int, side: int, dtype: torch.dtype, sm
     y = torch.randn(batch, channels, side, side).to(dtype).contiguous(memory_format=torch.channels_last)
     dy, wanted = y.clone(), [False, False, True]
     return lambda: torch.ops.alexnet_ext.conv2d_bias_relu_backward(dy, x, weight, y, *constants, wanted, True)
+
+
+def call_linear_mask(outputs: int, dtype: torch.dtype, small: bool) -> Callable[[], Any]:
+    dy, y = torch.randn(2, 1 if small else BATCH, outputs).to(dtype)
+    arguments = dy, dy[:, :8], dy.new_empty(outputs, 8), y, [False, False, True]
+    return lambda: torch.ops.alexnet_ext.linear_bias_relu_backward(*arguments)
 
 
 def repeated(value: Any, batch: int) -> Any:

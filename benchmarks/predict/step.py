@@ -9,7 +9,7 @@ conv1's depth. Inference is autocast's, of fp32 weights and images.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 from unittest import mock
@@ -122,7 +122,10 @@ class Costs:
                 yield from self.convolution(*next(forwards), operation)
             elif operation.name == "conv2d_bias_relu_backward":
                 yield from self.convolution_backward(*next(backwards), operation)
+            elif operation.name.startswith("linear_bias_relu"):
+                yield from self.linear(operation)
             elif (found := self.row(operation)) is not None:
+                yield from self.brought(operation)
                 yield found
             elif operation.name in PRODUCTS:
                 yield self.products(operation)
@@ -138,6 +141,13 @@ class Costs:
             direction = "backward"
         images = max(operation.inputs + operation.outputs, key=lambda t: t.bytes, default=None)
         return self.counted(name, direction, images.shape) if images else None
+
+    def brought(self, operation: Operation) -> Iterator[Part]:
+        """A gradient that a binding copies, as it is not in the memory format of what the forward saved."""
+        if operation.name.endswith("_backward"):
+            dy, saved = operation.inputs[:2]
+            if order(dy) != order(saved):
+                yield self.elementwise(Operation("copy_", (dy,), (replace(dy, stride=saved.stride),)))
 
     def augment(self) -> Part:
         times = row_times(counts()[AUGMENT], self.gpu, self.assumed, self.batch / BATCH)
@@ -175,8 +185,10 @@ class Costs:
             flag for flag in operation.flags if isinstance(flag, list) and len(flag) == 3
         )
         relu = False not in operation.flags  # the default is not dispatched
-        if relu or for_bias:
+        if relu:
             yield self.counted("conv2d_bias_relu", "mask", dy.shape) or self.elementwise(operation)
+        elif for_bias:
+            yield self.elementwise(Operation("sum", (dy,), ()))
         if for_x:
             yield self.best(name, layer, "input gradient")
         if for_weight:
@@ -187,6 +199,18 @@ class Costs:
         for operation in rewriting(x.shape):
             part = self.elementwise(operation)
             yield Part(f"{name} space to depth", part.seconds, part.launches)
+
+    def linear(self, operation: Operation) -> Iterator[Part]:
+        """cuBLAS's products, and a pass of ours for the ReLU."""
+        if operation.name.endswith("_backward"):
+            dy, x, weight, _ = operation.inputs
+            yield self.counted("linear_bias_relu", "mask", dy.shape) or self.elementwise(operation)
+            yield self.products(Operation("mm", (dy, weight), (x,)))
+            yield self.products(Operation("mm", (transposed(dy), x), (weight,)))
+        else:
+            x, weight, _ = operation.inputs
+            yield self.products(Operation("mm", (x, transposed(weight)), operation.outputs))
+            yield self.elementwise(Operation("relu", operation.outputs, operation.outputs))
 
     def products(self, operation: Operation) -> Part:
         """A product of matrices by cuBLAS: bound by its multiplications, or by the bytes of the weight."""
@@ -206,6 +230,10 @@ class Costs:
             shape = operation.inputs[0].shape
             what = f"copies of {'x'.join(map(str, shape[shape[0] == self.batch :]))}"
         return Part(what, self.moved(size, self.assumed.permute if permuted else 1.0), 1)
+
+
+def transposed(tensor: Described) -> Described:
+    return Described(tensor.shape[::-1], tensor.stride[::-1], tensor.bytes)
 
 
 def order(tensor: Described) -> list[int]:

@@ -52,11 +52,11 @@ __device__ inline int sum_place(int thread, int i) {
   return V == 8 ? ((thread * 2 + i / 4) ^ (thread / 4 & 1)) * 4 + i % 4 : thread * V + i;
 }
 
-// Writes this block's row of sums. Owner i of the block is thread thread_of(i). It has summed vector (before + i) %
-// vectors of every pixel that it took.
-template <int V, class A, class ThreadOf>
-__device__ inline void sum_owners(const A (&sum)[V], int vectors, int before, int owners, ThreadOf&& thread_of,
-                                  A* __restrict__ sums) {
+// Calls write(channel, total) for this block's sums. Owner i of the block is thread thread_of(i). It has summed vector
+// (before + i) % vectors of every pixel that it took.
+template <int V, class A, class ThreadOf, class Write>
+__device__ inline void for_owned_sums(const A (&sum)[V], int vectors, int before, int owners, ThreadOf&& thread_of,
+                                      Write&& write) {
   A* shared = shared_memory<A>();
   constexpr int kPart = V < 4 ? V : 4;
 #pragma unroll
@@ -73,8 +73,16 @@ __device__ inline void sum_owners(const A (&sum)[V], int vectors, int before, in
     A total = 0;
     for (int i = vector >= before ? vector - before : vector - before + vectors; i < owners; i += vectors)
       total += shared[sum_place<V>(thread_of(i), channel % V)];
-    sums[static_cast<int64_t>(blockIdx.x) * channels + channel] = total;
+    write(channel, total);
   }
+}
+
+// Writes them as this block's row.
+template <int V, class A, class ThreadOf>
+__device__ inline void sum_owners(const A (&sum)[V], int vectors, int before, int owners, ThreadOf&& thread_of,
+                                  A* __restrict__ sums) {
+  A* row = sums + static_cast<int64_t>(blockIdx.x) * vectors * V;
+  for_owned_sums(sum, vectors, before, owners, thread_of, [&](int channel, A total) { row[channel] = total; });
 }
 
 // The same where the inner kOwners lanes of each warp walk all vectors in memory order. The step of the whole grid is a

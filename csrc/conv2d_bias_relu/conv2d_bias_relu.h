@@ -24,4 +24,13 @@ int bias_relu_cuda(DType dtype, const Images& s, void* y, const void* bias, void
 int relu_mask_cuda(DType dtype, const Images& s, const void* dy, const void* y, void* dz, void* sums, void* dbias,
                    void* stream);
 
+// A first layer's weight (filters, channels, height, width), of any strides. Turned to depth it is (filters, channels *
+// step * step, height / step, width / step), rounded up, channels-last: F.pixel_unshuffle after a pad of zeros.
+struct DepthWeight {
+  int64_t filters, channels, height, width, step, strides[4];
+};
+
+// From the weight to depth, or back.
+int depth_weight_cuda(DType dtype, const DepthWeight& w, const void* from, void* to, bool back, void* stream);
+
 }  // namespace alexnet_ext

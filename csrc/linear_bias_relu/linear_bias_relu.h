@@ -1,4 +1,4 @@
-// The linear layer with bias and ReLU for small batches, free of PyTorch: parameters and CPU kernels.
+// The linear layer with bias and ReLU for small batches, free of PyTorch: parameters, CPU kernels and CUDA launchers.
 //
 //   y = max(0, x w^T + bias),  dz = dy where !(y <= 0) else 0
 //   dx = dz w,  dw = dz^T x,  dbias = sum of dz over the rows
@@ -46,5 +46,21 @@ void linear_input_gradient_cpu(const LinearBiasRelu& p, const void* packed_dz, c
 template <Isa isa>
 void linear_weight_gradient_cpu(const LinearBiasRelu& p, const void* dz, const void* x, void* dweight, void* dbias,
                                 int64_t begin, int64_t end);
+
+// CUDA: asynchronous on `stream` (a cudaStream_t); each returns a cudaError_t. The products are the caller's.
+
+// A row is a pixel of channels-last images.
+inline Images pixels_of(const LinearBiasRelu& p) { return {p.rows, p.outputs, 1, 1, true}; }
+
+// With more rows their sums take a second launch: it has more blocks.
+constexpr int64_t kMostColumnRows = 1024;
+
+// y = max(0, y), NaN kept.
+int linear_relu_cuda(const LinearBiasRelu& p, void* y, void* stream);
+
+// dz from dy and y, and its sums over the rows. `sums` is a workspace of [sum_rows_of(pixels_of(p))][outputs] in fp32
+// (fp64 for fp64). With sums and dbias null, dz alone is computed.
+int linear_relu_mask_cuda(const LinearBiasRelu& p, const void* dy, const void* y, void* dz, void* sums, void* dbias,
+                          void* stream);
 
 }  // namespace alexnet_ext

@@ -2,30 +2,10 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../common/relu_mask.h"
-#include "../common/tensor.h"
-#include "linear_bias_relu.h"
+#include "linear_bias_relu_plan.h"
 
 namespace alexnet_ext {
 namespace {
-
-void check_rank(const Tensor& t, const char* name) {
-  check(t.dim() == 2, name, " has shape ", shape_text(t), ", expected 2D");
-}
-
-LinearBiasRelu plan(const Tensor& x, const Tensor& weight) {
-  const DType dtype = dtype_of(x, "x");
-  check_rank(x, "x");
-  check_rank(weight, "weight");
-  check_like(weight, "weight", x);
-  check_shape(weight, "weight", {weight.size(0), x.size(1)});
-  return {dtype, x.size(0), x.size(1), weight.size(0)};
-}
-
-Tensor rows_of(const Tensor& t) { return torch::stable::contiguous(t); }
-
-Tensor empty(const Tensor& like, std::vector<int64_t> sizes) {
-  return fresh(torch::stable::new_empty(like, {sizes.data(), sizes.size()}));
-}
 
 // source packed for the kernels: transposed, widened, with padded rows.
 Tensor packed(const LinearBiasRelu& p, const Tensor& source) {
@@ -52,11 +32,7 @@ Tensor forward(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& y,
                                             std::vector<bool> output_mask) {
-  const LinearBiasRelu p = plan(x, weight);
-  for (auto [t, name] : {std::pair{&dy, "dy"}, std::pair{&y, "y"}}) {
-    check_like(*t, name, x);
-    check_shape(*t, name, {p.rows, p.outputs});
-  }
+  const LinearBiasRelu p = plan_backward(dy, x, weight, y);
   const Tensor in = rows_of(x), w = rows_of(weight), gradient = rows_of(dy), result = rows_of(y);
   Tensor dz = empty(x, {p.rows, p.outputs});
   on_cpu(relu_units(dz.numel()), [&](auto isa, int64_t begin, int64_t end) {

@@ -163,7 +163,8 @@ def test_the_traced_step_has_every_layer_once() -> None:
     assert names.count("conv2d_bias_relu") == names.count("conv2d_bias_relu_backward") == 5
     assert names.count("relu_lrn_max_pool2d") == names.count("relu_lrn_max_pool2d_backward") == 2
     assert names.count("relu_max_pool2d") == names.count("relu_max_pool2d_backward") == 1
-    assert names.count("addmm") == 3
+    assert names.count("linear_bias_relu") == names.count("linear_bias_relu_backward") == 2
+    assert names.count("addmm") == 1
     assert names.count("sgd_step") == 1
     # No cast of weights or gradients, no rewrite of images.
     moved = max(sum(t.bytes for t in o.outputs) for o in step.traced("training", 4) if o.name in step.COPIES)
@@ -178,6 +179,23 @@ def test_a_layer_that_is_called_is_paid_for() -> None:
         assert f"{name} weight gradient" in whats
     assert "conv1 input gradient" not in whats
     assert seconds == pytest.approx(sum(part.seconds for part in parts))
+
+
+def test_a_training_step_has_no_more_launches_than_it_had() -> None:
+    parts, _ = step.predicted("training", 128, H100, kernels.producers())
+    assert sum(part.launches for part in parts) <= 65
+
+
+def test_a_gradient_in_another_memory_format_is_copied() -> None:
+    costs = step.Costs(H100, 128, kernels.producers())
+    contiguous, last = (
+        step.Described((128, 256, 6, 6), stride, 128 * 9216 * 2) for stride in ((9216, 36, 6, 1), (9216, 1, 1536, 256))
+    )
+    copied, *rest = costs.brought(step.Operation("relu_max_pool2d_backward", (contiguous, last), (last,)))
+    assert (copied.launches, rest) == (1, [])
+    assert copied.seconds == pytest.approx(2 * contiguous.bytes / (0.33 * 0.95 * H100.copy))
+    for operation in (("relu_max_pool2d_backward", (last, last)), ("relu_max_pool2d", (contiguous, last))):
+        assert list(costs.brought(step.Operation(*operation, (last,)))) == []
 
 
 def test_convolutions_cost_at_least_their_products() -> None:

@@ -11,7 +11,7 @@ import pytest
 from tests.support import ROOT, cases
 from tests.support.spec import Spec
 
-GRADIENT, CPU_ALONE, WITHOUT_GRADIENT = "local_response_norm", "linear_bias_relu", "augment"
+GRADIENT, WITHOUT_GRADIENT = "local_response_norm", "augment"
 each_op = pytest.mark.parametrize("op", cases.SPECS)
 
 
@@ -46,8 +46,8 @@ def test_a_spec_without_a_field_is_none(name: str) -> None:
     ("op", "name"),
     [
         *((WITHOUT_GRADIENT, name) for name in ("cases", "examples", "alexnet", "faults")),
-        *((CPU_ALONE, name) for name in ("edges", "small", "backward_arguments", "needs", "saved", "fuzz")),
-        *((CPU_ALONE, name) for name in ("bad_calls", "bad_backward_calls")),
+        *((GRADIENT, name) for name in ("edges", "small", "backward_arguments", "needs", "saved", "fuzz")),
+        *((GRADIENT, name) for name in ("bad_calls", "bad_backward_calls")),
         *((WITHOUT_GRADIENT, name) for name in ("emulated", "ptx", "runs", "triton_kernels")),
         *((GRADIENT, name) for name in ("emulated_orders", "large")),
     ],

@@ -15,6 +15,7 @@ import torch
 from tests.support import cases
 
 ORDERS = ("forward", "reverse", "random")
+AROUND = tuple(f"conv2d_bias_relu_{name}" for name in ("mask", "to_depth", "from_depth"))
 NAME = "libalexnet_ext_emulator.so"
 BUILD = (
     "cmake -G Ninja -S . -B build/emulator -DALEXNET_EXT_EMULATOR=ON -DPython_EXECUTABLE=$(which python)"
@@ -29,8 +30,8 @@ def library(folder: Path) -> ctypes.CDLL:
 
 
 def operators(namespace: str) -> Iterator[str]:
-    """The ops and backwards that have a CUDA kernel."""
-    for name in (*cases.SPECS, *(f"{op}_backward" for op in cases.OPS)):
+    """The ops, and what is part of their backwards, that have a CUDA kernel."""
+    for name in (*cases.SPECS, *(f"{op}_backward" for op in cases.OPS), *AROUND):
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{name}", "CUDA"):
             yield name
 

@@ -20,6 +20,8 @@ from alexnet_ext.ops._known import Unit
 from alexnet_ext.selfcheck import child
 from tests.gpu_on_cpu import emulated
 from tests.ops.blocks import winners_of_ties
+from tests.ops.conv2d_bias_relu.spec import to_depth_and_back
+from tests.ops.linear_bias_relu.spec import MASKED, masked_gradients
 from tests.support import cases, oracle
 from tests.support.cases import Case, block, each_dtype, lrn
 
@@ -174,6 +176,47 @@ def test_winners_of_ties_and_nan_are_pytorchs(shape: tuple[int, ...], layout: st
     """Blocks of one warp and of several, of a part of a row, and of several rows."""
     winners, expected = winners_of_ties(shape, dtype, layout)
     assert torch.equal(winners, expected)
+
+
+@pytest.mark.usefixtures("poisoned", "emulator")
+@each_dtype
+@pytest.mark.parametrize("for_bias", [True, False])
+@pytest.mark.parametrize(("rows", "outputs"), MASKED)
+def test_a_linear_layer_masks_as_relu_does(rows: int, outputs: int, for_bias: bool, dtype: torch.dtype) -> None:
+    assert all(torch.equal(ours, exact) for ours, exact in masked_gradients(rows, outputs, for_bias, dtype))
+
+
+@pytest.mark.usefixtures("poisoned", "emulator")
+@each_dtype
+@pytest.mark.parametrize("for_bias", [True, False])
+@pytest.mark.parametrize("layouts", [("channels_last", "channels_last"), ("contiguous", "sliced")], ids="-".join)
+def test_a_convolutions_mask_is_relus(layouts: tuple[str, str], for_bias: bool, dtype: torch.dtype) -> None:
+    shape = (3, 24, 7, 5)
+    y = torch.tensor([*SPECIAL, 1.0, -1.0])[torch.randint(0, 10, shape)].to(dtype)
+    dy, y = (
+        cases.lay_out(t, layout) for t, layout in zip((torch.randint(-1, 2, shape).to(dtype), y), layouts, strict=True)
+    )
+    dz, dbias = torch.ops.alexnet_ext.conv2d_bias_relu_mask(dy, y, for_bias)
+    exact = torch.ops.aten.threshold_backward(dy, y, 0)
+    assert torch.equal(dz, exact)
+    assert dz.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(dbias, exact.double().sum((0, 2, 3)).to(dtype)[: 24 if for_bias else 0])
+
+
+@pytest.mark.usefixtures("poisoned")
+@each_dtype
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize(("shape", "step"), [((5, 3, 11, 11), 4), ((2, 2, 4, 3), 2), ((1, 2, 3, 7), 3)])
+def test_a_weight_turned_to_depth_is_pytorchs(
+    folder: Path, shape: tuple[int, ...], step: int, layout: str, dtype: torch.dtype
+) -> None:
+    weight = cases.lay_out(torch.randn(shape).to(dtype), layout)
+    expected = to_depth_and_back(weight, step)
+    with emulated.kernels_emulated(folder) as library:
+        before = library.alexnet_emulator_launches()
+        found = to_depth_and_back(weight, step)
+        assert library.alexnet_emulator_launches() == before + 3
+    assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(found, expected, strict=True))
 
 
 SPECIAL = (torch.nan, torch.inf, -torch.inf, 1e20, -1e20, 1e-30, -0.0, 0.0)

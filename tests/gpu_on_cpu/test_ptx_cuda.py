@@ -17,6 +17,7 @@ import torch
 from tests.gpu_on_cpu.cuda_adapter import CompiledOps
 from tests.gpu_on_cpu.ptx.runtime import shared_folder
 from tests.ops.blocks import winners_of_ties
+from tests.ops.conv2d_bias_relu.spec import to_depth_and_back
 from tests.support import cases, oracle
 from tests.support.cases import block, pool
 
@@ -53,6 +54,17 @@ def test_without_a_gradient_they_equal_the_cpu_kernel_to_the_bit(op: str, ops: C
             assert torch.equal(cases.fused(case, tensors, "native"), expected)
         found |= launched
     assert set(ops.kernels[op]) <= found
+
+
+@pytest.mark.usefixtures("native")
+def test_a_weight_turned_to_depth_is_pytorchs(ops: CompiledOps) -> None:
+    for dtype in cases.DTYPES:
+        weight = torch.randn(5, 3, 11, 7).to(dtype)
+        expected = to_depth_and_back(weight, 4)
+        with ops.in_place() as launched:
+            found = to_depth_and_back(weight, 4)
+        assert len(launched) == 2
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.usefixtures("native")

@@ -22,7 +22,7 @@ _triton = pytest.importorskip("alexnet_ext.ops._triton", reason="Triton is not i
 pytestmark = pytest.mark.usefixtures("interpreter")
 
 # The interpreter is slow.
-EXAMPLES = [case for case in cases.EXAMPLES if case.op in cases.ON_GPU and case.shapes.get("bias", True)]
+EXAMPLES = [case for case in cases.EXAMPLES if case.op in cases.IN_TRITON and case.shapes.get("bias", True)]
 each_example = pytest.mark.parametrize("case", cases.params(EXAMPLES))
 
 LAYOUTS = ("contiguous", "channels_last", "transposed", "sliced")
@@ -104,7 +104,7 @@ def test_wide_offsets_change_nothing(case: Case, monkeypatch: pytest.MonkeyPatch
     """As for tensors of 2^31 elements and more."""
     tensors = cases.make(case)
     narrow = cases.fused(case, tensors, "triton")
-    for name in cases.ON_GPU:
+    for name in cases.IN_TRITON:
         kernels = importlib.import_module(f"alexnet_ext.ops.{name}.triton_kernels")
         monkeypatch.setattr(kernels, "is_wide", lambda *_: True)
     wide = cases.fused(case, tensors, "triton")
@@ -199,7 +199,7 @@ def test_powers_of_whatever_base(beta: float, k: float) -> None:
 
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("suffix", ["", "_backward"])
-@pytest.mark.parametrize("op", cases.ON_GPU)
+@pytest.mark.parametrize("op", cases.IN_TRITON)
 def test_schemas_are_the_compiled_ops(op: str, suffix: str) -> None:
     names = f"{op}{suffix}", f"{op}_triton{suffix}"
     theirs, ours = (str(getattr(torch.ops.alexnet_ext, name).default._schema) for name in names)

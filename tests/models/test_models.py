@@ -173,6 +173,7 @@ def test_fused_layers() -> None:
     assert isinstance(layers.conv2, ax.nn.Conv2dReLULRNMaxPool2d)
     assert isinstance(layers.conv3, ax.nn.Conv2dReLU)
     assert isinstance(layers.conv4, ax.nn.Conv2dReLU)
+    assert type(layers.conv5) is ax.nn.Conv2d  # pooling applies its ReLU
     assert isinstance(layers.pool5, ax.nn.ReLUMaxPool2d)
     assert isinstance(meta("paper").classifier.fc6, ax.nn.LinearReLU)
     assert isinstance(meta("paper").classifier.fc7, ax.nn.LinearReLU)

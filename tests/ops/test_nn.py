@@ -46,6 +46,7 @@ PAIRS: dict[str, Pair] = {
         )
         for mode in ("zeros", "reflect", "replicate", "circular")
     },
+    "conv_without_relu": (lambda: ax.nn.Conv2d(4, 6, 3, 2, 1, groups=2), lambda: nn.Conv2d(4, 6, 3, 2, 1, groups=2)),
     "conv_same": (
         lambda: ax.nn.Conv2dReLU(4, 6, (2, 4), padding="same"),
         lambda: nn.Sequential(nn.Conv2d(4, 6, (2, 4), padding="same"), nn.ReLU()),

@@ -33,7 +33,7 @@ def named(*flags: str) -> tuple[str, ...]:
 
 # Those with a gradient are compared with float64 by one oracle; those without have their own test.
 OPS, WITHOUT_GRADIENT = named("gradient"), named("not gradient")
-ON_GPU = named("gradient", "on_gpu")
+ON_GPU, IN_TRITON = named("gradient", "on_gpu"), named("gradient", "in_triton")
 PRODUCTS = named("product")
 MEMORY_BOUND = named("gradient", "on_gpu", "not product")
 CASES = {name: spec.cases for name, spec in SPECS.items()}

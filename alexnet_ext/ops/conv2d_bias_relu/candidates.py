@@ -27,9 +27,14 @@ from .shared import Convolution, Direction, precision, zero_gradients
 if TRITON.loaded:
     from . import configs, triton_kernels
 
-    before_relu = triton_kernels.before_relu
-else:
-    before_relu = shared.before_relu
+
+def before_relu(dy: Tensor, y: Tensor, for_bias: bool, relu: bool) -> tuple[Tensor, Tensor]:
+    """``shared.before_relu``: by the compiled kernel where that needs no copy, else by Triton's."""
+    dense = all(t.is_contiguous(memory_format=torch.channels_last) for t in (dy, y))
+    if relu and y.is_cuda and dense and "native" in kernels("conv2d_bias_relu", "cuda"):
+        return torch.ops.alexnet_ext.conv2d_bias_relu_mask(dy, y, for_bias)
+    other = triton_kernels if TRITON.loaded else shared
+    return other.before_relu(dy, y, for_bias, relu)
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .shared import Convolution, Direction, convolved_size
+from ..._library import LIBRARIES
+from .._backend import decide, kernels
+from .._register import _vmap_rule
+from .shared import Convolution, Direction, channels_last, convolved_size
 
 
 class SpaceToDepth:
@@ -84,3 +88,55 @@ def rewritten(
         return None, x, weight, p
     rewrite = SpaceToDepth(x, weight, p)
     return rewrite, rewrite.images(x, dtype), rewrite.weights(weight), Convolution([1, 1], [0, 0], p.dilation, p.groups)
+
+
+def weight_to_depth(weight: Tensor, step: int) -> Tensor:
+    """A weight for images of ``ops.augment(space_to_depth=step)``; by a kernel of one launch where there is one.
+
+    Every proof of the convolution runs that kernel too, so it is trusted where one of them is.
+    """
+    there = kernels("conv2d_bias_relu", weight.device.type)
+    if "native" in there and decide("conv2d_bias_relu", weight.device, weight.dtype, x=weight).backend != "stock":
+        return torch.ops.alexnet_ext.conv2d_bias_relu_to_depth(weight, step)
+    return to_depth(weight, step)
+
+
+def to_depth(weight: Tensor, step: int) -> Tensor:
+    height, width = weight.shape[2:]
+    """The same in stock PyTorch."""
+    return channels_last(F.pixel_unshuffle(F.pad(weight, (0, -width % step, 0, -height % step)), step))
+
+
+def _from_depth(gradient: Tensor, step: int, height: int, width: int, last: bool) -> Tensor:
+    layout = torch.channels_last if last else torch.contiguous_format
+    return F.pixel_shuffle(gradient, step)[:, :, :height, :width].clone(memory_format=layout)
+
+
+def _setup_to(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    weight, ctx.step = inputs
+    last = weight.is_contiguous(memory_format=torch.channels_last)
+    ctx.others = ctx.step, *weight.shape[2:], last and not weight.is_contiguous()
+
+
+def _setup_from(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.step = inputs[1]
+
+
+def _backward_to(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    return torch.ops.alexnet_ext.conv2d_bias_relu_from_depth(gradient, *ctx.others), None
+
+
+def _backward_from(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    return torch.ops.alexnet_ext.conv2d_bias_relu_to_depth(gradient, ctx.step), None, None, None, None
+
+
+if LIBRARIES[0].loaded:
+    for name, run, backward, setup in (
+        ("to", to_depth, _backward_to, _setup_to),
+        ("from", _from_depth, _backward_from, _setup_from),
+    ):
+        op = f"alexnet_ext::conv2d_bias_relu_{name}_depth"
+        torch.library.register_kernel(op, "cpu", run)
+        torch.library.register_fake(op, run)
+        torch.library.register_autograd(op, backward, setup_context=setup)
+        torch.library.register_vmap(op, _vmap_rule(op, ()))

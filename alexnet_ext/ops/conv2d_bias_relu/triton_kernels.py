@@ -39,7 +39,7 @@ from .._triton import (
     total,
     wrap_triton,
 )
-from . import configs
+from . import configs, shared
 from .shared import Convolution, Direction, channels_last, empty_result, precision, zero_gradients
 from .space_to_depth import rewritten
 
@@ -255,21 +255,19 @@ def _mask_kernel(
     y_channel,
     y_row,
     y_column,
-    RELU: tl.constexpr,
     HALO: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """dz = dy, with RELU where y is positive or NaN, channels-last, and its sums by channel."""
+    """dz = dy where y is positive or NaN, else 0, channels-last, and its sums by channel."""
     sums = tl.zeros([1, BLOCK_C], tl.float64 if dy_ptr.dtype.element_ty == tl.float64 else tl.float32)
     for block in range(tl.program_id(0), tl.cdiv(pixels, BLOCK_P), tl.num_programs(0)):
         pixel, channel, inside, _ = tile_at(block, pixels, channels, HALO, BLOCK_P, BLOCK_C, WIDE)
         at = place(pixel, height, width)
         dz = accumulator(tl.load(dy_ptr + offset(at, channel, (dy_batch, dy_channel, dy_row, dy_column)), inside, 0.0))
-        if RELU:
-            y = tl.load(y_ptr + offset(at, channel, (y_batch, y_channel, y_row, y_column)), inside, 0.0)
-            dz = tl.where(accumulator(y) <= 0, 0.0, dz)
+        y = tl.load(y_ptr + offset(at, channel, (y_batch, y_channel, y_row, y_column)), inside, 0.0)
+        dz = tl.where(accumulator(y) <= 0, 0.0, dz)
         tl.store(dz_ptr + pixel * channels + channel, dz.to(dz_ptr.dtype.element_ty), inside)
         sums += tl.sum(dz, 0, keep_dims=True)
     store_sums(sums, sums_ptr, channels, HALO, BLOCK_C)
@@ -379,9 +377,9 @@ def split(pixels: int, c_out: int, k: int, groups: int) -> tuple[int, int]:
 
 
 def before_relu(dy: Tensor, y: Tensor, for_bias: bool, relu: bool) -> tuple[Tensor, Tensor]:
-    """``shared.before_relu`` in one pass; where there is nothing to mask or to add up, dy as it is."""
-    if not relu and not for_bias:
-        return channels_last(dy), dy.new_empty(0)
+    """``shared.before_relu`` in one pass; where there is nothing to mask, the same."""
+    if not relu:
+        return shared.before_relu(dy, y, for_bias, relu)
     batch, channels, height, width = y.shape
     dz = new_images(dy, y.shape, torch.channels_last)
     blocks, channel_blocks = tile(channels, 1, None, dy.dtype)
@@ -399,7 +397,6 @@ def before_relu(dy: Tensor, y: Tensor, for_bias: bool, relu: bool) -> tuple[Tens
         width,
         *dy.stride(),
         *y.stride(),
-        RELU=relu,
         **blocks,
         WIDE=is_wide(dy, y, dz),
     )

@@ -187,6 +187,14 @@ def runs(grid: str, capability: int) -> Iterator[Run]:
     yield from unordered() if grid == "sample" else compiled(grid == "full")
 
 
+def to_depth_and_back(weight: Tensor, step: int) -> list[Tensor]:
+    """A first layer's weight turned to depth, and a multiple of it turned back in each memory format."""
+    ops = torch.ops.alexnet_ext
+    deep = ops.conv2d_bias_relu_to_depth(weight, step)
+    back = (ops.conv2d_bias_relu_from_depth(deep * 2, step, *weight.shape[2:], last) for last in (True, False))
+    return [deep, *back]
+
+
 FAULTS = (
     Fault("ReLU: NaN turned to 0", "csrc/conv2d_bias_relu/conv2d_bias_relu_cpu.cpp", "widen(values[i]) <= 0 ?",
           "!(widen(values[i]) > 0) ?", "conv2d_bias_relu"),
@@ -208,6 +216,8 @@ FAULTS = (
           "tests/ops/conv2d_bias_relu/test_conv2d_bias_relu.py -k 'values_and_gradients and reluFalse and float32'"),
     Fault("CUDA: one plane's bias added to the next", "csrc/conv2d_bias_relu/conv2d_bias_relu_kernels.cuh",
           "j < left ? own : next", "own", f"{EMULATOR} -k 'conv2d_bias_relu and float32'"),
+    Fault("CUDA: a weight with depth takes the next row's taps for zeros", "csrc/conv2d_bias_relu/conv2d_depth_cuda.cu",
+          "row < w.height && column < w.width", "row < w.height", f"{EMULATOR} -k turned_to_depth"),
     Fault("CUTLASS: a group's strides for the whole tensor's", CUTLASS, "p.height, p.width, p.channels)",
           "p.height, p.width, p.group_channels())", f"{PTX}forward[bf16]"),
     Fault("CUTLASS: a ReLU that loses NaN", CUTLASS, "sums[i] < least ? least : sums[i]",

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import alexnet_ext as ax
 from alexnet_ext.nn import Conv2dReLU
 from alexnet_ext.ops import conv2d_bias_relu
 from alexnet_ext.selfcheck.calls import calls_of
@@ -199,3 +200,34 @@ def test_tune_measures_what_training_convolves() -> None:
     assert (x.shape, weight.shape, bias.shape) == ((2, 36, 7, 6), (8, 36, 2, 2), (8,))
     assert constants == [[1, 1], [0, 0], [1, 1], 1, True]
     assert not list(in_training(first, Setting(CPU, torch.float16, torch.channels_last)))
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(("shape", "step"), [((5, 3, 11, 11), 4), ((2, 2, 4, 3), 2), ((1, 2, 3, 7), 3)])
+def test_a_weight_for_images_with_depth(shape: tuple[int, ...], step: int, layout: str) -> None:
+    """Values and gradients of two orders are those of the stock functions; the gradient has the weight's strides."""
+    weight = cases.lay_out(torch.randn(shape, dtype=torch.float64), layout).requires_grad_()
+    found = space_to_depth.weight_to_depth(weight, step)
+    assert "to_depth" in type(found.grad_fn).__name__
+    expected = F.pixel_unshuffle(F.pad(weight, (0, -shape[3] % step, 0, -shape[2] % step)), step)
+    assert torch.equal(found, expected)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    dy = torch.randn_like(expected)
+    (ours,), (theirs,) = (torch.autograd.grad(y, weight, dy) for y in (found, expected))
+    assert torch.equal(ours, theirs)
+    assert ours.stride() == weight.stride()
+    assert torch.autograd.gradgradcheck(lambda w: space_to_depth.weight_to_depth(w, step) ** 2, weight)
+    run = torch.compile(space_to_depth.weight_to_depth, fullgraph=True, backend="aot_eager")
+    assert torch.equal(run(weight, step), expected)
+    mapped = torch.vmap(lambda w: space_to_depth.weight_to_depth(w, step))(torch.stack([weight, -weight]))
+    assert torch.equal(mapped, torch.stack([expected, -expected]))
+
+
+def test_a_weight_with_depth_runs_stock_where_no_compiled_op_does() -> None:
+    weight = torch.randn(2, 3, 5, 5, requires_grad=True)
+    with ax.use_backend("stock"):
+        found = space_to_depth.weight_to_depth(weight, 2)
+    assert "to_depth" not in type(found.grad_fn).__name__
+    grad = torch.func.grad(lambda w: space_to_depth.weight_to_depth(w, 2).square().sum())(weight.detach())
+    assert torch.equal(grad, 2 * weight)

@@ -1,17 +1,20 @@
-"""linear_bias_relu, as tests, benchmarks and planted faults know it. On a GPU stock PyTorch's library is to beat."""
+"""linear_bias_relu, as tests, benchmarks and planted faults know it. On a GPU the products are PyTorch's."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tests.support import spec
-from tests.support.spec import DY_BAD, Case, Draw, Fault, Spec, Tensors, bad_bias, change, flat, smaller
+from tests.support.spec import DY_BAD, EMULATOR, Case, Draw, Fault, Spec, Tensors, bad_bias, change, flat, smaller
 
 LINEAR = "csrc/linear_bias_relu/linear_bias_relu_cpu.cpp"
+CUDA = "csrc/linear_bias_relu/linear_bias_relu_kernels.cuh"
 
 
 def linear(shape: tuple[int, ...], outputs: int, bias: bool = True) -> Case:
@@ -53,6 +56,24 @@ def settled(case: Case, exact: Tensors, eps: float) -> Tensor | bool:
     return ~(value.abs() <= eps * scale) | (scale == 0)
 
 
+MASKED = ((3, 8), (70, 40), (70, 33), (129, 32), (1025, 8))
+"""Rows and outputs for ``masked_gradients``."""
+
+
+def masked_gradients(rows: int, outputs: int, for_bias: bool, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each gradient by the raw backward, and exact, where results are NaN, infinite, or zeros of both signs.
+
+    Sums of integers are exact.
+    """
+    values = torch.tensor([math.nan, -1, 0, -0.0, 1, math.inf, -math.inf, 3], dtype=dtype)
+    y = values[torch.randint(0, len(values), (rows, outputs))]
+    dy, x, weight = (torch.randint(-1, 2, shape).to(dtype) for shape in ((rows, outputs), (rows, 5), (outputs, 5)))
+    found = torch.ops.alexnet_ext.linear_bias_relu_backward(dy, x, weight, y, [True, True, for_bias])
+    dz = torch.ops.aten.threshold_backward(dy.double(), y.double(), 0)
+    exact = (dz @ weight.double(), dz.mT @ x.double(), dz.sum(0)[: outputs if for_bias else 0])
+    yield from ((ours, theirs.to(dtype)) for ours, theirs in zip(found, exact, strict=True))
+
+
 FAULTS = (
     Fault("linear: a row left over from the tiles not computed", LINEAR, "for (; i < rows; ++i) tile<1, V>",
           "for (; i < rows - 1; ++i) tile<1, V>", "linear_bias_relu"),
@@ -61,16 +82,22 @@ FAULTS = (
     Fault("linear: NaN turned to 0", LINEAR, "row[i] = z <= 0 ?", "row[i] = !(z > 0) ?", "linear_bias_relu"),
     Fault("linear: every chunk of vectors reads the first", LINEAR, "b + column, b_step", "b, b_step",
           "linear_bias_relu"),
-    Fault("boundary: rows of any strides taken for dense", "csrc/linear_bias_relu/linear_bias_relu_ops.cpp",
+    Fault("boundary: rows of any strides taken for dense", "csrc/linear_bias_relu/linear_bias_relu_plan.h",
           "return torch::stable::contiguous(t);", "return t;",
           "tests/ops/linear_bias_relu/test_linear_bias_relu.py -k 'values_and_gradients and transposed and float32'"),
+    Fault("CUDA: linear's mask takes NaN for closed", CUDA, "result[i][j] <= 0", "!(result[i][j] > 0)",
+          f"{EMULATOR} -k 'masks and float32'"),
+    Fault("CUDA: linear's mask leaves out a thread's second row", CUDA, "row < rows ? row : first", "first",
+          f"{EMULATOR} -k 'linear and values and float32'"),
+    Fault("CUDA: linear's bias sums written past the outputs of a block", CUDA,
+          "total[before * V + output] = ", "total[output] = ", f"{EMULATOR} -k 'linear and values and float32'"),
 )  # fmt: skip
 
 
 SPEC = Spec(
     name="linear_bias_relu",
     gradient=True,
-    on_gpu=False,
+    on_gpu=True,
     in_triton=False,
     product=True,
     in_place=None,
@@ -92,7 +119,7 @@ SPEC = Spec(
     examples=(linear((10, 7), 6), linear((10, 7), 6, bias=False)),
     edges=(linear((0, 7), 6), linear((1, 1), 1)),
     small=(linear((2, 3), 2), linear((2, 3), 2, bias=False)),
-    large=(),
+    large=(linear((70, 600), 130),),
     many=(),
     alexnet=(linear((1, 9216), 4096), linear((1, 4096), 4096)),
     backward_arguments=backward_arguments,
@@ -122,10 +149,17 @@ SPEC = Spec(
     summands=summands,
     settled=settled,
     magnitude=lambda case: 1.0,
-    emulated=(),
-    emulated_orders=(),
-    emulated_many=(),
-    ptx=(),
+    # Outputs about the 8, 16 and 32 of a block's vectors; rows about the 64 that divide them, and two launches.
+    emulated=(
+        *(linear((rows, 5), 40) for rows in (0, 1, 64, 65, 129)),
+        *(linear((9, 5), outputs) for outputs in (8, 16, 32, 72, 6)),
+        linear((130, 3), 40, bias=False),
+        linear((1030, 3), 8),
+        *(linear((rows, 5), outputs) for rows, outputs in ((1, 1), (0, 6), (3, 0))),
+    ),
+    emulated_orders=(linear((70, 9), 40), linear((10, 7), 6)),
+    emulated_many=(linear((300, 4), 1100),),
+    ptx=(linear((10, 7), 6, bias=False), linear((130, 5), 72)),
     runs=None,
     triton_kernels=frozenset(),
     faults=FAULTS,

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alexnet_ext.ops import linear_bias_relu
+from tests.ops.linear_bias_relu.spec import MASKED, masked_gradients
 from tests.support import cases, oracle
 from tests.support.cases import Case, each_dtype, linear
 
@@ -68,6 +69,14 @@ def test_relu_as_stock_at_zero_nan_and_inf(dtype: torch.dtype, rows: int) -> Non
     expected.sum().backward()
     torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(x.grad, plain.grad, rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("native", "poisoned")
+@each_dtype
+@pytest.mark.parametrize("for_bias", [True, False])
+@pytest.mark.parametrize(("rows", "outputs"), MASKED)
+def test_the_backward_masks_as_relu_does(rows: int, outputs: int, for_bias: bool, dtype: torch.dtype) -> None:
+    assert all(torch.equal(ours, exact) for ours, exact in masked_gradients(rows, outputs, for_bias, dtype))
 
 
 @pytest.mark.parametrize("rows", [3, 20])
