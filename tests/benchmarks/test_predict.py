@@ -82,6 +82,7 @@ def test_constants_stand_once_each_with_a_reason_and_a_range() -> None:
         assert constant.low < constant.value < constant.high
         assert len(constant.reason.split()) > 4
         assert getattr(LIKELY, name.lower()) == constant.value
+    assert [name.lower() for name in gpus.CONSTANTS] == list(vars(LIKELY))
     assert gpus.SLOW.gap > LIKELY.gap > gpus.FAST.gap
     assert gpus.SLOW.issue < LIKELY.issue < gpus.FAST.issue
 
