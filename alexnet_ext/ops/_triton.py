@@ -62,17 +62,22 @@ def offset(at, channel, strides):
     return at[0] * strides[0] + channel * strides[1] + at[1] * strides[2] + at[2] * strides[3]
 
 
-PARTIAL_SUMS = 1024
-"""The most programs that share a sum by channel. Their number, and so the sum's order, depends on the shape alone."""
+PARTIAL_SUMS = 1056
+"""The most programs of a grid that adds up channels: 8 for each multiprocessor of an H100, whole waves of 1, 2 or 4."""
+
+
+def sharing(blocks: int, channel_blocks: int) -> int:
+    """How many programs share the sums of a block of channels. Their order depends on the shape alone, as it does."""
+    return min(blocks, max(1, PARTIAL_SUMS // channel_blocks))
 
 
 @triton.jit
 def store_sums(sums, sums_ptr, channels, HALO: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Store this program's row of the partial sums [programs, channels]."""
+    """Store this program's row of the partial sums [programs, channels]: what its tiles' pixels added up to."""
     lane = tl.arange(0, BLOCK_C)[None, :]
     channel = tl.program_id(1) * (BLOCK_C - 2 * HALO) - HALO + lane
     own = (lane >= HALO) & (lane < BLOCK_C - HALO) & (channel < channels)
-    tl.store(sums_ptr + tl.program_id(0).to(tl.int64) * channels + channel, sums, own)
+    tl.store(sums_ptr + tl.program_id(0).to(tl.int64) * channels + channel, tl.sum(sums, 0, keep_dims=True), own)
 
 
 def total(partial: Tensor, dtype: torch.dtype) -> Tensor:

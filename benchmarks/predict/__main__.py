@@ -3,7 +3,7 @@
 Kernels are predicted from counts (counts.json) and a GPU's data sheet, none of it measured on a GPU.
 
     python -m benchmarks.predict [--gpu h100] [--batch 128 --batch 1024] [--json FILE] [--picture FILE.png]
-    python -m benchmarks.predict --renew [WORDS...]    # counts again (needs nvcc) those whose names have all words
+    python -m benchmarks.predict --renew [WORDS...]    # counts again those whose names have all words (by nvcc, Triton)
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ def renew(words: list[str]) -> int:
     known = {job.work.name for job in count.jobs()}
     committed["rows"] = {name: row for name, row in committed["rows"].items() if name in known}
     started = time.monotonic()
-    for work, row in count.count(lambda work: all(word in work.name for word in words)):
-        print(f"{time.monotonic() - started:5.0f} s  {work.name}", flush=True)
-        committed["rows"][work.name] = row
+    for name, row in count.count(words):
+        print(f"{time.monotonic() - started:5.0f} s  {name}", flush=True)
+        committed["rows"][name] = row
     if not words:
         committed["producers"] = count.producers()
     write(COUNTS, committed)

@@ -7,8 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .gpus import COPY as COPY_SHARE
-from .gpus import GPUS, ISSUE, Gpu
+from .gpus import CONSTANTS, GPUS, Gpu
 from .kernels import BATCH, counts, row_times, total
 
 # In the names of GPUs with fewer multiprocessors, or another memory, than the data sheet's.
@@ -78,11 +77,11 @@ def compare(measurements: Iterable[Measured], gpu: Gpu) -> list[Compared]:
 
 def fitted(found: Iterable[Compared]) -> dict[str, tuple[float, float, int]]:
     """By constant: its value, that which fits (the median of the shares reached), and the number of kernels."""
-    constants = {"COPY": ("memory", COPY_SHARE), "ISSUE": ("issue", ISSUE)}
+    limits = {"COPY": "memory", "ISSUE": "issue"}
     every = list(found)
-    shares = {name: [c.share for c in every if c.limit == limit] for name, (limit, _) in constants.items()}
+    shares = {name: [c.share for c in every if c.limit == limit] for name, limit in limits.items()}
     return {
-        name: (constants[name][1].value, statistics.median(values), len(values))
+        name: (CONSTANTS[name].value, statistics.median(values), len(values))
         for name, values in shares.items()
         if values
     }

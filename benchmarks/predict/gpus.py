@@ -5,7 +5,7 @@ Nothing here was measured by this project. ``verify_gpu`` fits ``ISSUE`` and ``C
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 
 WARP = 32
 SCHEDULERS = 4  # of a multiprocessor, each issues one instruction a clock
@@ -53,44 +53,7 @@ GPUS = {
     "rtx4090": Gpu("RTX 4090", 128, 2.40e9, 0.92e12, 100 * 1024, 1536, 256, 89),
 }
 
-ISSUE = Constant(
-    0.80,
-    0.70,
-    0.90,
-    "share of its issue slots that a busy multiprocessor fills; profiles of such kernels: 70 to 90 %",
-)
-COPY = Constant(0.95, 0.90, 1.00, "share of a copy's rate that a kernel bound by memory reaches")
-L2 = Constant(
-    38, 30, 48, "bytes a clock that a multiprocessor gets from L2; matrix products without multicast show 30 to 45"
-)
-TENSOR = Constant(
-    0.82,
-    0.78,
-    0.86,
-    "share of the tensor cores' peak at this clock; an H100's fastest published bf16 products: 0.84",
-)
-MMA_SYNC = Constant(0.62, 0.55, 0.68, "rate of mma.sync on Hopper, as a share of wgmma's; published comparisons")
-PERMUTE = Constant(
-    0.33, 0.20, 0.60, "rate of PyTorch's copy between memory formats, as a share of a plain copy's; profiles of others"
-)
-LINEAR = Constant(0.63, 0.55, 0.70, "share of the tensor cores' peak that cuBLAS reaches on fc6 to fc8")
-LINEAR_BYTES = Constant(0.85, 0.75, 0.92, "share of a copy's rate at which cuBLAS reads weights")
-GAP = Constant(1.3e-6, 1.0e-6, 2.0e-6, "seconds between two kernels of a CUDA graph, with the ramp of both")
-SMALL = Constant(1.0e-6, 0.7e-6, 1.5e-6, "seconds of a kernel that moves a few kilobytes")
 SHARED_RATE = 128  # bytes a clock and multiprocessor from shared memory: a fact of every GPU above
-
-CONSTANTS = {
-    "ISSUE": ISSUE,
-    "COPY": COPY,
-    "L2": L2,
-    "TENSOR": TENSOR,
-    "MMA_SYNC": MMA_SYNC,
-    "PERMUTE": PERMUTE,
-    "LINEAR": LINEAR,
-    "LINEAR_BYTES": LINEAR_BYTES,
-    "GAP": GAP,
-    "SMALL": SMALL,
-}
 
 BLIND = (
     "hits in L2 beyond those within a block",
@@ -103,20 +66,48 @@ BLIND = (
 """What the model does not see."""
 
 
+def assumed(value: float, low: float, high: float, reason: str) -> float:
+    """A field with this default, and what else is known of it."""
+    found: float = field(default=value, metadata={"constant": Constant(value, low, high, reason)})
+    return found
+
+
 @dataclass(frozen=True)
 class Assumed:
     """The constants in force: the likely ones, or those at an end of their ranges."""
 
-    issue: float = ISSUE.value
-    copy: float = COPY.value
-    l2: float = L2.value
-    tensor: float = TENSOR.value
-    mma_sync: float = MMA_SYNC.value
-    permute: float = PERMUTE.value
-    linear: float = LINEAR.value
-    linear_bytes: float = LINEAR_BYTES.value
-    gap: float = GAP.value
-    small: float = SMALL.value
+    issue: float = assumed(
+        0.80,
+        0.70,
+        0.90,
+        "share of its issue slots that a busy multiprocessor fills; profiles of such kernels: 70 to 90 %",
+    )
+    copy: float = assumed(0.95, 0.90, 1.00, "share of a copy's rate that a kernel bound by memory reaches")
+    l2: float = assumed(
+        38, 30, 48, "bytes a clock that a multiprocessor gets from L2; matrix products without multicast show 30 to 45"
+    )
+    tensor: float = assumed(
+        0.82,
+        0.78,
+        0.86,
+        "share of the tensor cores' peak at this clock; an H100's fastest published bf16 products: 0.84",
+    )
+    mma_sync: float = assumed(
+        0.62, 0.55, 0.68, "rate of mma.sync on Hopper, as a share of wgmma's; published comparisons"
+    )
+    permute: float = assumed(
+        0.33,
+        0.20,
+        0.60,
+        "rate of PyTorch's copy between memory formats, as a share of a plain copy's; profiles of others",
+    )
+    linear: float = assumed(0.63, 0.55, 0.70, "share of the tensor cores' peak that cuBLAS reaches on fc6 to fc8")
+    linear_bytes: float = assumed(0.85, 0.75, 0.92, "share of a copy's rate at which cuBLAS reads weights")
+    gap: float = assumed(1.3e-6, 1.0e-6, 2.0e-6, "seconds between two kernels of a CUDA graph, with the ramp of both")
+    small: float = assumed(1.0e-6, 0.7e-6, 1.5e-6, "seconds of a kernel that moves a few kilobytes")
+
+
+CONSTANTS: dict[str, Constant] = {f.name.upper(): f.metadata["constant"] for f in fields(Assumed)}
 
 
 def at_end(which: str) -> Assumed:

@@ -82,7 +82,7 @@ def table(title: str, *columns: str) -> Table:
 
 
 def show(found: dict[str, Any]) -> None:
-    console = Console(width=140)
+    console = Console(width=150)
     kernels = table(
         f"Predicted for {found['gpu']}, batch 128: kernels bound by memory", "kernel", "MB", "copy, us", "instructions",
         "limit", "predicted, us", "copies",

@@ -82,6 +82,7 @@ def test_constants_stand_once_each_with_a_reason_and_a_range() -> None:
         assert constant.low < constant.value < constant.high
         assert len(constant.reason.split()) > 4
         assert getattr(LIKELY, name.lower()) == constant.value
+    assert [name.lower() for name in gpus.CONSTANTS] == list(vars(LIKELY))
     assert gpus.SLOW.gap > LIKELY.gap > gpus.FAST.gap
     assert gpus.SLOW.issue < LIKELY.issue < gpus.FAST.issue
 
@@ -147,6 +148,36 @@ def test_the_committed_counts_are_of_every_job_and_keep_to_the_gates() -> None:
     said += [*gates.idle(COMMITTED), *gates.producer_faults(COMMITTED["producers"])]
     assert said == []
     assert all(len(exception["why"]) > 20 for exception in COMMITTED["held"])
+
+
+def test_every_triton_kernel_of_the_path_has_a_row() -> None:
+    """In bf16 and channels-last, after the row of its CUDA twin, whose bytes it moves."""
+    names = [job.work.name for job in count.jobs()]
+    twins = {name for name in names if name.endswith(" triton")}
+    assert {name.split()[0] for name in twins} == set(specs.named("in_triton"))
+    for name in twins:
+        native = name.replace(" triton", " native")
+        assert names[names.index(name) - 1] == native
+        assert COMMITTED["rows"][name]["floor_bytes"] == COMMITTED["rows"][native]["floor_bytes"]
+        kernels_of = [launch["kernel"] for launch in COMMITTED["rows"][name]["launches"]]
+        assert set(kernels_of) <= set().union(*(specs.SPECS[op].triton_kernels for op in specs.named("in_triton")))
+
+
+def test_a_triton_grid_that_shares_a_sum_does_not_grow_with_the_batch() -> None:
+    name = "relu_lrn_max_pool2d backward 128x96x55x55 bfloat16 channels_last triton"
+    (launch,) = COMMITTED["rows"][name]["launches"]
+    assert launch["persistent"]
+    once, eight = (kernels.time_of(launch, H100, LIKELY, batches) for batches in (1, 8))
+    assert eight.issue == pytest.approx(8 * once.issue)
+    assert eight.latency == pytest.approx(8 * once.latency)
+
+
+def test_the_step_is_that_of_the_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, before = step.predicted("training", 128, H100, kernels.producers())
+    native = {name: row for name, row in kernels.counts().items() if name.endswith(" native")}
+    for module in (kernels, step):
+        monkeypatch.setattr(module, "counts", lambda: native)
+    assert step.predicted("training", 128, H100, kernels.producers())[1] == before
 
 
 def test_every_op_that_memory_bounds_is_on_the_path_or_said_to_be_elsewhere() -> None:
@@ -225,7 +256,8 @@ def test_what_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.Captu
         assert set(found[kind]) == {"128", "1024"}
         for row in found[kind].values():
             assert row["low"] < row["images_per_second"] < row["high"]
-    assert len(found["kernels"]) == len(COMMITTED["rows"])
+    assert [kernel["kernel"] for kernel in found["kernels"]] == list(COMMITTED["rows"])
+    assert {kernel["kernel"].split()[-1] for kernel in found["kernels"]} == {"native", "triton"}
     assert found["predicted"] == "not measured on a GPU"
     assert picture.read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
@@ -260,7 +292,7 @@ def as_if_measured(share: float, issue: float) -> list[fit.Measured]:
     found = []
     for name, row in COMMITTED["rows"].items():
         op, direction, shape, *rest = name.split()
-        if op in ("augment", "sgd_step", "conv2d_bias_relu") or rest[0] != "bfloat16":
+        if op in ("augment", "sgd_step", "conv2d_bias_relu") or rest[0] != "bfloat16" or rest[-1] != "native":
             continue
         copy = 1e3 * kernels.copy_time(row["floor_bytes"], H100)
         instructions = sum(launch["instructions"] for launch in row["launches"])

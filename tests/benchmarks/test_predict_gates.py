@@ -1,4 +1,7 @@
-"""The gates of benchmarks.predict: every kernel of AlexNet's training step is compiled for 9.0 and counted anew."""
+"""The gates of benchmarks.predict: every kernel of AlexNet's training step is compiled for 9.0 and counted anew.
+
+So are their twins in Triton, in a process of their own with Triton's compiler.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,18 @@ import torch
 from benchmarks.predict import count, gates
 from benchmarks.predict.kernels import COUNTS
 from tests.gpu_on_cpu.ptx.runtime import shared_folder
+from tests.gpu_on_cpu.uninterpreted import printed
 
 COMMITTED = json.loads(COUNTS.read_text(encoding="utf-8"))
 JOBS = {job.work.name: job for job in count.jobs()}
 ON_PATH = sorted(filter(gates.on_path, JOBS))
+
+
+def counted_in_triton(*words: str) -> dict[str, Any]:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    if torch.version.cuda is None:
+        pytest.skip("this torch is a CPU build: the kernels are not defined without the interpreter")
+    return {line["name"]: line["row"] for line in printed("benchmarks.predict.count", "triton", *words)}
 
 
 @pytest.fixture(scope="module")
@@ -23,13 +34,27 @@ def counter(tmp_path_factory: pytest.TempPathFactory) -> Any:
     if shutil.which("nvcc") is None or torch.version.cuda is None:
         pytest.skip("nvcc is not on PATH, or this torch is a CPU build")
     with shared_folder(tmp_path_factory.getbasetemp(), "predict") as folder:
-        return count.Counter(folder)
+        return count.NativeCounter(folder)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ON_PATH)
-def test_gates_hold(name: str, counter: count.Counter) -> None:
+@pytest.mark.parametrize("name", [name for name in ON_PATH if not name.endswith("triton")])
+def test_gates_hold(name: str, counter: count.NativeCounter) -> None:
     assert list(gates.faults(name, counter.row(JOBS[name]), COMMITTED)) == []
+
+
+def test_a_triton_kernel_is_counted_as_it_was() -> None:
+    name = "relu_max_pool2d forward 128x256x13x13 bfloat16 channels_last triton"
+    rows = counted_in_triton("relu_max_pool2d", "forward", "128x256x13x13")
+    assert list(rows) == [name]
+    assert list(gates.faults(name, rows[name], COMMITTED)) == []
+
+
+@pytest.mark.slow
+def test_gates_hold_for_triton() -> None:
+    rows = counted_in_triton()
+    assert set(rows) == {name for name in JOBS if name.endswith("triton")}
+    assert [fault for name in ON_PATH if name in rows for fault in gates.faults(name, rows[name], COMMITTED)] == []
 
 
 @pytest.mark.slow

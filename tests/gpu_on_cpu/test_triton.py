@@ -98,6 +98,20 @@ def test_channels_that_do_not_fit_one_tile(case: Case, layout: str, monkeypatch:
     oracle.assert_matches_float64(case, cases.make(case, layout=layout), "triton")
 
 
+# Windows of LRN that reach beyond the eight channels of a thread, to the next lanes' and further.
+REACHING = tuple(lrn((1, 24, 2, 3), size) for size in (6, 16, 17, 18))
+# Windows that share a row with the next one: several runs of rows, the last one shorter, or one window alone.
+SHARING = tuple(
+    block("relu_lrn_max_pool2d", (1, 8, height, 5), kernel_size=kernel, stride=stride)
+    for height, kernel, stride in ((35, 3, 2), (19, (2, 3), (1, 2)), (3, 3, 2), (9, (3, 2), (1, 1)))
+)
+
+
+@pytest.mark.parametrize("case", cases.params(REACHING + SHARING))
+def test_windows_that_reach_far_and_rows_that_are_shared(case: Case) -> None:
+    oracle.assert_matches_float64(case, cases.make(case, layout="channels_last"), "triton")
+
+
 @pytest.mark.usefixtures("native")
 @each_example
 def test_wide_offsets_change_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +169,7 @@ def test_pooling_is_the_compiled_op_to_the_bit(case: Case, dtype: torch.dtype, l
     assert identical(y, expected)
     assert torch.equal(winners, expected_winners)
     assert y.stride() == expected.stride()
-    dy = torch.randint(-4, 5, y.shape).to(dtype)
+    dy = -torch.randint(-4, 5, y.shape).to(dtype)  # zeros have a sign
     given = (dy, winners, *x.shape[2:], *arguments[1:-1])
     assert identical(ops.relu_max_pool2d_triton_backward(*given), ops.relu_max_pool2d_backward(*given))
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import functools
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -26,6 +26,14 @@ from tests.gpu_on_cpu.ptx.program import Kernel, PtxError, parse
 from tests.gpu_on_cpu.triton_ahead import compiled
 
 MACHINES = {80: Machine, 90: HopperMachine}
+
+
+class Launched(NamedTuple):
+    """A launch: the op's name and the kernel's in one, its PTX and its machine code."""
+
+    name: str
+    program: Kernel
+    cubin: bytes
 
 
 @functools.lru_cache(maxsize=64)
@@ -61,7 +69,15 @@ def without(program: Kernel, instruction: str) -> Kernel:
     return replace(program, code=code)
 
 
-def run(kernel: JITFunction, grid: Any, given: dict[str, Any], capability: int, order: str, missing: str) -> Kernel:
+def run(
+    kernel: JITFunction,
+    grid: Any,
+    given: dict[str, Any],
+    capability: int,
+    order: str,
+    missing: str,
+    machine: Callable[[Launch], Machine],
+) -> Launched:
     binary = compiled((kernel, given), capability)
     values = [given[name] for name in kernel.arg_names]
     passed = [
@@ -82,21 +98,24 @@ def run(kernel: JITFunction, grid: Any, given: dict[str, Any], capability: int, 
     buffers = [memory(value) for value in passed if isinstance(value, torch.Tensor) and value.numel()]
     grid = grid(given) if callable(grid) else grid
     threads, shared = 32 * binary.metadata.num_warps, binary.metadata.shared
-    MACHINES[capability](Launch(program, buffers, arguments, threads, shared, order)).run((*grid, 1, 1)[:3])
-    return program
+    machine(Launch(program, buffers, arguments, threads, shared, order)).run((*grid, 1, 1)[:3])
+    return Launched(f"{kernel.fn.__module__.split('.')[-2]}{kernel.__name__}", program, binary.asm["cubin"])
 
 
 @contextmanager
-def compiled_kernels(capability: int, order: str = "together", missing: str = "") -> Iterator[list[tuple[str, Kernel]]]:
-    """In the block ``backend="triton"`` runs CPU tensors in the machine; yields the launches, as (op, kernel).
+def compiled_kernels(
+    capability: int, order: str = "together", missing: str = "", machine: Callable[[Launch], Machine] | None = None
+) -> Iterator[list[Launched]]:
+    """In the block ``backend="triton"`` runs CPU tensors in the machine; yields the launches.
 
     ``missing``: the instructions to leave out of the kernels.
     """
-    launched: list[tuple[str, Kernel]] = []
+    launched: list[Launched] = []
+    made = machine or MACHINES[capability]
 
     def execute(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        program = run(self, grid, dict(zip(self.arg_names, args, strict=False)) | options, capability, order, missing)
-        launched.append((f"{self.fn.__module__.split('.')[-2]}{self.__name__}", program))
+        given = dict(zip(self.arg_names, args, strict=False)) | options
+        launched.append(run(self, grid, given, capability, order, missing, made))
 
     on_cpu = {op: {**devices, "cpu": devices["cuda"]} for op, devices in _backend.KERNELS.items()}
     with (

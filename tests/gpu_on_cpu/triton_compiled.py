@@ -86,8 +86,8 @@ def main(op: str, grid: str, capability: str) -> None:
         row: dict[str, Any] = {"run": run.id, "dtype": str(run.dtype).removeprefix("torch."), "tf32": run.tf32}
         row["missing"] = run.missing
         row |= {"layout": "askew" if run.askew else run.layout, "channels": run.case.shapes.get("x", (0, 0))[1]}
-        row["kernels"] = [name for name, _ in launched]
-        row["instructions"] = sorted({".".join(i.op) for _, program in launched for i in program.code})
+        row["kernels"] = [launch.name for launch in launched]
+        row["instructions"] = sorted({".".join(i.op) for launch in launched for i in launch.program.code})
         print(json.dumps(row | {"error": error}), flush=True)
 
 

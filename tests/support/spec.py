@@ -24,6 +24,7 @@ BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.flo
 DTYPES = (FP64, FP32, BF16, FP16)
 LAYOUTS = ("contiguous", "channels_last", "transposed", "sliced", "expanded", "expanded_batch", "offset")
 EMULATOR = "tests/gpu_on_cpu/test_emulator.py"
+IN_TRITON = "tests/gpu_on_cpu/test_triton.py"
 CITIZEN = "tests/ops/test_citizen.py"
 RUNTIME = "tests/ops/test_runtime.py"
 GATES = "tests/benchmarks/test_predict_gates.py -m slow"  # of kernels that got slower

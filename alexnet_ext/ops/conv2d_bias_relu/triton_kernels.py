@@ -26,12 +26,12 @@ from torch import Tensor
 
 from .._layout import convolved_format, new_images
 from .._triton import (
-    PARTIAL_SUMS,
     accumulator,
     accumulator_dtype,
     is_wide,
     offset,
     place,
+    sharing,
     sides,
     store_sums,
     tile,
@@ -261,7 +261,7 @@ def _mask_kernel(
     WIDE: tl.constexpr,
 ):
     """dz = dy where y is positive or NaN, else 0, channels-last, and its sums by channel."""
-    sums = tl.zeros([1, BLOCK_C], tl.float64 if dy_ptr.dtype.element_ty == tl.float64 else tl.float32)
+    sums = tl.zeros([BLOCK_P, BLOCK_C], tl.float64 if dy_ptr.dtype.element_ty == tl.float64 else tl.float32)
     for block in range(tl.program_id(0), tl.cdiv(pixels, BLOCK_P), tl.num_programs(0)):
         pixel, channel, inside, _ = tile_at(block, pixels, channels, HALO, BLOCK_P, BLOCK_C, WIDE)
         at = place(pixel, height, width)
@@ -269,7 +269,7 @@ def _mask_kernel(
         y = tl.load(y_ptr + offset(at, channel, (y_batch, y_channel, y_row, y_column)), inside, 0.0)
         dz = tl.where(accumulator(y) <= 0, 0.0, dz)
         tl.store(dz_ptr + pixel * channels + channel, dz.to(dz_ptr.dtype.element_ty), inside)
-        sums += tl.sum(dz, 0, keep_dims=True)
+        sums += dz
     store_sums(sums, sums_ptr, channels, HALO, BLOCK_C)
 
 
@@ -384,7 +384,7 @@ def before_relu(dy: Tensor, y: Tensor, for_bias: bool, relu: bool) -> tuple[Tens
     dz = new_images(dy, y.shape, torch.channels_last)
     blocks, channel_blocks = tile(channels, 1, None, dy.dtype)
     pixels = batch * height * width
-    programs = min(triton.cdiv(pixels, blocks["BLOCK_P"]), PARTIAL_SUMS)
+    programs = sharing(triton.cdiv(pixels, blocks["BLOCK_P"]), channel_blocks)
     partial = dz.new_empty((programs, channels), dtype=accumulator_dtype(dy.dtype))
     wrap_triton(_mask_kernel)[(programs, channel_blocks)](
         dy,

@@ -16,8 +16,8 @@ from .._layout import empty_images
 from .._triton import accumulator_dtype, is_wide, offset, place, sides, tile, tile_at, wrap_triton
 from ..local_response_norm.triton_kernels import backward as normalization_backward
 from ..local_response_norm.triton_kernels import constants, lrn
+from ..relu_max_pool2d.triton_kernels import bias_of, pool, window
 from ..relu_max_pool2d.triton_kernels import gradient as pooling_gradient
-from ..relu_max_pool2d.triton_kernels import pool, window
 
 
 @triton.jit
@@ -60,15 +60,13 @@ def _forward_kernel(
         x_ptr,
         (x_batch, x_channel, x_row, x_column),
         None,
-        bias_ptr,
+        bias_of(bias_ptr, channel, channels) if BIAS else None,
         at,
         channel,
-        channels,
         inside,
         None,
         None,
         (KERNEL_H, KERNEL_W, STRIDE_H, STRIDE_W, 0, 0, 1, 1),
-        BIAS,
     )
     y = lrn(value, BEFORE, AFTER, MEAN, BETA, K)
     out = offset(at, channel, (out_batch, out_channel, out_row, out_column))

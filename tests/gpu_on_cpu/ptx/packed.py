@@ -66,22 +66,48 @@ def set_(machine: Machine, i: Instruction) -> Step:
     return lambda some: write(some, joined(np.where(compare(a(some), b(some)), 0xFFFF, 0)))
 
 
+def floating(machine: Machine, i: Instruction, given: list[str], operation: Callable[[Any, Any], Any]) -> Step:
+    """Writes the results of an operation on two numbers, each rounded once: of bf16, or of both halves of pairs."""
+    kind, write = i.op[-1], machine.target(i.operands[0])
+    if kind == "bf16":
+        one, other = (machine.source(text, "u16") for text in given)
+        return lambda some: write(some, to_bf16(operation(from_bf16(one(some)), from_bf16(other(some)))))
+    a, b = (numbers(machine, text, kind) for text in given)
+    narrow = to_bf16 if kind == "bf16x2" else to_f16
+    return lambda some: write(some, joined(narrow(operation(a(some), b(some)))))
+
+
 def least(machine: Machine, i: Instruction) -> Step:
     """The smaller numbers of two pairs; of a NaN and a number, the number."""
-    kind, smaller = i.op[-1], BINARY["min"]
     if i.op[1:] not in (["bf16x2"], ["f16x2"]):
         raise PtxError(f"not known: {i.text}")
-    write, (a, b) = machine.target(i.operands[0]), (numbers(machine, text, kind) for text in i.operands[1:])
-    narrow = to_bf16 if kind == "bf16x2" else to_f16
-    return lambda some: write(some, joined(narrow(smaller(a(some), b(some)))))
+    return floating(machine, i, i.operands[1:], BINARY["min"])
 
 
 def add(machine: Machine, i: Instruction) -> Step:
-    """Two sums of 16 bits, without a carry from one into the other."""
+    """Sums of floating-point numbers; or two of 16 bits, without a carry from one into the other."""
+    if i.op[1:] in (["bf16"], ["bf16x2"]):
+        return floating(machine, i, i.operands[1:], BINARY["add"])
     if i.op[1:] not in (["s16x2"], ["u16x2"]):
         raise PtxError(f"not known: {i.text}")
     write, (a, b) = machine.target(i.operands[0]), (halves(machine, text) for text in i.operands[1:])
     return lambda some: write(some, joined(a(some) + b(some)))
 
 
-STEPS = {"setp": setp, "set": set_, "add": add, "min": least}
+def fma(machine: Machine, i: Instruction) -> Step:
+    """a + b, written as a * 1 + b for compute capability 8.0, which adds no bf16. No other product is known."""
+    if i.op[1:] not in (["rn", "bf16"], ["rn", "bf16x2"]):
+        raise PtxError(f"not known: {i.text}")
+    a, factor, b = i.operands[1:]
+    one, bits = (0x3F80, "u16") if i.op[-1] == "bf16" else (0x3F803F80, "u32")
+    step, read = floating(machine, i, [a, b], BINARY["add"]), machine.source(factor, bits)
+
+    def run(some: Any) -> None:
+        if (np.asarray(read(some)) != one).any():
+            raise PtxError("a factor of bf16 is not 1")
+        step(some)
+
+    return run
+
+
+STEPS = {"setp": setp, "set": set_, "add": add, "min": least, "fma": fma}

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.support import spec
-from tests.support.spec import DY_BAD, EMULATOR, MANY, TILE_SHAPES, X_BAD, Case, Draw, Fault, Spec, change
+from tests.support.spec import DY_BAD, EMULATOR, IN_TRITON, MANY, TILE_SHAPES, X_BAD, Case, Draw, Fault, Spec, change
 
 LRN = "csrc/local_response_norm/local_response_norm_rows.h"
 PAIRS = "csrc/local_response_norm/local_response_norm_pairs.cuh"
@@ -42,6 +42,8 @@ BAD = {"size0": change(-4, 0), "size_negative": change(-4, -3)}
 
 
 FAULTS = (
+    Fault("Triton LRN: the next lane's channels not read", "alexnet_ext/ops/local_response_norm/triton_kernels.py",
+          "else shifted(parts[i % n], i // n)", "else parts[i % n]", f"{IN_TRITON} -k reach_far"),
     Fault("LRN: window of even n mirrored", LRN, "return data - before_ * step;", "return data - after_ * step;",
           "local_response_norm"),
     Fault("LRN: window shifted by one", LRN, "window(windows + f, step)", "window(windows + f + step, step)",

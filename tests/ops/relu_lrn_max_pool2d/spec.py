@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.ops import blocks
 from tests.ops.blocks import LRN_BAD, POOL_BAD, activation
 from tests.support import spec
-from tests.support.spec import DY_BAD, EMULATOR, GATES, Case, Fault, Spec, Tensors, change, smaller
+from tests.support.spec import DY_BAD, EMULATOR, GATES, IN_TRITON, Case, Fault, Spec, Tensors, change, smaller
 
 
 def normalized(x: Tensor, bias: Tensor | None, lrn_size: int, alpha: float, beta: float, k: float) -> Tensor:
@@ -38,8 +38,11 @@ PATCHES = "csrc/relu_lrn_max_pool2d/relu_lrn_max_pool2d_patches.cuh"
 LAUNCHER = "csrc/relu_lrn_max_pool2d/relu_lrn_max_pool2d_cuda.cu"
 ROWS = "csrc/relu_lrn_max_pool2d/relu_lrn_max_pool2d_rows.cuh"
 CHANNELS_LAST = f"{EMULATOR} -k 'relu_lrn_max_pool2d and float32 and channels_last'"
+TRITON = "alexnet_ext/ops/relu_lrn_max_pool2d/triton_kernels.py"
 TIES = f"{EMULATOR} -k 'winners_of_ties and float32 and channels_last'"
 FAULTS = (
+    Fault("Triton rows: the shared row's taps are the last row's", TRITON,
+          "value, winner = last, last_tap", "value, winner = last, 6 + last_tap", f"{IN_TRITON} -k are_shared"),
     Fault("block: ReLU's mask dropped", "csrc/relu_lrn_max_pool2d/relu_lrn_max_pool2d_cpu.cpp",
           "mask<A>(gradient, activation, row_size);", "", "relu_lrn_max_pool2d"),
     Fault("block: bias left out of the recomputed activation",

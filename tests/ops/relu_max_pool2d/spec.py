@@ -10,10 +10,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.support import spec
-from tests.support.spec import DY_BAD, EMULATOR, MANY, X_BAD, Case, Draw, Fault, Spec, change, flat, smaller
+from tests.support.spec import (
+    DY_BAD,
+    EMULATOR,
+    GATES,
+    IN_TRITON,
+    MANY,
+    X_BAD,
+    Case,
+    Draw,
+    Fault,
+    Spec,
+    change,
+    flat,
+    smaller,
+)
 
 POOL = "csrc/relu_max_pool2d/relu_max_pool2d_rows.h"
 WINDOW, KERNELS = (f"csrc/relu_max_pool2d/relu_max_pool2d_{name}.cuh" for name in ("window", "kernels"))
+TRITON = "alexnet_ext/ops/relu_max_pool2d/triton_kernels.py"
 BITS = EMULATOR + " -k 'to_the_bit and {} and not augment'"
 
 
@@ -93,6 +108,12 @@ FAULTS = (
           BITS.format("float32")),
     Fault("CUDA: too few patches with padding", WINDOW, "p.in.width) + p.pool.padding[i], 2)", "p.in.width), 2)",
           BITS.format("float64")),
+    Fault("Triton patches: rows of windows in descending order", TRITON, "DOWN + (REACH_H - i) * WINDOW[2]",
+          "DOWN + i * WINDOW[2]", f"{IN_TRITON} -k 'to_the_bit and float32'"),
+    Fault("Triton patches: too few with padding", TRITON, "return (size - 1 + padding)", "return (size - 1)",
+          f"{IN_TRITON} -k 'to_the_bit and float32'"),
+    Fault("slower: Triton's gradient by single pixels", TRITON, "(1, 1) if reach > 1", "(1, 1) if reach > 0",
+          f"{GATES} -k triton"),
 )  # fmt: skip
 
 
