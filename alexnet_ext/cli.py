@@ -164,6 +164,8 @@ def tune(
     if forget + (export is not None) + (taken is not None) > 1:
         raise CommandError("--forget, --export and --import: give one of them", 2)
     with starting():
+        import torch
+
         from .ops import _backend, _known
         from .selfcheck import prove, tables
         from .training.evaluate import DTYPES
@@ -185,7 +187,13 @@ def tune(
     shape, dtype = (batch_size, 3, config.image_size, config.image_size), DTYPES[precision.value]
     with console.status(Text("proving kernels")) as status:
         proved = prove.prove(
-            where, _shapes(config), shape, dtype=dtype, again=taken is None, tell=lambda line: status.update(Text(line))
+            where,
+            _shapes(config),
+            shape,
+            dtype=dtype,
+            layout=torch.channels_last,
+            again=taken is None,
+            tell=lambda line: status.update(Text(line)),
         )
     table = Table("layer or op", "direction", "choice", "microseconds")
     for row in proved.races:

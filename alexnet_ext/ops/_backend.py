@@ -6,6 +6,7 @@ lists what could run, ``ORDER`` in what order and what the authors know of it, `
 
 from __future__ import annotations
 
+import functools
 import pkgutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -259,9 +260,10 @@ def _found(op: str, device: torch.device, dtype: torch.dtype, layout: str, shape
     """A key of ``_DECISIONS``: what is known on this device of a call in this dtype, layout and shape."""
     known = _known.on(device)
     call = (op, dtype, layout, shape)
-    if call not in known.decided:
-        known.decided[call] = _look_up(known, op, device, dtype, layout, shape)
-    return known.decided[call]
+    decided = known.decided  # another thread may put a new one there
+    if call not in decided:
+        decided[call] = _look_up(known, op, device, dtype, layout, shape)
+    return decided[call]
 
 
 def _look_up(
@@ -347,7 +349,26 @@ def operator(op: str, backend: str, x: torch.Tensor, unsupported: str = "", dtyp
         return None
     if decision.backend == "none":
         raise RuntimeError(decision.reason)
-    return getattr(torch.ops.alexnet_ext, KERNELS[op][device.type][decision.backend])
+    found = getattr(torch.ops.alexnet_ext, KERNELS[op][device.type][decision.backend])
+    return found if torch.compiler.is_compiling() or _is_current(device) else _guarded(found, device)
+
+
+def _is_current(device: torch.device) -> bool:
+    if device.type != "cuda" or not torch.cuda.is_initialized():
+        return True
+    return device.index == torch.cuda.current_device()
+
+
+def _guarded(operator: Any, device: torch.device) -> Any:
+    """The operator on a GPU that is not the current one, where Triton would launch. Autograd sets it backward."""
+
+    @functools.wraps(operator)
+    def run(*arguments: Any) -> Any:
+        with torch.cuda.device(device):
+            return operator(*arguments)
+
+    run.__name__ = operator.__name__
+    return run
 
 
 def _stay_stock(op: str, x: torch.Tensor, dtype: torch.dtype) -> Any:

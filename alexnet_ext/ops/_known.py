@@ -19,7 +19,7 @@ import re
 import time
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -65,15 +65,20 @@ class Proof:
 
 @dataclass(frozen=True)
 class Race:
-    """The choice for a call, and each candidate's time."""
+    """The choice for a call, and each candidate's time; ``among`` also has those that dropped out."""
 
     choice: str
     microseconds: Mapping[str, float]
+    among: Sequence[str] = ()
     at: float = field(default_factory=time.time)
 
     @classmethod
-    def of(cls, choice: str, seconds: Mapping[str, float]) -> Race:
-        return cls(choice, {name: round(s * 1e6, 2) for name, s in seconds.items()})
+    def of(cls, choice: str, seconds: Mapping[str, float], among: Iterable[str]) -> Race:
+        return cls(choice, {name: round(s * 1e6, 2) for name, s in seconds.items()}, sorted(among))
+
+    def covers(self, names: Iterable[str]) -> bool:
+        """Whether all of these took part."""
+        return all(name in self.among for name in names)
 
 
 def layout_of(x: Tensor) -> str:
@@ -113,14 +118,16 @@ class Known:
         return self.proofs.get(str(unit), Proof("unknown"))
 
     def winner(self, op: str, dtype: str, layout: str, shape: Sequence[int] | None) -> str:
-        """The choice for a call with an x of this shape; of one that was not raced, the largest one's; else ""."""
+        """The choice for a call with an x of this shape; else that of the largest one raced, of those
+        that differ in the batch alone if there are any; "" for none."""
         exact = None if shape is None else self.races.get(call_of(op, dtype, layout, shape))
         if exact is not None:
             return exact.choice
         prefix = f"{op} | {dtype} | {layout} | "
         raced = ((call.removeprefix(prefix), race) for call, race in self.races.items() if call.startswith(prefix))
-        sizes = [(math.prod(map(int, re.findall(r"\d+", said))), race.choice) for said, race in raced]
-        return max(sizes, default=(0, ""))[1]
+        given = None if shape is None else list(shape)[1:]
+        sizes = [(list(map(int, re.findall(r"\d+", said))), race.choice) for said, race in raced]
+        return max(((size[1:] == given, math.prod(size), choice) for size, choice in sizes), default=(False, 0, ""))[2]
 
     def add(self, proofs: Mapping[str, Proof] | None = None, races: Mapping[str, Race] | None = None) -> None:
         """Keep these, here and in the file."""
@@ -142,16 +149,15 @@ class Known:
 
     def _take(self, found: tuple[Mapping[str, Proof], Mapping[str, Race]]) -> None:
         """Merge. A refusal outlasts a proof, as a kernel that is wrong now and then is wrong; a newer race an older."""
-        proofs, races = found
-        for unit, proof in proofs.items():
-            if proof.state == "refused" or self.proofs.get(unit, proof).state != "refused":
-                self.proofs[unit] = proof
-        for call, race in races.items():
-            if race.at >= self.races.get(call, race).at:
-                self.races[call] = race
-        newest = sorted(self.races, key=lambda call: self.races[call].at)[-MAX_RACES:]
-        self.races = {call: self.races[call] for call in newest}
-        self.decided = {}
+        proofs, races = dict(self.proofs), dict(self.races)  # other threads may be reading these
+        for unit, proof in found[0].items():
+            if proof.state == "refused" or proofs.get(unit, proof).state != "refused":
+                proofs[unit] = proof
+        for call, race in found[1].items():
+            if race.at >= races.get(call, race).at:
+                races[call] = race
+        newest = sorted(races, key=lambda call: races[call].at)[-MAX_RACES:]
+        self.proofs, self.races, self.decided = proofs, {call: races[call] for call in newest}, {}
 
     def _write(self) -> None:
         assert self.path is not None
@@ -209,7 +215,7 @@ def _is_sound(entry: Proof | Race) -> bool:
         sound = entry.state in ("proven", "refused") and isinstance(entry.reason, str)
         numbers = [entry.at, entry.seconds]
     else:
-        sound = isinstance(entry.choice, str) and isinstance(entry.microseconds, dict)
+        sound = isinstance(entry.choice, str) and isinstance(entry.microseconds, dict) and isinstance(entry.among, list)
         numbers = [entry.at, *entry.microseconds.values()] if sound else []
     return sound and all(map(math.isfinite, numbers)) and entry.at < time.time() + DAY
 
@@ -318,7 +324,10 @@ class Settings(NamedTuple):
         backends: Any = torch.backends
         torch.use_deterministic_algorithms(self.deterministic, warn_only=True)
         backends.cudnn.deterministic = self.cudnn_deterministic
-        backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision = self.matmul, self.convolution
+        backends.cuda.matmul.fp32_precision = self.matmul
+        backends.cudnn.conv.fp32_precision = backends.cudnn.rnn.fp32_precision = (
+            self.convolution
+        )  # cuDNN's must be equal
 
 
 def settings() -> Settings:

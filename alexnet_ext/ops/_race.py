@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 import warnings
@@ -34,11 +35,15 @@ class Candidate:
     run: Callable[[], Results]
 
 
-def gpu_clock() -> float:
-    """Seconds, once the GPU has done all its work."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
+def clock_of(device: torch.device) -> Clock:
+    """Seconds, once this device has done all its work."""
+
+    def clock() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return clock
 
 
 def agree(ours: Results, theirs: Results) -> bool:
@@ -47,8 +52,26 @@ def agree(ours: Results, theirs: Results) -> bool:
     return all(a.dtype == b.dtype and relative_difference(a, b) <= 16 * _rounding(b.dtype) for a, b in pairs)
 
 
+def agree_as_layers(ours: Results, theirs: Results) -> bool:
+    """The same for [y, gradients] of a layer. Where two roundings pick another winner of a window, or another sign
+    before a ReLU, a value of a gradient moves as a whole: gradients are compared by their norms."""
+    pairs = zip(ours[1:], theirs[1:], strict=True)
+    return agree(ours[:1], theirs[:1]) and all(
+        a.dtype == b.dtype and relative_difference(a, b, 2) <= 4 * math.sqrt(_rounding(b.dtype)) for a, b in pairs
+    )
+
+
 def _rounding(dtype: torch.dtype) -> float:
     return 2.0**-10 if dtype == torch.float32 else torch.finfo(dtype).eps
+
+
+TROUBLE = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "Failed to find C compiler", "No space left")
+
+
+def is_trouble(error: BaseException) -> bool:
+    """Whether this is the machine's fault and no kernel's: memory, disk, a compiler that is missing."""
+    kinds = (OSError, MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or any(words in str(error) for words in TROUBLE)
 
 
 def running(candidates: Sequence[Candidate], clock: Clock) -> Iterator[tuple[Candidate, Results]]:
@@ -128,19 +151,21 @@ def may_race() -> bool:
     return allowed and is_plain() and not torch.are_deterministic_algorithms_enabled()
 
 
-def fastest(what: str, device: torch.device, candidates: Sequence[Candidate], clock: Clock = gpu_clock) -> Candidate:
+def fastest(what: str, device: torch.device, candidates: Sequence[Candidate], clock: Clock | None = None) -> Candidate:
     """The fastest candidate for ``what`` (the call in words) on this device: known, measured now, or the first.
 
-    Candidates are in the static order: the first is trusted, and taken where nothing may be measured.
+    Candidates are in the static order: the first is trusted, and taken where nothing may be measured. One that was
+    proven after the race has it run again.
     """
     by_name = {candidate.name: candidate for candidate in candidates}
     known = _known.on(device)
     found = known.races.get(what)
-    if found is not None and found.choice in by_name:
-        return by_name[found.choice]
+    taken = by_name.get(found.choice) if found is not None else None
+    if taken is not None and found is not None and found.covers(by_name):
+        return taken
     if len(candidates) == 1 or not may_race():
-        return candidates[0]
-    seconds = timings(candidates, clock)
+        return taken or candidates[0]
+    seconds = timings(candidates, clock or clock_of(device))
     best = min(seconds, key=seconds.__getitem__)
-    known.add(races={what: _known.Race.of(best, seconds)})
+    known.add(races={what: _known.Race.of(best, seconds, by_name)})
     return by_name[best]

@@ -20,11 +20,15 @@ from .cases import CASES, OpCase
 
 @dataclass(frozen=True)
 class Call:
-    """An op as a layer of the model calls it; tensors are on the meta device."""
+    """An op as a layer of the model calls it; tensors are on the meta device.
+
+    ``of_input``: its x is the model's input, which has no gradient in training.
+    """
 
     layer: str
     op: str
     arguments: tuple[Any, ...]
+    of_input: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -36,26 +40,35 @@ class Call:
 
     def layout(self, wanted: torch.memory_format) -> str:
         """The class of layouts of that tensor, where images are ``wanted``."""
+        if self.op == "augment":
+            return _known.layout_of(self.arguments[0].permute(0, 3, 1, 2))
         if len(self.shape) != 4:
             return "contiguous"
-        images = torch.channels_last if self.op == "augment" else wanted
-        return _known.layout_of(torch.empty(self.shape, device="meta", memory_format=images))
+        return _known.layout_of(torch.empty(self.shape, device="meta", memory_format=wanted))
 
     def made(self, device: torch.device, dtype: torch.dtype, layout: torch.memory_format) -> list[Any]:
-        """The arguments on ``device``: normal numbers that require a gradient; zeros where the op has none."""
+        """The arguments on ``device``: normal numbers, which require a gradient where the op has one, random bytes, and
+        zeros for other integers."""
 
         def like(value: Any) -> Any:
             if not isinstance(value, Tensor):
                 return value
+            if value.dtype == torch.uint8:
+                return torch.empty_like(value, device=device).random_()
+            if not value.is_floating_point():
+                return torch.zeros_like(value, device=device)
             if RECORDS[self.op].gradient is None:
-                return torch.zeros(value.shape, dtype=value.dtype, device=device)
+                return torch.randn(value.shape, dtype=value.dtype, device=device)
             x = torch.randn(value.shape, dtype=dtype, device=device)
             return (x.to(memory_format=layout) if x.dim() == 4 else x).requires_grad_()
 
-        return list(tree_map(like, self.arguments))
+        arguments = list(tree_map(like, self.arguments))
+        if self.of_input:
+            arguments[0].requires_grad_(False)
+        return arguments
 
     def run(self, backend: str, arguments: Sequence[Any]) -> list[Tensor]:
-        """[y, gradients of all tensors that require one] by this backend; what an op in place was called with."""
+        """[y, gradients of all tensors that require one] by this backend; of an op in place what it was called with."""
         tensors = [value for value in tree_leaves(arguments) if isinstance(value, Tensor)]
         if backend == "stock":
             function = RECORDS[self.op].stock
@@ -74,7 +87,7 @@ class _Calls(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layer, self.found = "", list[Call]()
+        self.layer, self.found, self.input = "", list[Call](), Tensor()
 
     def enter(self, layer: str, *_: Any) -> None:
         self.layer = layer
@@ -83,7 +96,8 @@ class _Calls(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "alexnet_ext":  # arguments at their defaults are left out of the call
             rest = [kwargs.get(a.name, a.default_value) for a in func._schema.arguments[len(args) :]]
-            self.found.append(Call(self.layer, func._opname.removesuffix("_triton"), (*args, *rest)))
+            of_input = args[0] is self.input
+            self.found.append(Call(self.layer, func._opname.removesuffix("_triton"), (*args, *rest), of_input))
         return func(*args, **kwargs)
 
 
@@ -103,7 +117,8 @@ def calls_of(model: nn.Module, shape: Sequence[int], dtype: torch.dtype) -> list
     try:
         with torch.no_grad(), calls:
             tensors = (*model.named_parameters(), *model.named_buffers())
-            torch.func.functional_call(model, {name: x.to("meta") for name, x in tensors}, meta(tuple(shape)))
+            calls.input = meta(tuple(shape))
+            torch.func.functional_call(model, {name: x.to("meta") for name, x in tensors}, calls.input)
             calls.enter("")
             called = {call.op for call in calls.found}
             for case in CASES:
@@ -111,8 +126,11 @@ def calls_of(model: nn.Module, shape: Sequence[int], dtype: torch.dtype) -> list
                     (_, *rest), *others = case.shapes
                     case.call(True, meta(batch, *rest), *map(meta, others))
             drawn = meta(batch, 2, dtype=torch.int64), meta(batch, dtype=torch.bool), meta(batch, 3)
-            images = meta(batch, height, width, 3, dtype=torch.uint8)
-            ops.augment(images, *drawn, min(height, width), mean=(0.5,) * 3, std=(0.5,) * 3, dtype=dtype)
+            planes = meta(
+                batch, 3, height, width, dtype=torch.uint8
+            )  # as decoders stack images; the other as arrays do
+            for images in (planes.permute(0, 2, 3, 1), planes.permute(0, 2, 3, 1).contiguous()):
+                ops.augment(images, *drawn, min(height, width), mean=(0.5,) * 3, std=(0.5,) * 3, dtype=dtype)
             low, wide = ([meta(p.shape, dtype=t) for p in model.parameters()] for t in (dtype, torch.float32))
             weights = [] if dtype == torch.float32 else low
             if wide:
@@ -130,6 +148,9 @@ def units_of(calls: Sequence[Call], kind: str, dtype: torch.dtype, layout: torch
     """
     found = dict.fromkeys((call.op, call.layout(layout)) for call in calls)
     units = [_known.Unit(op, name, _known.name_of(dtype), where) for op, where in found for name in names_of(op, kind)]
+    # Under autocast the parameters and their gradients are fp32.
+    more = [unit._replace(dtype="float32") for unit in units if unit.op == "sgd_step"]
+    units = list(dict.fromkeys((*units, *more)))
     return sorted(units, key=lambda unit: "triton" in unit.backend)
 
 

@@ -215,7 +215,7 @@ class DepthCase(Case):
     results = ("y", "dx")
 
     def limits(self, dtype: torch.dtype) -> list[tuple[float, float]]:
-        return [(0.0, torch.finfo(dtype).eps)] * 2
+        return [(torch.finfo(dtype).eps, 4 * torch.finfo(dtype).eps)] * 2
 
     def _run(self, fused: bool, device: torch.device, dtype: torch.dtype, layout: str, grad: str) -> list[Tensor]:
         weight = _stored(integers(0, self.shape, 2.0**-10).to(device, dtype), layout)

@@ -22,6 +22,7 @@ from torch import Tensor
 from .._difference import relative_difference
 from ..ops import _backend, _known, _race
 from ..ops._register import RECORDS
+from ..ops.conv2d_bias_relu.candidates import taken
 from .cases import SMALL, Case, SgdCase
 from .guards import Fences
 
@@ -39,25 +40,22 @@ def judge(
         return "unknown", f"no small case is {unit.layout}"
     if backend not in _backend.kernels(unit.op, device.type):
         return "unknown", "no such kernel is loaded in the process that proves it"
+    taken.clear()
     try:
         with _backend.preferring((unit.backend,), device.type):
             for case in cases:
-                tell(case.name)
                 # What is known of sgd_step depends on no layout: all are of one unit.
                 for layout in case.layouts if isinstance(case, SgdCase) else (unit.layout,):
                     for grad in case.grads:
+                        tell(case.name)
                         wrong = _wrong(case, unit, device, layout, grad)
                         if wrong:
                             return "refused", f"{case.name}, {layout}, gradient {grad}: {wrong}"
-    except torch.OutOfMemoryError as error:
-        return "unknown", f"too little memory: {str(error).splitlines()[0]}"
     except Exception as error:  # whatever it is, it is this kernel's verdict and not the end of the others'
-        return "refused", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    if candidate:
-        from ..ops.conv2d_bias_relu.candidates import taken
-
-        if not taken[candidate]:
-            return "unknown", "it applies to no small case on this device"
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return ("unknown" if _race.is_trouble(error) else "refused"), said
+    if candidate and not taken[candidate]:
+        return "unknown", "it applies to no small case on this device"
     return "proven", ""
 
 
@@ -110,6 +108,8 @@ def main() -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _race.allowed = False
     device = torch.device(task["device"])
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     _known.Settings(*task["settings"]).apply()
 
     def answer(**said: Any) -> None:

@@ -41,7 +41,8 @@ def first_call(op: str, x: Tensor, dtype: torch.dtype) -> Any:
             _warned.add(device)
             warnings.warn(
                 f"alexnet_ext runs stock PyTorch on {_known.on(device).identity['device']}, as its kernels were not "
-                f"yet proven there: call alexnet_ext.prove() once, or set {VARIABLE}=lazy",
+                f"yet proven there for {name_of(dtype)}, {layout}: call alexnet_ext.prove(model=..., shape=..., "
+                f"dtype=torch.{name_of(dtype)}) once, or set {VARIABLE}=lazy",
                 stacklevel=4,
             )
         return None

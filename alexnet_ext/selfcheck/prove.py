@@ -67,7 +67,7 @@ def prove(
     shape: Sequence[int] | None = None,
     *,
     dtype: torch.dtype | None = None,
-    layout: torch.memory_format = torch.channels_last,
+    layout: torch.memory_format | None = None,
     again: bool = False,
     tell: Tell = _silent,
 ) -> Proved:
@@ -88,7 +88,8 @@ def prove(
         shape: (N, C, H, W) of its input; None is (128, 3, 227, 227).
         dtype: fp32, bf16 or fp16, what the ops compute in; None is autocast's where that is on, else that of the
             model's parameters, else bf16.
-        layout: the memory format of images.
+        layout: the memory format of images; None is channels-last without a model or where it has such a parameter,
+            else contiguous.
         again: race also what was raced before. What is proven or refused stays so (`alexnet tune --forget`).
         tell: called with a line of progress, again and again.
 
@@ -109,7 +110,7 @@ def tune(
     *,
     device: torch.device | str = "cuda",
     dtype: torch.dtype = torch.float32,
-    layout: torch.memory_format = torch.channels_last,
+    layout: torch.memory_format | None = torch.channels_last,
 ) -> list[TunedRow]:
     """``prove``, and race each op again; the rows of what was raced.
 
@@ -134,7 +135,10 @@ def tune(
 
 
 def setting(
-    device: torch.device | str | None, dtype: torch.dtype | None, layout: torch.memory_format, model: nn.Module | None
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    layout: torch.memory_format | None,
+    model: nn.Module | None,
 ) -> Setting:
     """Where to prove. Raises as ``prove``."""
     if device is None:
@@ -149,7 +153,7 @@ def setting(
     dtype = dtype or _dtype_of(model, device)
     if dtype not in _backend.PROVABLE:
         raise ValueError(f"dtype must be of {', '.join(map(str, _backend.PROVABLE))}, got {dtype}")
-    return Setting(device, dtype, layout)
+    return Setting(device, dtype, layout or _layout_of(model))
 
 
 def _dtype_of(model: nn.Module | None, device: torch.device) -> torch.dtype:
@@ -157,6 +161,13 @@ def _dtype_of(model: nn.Module | None, device: torch.device) -> torch.dtype:
         return torch.get_autocast_dtype(device.type)
     parameters = model.parameters() if model is not None else iter(())
     return next((parameter.dtype for parameter in parameters if parameter.is_floating_point()), torch.bfloat16)
+
+
+def _layout_of(model: nn.Module | None) -> torch.memory_format:
+    """PyTorch convolves in channels-last where the weight is."""
+    weights = [p for p in model.parameters() if p.dim() == 4] if model is not None else []
+    is_last = model is None or any(_known.layout_of(weight) == "channels_last" for weight in weights)
+    return torch.channels_last if is_last else torch.contiguous_format
 
 
 def _calls(model: nn.Module | None, shape: Sequence[int] | None, dtype: torch.dtype) -> list[Call]:

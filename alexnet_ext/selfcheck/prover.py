@@ -37,14 +37,14 @@ class _Child:
 
     def __init__(self, device: torch.device, units: Sequence[Unit]) -> None:
         self.said = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
-        package = str(_library.FOLDER.parent)
-        paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+        folder = _library.FOLDER.parent  # a checkout; what is installed is found without
+        paths = [*([] if folder.name.endswith("-packages") else [str(folder)]), os.environ.get("PYTHONPATH", "")]
         self.process = subprocess.Popen(
             command(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.said,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
             start_new_session=True,
         )
         self.answers: queue.Queue[dict[str, Any] | None] = queue.Queue()
@@ -110,8 +110,8 @@ def examine(units: Sequence[Unit], device: torch.device, seconds: float, tell: T
             return found | dict.fromkeys(left, Proof("unknown", f"there was no time for it within {seconds:.0f} s"))
         try:
             child = _Child(device, left)
-        except OSError as error:
-            trouble = f"no process can be started to prove kernels: {error.strerror or error}"
+        except (OSError, TypeError) as error:  # the latter where no interpreter's path is known
+            trouble = f"no process can be started to prove kernels: {error}"
             return found | dict.fromkeys(left, Proof("unknown", trouble))
         with child:
             trouble = _started(child, min(START_SECONDS, end - time.monotonic()))
@@ -148,6 +148,8 @@ def _outcome(child: _Child, end: float, seconds: float) -> tuple[Proof, bool]:
                 return Proof("unknown", f"there was no time for it within {seconds:.0f} s"), False
             return Proof("refused", f"a case did not end within {CASE_SECONDS:.0f} s", time.monotonic() - begun), False
         if said is None:
-            return Proof("refused", child.death(), time.monotonic() - begun), False
+            death = child.death()
+            killed = child.process.returncode == -signal.SIGKILL  # by whoever needs the memory: no kernel's fault
+            return Proof("unknown" if killed else "refused", death, time.monotonic() - begun), False
         if "state" in said:
             return Proof(said["state"], said["reason"], said["seconds"]), said["usable"]

@@ -5,14 +5,18 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from ..ops import _backend, _known, _race
 from ..ops._known import Proof, Race, Unit, name_of
+from ..ops._register import RECORDS
 from ..ops.conv2d_bias_relu.candidates import describe, title
 from ..ops.conv2d_bias_relu.shared import Convolution, Direction
 from ..ops.conv2d_bias_relu.space_to_depth import rewritten
@@ -45,51 +49,95 @@ class Setting:
 
 
 def race_calls(calls: Sequence[Call], where: Setting, end: float, again: bool) -> Iterator[TunedRow]:
-    """Race each call that was not raced yet, or each, until ``end`` (monotonic time)."""
+    """Race each call that was not raced yet among all that is proven, or each, until ``end`` (monotonic time)."""
     seen = set[str]()
     for call in calls:
         key = _known.call_of(call.op, name_of(where.dtype), call.layout(where.layout), call.shape)
-        known = _known.on(where.device)
-        if key in seen or (key in known.races and not again) or time.monotonic() >= end:
+        race = _known.on(where.device).races.get(key)
+        is_known = race is not None and race.covers(("stock", *_proven(call, where)))
+        if key in seen or (is_known and not again) or time.monotonic() >= end:
             continue
         seen.add(key)
         try:
             yield from _race_call(call, where)
-        except RuntimeError as error:  # too little memory for a shape is no reason to stop
+        except Exception as error:  # too little memory for a shape, a compiler's trouble: no reason to stop
             what = f"{call.op} is not raced for x of shape {list(call.shape)}"
             warnings.warn(f"{what}, as it raises {error!r:.200}", stacklevel=2)
 
 
+def _proven(call: Call, where: Setting) -> dict[str, Unit]:
+    """The proven units of a call, by backend."""
+    layout = call.layout(where.layout)
+    units = {b: Unit(call.op, b, name_of(where.dtype), layout) for b in _backend.kernels(call.op, where.device.type)}
+    states = {b: _backend.proof_of(call.op, b, where.device, where.dtype, layout).state for b in units}
+    return {backend: unit for backend, unit in units.items() if states[backend] == "proven"}
+
+
 def _race_call(call: Call, where: Setting) -> Iterator[TunedRow]:
     """Race the backends that are proven and agree with stock PyTorch on this very call; its directions first."""
-    known, layout = _known.on(where.device), call.layout(where.layout)
-    units = {b: Unit(call.op, b, name_of(where.dtype), layout) for b in _backend.kernels(call.op, where.device.type)}
-    proven = [b for b in units if _backend.proof_of(call.op, b, where.device, where.dtype, layout).state == "proven"]
+    known, proven = _known.on(where.device), _proven(call, where)
     if not proven:
         return
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(where.device.type, enabled=False):
+    generators = [where.device] if where.device.type == "cuda" else []
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(where.device.type, enabled=False),
+        torch.random.fork_rng(generators),  # the user's random numbers stay as they are
+        on_device(where.device),
+    ):
         arguments = call.made(where.device, where.dtype, where.layout)
         if "auto" in proven:
             yield from _directions(call, arguments, where.device)
             for first in in_training(call, where):
                 yield from _directions(first, first.made(where.device, where.dtype, where.layout), where.device)
-        candidates = [_race.Candidate(name, partial(call.run, name, arguments)) for name in ("stock", *proven)]
-        left: list[_race.Candidate] = []
-        expected: _race.Results = ()
-        for candidate, results in _race.running(candidates, _race.gpu_clock):
-            expected = expected or results
-            if _race.agree(results, expected):
-                left.append(candidate)
-                continue
-            reason = f"it differs from stock PyTorch for x of shape {list(call.shape)}"
-            warnings.warn(f"{call.op} by {candidate.name} is refused: {reason}", stacklevel=2)
-            known.add(proofs={str(units[candidate.name]): Proof("refused", reason)})
-        seconds = _race.race(left, _race.gpu_clock)
-    race = Race.of(_race.winner(seconds), seconds)
-    known.add(races={_known.call_of(call.op, name_of(where.dtype), layout, call.shape): race})
+        right = _right(call, arguments, proven, where)
+        candidates = [_race.Candidate(name, partial(call.run, name, arguments)) for name in ("stock", *right)]
+        seconds = _race.race(candidates, _race.clock_of(where.device))
+    race = Race.of(_race.winner(seconds), seconds, ("stock", *proven))
+    known.add(races={_known.call_of(call.op, name_of(where.dtype), call.layout(where.layout), call.shape): race})
     yield TunedRow(
         call.layer or call.op, call.op, "forward and backward", race.choice, dict(race.microseconds), call.shape
     )
+
+
+def _right(call: Call, arguments: list[Any], proven: dict[str, Unit], where: Setting) -> list[str]:
+    """The backends that agree with stock PyTorch on these arguments. The others are refused, except for want of memory.
+
+    Raises what stock PyTorch raises, and an error after which the device computes no more.
+    """
+    clock, expected, right = _race.clock_of(where.device), None, []
+    for name in ("stock", *proven):
+        try:
+            # An op in place gets values of its own each time.
+            given = arguments if RECORDS[call.op].gradient else tree_map(_copied, arguments)
+            results = call.run(name, given)
+            clock()  # an asynchronous error shows here
+        except Exception as error:
+            if expected is None or _race.is_trouble(error):
+                raise
+            reason = f"it raises for x of shape {list(call.shape)}: {error!r:.200}"
+        else:
+            if expected is None:
+                expected = results
+                continue
+            if _race.agree_as_layers(results, expected):
+                right.append(name)
+                continue
+            reason = f"it differs from stock PyTorch for x of shape {list(call.shape)}"
+        warnings.warn(f"{call.op} by {name} is refused: {reason}", stacklevel=2)
+        _known.on(where.device).add(proofs={str(proven[name]): Proof("refused", reason)})
+        clock()  # raises where an illegal access has spoiled the device
+    return right
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a GPU the current one, as Triton launches on that."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def in_training(call: Call, where: Setting) -> Iterator[Call]:

@@ -28,7 +28,15 @@ def prove_kernels(
     first_call.silence(device)
     try:
         with console.status(Text("proving kernels")) as status:
-            outcome = str(prove(device, model, shape, dtype=dtype, tell=lambda line: status.update(Text(line))))
+            proved = prove(
+                device,
+                model,
+                shape,
+                dtype=dtype,
+                layout=torch.channels_last,
+                tell=lambda line: status.update(Text(line)),
+            )
+            outcome = str(proved)
     except (RuntimeError, OSError) as error:
         outcome = f"the layers run on stock PyTorch, as the kernels could not be proven: {first_line(error)}"
     console.print(f"  {outcome}", highlight=False, markup=False, soft_wrap=True)

@@ -27,6 +27,7 @@ from . import checkpoint, pictures
 from .evaluate import DTYPES, Evaluation
 from .files import check_folder, check_outside, write_file
 from .log import METRICS, has_events, json_text, read_metrics
+from .process import prepare
 from .progress import Reporter
 from .proving import prove_kernels
 from .recipe import CHANGEABLE, Recipe
@@ -159,6 +160,7 @@ def _split(recipe: Recipe) -> Split:
 def _trainer(recipe: Recipe, split: Split, out: Path, device: torch.device, workers: int, console: Console) -> Trainer:
     try:
         if not recipe.stock:
+            prepare(device, recipe.seed)  # races are run as the training will be
             with torch.device("meta"):
                 network = models.alexnet(recipe.model, image_size=recipe.image_size, init="torch")
             side = network.config.image_size

@@ -78,8 +78,8 @@ class Trainer:
         self.model.to(device).to(memory_format=torch.channels_last)
         dtype = DTYPES[recipe.precision]
         depth = self.model.take_depth(device, dtype)
-        # Images with the depth that conv1 takes need no other pass, so that autocast's dtype is theirs at once.
-        self.augmented = {"space_to_depth": depth, "dtype": dtype} if depth > 1 else {}
+        # In autocast's dtype at once, and with the depth that conv1 takes: no other pass over the images follows.
+        self.augmented = {"space_to_depth": depth, "dtype": dtype}
         self.start = first_kernels(self.model).detach().clone()  # for the picture of the difference to it
         if recipe.freeze is not None:
             freeze(self.model, recipe.freeze)
