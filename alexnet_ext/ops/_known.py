@@ -69,12 +69,12 @@ class Race:
 
     choice: str
     microseconds: Mapping[str, float]
-    among: Sequence[str] = ()
     at: float = field(default_factory=time.time)
+    among: Sequence[str] = ()
 
     @classmethod
-    def of(cls, choice: str, seconds: Mapping[str, float], among: Iterable[str]) -> Race:
-        return cls(choice, {name: round(s * 1e6, 2) for name, s in seconds.items()}, sorted(among))
+    def of(cls, choice: str, seconds: Mapping[str, float], dropped: Iterable[str] = ()) -> Race:
+        return cls(choice, {name: round(s * 1e6, 2) for name, s in seconds.items()}, among=sorted({*seconds, *dropped}))
 
     def covers(self, names: Iterable[str]) -> bool:
         """Whether all of these took part."""
@@ -215,7 +215,11 @@ def _is_sound(entry: Proof | Race) -> bool:
         sound = entry.state in ("proven", "refused") and isinstance(entry.reason, str)
         numbers = [entry.at, entry.seconds]
     else:
-        sound = isinstance(entry.choice, str) and isinstance(entry.microseconds, dict) and isinstance(entry.among, list)
+        sound = (
+            isinstance(entry.choice, str)
+            and isinstance(entry.microseconds, dict)
+            and isinstance(entry.among, list | tuple)
+        )
         numbers = [entry.at, *entry.microseconds.values()] if sound else []
     return sound and all(map(math.isfinite, numbers)) and entry.at < time.time() + DAY
 

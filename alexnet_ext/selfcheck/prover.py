@@ -111,7 +111,7 @@ def examine(units: Sequence[Unit], device: torch.device, seconds: float, tell: T
         try:
             child = _Child(device, left)
         except (OSError, TypeError) as error:  # the latter where no interpreter's path is known
-            trouble = f"no process can be started to prove kernels: {error}"
+            trouble = f"no process can be started to prove kernels: {getattr(error, 'strerror', error)}"
             return found | dict.fromkeys(left, Proof("unknown", trouble))
         with child:
             trouble = _started(child, min(START_SECONDS, end - time.monotonic()))

@@ -49,8 +49,8 @@ def test_the_first_call_says_once_what_runs_and_what_to_call() -> None:
         ax.ops.relu_max_pool2d(x, 2)
     (warning,) = caught
     assert str(warning.message) == (
-        "alexnet_ext runs stock PyTorch on cpu, as its kernels were not yet proven there: "
-        "call alexnet_ext.prove() once, or set ALEXNET_EXT_PROVE=lazy"
+        "alexnet_ext runs stock PyTorch on cpu, as its kernels were not yet proven there for float32, contiguous: call "
+        "alexnet_ext.prove(model=..., shape=..., dtype=torch.float32) once, or set ALEXNET_EXT_PROVE=lazy"
     )
     assert torch.equal(y, torch.nn.functional.local_response_norm(x, 5))
 
@@ -124,7 +124,7 @@ def test_lazily_what_was_raced_elsewhere_is_proven_and_not_raced(times: Times, i
     """As the races of an imported file."""
     raced = times(native=2.0)
     call = _known.call_of(NORM, "float32", "contiguous", SHAPE)
-    _known.on(CPU).add(races={call: Race("native", {"stock": 2.0, "native": 1.0})})
+    _known.on(CPU).add(races={call: Race.of("native", {"stock": 2.0, "native": 1.0})})
     x = torch.randn(SHAPE)
     assert [backend_of(x) for _ in range(2)] == ["native"] * 2
     assert (len(in_this_process), raced) == (1, [])
