@@ -332,6 +332,8 @@ struct Patch {
   Raw<T, V> gradients[2][2];
   Bytes<V> won[2][2];
 
+  Patch() = default;
+
   __device__ Patch(const Planes& out, const Place& at, const T* __restrict__ dy, const uint8_t* __restrict__ winners) {
 #pragma unroll
     for (int a = 0; a < 2; ++a)

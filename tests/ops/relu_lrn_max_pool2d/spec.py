@@ -37,7 +37,10 @@ def moved(case: Case, width: int) -> tuple[int, int]:
 PATCHES = "csrc/relu_lrn_max_pool2d/relu_lrn_max_pool2d_patches.cuh"
 LAUNCHER = "csrc/relu_lrn_max_pool2d/relu_lrn_max_pool2d_cuda.cu"
 ROWS = "csrc/relu_lrn_max_pool2d/relu_lrn_max_pool2d_rows.cuh"
+WALK, WALKS = "csrc/relu_lrn_max_pool2d/relu_lrn_max_pool2d_walk.cuh", "csrc/common/patch_walk.cuh"
 CHANNELS_LAST = f"{EMULATOR} -k 'relu_lrn_max_pool2d and float32 and channels_last'"
+CONTIGUOUS = f"{EMULATOR} -k 'relu_lrn_max_pool2d and float32 and contiguous'"
+MANY_CONTIGUOUS = f"{EMULATOR} -k 'relu_lrn_max_pool2d and many and contiguous'"
 TIES = f"{EMULATOR} -k 'winners_of_ties and float32 and channels_last'"
 FAULTS = (
     Fault("block: ReLU's mask dropped", "csrc/relu_lrn_max_pool2d/relu_lrn_max_pool2d_cpu.cpp",
@@ -60,6 +63,21 @@ FAULTS = (
     Fault("CUDA rows: the third row's taps are the first's", ROWS, "6 + row.tap[i]", "row.tap[i]", TIES),
     Fault("CUDA rows: no barrier before the neighbour's column is read", ROWS, "__syncthreads();\n    get(", "get(",
           f"{EMULATOR} -k 'order and relu_lrn_max_pool2d and channels_last'"),
+    Fault("CUDA walk: no barrier before other patches' inputs are read", WALK,
+          "shared.put(values);\n    __syncthreads();", "shared.put(values);",
+          f"{EMULATOR} -k 'order and relu_lrn_max_pool2d and contiguous'"),
+    Fault("CUDA walk: ReLU's mask dropped", WALK, "inside[i] && !(walks[i].input() <= 0) ?", "inside[i] ?", CONTIGUOUS),
+    Fault("CUDA walk: ReLU dropped backward", WALK, "relu(values[i][j]), gathered", "values[i][j], gathered",
+          CONTIGUOUS),
+    Fault("CUDA walk: the patch below taken for the one on the right", WALKS, "below * across + right",
+          "right * across + below", CONTIGUOUS),
+    Fault("CUDA walk: a patch too many in a run", WALKS, "own(kBlockThreads - across - 1)",
+          "own(kBlockThreads - across)", MANY_CONTIGUOUS),
+    Fault("CUDA walk: bias sums of one warp", WALKS, "warp < kBlockThreads / kWarp; ++warp", "warp < 1; ++warp",
+          MANY_CONTIGUOUS),
+    Fault("CUDA walk: a row takes its first run alone", WALK, "run < p.runs; run +=",
+          "run < p.rows; run +=", MANY_CONTIGUOUS),
+    Fault("CUDA walk: the second column of an odd image", WALKS, "2 * column + 1 < p.width", "true", CONTIGUOUS),
     Fault("slower: narrow tiles, whose edges are read again", ROWS,
           "most = most_threads / kWarp * owners / lanes - 1;", "most = 3;",
           f"{GATES} -k 'relu_lrn_max_pool2d and forward'"),
