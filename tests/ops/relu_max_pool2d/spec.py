@@ -14,6 +14,7 @@ from tests.support.spec import DY_BAD, EMULATOR, MANY, X_BAD, Case, Draw, Fault,
 
 POOL = "csrc/relu_max_pool2d/relu_max_pool2d_rows.h"
 WINDOW, KERNELS = (f"csrc/relu_max_pool2d/relu_max_pool2d_{name}.cuh" for name in ("window", "kernels"))
+LAUNCHER = "csrc/relu_max_pool2d/relu_max_pool2d_cuda.cu"
 BITS = EMULATOR + " -k 'to_the_bit and {} and not augment'"
 
 
@@ -79,8 +80,8 @@ FAULTS = (
           "tests/ops/relu_max_pool2d/test_relu_max_pool2d.py -k sizes"),
     Fault("CUDA: NaN skipped", "csrc/relu_max_pool2d/relu_max_pool2d_window.cuh", "|| v[i] != v[i]", "",
           f"{EMULATOR} -k 'to_the_bit and float32 and not augment'"),
-    Fault("CUDA: taps in descending order", KERNELS, "best.take(taps[t], window.number[t])",
-          "best.take(taps[8 - t], window.number[8 - t])", BITS.format("float32")),
+    Fault("CUDA: taps in descending order", KERNELS, "best.take(taps[t], kInside ? t : window.number[t])",
+          "best.take(taps[8 - t], kInside ? 8 - t : window.number[8 - t])", BITS.format("float32")),
     Fault("CUDA: a tap at the border under a number outside", WINDOW, "(row - top) * 3", "t / 3 * 3",
           BITS.format("bfloat16")),
     Fault("CUDA: a packed number replaces a NaN", WINDOW, "__hmin2(pair(value_[i]), pair(kInf))", "pair(value_[i])",
@@ -93,6 +94,10 @@ FAULTS = (
           BITS.format("float32")),
     Fault("CUDA: too few patches with padding", WINDOW, "p.in.width) + p.pool.padding[i], 2)", "p.in.width), 2)",
           BITS.format("float64")),
+    Fault("CUDA: a thread's images past the last", KERNELS, "if (at.image * kTogether<V> + i < s.images) f(", "f(",
+          BITS.format("float32")),
+    Fault("CUDA: a window over the edge taken for one inside", LAUNCHER,
+          "pooled_length(p.in.height, pool, 0, false) == p.out.height &&", "", BITS.format("float32")),
 )  # fmt: skip
 
 
