@@ -8,10 +8,11 @@ namespace alexnet_ext {
 
 constexpr int kRun = 4;  // channels whose loads are in flight together
 
-// Whether the kernels apply. A block of threads holds a row of patches and at least as many more.
+// Whether the kernels apply. A block of threads holds a row of patches and at least as many more. 32 bits count the
+// elements, and those of some channels before and after.
 inline bool has_walks(const LrnPoolBlock& p) {
   return p.dtype != DType::f64 && p.lrn.size == 5 && has_fast_lrn(p.lrn) && !p.in.channels_last &&
-         p.in.channels <= kMaxLaneSums && has_patches<LrnPoolBlock>(p) && p.in.width < kBlockThreads;
+         p.in.channels <= kMaxLaneSums && has_patches<LrnPoolBlock>(p) && p.in.width < kBlockThreads && p.in.height < 1 << 16;
 }
 
 // What the blocks of a grid take: a run of patches of all images, and a chunk of their channels. The grid is
@@ -21,7 +22,7 @@ struct PatchWalks {
   int across;               // patches of a row
   int channels, chunk = 0;  // of an image, of a block
   int own;                  // patches of a run; the other threads of a block share a row and a patch with another run
-  int64_t runs, rows;
+  int runs, rows;
   Places patches;
   Divisor by_chunks;
 
@@ -35,14 +36,14 @@ struct PatchWalks {
         own(kBlockThreads - across - 1),
         patches(Planes({p.in.batch, 1, p.in.height, p.in.width, false}, 1), alexnet_ext::patches(p, 0), across),
         by_chunks(1) {
-    runs = ceil_div(patches.count, own);
-    rows = runs < most_rows ? runs : most_rows;
+    runs = static_cast<int>(ceil_div(patches.count, own));
+    rows = static_cast<int>(runs < most_rows ? runs : most_rows);
     // Chunks that give every multiprocessor the same work. Few of them, as the channels around each are read again.
     constexpr int64_t kAround = 8, kLeast = 16, kMost = 512;
     int64_t least = INT64_MAX, chunks = 1;
     for (int64_t size = ceil_div(channels, kRun) * kRun; size > 0; size -= kRun) {
       const int64_t count = ceil_div(channels, size);
-      const int64_t cost = ceil_div(rows * count, kHopperMultiprocessors) * (size + kAround);
+      const int64_t cost = ceil_div(int64_t{rows} * count, kHopperMultiprocessors) * (size + kAround);
       if (size > kMost || (size < kLeast && chunk > 0) || cost >= least) continue;
       least = cost, chunk = static_cast<int>(size), chunks = count;
     }
@@ -71,8 +72,8 @@ struct WalkedPatch {
   bool inside[4];      // which inputs the image has: input i is in row i / 2 and column i % 2
   int input, output;
 
-  __device__ WalkedPatch(const PatchWalks& p, int64_t i, int c) : valid(i >= 0 && i < p.patches.count) {
-    const Place at(p.patches, valid ? static_cast<uint32_t>(i) : 0);
+  __device__ WalkedPatch(const PatchWalks& p, int i, int c) : valid(i >= 0 && i < static_cast<int>(p.patches.count)) {
+    const Place at(p.patches, static_cast<uint32_t>(valid ? i : 0));
     row = at.row, column = at.column;
     window = valid && row < p.out_height && column < p.out_width;
     const bool right = 2 * column + 1 < p.width, below = 2 * row + 1 < p.height;

@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(kBlockThreads, kWalkBlocks)
   constexpr int kDelay = ValueWalk<5>::kDelay;
   const int step = p.height * p.width, out_step = p.out_height * p.out_width;
   const WalkedChannels block(p);
-  const WalkedPatch patch(p, static_cast<int64_t>(block.row) * p.own + threadIdx.x, block.first);
+  const WalkedPatch patch(p, block.row * p.own + static_cast<int>(threadIdx.x), block.first);
   const bool pools = patch.window && static_cast<int>(threadIdx.x) < p.own;
   Channels<const T> from{x, patch.input - kDelay * step, step};
   Channels<T> to{y, patch.output, out_step};
@@ -60,8 +60,8 @@ __global__ void __launch_bounds__(kBlockThreads, kWalkBlocks)
   WarpTotals totals(shared + SharedWindows::kBytes / sizeof(float), block.end - block.first);
   const bool owns = static_cast<int>(threadIdx.x) >= before;
   int turn = 0;
-  for (int64_t run = block.row; run < p.runs; run += p.rows) {
-    const WalkedPatch patch(p, run * p.own + threadIdx.x - before, block.first);
+  for (int run = block.row; run < p.runs; run += p.rows) {
+    const WalkedPatch patch(p, run * p.own + static_cast<int>(threadIdx.x) - before, block.first);
     bool inside[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) inside[i] = owns && patch.inside[i];

@@ -340,19 +340,17 @@ struct Patch {
   Patch() = default;
 
   __device__ Patch(const Planes& out, const Place& at, const T* __restrict__ dy, const uint8_t* __restrict__ winners) {
-    const int own = out.at(at.image, at.row, at.column, at.lane);
 #pragma unroll
-    for (int a = 0; a < 2; ++a) {
-      const int from = own - (1 - a) * out.width * out.lanes;
-      const auto* gradient = reinterpret_cast<const Raw<T, V>*>(dy) + from;
-      const auto* winner = reinterpret_cast<const Bytes<V>*>(winners) + from;
+    for (int a = 0; a < 2; ++a)
 #pragma unroll
       for (int b = 0; b < 2; ++b) {
-        const bool inside = out.has(at.row - 1 + a, at.column - 1 + b);
-        gradients[a][b] = inside ? gradient[(b - 1) * out.lanes] : Raw<T, V>{};
-        won[a][b] = inside ? winner[(b - 1) * out.lanes] : static_cast<Bytes<V>>(-1);
+        const int row = at.row - 1 + a, column = at.column - 1 + b, from = out.at(at.image, row, column, at.lane);
+        gradients[a][b] = {};
+        won[a][b] = static_cast<Bytes<V>>(-1);
+        if (!out.has(row, column)) continue;
+        gradients[a][b] = reinterpret_cast<const Raw<T, V>*>(dy)[from];
+        won[a][b] = reinterpret_cast<const Bytes<V>*>(winners)[from];
       }
-    }
   }
 
   // sum[r][s] = the gradients that input (r, s) of the patch won, added in ascending order of windows, as PyTorch does.

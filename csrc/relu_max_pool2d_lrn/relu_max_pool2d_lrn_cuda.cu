@@ -104,8 +104,8 @@ int relu_max_pool2d_lrn_backward_cuda(const LrnPoolBlock& p, const void* dy, con
       if (lanes) {
         // The bias sums use the same shared memory.
         const int64_t for_sums = kBlockThreads * kLaneChannels * sizeof(float);
-        status = launch(has_patches(p) ? relu_max_pool2d_lrn_lanes_backward_kernel<T, 5, 2>
-                                       : relu_max_pool2d_lrn_lanes_backward_kernel<T, 5, 1>,
+        status = launch(has_patches(p) ? relu_max_pool2d_lrn_lanes_backward_kernel<T, 2>
+                                       : relu_max_pool2d_lrn_lanes_backward_kernel<T, 1>,
                         rows, std::max(for_sums, tiles.shared_bytes(p.in.channels)), stream, block,
                         Planes(p.in, kLaneChannels), Planes(p.out, kLaneChannels), tiles, gradient, kept, winners, out,
                         sums);

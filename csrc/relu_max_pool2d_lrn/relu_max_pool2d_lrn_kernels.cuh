@@ -10,6 +10,7 @@
 #pragma once
 
 #include "../common/patch_walk.cuh"
+#include "../local_response_norm/local_response_norm_pairs.cuh"
 #include "relu_max_pool2d_lrn.h"
 
 namespace alexnet_ext {
@@ -156,7 +157,7 @@ __device__ inline void unpool_patch(const Planes& in, const Planes& out, const P
 
 // For a tile of inputs, or of patches of kSide x kSide inputs, a block computes the gradients of the pooled values into
 // shared memory, and gathers from there.
-template <class T, int N, int kSide>
+template <class T, int kSide>
 __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
     relu_max_pool2d_lrn_lanes_backward_kernel(DeviceBlock<float> p, Planes in, Planes out, Tiles tiles,
                                               const T* __restrict__ dy, const T* __restrict__ pooled,
@@ -179,7 +180,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
                      float values[kLaneChannels], gradient[kLaneChannels], out[kLaneChannels];
                      load<kLaneChannels>(values, pooled + from);
                      load<kLaneChannels>(gradient, dy + from);
-                     lrn_gradients<N>(out, p.lrn, values, gradient, at.lane == 0, at.lane == lanes - 1);
+                     gradients_of_five(out, p.lrn, values, gradient, at.lane == 0, at.lane == lanes - 1);
                      if (owns) put(dpooled, all, v, out);
                    });
     __syncthreads();
@@ -211,7 +212,7 @@ __global__ void __launch_bounds__(kBlockThreads, kWalkBlocks)
   constexpr int kDelay = ValueWalk<5>::kDelay;
   const int step = p.height * p.width, out_step = p.out_height * p.out_width;
   const WalkedChannels block(p);
-  const WalkedPatch patch(p, static_cast<int64_t>(block.row) * p.own + threadIdx.x, block.first);
+  const WalkedPatch patch(p, block.row * p.own + static_cast<int>(threadIdx.x), block.first);
   const bool pools = patch.window && static_cast<int>(threadIdx.x) < p.own;
   Channels<const T> from{x, patch.input - kDelay * step, step};
   Channels<T> to{y, patch.output, out_step};
@@ -255,8 +256,8 @@ __global__ void __launch_bounds__(kBlockThreads, kWalkBackwardBlocks)
   const Wanted wanted{p.channels, block.first, block.end};
   const bool owns = static_cast<int>(threadIdx.x) >= before;
   int turn = 0;
-  for (int64_t run = block.row; run < p.runs; run += p.rows) {
-    const WalkedPatch patch(p, run * p.own + threadIdx.x - before, block.first);
+  for (int run = block.row; run < p.runs; run += p.rows) {
+    const WalkedPatch patch(p, run * p.own + static_cast<int>(threadIdx.x) - before, block.first);
     Channels<const T> from{pooled, patch.output - kDelay * out_step, out_step};
     Channels<T> to{dx, patch.input, step};
     GradientWalk<5> walk;
