@@ -12,7 +12,8 @@ constexpr int kRun = 4;  // channels whose loads are in flight together
 // elements, and those of some channels before and after.
 inline bool has_walks(const LrnPoolBlock& p) {
   return p.dtype != DType::f64 && p.lrn.size == 5 && has_fast_lrn(p.lrn) && !p.in.channels_last &&
-         p.in.channels <= kMaxLaneSums && has_patches<LrnPoolBlock>(p) && p.in.width < kBlockThreads && p.in.height < 1 << 16;
+         p.in.channels <= kMaxLaneSums && has_patches<LrnPoolBlock>(p) && p.in.width < kBlockThreads &&
+         p.in.height < 1 << 16;
 }
 
 // What the blocks of a grid take: a run of patches of all images, and a chunk of their channels. The grid is
@@ -26,7 +27,8 @@ struct PatchWalks {
   Places patches;
   Divisor by_chunks;
 
-  explicit PatchWalks(const LrnPoolBlock& p, int64_t most_rows = INT32_MAX)
+  // `slots`: blocks that run at a time.
+  PatchWalks(const LrnPoolBlock& p, int64_t slots, int64_t most_rows = INT32_MAX)
       : height(static_cast<int>(p.in.height)),
         width(static_cast<int>(p.in.width)),
         out_height(static_cast<int>(p.out.height)),
@@ -38,13 +40,18 @@ struct PatchWalks {
         by_chunks(1) {
     runs = static_cast<int>(ceil_div(patches.count, own));
     rows = static_cast<int>(runs < most_rows ? runs : most_rows);
-    // Chunks that give every multiprocessor the same work. Few of them, as the channels around each are read again.
+    // The cheapest chunks. The channels around each are read again. The last blocks run on a GPU that empties: a
+    // block's whole time if all began together, half of it else.
     constexpr int64_t kAround = 8, kLeast = 16, kMost = 512;
-    int64_t least = INT64_MAX, chunks = 1;
+    double least = 0;
+    int64_t chunks = 1;
     for (int64_t size = ceil_div(channels, kRun) * kRun; size > 0; size -= kRun) {
-      const int64_t count = ceil_div(channels, size);
-      const int64_t cost = ceil_div(int64_t{rows} * count, kHopperMultiprocessors) * (size + kAround);
-      if (size > kMost || (size < kLeast && chunk > 0) || cost >= least) continue;
+      if (size > kMost || (size < kLeast && chunk > 0)) continue;
+      const int64_t count = ceil_div(channels, size), full = ceil_div(rows * count, slots);
+      const double waves = static_cast<double>(rows * count) / static_cast<double>(slots);
+      const double idle = static_cast<double>(full) - waves;
+      const double cost = static_cast<double>(size + kAround) * (waves + (full > 2 ? idle / 2 : idle));
+      if (chunk > 0 && cost >= least) continue;
       least = cost, chunk = static_cast<int>(size), chunks = count;
     }
     by_chunks = Divisor(chunks);

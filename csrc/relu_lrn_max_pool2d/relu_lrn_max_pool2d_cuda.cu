@@ -50,7 +50,7 @@ int relu_lrn_max_pool2d_cuda(const LrnPoolBlock& p, const void* x, const void* b
         if (tiles.rows > 0) return;
       }
       if (has_walks(p)) {
-        const PatchWalks work(p);
+        const PatchWalks work(p, kWalkBlocks * kHopperMultiprocessors);
         status = launch(relu_lrn_max_pool2d_walk_kernel<T>, work.blocks(), SharedInputs::kBytes, stream, block.lrn,
                         work, in, b, out, winners);
         return;
@@ -86,7 +86,7 @@ int relu_lrn_max_pool2d_backward_cuda(const LrnPoolBlock& p, const void* dy, con
         status = launch(relu_lrn_max_pool2d_lanes_backward_kernel<T, 5>, rows, kLaneSums, stream, block,
                         elements(p.in) / kLaneChannels, gradient, in, b, winners, out, sums);
       } else if (fast) {
-        const PatchWalks work(p, rows);
+        const PatchWalks work(p, kWalkBlocks * kHopperMultiprocessors, rows);
         rows = work.rows;
         status = launch(relu_lrn_max_pool2d_walk_backward_kernel<T>, work.blocks(),
                         SharedWindows::kBytes + WarpTotals::shared_bytes(work), stream, block.lrn, work, gradient, in,

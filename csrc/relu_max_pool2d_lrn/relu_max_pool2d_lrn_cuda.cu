@@ -60,7 +60,7 @@ int relu_max_pool2d_lrn_cuda(const LrnPoolBlock& p, const void* x, const void* b
         return;
       }
       if (has_walks(p)) {
-        const PatchWalks work(p);
+        const PatchWalks work(p, kWalkBlocks * kHopperMultiprocessors);
         status = launch(relu_max_pool2d_lrn_walk_kernel<T>, work.blocks(), SharedInputs::kBytes, stream, block.lrn,
                         work, in, b, out, kept, winners);
         return;
@@ -110,7 +110,7 @@ int relu_max_pool2d_lrn_backward_cuda(const LrnPoolBlock& p, const void* dy, con
                         Planes(p.in, kLaneChannels), Planes(p.out, kLaneChannels), tiles, gradient, kept, winners, out,
                         sums);
       } else {
-        const PatchWalks work(p, rows);
+        const PatchWalks work(p, kWalkBackwardBlocks * kHopperMultiprocessors, rows);
         rows = work.rows;
         status = launch(relu_max_pool2d_lrn_walk_backward_kernel<T>, work.blocks(),
                         SharedWindows::kBytes + WarpTotals::shared_bytes(work), stream, block.lrn, work, gradient, kept,
