@@ -40,9 +40,9 @@ struct PatchWalks {
         by_chunks(1) {
     runs = static_cast<int>(ceil_div(patches.count, own));
     rows = static_cast<int>(runs < most_rows ? runs : most_rows);
-    // The cheapest chunks. The channels around each are read again. The last blocks run on a GPU that empties: a
-    // block's whole time if all began together, half of it else.
-    constexpr int64_t kAround = 8, kLeast = 16, kMost = 512;
+    // The cheapest chunks. Eight channels around each are read again, and to begin costs about one more. The last
+    // blocks run on a GPU that empties: a block's whole time if all began together, half of it else.
+    constexpr int64_t kAround = 9, kLeast = 16, kMost = 512;
     double least = 0;
     int64_t chunks = 1;
     for (int64_t size = ceil_div(channels, kRun) * kRun; size > 0; size -= kRun) {

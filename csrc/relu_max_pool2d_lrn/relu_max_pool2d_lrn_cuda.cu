@@ -110,7 +110,7 @@ int relu_max_pool2d_lrn_backward_cuda(const LrnPoolBlock& p, const void* dy, con
                         Planes(p.in, kLaneChannels), Planes(p.out, kLaneChannels), tiles, gradient, kept, winners, out,
                         sums);
       } else {
-        const PatchWalks work(p, kWalkBackwardBlocks * kHopperMultiprocessors, rows);
+        const PatchWalks work(p, kWalkBlocks * kHopperMultiprocessors, rows);
         rows = work.rows;
         status = launch(relu_max_pool2d_lrn_walk_backward_kernel<T>, work.blocks(),
                         SharedWindows::kBytes + WarpTotals::shared_bytes(work), stream, block.lrn, work, gradient, kept,

@@ -15,7 +15,7 @@
 
 namespace alexnet_ext {
 
-constexpr int kWalkBlocks = 3, kWalkBackwardBlocks = 3;  // 80 registers
+constexpr int kWalkBlocks = 3;  // 80 registers
 
 // The first window along side i that contains input `at`. (No padding, dilation 1.)
 __device__ inline int first_window(const DevicePooling& pool, int i, int at) {
@@ -243,7 +243,7 @@ __global__ void __launch_bounds__(kBlockThreads, kWalkBlocks)
 
 // A thread computes the gradient of its window's pooled value, and gathers its patch's from there.
 template <class T>
-__global__ void __launch_bounds__(kBlockThreads, kWalkBackwardBlocks)
+__global__ void __launch_bounds__(kBlockThreads, kWalkBlocks)
     relu_max_pool2d_lrn_walk_backward_kernel(DeviceLrn<float> lrn, PatchWalks p, const T* __restrict__ dy,
                                              const T* __restrict__ pooled, const uint8_t* __restrict__ winners,
                                              T* __restrict__ dx, float* __restrict__ sums) {

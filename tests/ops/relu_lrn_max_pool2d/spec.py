@@ -37,10 +37,9 @@ def moved(case: Case, width: int) -> tuple[int, int]:
 PATCHES = "csrc/relu_lrn_max_pool2d/relu_lrn_max_pool2d_patches.cuh"
 LAUNCHER = "csrc/relu_lrn_max_pool2d/relu_lrn_max_pool2d_cuda.cu"
 ROWS = "csrc/relu_lrn_max_pool2d/relu_lrn_max_pool2d_rows.cuh"
-WALK, WALKS = "csrc/relu_lrn_max_pool2d/relu_lrn_max_pool2d_walk.cuh", "csrc/common/patch_walk.cuh"
+WALK = "csrc/relu_lrn_max_pool2d/relu_lrn_max_pool2d_walk.cuh"
 CHANNELS_LAST = f"{EMULATOR} -k 'relu_lrn_max_pool2d and float32 and channels_last'"
 CONTIGUOUS = f"{EMULATOR} -k 'relu_lrn_max_pool2d and float32 and contiguous'"
-MANY_CONTIGUOUS = f"{EMULATOR} -k 'relu_lrn_max_pool2d and many and contiguous'"
 TIES = f"{EMULATOR} -k 'winners_of_ties and float32 and channels_last'"
 FAULTS = (
     Fault("block: ReLU's mask dropped", "csrc/relu_lrn_max_pool2d/relu_lrn_max_pool2d_cpu.cpp",
@@ -69,15 +68,8 @@ FAULTS = (
     Fault("CUDA walk: ReLU's mask dropped", WALK, "inside[i] && !(walks[i].input() <= 0) ?", "inside[i] ?", CONTIGUOUS),
     Fault("CUDA walk: ReLU dropped backward", WALK, "relu(values[i][j]), gathered", "values[i][j], gathered",
           CONTIGUOUS),
-    Fault("CUDA walk: the patch below taken for the one on the right", WALKS, "below * across + right",
-          "right * across + below", CONTIGUOUS),
-    Fault("CUDA walk: a patch too many in a run", WALKS, "own(kBlockThreads - across - 1)",
-          "own(kBlockThreads - across)", MANY_CONTIGUOUS),
-    Fault("CUDA walk: bias sums of one warp", WALKS, "warp < kBlockThreads / kWarp; ++warp", "warp < 1; ++warp",
-          MANY_CONTIGUOUS),
     Fault("CUDA walk: a row takes its first run alone", WALK, "run < p.runs; run +=",
-          "run < p.rows; run +=", MANY_CONTIGUOUS),
-    Fault("CUDA walk: the second column of an odd image", WALKS, "2 * column + 1 < p.width", "true", CONTIGUOUS),
+          "run < p.rows; run +=", f"{EMULATOR} -k 'relu_lrn_max_pool2d and many and contiguous'"),
     Fault("slower: narrow tiles, whose edges are read again", ROWS,
           "most = most_threads / kWarp * owners / lanes - 1;", "most = 3;",
           f"{GATES} -k 'relu_lrn_max_pool2d and forward'"),

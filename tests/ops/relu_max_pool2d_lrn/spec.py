@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.ops import blocks
 from tests.ops.blocks import LRN_BAD, POOL_BAD, activation
 from tests.support import spec
-from tests.support.spec import DY_BAD, EMULATOR, GATES, Case, Fault, Spec, Tensors, change, smaller
+from tests.support.spec import DY_BAD, EMULATOR, Case, Fault, Spec, Tensors, change, smaller
 
 
 def stock(
@@ -49,9 +49,6 @@ FAULTS = (
           "const int winner = best.tap[j];", f"{EMULATOR} -k 'relu_max_pool2d_lrn and float32 and contiguous'"),
     Fault("CUDA walk: no barrier before other patches' windows are read", KERNELS, "sum);\n      __syncthreads();",
           "sum);", f"{EMULATOR} -k 'order and relu_max_pool2d_lrn and contiguous'"),
-    Fault("slower: contiguous images by the general path", "csrc/common/patch_walk.cuh",
-          "return p.dtype != DType::f64 &&", "return false &&",
-          f"{GATES} -k 'relu_max_pool2d_lrn and backward and 27x27 and bfloat16 and contiguous'"),
     Fault("CUDA walk: the bias sums take what no input won", KERNELS, "owns && byte_of<kRun>(taps, j) != kNoWinner",
           "owns", f"{EMULATOR} -k 'relu_max_pool2d_lrn and float32 and contiguous'"),
 )  # fmt: skip
