@@ -157,17 +157,19 @@ class SharedInputs {
 // The gradients and winners of a block's windows, of kRun channels each, for the patches that they reach.
 class SharedWindows {
  public:
-  // Two buffers in turn, as above.
-  static constexpr int64_t kBytes = 2 * kBlockThreads * (sizeof(Raw<float, kRun>) + sizeof(Bytes<kRun>));
+  static constexpr int64_t kBytes = kBlockThreads * (sizeof(Raw<float, kRun>) + sizeof(Bytes<kRun>));
 
-  __device__ SharedWindows(void* shared, int turn)
-      : gradients_(static_cast<Raw<float, kRun>*>(shared) + turn % 2 * kBlockThreads),
-        winners_(reinterpret_cast<Bytes<kRun>*>(static_cast<Raw<float, kRun>*>(shared) + 2 * kBlockThreads) +
-                 turn % 2 * kBlockThreads) {}
+  __device__ explicit SharedWindows(void* shared)
+      : gradients_(static_cast<Raw<float, kRun>*>(shared)),
+        winners_(reinterpret_cast<Bytes<kRun>*>(gradients_ + kBlockThreads)) {}
 
+  // Begins when all have read what was there, and ends when all have put theirs. (A second buffer would spare a
+  // barrier, but the paper's block has no register left for it.)
   __device__ void put(const float (&gradient)[kRun], Bytes<kRun> won) const {
+    __syncthreads();
     store<kRun>(reinterpret_cast<float*>(gradients_ + threadIdx.x), gradient);
     winners_[threadIdx.x] = won;
+    __syncthreads();
   }
 
   // The windows that reach this thread's patch. Where there is none before it, the thread before has none.
@@ -212,35 +214,36 @@ __device__ inline float sum_warp(float (&values)[kCount]) {
 // A block's sums of its channels, for each warp, in shared memory.
 class WarpTotals {
  public:
-  static int64_t shared_bytes(const PatchWalks& p) { return kBlockThreads / kWarp * p.chunk * sizeof(float); }
+  static int64_t shared_bytes(const PatchWalks& p) { return kWarps * p.chunk * sizeof(float); }
 
-  __device__ WarpTotals(float* shared, int channels)
-      : all_(shared), own_(shared + threadIdx.x / kWarp * channels), channels_(channels) {
-    for (int i = threadIdx.x; i < kBlockThreads / kWarp * channels; i += kBlockThreads) all_[i] = 0;
+  __device__ WarpTotals(float* shared, const PatchWalks& p) : all_(shared) {
+    for (int i = threadIdx.x; i < kWarps * p.chunk; i += kBlockThreads) all_[i] = 0;
     __syncthreads();
   }
 
-  // Adds each lane's values of the channels from `at` on.
+  // Adds each lane's values of the chunk's channels from `at` on; 0 for those past its end.
   template <int kCount>
-  __device__ void add(int at, float (&values)[kCount]) {
+  __device__ void add(const PatchWalks& p, int at, float (&values)[kCount]) {
     constexpr int kLanes = kWarp / kCount;
     const int lane = threadIdx.x % kWarp, channel = at + lane / kLanes;
     const float sum = sum_warp(values);
-    if (lane % kLanes == 0 && channel >= 0 && channel < channels_) own_[channel] += sum;
+    if (lane % kLanes == 0 && channel < p.chunk) all_[threadIdx.x / kWarp * p.chunk + channel] += sum;
   }
 
-  __device__ void write(float* __restrict__ sums) const {
+  // Writes the block's part of its row of sums.
+  __device__ void write(const PatchWalks& p, const WalkedChannels& block, float* __restrict__ sums) const {
     __syncthreads();
-    for (int i = threadIdx.x; i < channels_; i += kBlockThreads) {
+    for (int channel = block.first + static_cast<int>(threadIdx.x); channel < block.end; channel += kBlockThreads) {
       float sum = 0;
-      for (int warp = 0; warp < kBlockThreads / kWarp; ++warp) sum += all_[warp * channels_ + i];
-      sums[i] = sum;
+      for (int warp = 0; warp < kWarps; ++warp) sum += all_[warp * p.chunk + channel - block.first];
+      sums[static_cast<int64_t>(block.row) * p.channels + channel] = sum;
     }
   }
 
  private:
-  float *all_, *own_;
-  int channels_;
+  static constexpr int kWarps = kBlockThreads / kWarp;
+
+  float* all_;
 };
 
 }  // namespace alexnet_ext

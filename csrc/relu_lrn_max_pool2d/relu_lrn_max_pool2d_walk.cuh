@@ -57,9 +57,9 @@ __global__ void __launch_bounds__(kBlockThreads, kWalkBlocks)
   const WalkedChannels block(p);
   const Wanted wanted{p.channels, block.first, block.end};
   float* shared = shared_memory<float>();
-  WarpTotals totals(shared + SharedWindows::kBytes / sizeof(float), block.end - block.first);
+  const SharedWindows windows(shared);
+  WarpTotals totals(shared + SharedWindows::kBytes / sizeof(float), p);
   const bool owns = static_cast<int>(threadIdx.x) >= before;
-  int turn = 0;
   for (int run = block.row; run < p.runs; run += p.rows) {
     const WalkedPatch patch(p, run * p.own + static_cast<int>(threadIdx.x) - before, block.first);
     bool inside[4];
@@ -78,9 +78,7 @@ __global__ void __launch_bounds__(kBlockThreads, kWalkBlocks)
         gradient[j] = patch.window && channel ? widen(*window.at()) : 0.0f;
         if (patch.window && channel) taps ^= static_cast<Bytes<kRun>>(winners[window.place] ^ kNoWinner) << 8 * j;
       }
-      const SharedWindows windows(shared, turn++);
       windows.put(gradient, taps);
-      __syncthreads();
       float sum[kRun] = {};
       float gathered[2][2][kRun];
       windows.get(p.across).gather(gathered);
@@ -97,10 +95,10 @@ __global__ void __launch_bounds__(kBlockThreads, kWalkBlocks)
           sum[j] += masked;
         }
       }
-      if (whole.value || c - kDelay >= block.first) totals.add(c - kDelay - block.first, sum);
+      if (whole.value || c - kDelay >= block.first) totals.add(p, c - kDelay - block.first, sum);
     });
   }
-  totals.write(sums + static_cast<int64_t>(block.row) * p.channels + block.first);
+  totals.write(p, block, sums);
 }
 
 }  // namespace alexnet_ext

@@ -252,10 +252,10 @@ __global__ void __launch_bounds__(kBlockThreads, kWalkBlocks)
   const int step = p.height * p.width, out_step = p.out_height * p.out_width, before = kBlockThreads - p.own;
   const WalkedChannels block(p);
   float* shared = shared_memory<float>();
-  WarpTotals totals(shared + SharedWindows::kBytes / sizeof(float), block.end - block.first);
+  const SharedWindows windows(shared);
+  WarpTotals totals(shared + SharedWindows::kBytes / sizeof(float), p);
   const Wanted wanted{p.channels, block.first, block.end};
   const bool owns = static_cast<int>(threadIdx.x) >= before;
-  int turn = 0;
   for (int run = block.row; run < p.runs; run += p.rows) {
     const WalkedPatch patch(p, run * p.own + static_cast<int>(threadIdx.x) - before, block.first);
     Channels<const T> from{pooled, patch.output - kDelay * out_step, out_step};
@@ -278,10 +278,8 @@ __global__ void __launch_bounds__(kBlockThreads, kWalkBlocks)
         sum[j] = owns && byte_of<kRun>(taps, j) != kNoWinner ? gradient[j] : 0.0f;
       }
       if (!whole.value && c - kDelay < block.first) return;
-      const SharedWindows windows(shared, turn++);
+      totals.add(p, c - kDelay - block.first, sum);
       windows.put(gradient, taps);
-      totals.add(c - kDelay - block.first, sum);
-      __syncthreads();
       if (!owns) return;
       float inputs[2][2][kRun];
       windows.get(p.across).gather(inputs);
@@ -295,7 +293,7 @@ __global__ void __launch_bounds__(kBlockThreads, kWalkBlocks)
       }
     });
   }
-  totals.write(sums + static_cast<int64_t>(block.row) * p.channels + block.first);
+  totals.write(p, block, sums);
 }
 
 // ---- any layout, window and beta: element by element; neighbours' terms are shared in shared memory

@@ -178,7 +178,7 @@ SPEC = Spec(
         pool((0, 3, 4, 5), 1, 1),
         pool((2, 8, 5, 7)),
         pool((2, 3, 13, 9), ceil_mode=True),
-        pool((2, 3, 6, 8), 3, 2, ceil_mode=True),
+        pool((2, 3, 6, 9), 3, 2, ceil_mode=True),
         pool((1, 16, 6, 8), 3, 2, padding=1, ceil_mode=True),
         pool((2, 3, 9, 11), (3, 2), (1, 2), padding=(1, 0)),
         pool((1, 8, 11, 9), (2, 3), (2, 1), padding=(0, 1), dilation=(3, 2)),
