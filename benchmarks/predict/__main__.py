@@ -55,8 +55,7 @@ def renew(words: list[str]) -> int:
     if not words:
         committed["producers"] = count.producers()
     write(COUNTS, committed)
-    said = [text for name, row in committed["rows"].items() if gates.on_path(name)
-            for text in gates.faults(name, row, committed)]  # fmt: skip
+    said = [text for name, row in committed["rows"].items() for text in gates.faults(name, row, committed)]
     said += gates.idle(committed)
     print(*said, sep="\n")
     return len(said)

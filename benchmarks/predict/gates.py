@@ -57,7 +57,7 @@ GATES = (
 
 PATH = ("relu_lrn_max_pool2d *", "relu_max_pool2d * 128x256x13x13 *", "conv2d_bias_relu *", "augment *", "sgd_step *",
         "local_response_norm *")  # fmt: skip
-"""The kernels of AlexNet's training step, and LRN alone: the rows that the gates are for, in bf16 and channels-last."""
+"""The kernels of AlexNet's training step, and LRN alone, in bf16 and channels-last: CI counts all of them anew."""
 
 
 def on_path(name: str) -> bool:
@@ -95,7 +95,7 @@ def idle(committed: dict[str, Any]) -> Iterator[str]:
         rows = [
             row
             for name, row in committed["rows"].items()
-            if on_path(name) and any(fnmatchcase(name, pattern) for pattern in exception["rows"])
+            if any(fnmatchcase(name, pattern) for pattern in exception["rows"])
         ]
         if not any(gate.of(row) > gate.most + 0.005 for row in rows):
             yield f"the exception of {gate.name} for {', '.join(exception['rows'])} is needed by no row"

@@ -61,6 +61,7 @@ BLIND = (
     "the overlap of one kernel's end with the next one's begin",
     "DRAM's turns between reads and writes, and its refresh",
     "misses of the instruction cache",
+    "the wait for a load whose use is in another block of machine code",
     "machine code for other GPUs than 9.0, whose counts stand for all",
 )
 """What the model does not see."""

@@ -31,12 +31,6 @@ inline bool has_lanes(const LrnPoolBlock& p, bool aligned) {
          p.in.channels % kLaneChannels == 0 && p.in.channels <= kMaxLaneSums && aligned;
 }
 
-// Whether the kernels whose threads walk along the channels apply: AlexNet's LRN, contiguous.
-inline bool has_pixels(const LrnPoolBlock& p) {
-  return p.dtype != DType::f64 && p.lrn.size == 5 && has_fast_lrn(p.lrn) && !p.in.channels_last &&
-         p.in.channels <= kMaxLaneSums;
-}
-
 // NaN passes.
 template <class A>
 __device__ inline A relu(A v) {
@@ -87,7 +81,7 @@ struct Tiles {
   int rows = 0, columns = 0, need_rows = 0, need_columns = 0;
   int64_t count = 0;  // 0: even the smallest tile needs too much shared memory
   Divisor by_down{1}, by_across{1};
-  Divisor by_need_row{1}, by_row{1}, by_rows{1};  // rows are counted in lanes
+  Divisor by_need_row{1}, by_row{1};  // rows are counted in lanes
 
   int64_t shared_bytes(int64_t channels) const { return need_rows * need_columns * channels * sizeof(float); }
 };
@@ -117,15 +111,9 @@ inline Tiles choose_tiles(const Images& s, int64_t lanes, int64_t most_needed, N
               Divisor(down),
               Divisor(across),
               Divisor(need(1, columns) * lanes),
-              Divisor(columns * lanes),
-              Divisor(rows)};
+              Divisor(columns * lanes)};
     }
   return best;
-}
-
-// Enough chunks of channels to fill a GPU with blocks.
-inline Chunks chunks_of(const Tiles& tiles, const Images& s) {
-  return Chunks(1, s.channels, tiles.count == 0 ? 1 : ceil_div(kFullGpu, tiles.count));
 }
 
 // A tile's first pixel.
@@ -167,19 +155,6 @@ __device__ inline void get(float (&values)[kLaneChannels], const float* shared, 
 #pragma unroll
     for (int i = 0; i < 4; ++i) values[half * 4 + i] = four[i];
   }
-}
-
-// ---- contiguous: each of a block's eight warps takes one channel of a run
-
-constexpr int kRun = kBlockThreads / kWarp;
-
-// totals[channel] += the sum of f() over the lanes of a warp.
-template <class F>
-__device__ inline void sum_warp(float* totals, int channel, F&& f) {
-  float sum = f();
-#pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffff, sum, step);
-  if (threadIdx.x % kWarp == 0) totals[channel] += sum;
 }
 
 }  // namespace alexnet_ext

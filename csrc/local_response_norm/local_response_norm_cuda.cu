@@ -26,7 +26,10 @@ cudaError_t for_runs(const LocalResponseNorm& p, F&& f) {
   return status;
 }
 
-bool has_pixels(const LocalResponseNorm& p) { return p.pixel_stride == 1 && p.channel_stride == p.pixels; }
+// Threads count an image's elements in 32 bits, and some channels on both sides.
+bool has_pixels(const LocalResponseNorm& p) {
+  return p.pixel_stride == 1 && p.channel_stride == p.pixels && p.pixels <= INT32_MAX / (p.channels + 32);
+}
 
 Chunks chunks_of(const LocalResponseNorm& p) {
   constexpr int64_t kEnoughThreads = 1 << 18;

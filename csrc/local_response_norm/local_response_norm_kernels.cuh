@@ -57,12 +57,24 @@ template <class T, int N>
 __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
     local_response_norm_pixels_kernel(DeviceLrn<float> lrn, Chunks work, int64_t threads, int64_t image_step,
                                       const T* __restrict__ x, T* __restrict__ y) {
+  constexpr int kRun = 8, kDelay = ValueWalk<N>::kDelay;
+  const int step = static_cast<int>(work.pixels);
   for_chunks(work, threads, lrn.channels, [&](int64_t image, int64_t pixel, int first, int end) {
     const int64_t at = image * image_step + pixel;
-    T* to = y + (at + first * work.pixels);
-    walk_values<N, 8>(
-        lrn, first, end, [&](auto& in, int c) { load_run(in, x + at, work.pixels, c, lrn.channels); },
-        [&](int, int, float value) { *to = narrow<T>(value), to += work.pixels; }, [](int) {});
+    Channels<const T> from{x + at, (first - kDelay) * step, step};
+    Channels<T> to{y + at, first * step, step};
+    ValueWalk<N> walk;
+    const Wanted wanted{lrn.channels, first, end};
+    for_runs<kRun, kDelay>(lrn.channels, first, end, [&](int c, auto whole) {
+      float in[kRun];
+#pragma unroll
+      for (int j = 0; j < kRun; ++j) in[j] = from.take(wanted.channel(whole, c + j));
+#pragma unroll
+      for (int j = 0; j < kRun; ++j) {
+        const float out = walk.push(lrn, in[j]);
+        if (wanted.result(whole, c + j - kDelay)) *to.at() = narrow<T>(out), to.next();
+      }
+    });
   });
 }
 
@@ -71,16 +83,28 @@ template <class T, int N>
 __global__ void __launch_bounds__(kBlockThreads, N > 5 ? 3 : kBlocksPerProcessor)
     local_response_norm_pixels_backward_kernel(DeviceLrn<float> lrn, Chunks work, int64_t threads, int64_t image_step,
                                                const T* __restrict__ dy, const T* __restrict__ x, T* __restrict__ dx) {
+  constexpr int kRun = 4, kDelay = GradientWalk<N>::kDelay;
+  const int step = static_cast<int>(work.pixels);
   for_chunks(work, threads, lrn.channels, [&](int64_t image, int64_t pixel, int first, int end) {
     const int64_t at = image * image_step + pixel;
-    T* to = dx + (at + first * work.pixels);
-    walk_gradients<N, 4>(
-        lrn, first, end,
-        [&](auto& in, auto& gradient, int c) {
-          load_run(in, x + at, work.pixels, c, lrn.channels);
-          load_run(gradient, dy + at, work.pixels, c, lrn.channels);
-        },
-        [&](int, int, float, float value) { *to = narrow<T>(value), to += work.pixels; }, [](int) {});
+    const int ahead = (first - kDelay) * step;
+    Channels<const T> values{x + at, ahead, step}, gradients{dy + at, ahead, step};
+    Channels<T> to{dx + at, first * step, step};
+    GradientWalk<N> walk;
+    const Wanted wanted{lrn.channels, first, end};
+    for_runs<kRun, kDelay>(lrn.channels, first, end, [&](int c, auto whole) {
+      float in[kRun], gradient[kRun];
+#pragma unroll
+      for (int j = 0; j < kRun; ++j) {
+        in[j] = values.take(wanted.channel(whole, c + j));
+        gradient[j] = gradients.take(wanted.channel(whole, c + j));
+      }
+#pragma unroll
+      for (int j = 0; j < kRun; ++j) {
+        const float out = walk.push(lrn, in[j], gradient[j], wanted.channel(whole, c + j - N / 2));
+        if (wanted.result(whole, c + j - kDelay)) *to.at() = narrow<T>(out), to.next();
+      }
+    });
   });
 }
 

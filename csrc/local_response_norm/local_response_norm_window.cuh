@@ -278,88 +278,99 @@ struct Window {
     for (int i = 1; i < N; ++i) total += values[i];
     return total;
   }
+
+  __device__ float sum_of_squares() const {
+    float total = values[0] * values[0];
+#pragma unroll
+    for (int i = 1; i < N; ++i) total += values[i] * values[i];
+    return total;
+  }
 };
 
-// LRN of the channels [first, end), in runs of kRun channels whose loads are in flight together.
-//   load(x, c)      sets x to the channels [c, c + kRun), 0 outside the pixel
-//   emit(j, c, y)   takes y of channel c, the j-th of its run
-//   done(c)         is called after the run in which j = 0 is channel c
-// A run whose channels are all wanted, as most are, is compiled without the checks of each.
-template <int N, int kRun, class Load, class Emit, class Done>
-__device__ inline void walk_values(const DeviceLrn<float>& lrn, int first, int end, Load&& load, Emit&& emit,
-                                   Done&& done) {
-  constexpr int kHalf = N / 2;
-  Window<N> squares;
-  Window<kHalf + 1> inputs;  // the oldest is the middle of the window
-  for (int c = first - kHalf; c < end + kHalf; c += kRun) {
-    float x[kRun];
-    load(x, c);
-    const auto run = [&](auto whole) {
-#pragma unroll
-      for (int j = 0; j < kRun; ++j) {
-        squares.push(x[j] * x[j]);
-        inputs.push(x[j]);
-        const int out = c + j - kHalf;
-        if (!whole.value && (out < first || out >= end)) continue;
-        const float root = inverse_root(lrn.k + lrn.mean * squares.sum());
-        emit(j, out, inputs.values[0] * inverse_three_quarters(root));
-      }
-    };
-    if (c - kHalf >= first && c - kHalf + kRun <= end)
-      run(Constant<true>{});
-    else
-      run(Constant<false>{});
-    done(c - kHalf);
-  }
-}
+// LRN of one pixel, channel after channel.
+template <int N>
+struct ValueWalk {
+  static constexpr int kDelay = N / 2;  // channels between a value and its result
+  Window<N> inputs;
 
-// The same for the gradient, with load(x, dy, c) and emit(j, c, x_c, dx_c).
-template <int N, int kRun, class Load, class Emit, class Done>
-__device__ inline void walk_gradients(const DeviceLrn<float>& lrn, int first, int end, Load&& load, Emit&& emit,
-                                      Done&& done) {
-  constexpr int kHalf = N / 2;
-  Window<N> squares, terms;
-  Window<2 * kHalf + 1> inputs;  // the middle one is x of the newest term, the oldest is x of the output
+  // Takes x of channel c, 0 outside the channels. Gives y of channel c - kDelay.
+  __device__ float push(const DeviceLrn<float>& lrn, float x) {
+    inputs.push(x);
+    const float root = inverse_root(lrn.k + lrn.mean * inputs.sum_of_squares());
+    return input() * inverse_three_quarters(root);
+  }
+
+  // x of the result.
+  __device__ float input() const { return inputs.values[N / 2]; }
+};
+
+// Its gradient.
+template <int N>
+struct GradientWalk {
+  static constexpr int kHalf = N / 2, kDelay = 2 * kHalf;
+  Window<N> inputs, terms;
   Window<kHalf + 1> gradients, scaled;
-  for (int c = first - 2 * kHalf; c < end + 2 * kHalf; c += kRun) {
-    float x[kRun], dy[kRun];
-    load(x, dy, c);
-    const auto run = [&](auto whole) {
-#pragma unroll
-      for (int j = 0; j < kRun; ++j) {
-        squares.push(x[j] * x[j]);
-        inputs.push(x[j]);
-        gradients.push(dy[j]);
-        const int middle = c + j - kHalf, out = middle - kHalf;
-        const float root = inverse_root(lrn.k + lrn.mean * squares.sum());
-        // Outside the channels the term is 0. Computed, 0 * s^-beta could be NaN.
-        const bool inside = whole.value || (middle >= 0 && middle < lrn.channels);
-        const float value = inside ? gradients.values[0] * inverse_three_quarters(root) : 0.0f;
-        scaled.push(value);
-        terms.push(inside ? value * inputs.values[kHalf] * (root * root) : 0.0f);
-        if (!whole.value && (out < first || out >= end)) continue;
-        emit(j, out, inputs.values[0], scaled.values[0] - lrn.factor * inputs.values[0] * terms.sum());
-      }
-    };
-    if (c - 2 * kHalf >= first && c - 2 * kHalf + kRun <= end && c - kHalf + kRun <= lrn.channels)
-      run(Constant<true>{});
+
+  // Takes x and dy of channel c, 0 outside the channels. Gives dx of channel c - kDelay. `inside`: c - kHalf is a
+  // channel. If it is not, its term is 0. Computed, 0 * s^-beta could be NaN.
+  __device__ float push(const DeviceLrn<float>& lrn, float x, float dy, bool inside) {
+    inputs.push(x);
+    gradients.push(dy);
+    const float root = inverse_root(lrn.k + lrn.mean * inputs.sum_of_squares());
+    const float value = inside ? gradients.values[0] * inverse_three_quarters(root) : 0.0f;
+    scaled.push(value);
+    terms.push(inside ? value * inputs.values[kHalf] * (root * root) : 0.0f);
+    return scaled.values[0] - lrn.factor * input() * terms.sum();
+  }
+
+  // x of the result.
+  __device__ float input() const { return inputs.values[0]; }
+};
+
+// Calls f(c, whole) for the runs [c, c + kRun) of channels that a walk takes for the results [first, end), which come
+// kDelay channels later. The loads of a run are in flight together. `whole`: all its channels and results are wanted,
+// as in most runs. These are compiled without the checks of each.
+template <int kRun, int kDelay, class F>
+__device__ inline void for_runs(int channels, int first, int end, F&& f) {
+  for (int c = first - kDelay; c < end + kDelay; c += kRun) {
+    if (c - kDelay >= first && c - kDelay + kRun <= end && c + kRun <= channels)
+      f(c, Constant<true>{});
     else
-      run(Constant<false>{});
-    done(c - 2 * kHalf);
+      f(c, Constant<false>{});
   }
 }
 
-// values[j] = channel c + j of the pixel whose channel 0 is at `from`; 0 outside the channels.
-template <int kRun, class T>
-__device__ inline void load_run(float (&values)[kRun], const T* from, int64_t step, int c, int channels) {
-  const T* at = from + c * step;
-  if (c >= 0 && c + kRun <= channels) {
-#pragma unroll
-    for (int j = 0; j < kRun; ++j, at += step) values[j] = widen(*at);
-  } else {
-#pragma unroll
-    for (int j = 0; j < kRun; ++j, at += step) values[j] = c + j >= 0 && c + j < channels ? widen(*at) : 0.0f;
+// What a run must check of each channel.
+struct Wanted {
+  int channels, first, end;
+
+  template <class Whole>
+  __device__ bool channel(Whole, int c) const {
+    return Whole::value || (c >= 0 && c < channels);
   }
-}
+
+  template <class Whole>
+  __device__ bool result(Whole, int c) const {
+    return Whole::value || (c >= first && c < end);
+  }
+};
+
+// A pixel's elements, channel after channel.
+template <class T>
+struct Channels {
+  T* all;
+  int place, step;
+
+  __device__ T* at(int offset = 0) const { return all + (place + offset); }
+
+  __device__ void next() { place += step; }
+
+  // The element, or 0 if it is not wanted. Goes on to the next.
+  __device__ float take(bool wanted) {
+    const float value = wanted ? widen(*at()) : 0.0f;
+    next();
+    return value;
+  }
+};
 
 }  // namespace alexnet_ext

@@ -2,6 +2,7 @@
 
 #include "relu_lrn_max_pool2d_kernels.cuh"
 #include "relu_lrn_max_pool2d_rows.cuh"
+#include "relu_lrn_max_pool2d_walk.cuh"
 
 namespace alexnet_ext {
 namespace {
@@ -22,14 +23,6 @@ Tiles lane_tiles(const LrnPoolBlock& p) {
   return tiles_of(p, lanes, most, [&](int64_t needed, int64_t own) { return needed * 195 + own * output; });
 }
 
-// In instructions of machine code for eight channels. Each thread of a block normalizes one input or waits for those
-// that do, so that every tile costs 425 a thread. An output for each thread costs 102 more.
-Tiles pixel_tiles(const LrnPoolBlock& p) {
-  return tiles_of(p, 1, kBlockThreads, [](int64_t, int64_t own) {
-    return kBlockThreads * (425 + 102 * ceil_div(own * kRun, kBlockThreads));
-  });
-}
-
 }  // namespace
 
 int relu_lrn_max_pool2d_cuda(const LrnPoolBlock& p, const void* x, const void* bias, void* y, uint8_t* winners,
@@ -44,7 +37,6 @@ int relu_lrn_max_pool2d_cuda(const LrnPoolBlock& p, const void* x, const void* b
     T* out = static_cast<T*>(y);
     if constexpr (__is_same(Acc<T>, float)) {
       const bool lanes = has_lanes(p, aligned(x, bias, y, winners));
-      Tiles tiles;
       if (lanes && has_rows(p, kRowThreads<T>)) {
         const RowTiles walked(p, kRowThreads<T>);
         status = launch_blocks(relu_lrn_max_pool2d_rows_lanes_kernel<T>, walked.blocks, walked.warps * kWarp,
@@ -52,18 +44,17 @@ int relu_lrn_max_pool2d_cuda(const LrnPoolBlock& p, const void* x, const void* b
         return;
       }
       if (lanes) {
-        tiles = lane_tiles(p);
+        const Tiles tiles = lane_tiles(p);
         status = launch(relu_lrn_max_pool2d_lanes_kernel<T, 5>, std::min(tiles.count, kMaxBlocks),
                         tiles.shared_bytes(p.in.channels), stream, block, tiles, in, b, out, winners);
-      } else if (has_pixels(p)) {
-        tiles = pixel_tiles(p);
-        const bool three = p.pool.kernel[0] == 3 && p.pool.kernel[1] == 3;
-        const Chunks work = chunks_of(tiles, p.in);
-        status = launch(three ? relu_lrn_max_pool2d_pixels_kernel<T, 5, 3> : relu_lrn_max_pool2d_pixels_kernel<T, 5, 0>,
-                        std::min(tiles.count * work.chunks, kMaxBlocks), tiles.shared_bytes(kRun), stream, block, tiles,
-                        work, in, b, out, winners);
+        if (tiles.rows > 0) return;
       }
-      if (tiles.rows > 0) return;
+      if (has_walks(p)) {
+        const PatchWalks work(p, kWalkBlocks * kHopperMultiprocessors);
+        status = launch(relu_lrn_max_pool2d_walk_kernel<T>, work.blocks(), SharedInputs::kBytes, stream, block.lrn,
+                        work, in, b, out, winners);
+        return;
+      }
     }
     status = launch(relu_lrn_max_pool2d_kernel<T>, blocks_for(n), 0, stream, block, n, in, b, out, winners);
   });
@@ -85,7 +76,7 @@ int relu_lrn_max_pool2d_backward_cuda(const LrnPoolBlock& p, const void* dy, con
     if constexpr (__is_same(Acc<T>, float)) {
       constexpr int64_t kLaneSums = kBlockThreads * kLaneChannels * sizeof(float);
       const bool lanes = has_lanes(p, aligned(dy, x, bias, winners, dx));
-      fast = lanes || has_pixels(p);
+      fast = lanes || has_walks(p);
       if (lanes && has_patches(p)) {
         rows = sum_rows_of(p.in, kPatchBlocks * kHopperMultiprocessors);
         status = launch(relu_lrn_max_pool2d_patches_lanes_backward_kernel<T>, rows, kLaneSums, stream, block.lrn,
@@ -95,11 +86,10 @@ int relu_lrn_max_pool2d_backward_cuda(const LrnPoolBlock& p, const void* dy, con
         status = launch(relu_lrn_max_pool2d_lanes_backward_kernel<T, 5>, rows, kLaneSums, stream, block,
                         elements(p.in) / kLaneChannels, gradient, in, b, winners, out, sums);
       } else if (fast) {
-        const int64_t pixels = p.in.batch * p.in.height * p.in.width;
-        const int64_t busy_rows = std::max<int64_t>(1, std::min(rows, ceil_div(pixels, kBlockThreads)));
-        const Chunks work(pixels, p.in.channels, ceil_div(kFullGpu, busy_rows));
-        status = launch(relu_lrn_max_pool2d_pixels_backward_kernel<T, 5>, rows * work.chunks,
-                        (kRun * kBlockThreads + work.channels) * sizeof(float), stream, block, work, rows, gradient, in,
+        const PatchWalks work(p, kWalkBlocks * kHopperMultiprocessors, rows);
+        rows = work.rows;
+        status = launch(relu_lrn_max_pool2d_walk_backward_kernel<T>, work.blocks(),
+                        SharedWindows::kBytes + WarpTotals::shared_bytes(work), stream, block.lrn, work, gradient, in,
                         b, winners, out, sums);
       }
     }

@@ -168,29 +168,30 @@ struct Step {
 
 // Images of vectors. Contiguous images are the same: a larger batch, of one channel.
 struct Planes {
-  int height, width, lanes;
-  uint32_t count;  // of vectors
+  int height, width, lanes, images;
 
   Planes(const Images& s, int vector)
       : height(static_cast<int>(s.height)),
         width(static_cast<int>(s.width)),
         lanes(s.channels_last ? static_cast<int>(s.channels) / vector : 1),
-        count(static_cast<uint32_t>(elements(s) / vector)) {}
+        images(static_cast<int>(s.channels_last ? s.batch : s.batch * s.channels)) {}
 
   __device__ bool has(int row, int column) const { return row >= 0 && row < height && column >= 0 && column < width; }
 
   __device__ int at(int image, int row, int column, int lane) const {
     return ((image * height + row) * width + column) * lanes + lane;
   }
+
+  __device__ int step() const { return height * width * lanes; }  // vectors of an image
 };
 
-// What the threads of a kernel take: every vector of rows x columns places of each image.
+// What the threads of a kernel take: every vector of rows x columns places of each image, or of each `together` images.
 struct Places {
   uint32_t count;
   Divisor32 by_lanes, by_columns, by_rows;
 
-  Places(const Planes& s, int64_t rows, int64_t columns)
-      : count(static_cast<uint32_t>(s.count / (static_cast<int64_t>(s.height) * s.width) * rows * columns)),
+  Places(const Planes& s, int64_t rows, int64_t columns, int together = 1)
+      : count(static_cast<uint32_t>(ceil_div(s.images, together) * s.lanes * rows * columns)),
         by_lanes(s.lanes),
         by_columns(columns),
         by_rows(rows) {}
@@ -320,6 +321,10 @@ __device__ constexpr int patch_tap(int a, int r) { return r == 1 ? 1 : 2 - 2 * a
 // sum += the gradients of V windows that were won by this tap.
 template <int V, class A>
 __device__ inline void add_won(A (&sum)[V], const A (&gradients)[V], Bytes<V> won, int tap) {
+  if constexpr (V == 1) {
+    if (won == tap) sum[0] += gradients[0];
+    return;
+  }
   const Bytes<V> differs = won ^ static_cast<Bytes<V>>(static_cast<uint64_t>(tap) * 0x0101010101010101);
 #pragma unroll
   for (int i = 0; i < V; ++i)
@@ -331,6 +336,8 @@ template <class T, int V>
 struct Patch {
   Raw<T, V> gradients[2][2];
   Bytes<V> won[2][2];
+
+  Patch() = default;
 
   __device__ Patch(const Planes& out, const Place& at, const T* __restrict__ dy, const uint8_t* __restrict__ winners) {
 #pragma unroll

@@ -22,8 +22,8 @@ void relu_max_pool2d_lrn_backward_cpu(const LrnPoolBlock& p, const void* dy, con
 int relu_max_pool2d_lrn_cuda(const LrnPoolBlock& p, const void* x, const void* bias, void* y, void* pooled,
                              uint8_t* winners, void* stream);
 
-// The backward of any LRN except AlexNet's needs dpooled: a workspace of p.out's elements, in the type of bias_sums. If
-// it is not needed it must be null.
+// The backward of any LRN except AlexNet's, and of other windows over contiguous images, needs dpooled: a workspace of
+// p.out's elements, in the type of bias_sums. If it is not needed it must be null.
 bool relu_max_pool2d_lrn_needs_dpooled(const LrnPoolBlock& p, const void* dy, const void* pooled,
                                        const uint8_t* winners, const void* dx);
 int relu_max_pool2d_lrn_backward_cuda(const LrnPoolBlock& p, const void* dy, const void* pooled, const uint8_t* winners,

@@ -25,15 +25,12 @@ Tiles patch_tiles_of(const LrnPoolBlock& p, int64_t lanes, int64_t most_needed) 
                       [](int64_t needed, int64_t own) { return needed * 340 + own * 504; });
 }
 
-// The tiles of the backward for AlexNet's LRN. There are none for another LRN, or if a single input needs too much
-// shared memory.
+// The tiles of the backward in lanes. There are none if a single input needs too much shared memory.
 Tiles backward_tiles(const LrnPoolBlock& p, bool lanes) {
-  if (lanes) {
-    const int64_t most = kSharedBytes / (p.in.channels * static_cast<int64_t>(sizeof(float)));
-    const int64_t vectors = p.in.channels / kLaneChannels;
-    return has_patches(p) ? patch_tiles_of(p, vectors, most) : tiles_of(p, vectors, most);
-  }
-  return has_pixels(p) ? tiles_of(p, 1, kBlockThreads) : Tiles();
+  if (!lanes) return Tiles();
+  const int64_t most = kSharedBytes / (p.in.channels * static_cast<int64_t>(sizeof(float)));
+  const int64_t vectors = p.in.channels / kLaneChannels;
+  return has_patches(p) ? patch_tiles_of(p, vectors, most) : tiles_of(p, vectors, most);
 }
 
 }  // namespace
@@ -49,7 +46,6 @@ int relu_max_pool2d_lrn_cuda(const LrnPoolBlock& p, const void* x, const void* b
     const T *in = static_cast<const T*>(x), *b = static_cast<const T*>(bias);
     T *out = static_cast<T*>(y), *kept = static_cast<T*>(pooled);
     if constexpr (__is_same(Acc<T>, float)) {
-      const bool three = p.pool.kernel[0] == 3 && p.pool.kernel[1] == 3;
       if (has_lanes(p, aligned(x, bias, y, pooled, winners))) {
         const int64_t vectors = n / kLaneChannels;
         if (has_planes(p)) {
@@ -63,13 +59,10 @@ int relu_max_pool2d_lrn_cuda(const LrnPoolBlock& p, const void* x, const void* b
         }
         return;
       }
-      if (has_pixels(p)) {
-        constexpr int64_t kEnoughThreads = 1 << 18;
-        const int64_t pixels = p.out.height * p.out.width, all = p.out.batch * pixels;
-        const Chunks work(pixels, p.out.channels, all == 0 ? 1 : ceil_div(kEnoughThreads, all));
-        const int64_t threads = all * work.chunks;
-        status = launch(three ? relu_max_pool2d_lrn_pixels_kernel<T, 5, 3> : relu_max_pool2d_lrn_pixels_kernel<T, 5, 0>,
-                        blocks_for(threads), 0, stream, block, work, threads, in, b, out, kept, winners);
+      if (has_walks(p)) {
+        const PatchWalks work(p, kWalkBlocks * kHopperMultiprocessors);
+        status = launch(relu_max_pool2d_lrn_walk_kernel<T>, work.blocks(), SharedInputs::kBytes, stream, block.lrn,
+                        work, in, b, out, kept, winners);
         return;
       }
     }
@@ -82,14 +75,14 @@ int relu_max_pool2d_lrn_cuda(const LrnPoolBlock& p, const void* x, const void* b
 
 bool relu_max_pool2d_lrn_needs_dpooled(const LrnPoolBlock& p, const void* dy, const void* pooled,
                                        const uint8_t* winners, const void* dx) {
-  return backward_tiles(p, has_lanes(p, aligned(dy, pooled, winners, dx))).rows == 0;
+  return !has_walks(p) && backward_tiles(p, has_lanes(p, aligned(dy, pooled, winners, dx))).rows == 0;
 }
 
 int relu_max_pool2d_lrn_backward_cuda(const LrnPoolBlock& p, const void* dy, const void* pooled, const uint8_t* winners,
                                       void* dx, void* dpooled, void* bias_sums, void* dbias, void* stream) {
   if (!fits(p.in)) return cudaErrorInvalidValue;
   cudaError_t status = cudaSuccess;
-  const int64_t rows = sum_rows_of(p.in);
+  int64_t rows = sum_rows_of(p.in);
   with_type(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const DeviceBlock<Acc<T>> block(p);
@@ -111,16 +104,17 @@ int relu_max_pool2d_lrn_backward_cuda(const LrnPoolBlock& p, const void* dy, con
       if (lanes) {
         // The bias sums use the same shared memory.
         const int64_t for_sums = kBlockThreads * kLaneChannels * sizeof(float);
-        status = launch(has_patches(p) ? relu_max_pool2d_lrn_lanes_backward_kernel<T, 5, 2>
-                                       : relu_max_pool2d_lrn_lanes_backward_kernel<T, 5, 1>,
+        status = launch(has_patches(p) ? relu_max_pool2d_lrn_lanes_backward_kernel<T, 2>
+                                       : relu_max_pool2d_lrn_lanes_backward_kernel<T, 1>,
                         rows, std::max(for_sums, tiles.shared_bytes(p.in.channels)), stream, block,
                         Planes(p.in, kLaneChannels), Planes(p.out, kLaneChannels), tiles, gradient, kept, winners, out,
                         sums);
       } else {
-        const Chunks work = chunks_of(tiles, p.in);
-        status = launch(relu_max_pool2d_lrn_pixels_backward_kernel<T, 5>, rows * work.chunks,
-                        tiles.shared_bytes(kRun) + work.channels * sizeof(float), stream, block, tiles, work, rows,
-                        gradient, kept, winners, out, sums);
+        const PatchWalks work(p, kWalkBlocks * kHopperMultiprocessors, rows);
+        rows = work.rows;
+        status = launch(relu_max_pool2d_lrn_walk_backward_kernel<T>, work.blocks(),
+                        SharedWindows::kBytes + WarpTotals::shared_bytes(work), stream, block.lrn, work, gradient, kept,
+                        winners, out, sums);
       }
     }
     if (status == cudaSuccess) status = sum_rows<T>(rows, p.in.channels, bias_sums, dbias, stream);

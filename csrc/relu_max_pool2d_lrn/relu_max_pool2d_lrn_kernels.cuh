@@ -9,10 +9,13 @@
 // dpooled through a workspace in the arithmetic type.
 #pragma once
 
-#include "../common/lrn_pool_block.cuh"
+#include "../common/patch_walk.cuh"
+#include "../local_response_norm/local_response_norm_pairs.cuh"
 #include "relu_max_pool2d_lrn.h"
 
 namespace alexnet_ext {
+
+constexpr int kWalkBlocks = 3;  // 80 registers
 
 // The first window along side i that contains input `at`. (No padding, dilation 1.)
 __device__ inline int first_window(const DevicePooling& pool, int i, int at) {
@@ -154,7 +157,7 @@ __device__ inline void unpool_patch(const Planes& in, const Planes& out, const P
 
 // For a tile of inputs, or of patches of kSide x kSide inputs, a block computes the gradients of the pooled values into
 // shared memory, and gathers from there.
-template <class T, int N, int kSide>
+template <class T, int kSide>
 __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
     relu_max_pool2d_lrn_lanes_backward_kernel(DeviceBlock<float> p, Planes in, Planes out, Tiles tiles,
                                               const T* __restrict__ dy, const T* __restrict__ pooled,
@@ -177,7 +180,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
                      float values[kLaneChannels], gradient[kLaneChannels], out[kLaneChannels];
                      load<kLaneChannels>(values, pooled + from);
                      load<kLaneChannels>(gradient, dy + from);
-                     lrn_gradients<N>(out, p.lrn, values, gradient, at.lane == 0, at.lane == lanes - 1);
+                     gradients_of_five(out, p.lrn, values, gradient, at.lane == 0, at.lane == lanes - 1);
                      if (owns) put(dpooled, all, v, out);
                    });
     __syncthreads();
@@ -198,97 +201,99 @@ __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
   sum_owners(sum, lanes, 0, owners, [](int i) { return i; }, sums);
 }
 
-// ---- contiguous: a thread walks along the channels of one output
+// ---- contiguous: a thread walks along the channels of a patch of 2 x 2 inputs
 
-template <class T, int N, int K>
-__global__ void __launch_bounds__(kBlockThreads, 2)  // 128 registers
-    relu_max_pool2d_lrn_pixels_kernel(DeviceBlock<float> p, Chunks work, int64_t threads, const T* __restrict__ x,
-                                      const T* __restrict__ bias, T* __restrict__ y, T* __restrict__ pooled,
-                                      uint8_t* __restrict__ winners) {
-  constexpr int kChannels = 4;
-  for_chunks(work, threads, p.in.channels, [&](int64_t image, int64_t pixel, int first, int end) {
-    const int oh = static_cast<int>(p.out.by_width.divide(pixel)), ow = static_cast<int>(pixel - oh * p.out.width);
-    const int64_t to = p.out.at(image, 0, oh, ow);
-    walk_values<N, kChannels>(
-        p.lrn, first, end,
-        [&](auto& values, int c) {
-          Best<float, kChannels> best;
-          for_taps<K>(p.pool, p.in, oh, ow, [&](int ih, int iw, int tap) {
-            float taken[kChannels];
-            load_run(taken, x + p.in.at(image, 0, ih, iw), p.in.channel_step, c, p.in.channels);
+// Bytes: the patches on the right and below that a block shares with the next are read again.
+template <class T>
+__global__ void __launch_bounds__(kBlockThreads, kWalkBlocks)
+    relu_max_pool2d_lrn_walk_kernel(DeviceLrn<float> lrn, PatchWalks p, const T* __restrict__ x,
+                                    const T* __restrict__ bias, T* __restrict__ y, T* __restrict__ pooled,
+                                    uint8_t* __restrict__ winners) {
+  constexpr int kDelay = ValueWalk<5>::kDelay;
+  const int step = p.height * p.width, out_step = p.out_height * p.out_width;
+  const WalkedChannels block(p);
+  const WalkedPatch patch(p, block.row * p.own + static_cast<int>(threadIdx.x), block.first);
+  const bool pools = patch.window && static_cast<int>(threadIdx.x) < p.own;
+  Channels<const T> from{x, patch.input - kDelay * step, step};
+  Channels<T> to{y, patch.output, out_step};
+  const Wanted wanted{p.channels, block.first, block.end};
+  ValueWalk<5> walk;
+  int late[] = {0, 0}, turn = 0;  // winners of the channels whose results are to come
+  static_assert(kDelay == 2);
+  for_runs<kRun, kDelay>(p.channels, block.first, block.end, [&](int c, auto whole) {
+    float values[4][kRun];
+    load_inputs(values, from, p.width, patch.inside, bias, wanted, c, whole);
+    const SharedInputs shared(shared_memory<float>(), turn++);
+    shared.put(values);
+    __syncthreads();
+    if (!pools) return;
+    const Best<float, kRun> best = shared.template pooled<true>(values, p.across);
 #pragma unroll
-            for (int j = 0; j < kChannels; ++j)
-              if (c + j >= 0 && c + j < p.in.channels) taken[j] = with_bias(taken[j], bias, c + j);
-            best.template take<true>(taken, tap);
-          });
-#pragma unroll
-          for (int j = 0; j < kChannels; ++j) {
-            values[j] = best.value[j];
-            if (c + j < first || c + j >= end) continue;
-            pooled[to + (c + j) * p.out.channel_step] = narrow<T>(best.value[j]);
-            winners[to + (c + j) * p.out.channel_step] = static_cast<uint8_t>(best.tap[j]);
-          }
-        },
-        [&](int, int c, float value) { y[to + c * p.out.channel_step] = narrow<T>(value); }, [](int) {});
+    for (int j = 0; j < kRun; ++j) {
+      const float out = walk.push(lrn, best.value[j]);
+      const int winner = late[0];
+      late[0] = late[1], late[1] = best.tap[j];
+      if (!wanted.result(whole, c + j - kDelay)) continue;
+      *to.at() = narrow<T>(out), pooled[to.place] = narrow<T>(walk.input());
+      winners[to.place] = static_cast<uint8_t>(winner);
+      to.next();
+    }
   });
 }
 
-// The grid is [rows][chunks]; a row takes every rows-th tile of inputs. Its threads compute the gradients of the tile's
-// windows into shared memory, eight channels at a time, and gather from there.
-template <class T, int N>
-__global__ void __launch_bounds__(kBlockThreads, 3)  // 80 registers
-    relu_max_pool2d_lrn_pixels_backward_kernel(DeviceBlock<float> p, Tiles tiles, Chunks work, int64_t rows,
-                                               const T* __restrict__ dy, const T* __restrict__ pooled,
-                                               const uint8_t* __restrict__ winners, T* __restrict__ dx,
-                                               float* __restrict__ sums) {
-  const int need = tiles.need_rows * tiles.need_columns, thread = static_cast<int>(threadIdx.x);
-  float *dpooled = shared_memory<float>(), *totals = dpooled + kRun * need;  // [kRun][need], [channels of the chunk]
-  const int64_t block_row = work.by_chunks.divide(blockIdx.x);
-  const int first = static_cast<int>(blockIdx.x - block_row * work.chunks) * work.channels;
-  const int end = first + work.channels < p.in.channels ? first + work.channels : p.in.channels;
-  const int own_row = static_cast<int>(tiles.by_need_row.divide(thread));
-  const int own_column = thread - own_row * tiles.need_columns;
-  for (int i = thread; i < end - first; i += kBlockThreads) totals[i] = 0;
-  __syncthreads();
-  for (int64_t tile = block_row; tile < tiles.count; tile += rows) {
-    const Position at = tile_position(tiles, tile);
-    const int top = first_window(p.pool, 0, at.row), left = first_window(p.pool, 1, at.column);
-    const int oh = top + own_row, ow = left + own_column;
-    const bool active = thread < need && oh < p.out.height && ow < p.out.width;
-    const int64_t base = active ? p.out.at(at.image, 0, oh, ow) : 0;
-    walk_gradients<N, kRun>(
-        p.lrn, first, end,
-        [&](auto& values, auto& gradients, int c) {
-          load_run(values, pooled + base, p.out.channel_step, c, active ? p.out.channels : 0);
-          load_run(gradients, dy + base, p.out.channel_step, c, active ? p.out.channels : 0);
-        },
-        [&](int j, int, float, float gradient) {
-          if (active) dpooled[j * need + thread] = gradient;
-        },
-        [&](int run) {
-          __syncthreads();
-          const int j = thread / kWarp, channel = run + j;
-          if (channel >= first && channel < end)
-            sum_warp(totals, channel - first, [&] {
-              float sum = 0;
-              for (int v = thread % kWarp; v < tiles.rows * tiles.columns; v += kWarp) {
-                const int tile_row = static_cast<int>(tiles.by_row.divide(v));
-                const int row = at.row + tile_row, column = at.column + v - tile_row * tiles.columns;
-                if (row >= p.in.height || column >= p.in.width) continue;
-                float out = 0;
-                for_windows(p.pool, p.out, row, column, [&](int h, int w, int tap) {
-                  if (tap < 0 || winners[p.out.at(at.image, channel, h, w)] != tap) return;
-                  out += dpooled[j * need + (h - top) * tiles.need_columns + w - left];
-                });
-                dx[p.in.at(at.image, channel, row, column)] = narrow<T>(out);
-                sum += out;
-              }
-              return sum;
-            });
-          __syncthreads();
-        });
+// A thread computes the gradient of its window's pooled value, and gathers its patch's from there.
+template <class T>
+__global__ void __launch_bounds__(kBlockThreads, kWalkBlocks)
+    relu_max_pool2d_lrn_walk_backward_kernel(DeviceLrn<float> lrn, PatchWalks p, const T* __restrict__ dy,
+                                             const T* __restrict__ pooled, const uint8_t* __restrict__ winners,
+                                             T* __restrict__ dx, float* __restrict__ sums) {
+  constexpr int kDelay = GradientWalk<5>::kDelay;
+  static_assert(kDelay == kRun);
+  const int step = p.height * p.width, out_step = p.out_height * p.out_width, before = kBlockThreads - p.own;
+  const WalkedChannels block(p);
+  float* shared = shared_memory<float>();
+  const SharedWindows windows(shared);
+  WarpTotals totals(shared + SharedWindows::kBytes / sizeof(float), p);
+  const Wanted wanted{p.channels, block.first, block.end};
+  const bool owns = static_cast<int>(threadIdx.x) >= before;
+  for (int run = block.row; run < p.runs; run += p.rows) {
+    const WalkedPatch patch(p, run * p.own + static_cast<int>(threadIdx.x) - before, block.first);
+    Channels<const T> from{pooled, patch.output - kDelay * out_step, out_step};
+    Channels<T> to{dx, patch.input, step};
+    GradientWalk<5> walk;
+    for_runs<kRun, kDelay>(p.channels, block.first, block.end, [&](int c, auto whole) {
+      float value[kRun], gradient[kRun], sum[kRun];
+      Bytes<kRun> taps = static_cast<Bytes<kRun>>(-1);  // no tap has won
+#pragma unroll
+      for (int j = 0; j < kRun; ++j, from.next()) {
+        const bool channel = patch.window && wanted.channel(whole, c + j);
+        value[j] = channel ? widen(*from.at()) : 0.0f;
+        gradient[j] = channel ? widen(dy[from.place]) : 0.0f;
+        if (patch.window && wanted.result(whole, c + j - kDelay))
+          taps ^= static_cast<Bytes<kRun>>(winners[from.place - kDelay * out_step] ^ kNoWinner) << 8 * j;
+      }
+#pragma unroll
+      for (int j = 0; j < kRun; ++j) {
+        gradient[j] = walk.push(lrn, value[j], gradient[j], wanted.channel(whole, c + j - kDelay / 2));
+        sum[j] = owns && byte_of<kRun>(taps, j) != kNoWinner ? gradient[j] : 0.0f;
+      }
+      if (!whole.value && c - kDelay < block.first) return;
+      totals.add(p, c - kDelay - block.first, sum);
+      windows.put(gradient, taps);
+      if (!owns) return;
+      float inputs[2][2][kRun];
+      windows.get(p.across).gather(inputs);
+#pragma unroll
+      for (int j = 0; j < kRun; ++j) {
+        if (!wanted.result(whole, c + j - kDelay)) continue;
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (patch.inside[i]) *to.at(patch_input(i, p.width)) = narrow<T>(inputs[i / 2][i % 2][j]);
+        to.next();
+      }
+    });
   }
-  for (int i = thread; i < end - first; i += kBlockThreads) sums[block_row * p.in.channels + first + i] = totals[i];
+  totals.write(p, block, sums);
 }
 
 // ---- any layout, window and beta: element by element; neighbours' terms are shared in shared memory

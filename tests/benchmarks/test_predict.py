@@ -143,8 +143,7 @@ def test_a_thread_that_loads_too_slowly_is_noticed() -> None:
 def test_the_committed_counts_are_of_every_job_and_keep_to_the_gates() -> None:
     names = {job.work.name for job in count.jobs()}
     assert set(COMMITTED["rows"]) == names
-    said = [s for name, row in COMMITTED["rows"].items() if gates.on_path(name)
-            for s in gates.faults(name, row, COMMITTED)]  # fmt: skip
+    said = [sentence for name, row in COMMITTED["rows"].items() for sentence in gates.faults(name, row, COMMITTED)]
     said += [*gates.idle(COMMITTED), *gates.producer_faults(COMMITTED["producers"])]
     assert said == []
     assert all(len(exception["why"]) > 20 for exception in COMMITTED["held"])

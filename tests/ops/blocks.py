@@ -122,6 +122,7 @@ def emulated(of: Callable[..., Case]) -> dict[str, tuple[Case, ...]]:
         "emulated_many": (
             *(of(shape) for shape in ((67, 24, 9, 21), (100, 8, 13, 11), (41, 24, 10, 17))),
             of((70, 20, 13, 9), lrn_size=4),
+            of((400, 2, 7, 9)),  # more runs of patches than rows of bias sums
         ),
         "ptx": (
             of((1, 1, 1, 1), kernel_size=1, stride=1),

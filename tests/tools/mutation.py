@@ -31,6 +31,8 @@ from tests.support.spec import EMULATOR, GATES, Fault
 BIAS = "csrc/common/cpu_bias.h"
 VECTOR = "csrc/common/cpu_vector.h"
 CUDA_SUMS = "csrc/common/channel_sums.cuh"
+WALKS = "csrc/common/patch_walk.cuh"
+CONTIGUOUS = f"{EMULATOR} -k 'relu_lrn_max_pool2d and {{}} and contiguous'"
 SLOWER = f"{GATES} -k 'relu_lrn_max_pool2d and backward'"
 SURVEY, CALLS = "alexnet_ext/accelerate/survey.py", "alexnet_ext/accelerate/calls.py"
 WATCH, TRACING = "alexnet_ext/accelerate/watch.py", "alexnet_ext/accelerate/tracing.py"
@@ -135,6 +137,21 @@ SHARED = (
           "V == 8 ? ((thread * 2 + i / 4) ^ (thread / 4 & 1)) * 4 + i % 4 : thread * V + i", "thread * V + i", SLOWER),
     Fault("slower: more blocks than fit", "csrc/common/channel_sums.h", "(steps < most ? steps : most) * step;",
           "(steps < most ? steps : most) * step + step;", SLOWER),
+    Fault("CUDA walk: the patch below taken for the one on the right", WALKS, "below * across + right",
+          "right * across + below", CONTIGUOUS.format("float32")),
+    Fault("CUDA walk: the second column of an odd image", WALKS, "2 * column + 1 < p.width", "true",
+          CONTIGUOUS.format("float32")),
+    Fault("CUDA walk: a patch too many in a run", WALKS, "own(kBlockThreads - across - 1)",
+          "own(kBlockThreads - across)", CONTIGUOUS.format("many")),
+    Fault("CUDA walk: bias sums of one warp", WALKS, "warp < kWarps; ++warp", "warp < 1; ++warp",
+          CONTIGUOUS.format("many")),
+    Fault("CUDA walk: no barrier before other patches' windows are read", WALKS,
+          "winners_[threadIdx.x] = won;\n    __syncthreads();", "winners_[threadIdx.x] = won;",
+          CONTIGUOUS.format("order")),
+    Fault("CUDA walk: no barrier before the next windows are put", WALKS, "__syncthreads();\n    store<kRun>(",
+          "store<kRun>(", CONTIGUOUS.format("order")),
+    Fault("slower: contiguous images by the general path", WALKS, "return p.dtype != DType::f64 &&", "return false &&",
+          f"{GATES} -k 'relu_max_pool2d_lrn and backward and 27x27 and bfloat16 and contiguous'"),
 )  # fmt: skip
 FAULTS = (*specs.of_all("faults", tuple(specs.SPECS)), *SHARED)
 

@@ -83,7 +83,7 @@ FAULTS = (
           f"{EMULATOR} -k 'subnormal and 1e-40'"),
     Fault("CUDA: a scale that alpha makes subnormal taken for 0", CUDA_LRN, " && lrn.alpha >= 0", "",
           f"{EMULATOR} -k 'subnormal and 1.2e-38'"),
-    Fault("CUDA: chunks of channels without their ends", CUDA_LRN, "c = first - kHalf;", "c = first;",
+    Fault("CUDA: chunks of channels without their ends", CUDA_LRN, "c = first - kDelay;", "c = first;",
           f"{EMULATOR} -k 'values and local_response_norm and float32 and contiguous'"),
     Fault("CUDA: pairs of channels, a neighbour across the end of a pixel", PAIRS, "(last ? 0 : after)", "after",
           f"{EMULATOR} -k 'relu_lrn_max_pool2d and float32 and channels_last'"),

@@ -37,8 +37,10 @@ def moved(case: Case, width: int) -> tuple[int, int]:
 PATCHES = "csrc/relu_lrn_max_pool2d/relu_lrn_max_pool2d_patches.cuh"
 LAUNCHER = "csrc/relu_lrn_max_pool2d/relu_lrn_max_pool2d_cuda.cu"
 ROWS = "csrc/relu_lrn_max_pool2d/relu_lrn_max_pool2d_rows.cuh"
+WALK = "csrc/relu_lrn_max_pool2d/relu_lrn_max_pool2d_walk.cuh"
 CHANNELS_LAST = f"{EMULATOR} -k 'relu_lrn_max_pool2d and float32 and channels_last'"
 TRITON = "alexnet_ext/ops/relu_lrn_max_pool2d/triton_kernels.py"
+CONTIGUOUS = f"{EMULATOR} -k 'relu_lrn_max_pool2d and float32 and contiguous'"
 TIES = f"{EMULATOR} -k 'winners_of_ties and float32 and channels_last'"
 FAULTS = (
     Fault("Triton rows: the shared row's taps are the last row's", TRITON,
@@ -63,6 +65,14 @@ FAULTS = (
     Fault("CUDA rows: the third row's taps are the first's", ROWS, "6 + row.tap[i]", "row.tap[i]", TIES),
     Fault("CUDA rows: no barrier before the neighbour's column is read", ROWS, "__syncthreads();\n    get(", "get(",
           f"{EMULATOR} -k 'order and relu_lrn_max_pool2d and channels_last'"),
+    Fault("CUDA walk: no barrier before other patches' inputs are read", WALK,
+          "shared.put(values);\n    __syncthreads();", "shared.put(values);",
+          f"{EMULATOR} -k 'order and relu_lrn_max_pool2d and contiguous'"),
+    Fault("CUDA walk: ReLU's mask dropped", WALK, "inside[i] && !(walks[i].input() <= 0) ?", "inside[i] ?", CONTIGUOUS),
+    Fault("CUDA walk: ReLU dropped backward", WALK, "relu(values[i][j]), gathered", "values[i][j], gathered",
+          CONTIGUOUS),
+    Fault("CUDA walk: a row takes its first run alone", WALK, "run < p.runs; run +=",
+          "run < p.rows; run +=", f"{EMULATOR} -k 'relu_lrn_max_pool2d and many and contiguous'"),
     Fault("slower: narrow tiles, whose edges are read again", ROWS,
           "most = most_threads / kWarp * owners / lanes - 1;", "most = 3;",
           f"{GATES} -k 'relu_lrn_max_pool2d and forward'"),

@@ -37,13 +37,18 @@ def moved(case: Case, width: int) -> tuple[int, int]:
     return x + bias + y + y + elements, y + y + elements + x
 
 
+KERNELS = "csrc/relu_max_pool2d_lrn/relu_max_pool2d_lrn_kernels.cuh"
 FAULTS = (
     Fault("CUDA: no barrier before a block's next tile",
-          "csrc/relu_max_pool2d_lrn/relu_max_pool2d_lrn_kernels.cuh", "__syncthreads();\n  }\n  sum_owners",
+          KERNELS, "__syncthreads();\n  }\n  sum_owners",
           "}\n  sum_owners", f"{EMULATOR} -k 'relu_max_pool2d_lrn and (order or many)'"),
-    Fault("CUDA: a patch's taps transposed", "csrc/relu_max_pool2d_lrn/relu_max_pool2d_lrn_kernels.cuh",
+    Fault("CUDA: a patch's taps transposed", KERNELS,
           "patch_tap(a, r) * 3 + patch_tap(b, s)", "patch_tap(b, s) * 3 + patch_tap(a, r)",
           f"{EMULATOR} -k 'relu_max_pool2d_lrn and (order or many)'"),
+    Fault("CUDA walk: the winner of another channel", KERNELS, "const int winner = late[0];",
+          "const int winner = best.tap[j];", f"{EMULATOR} -k 'relu_max_pool2d_lrn and float32 and contiguous'"),
+    Fault("CUDA walk: the bias sums take what no input won", KERNELS, "owns && byte_of<kRun>(taps, j) != kNoWinner",
+          "owns", f"{EMULATOR} -k 'relu_max_pool2d_lrn and float32 and contiguous'"),
 )  # fmt: skip
 
 
