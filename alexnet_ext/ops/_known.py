@@ -70,7 +70,7 @@ class Race:
     choice: str
     microseconds: Mapping[str, float]
     at: float = field(default_factory=time.time)
-    among: Sequence[str] = ()
+    among: Sequence[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, choice: str, seconds: Mapping[str, float], dropped: Iterable[str] = ()) -> Race:
@@ -218,7 +218,7 @@ def _is_sound(entry: Proof | Race) -> bool:
         sound = (
             isinstance(entry.choice, str)
             and isinstance(entry.microseconds, dict)
-            and isinstance(entry.among, list | tuple)
+            and isinstance(entry.among, list)
         )
         numbers = [entry.at, *entry.microseconds.values()] if sound else []
     return sound and all(map(math.isfinite, numbers)) and entry.at < time.time() + DAY

@@ -121,7 +121,7 @@ def test_tune_proves_races_and_says_where_it_is_kept(
     assert [part.strip() for part in row.split("│")[1:-1]] == ["conv1", "forward", "native", "native 10, stock 20"]
     assert f"proved {len(OPS)} ops on cpu in 0 s: {len(OPS)} right, 0 faster than PyTorch" in printed
     assert f"Kept in {_known.on(CPU).path}" in printed.replace("\n", "")
-    assert {unit.dtype for unit in quick_proofs} == {"bfloat16"}
+    assert {unit.dtype for unit in quick_proofs} == {"bfloat16", "float32"}, "gradients of fp32 parameters too"
     assert asked == [True], "tune races again"
 
 

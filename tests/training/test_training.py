@@ -141,7 +141,7 @@ def test_images_come_as_conv1_takes_them_and_train_the_same_weights(
     right, seen = evaluation.augment, []
     monkeypatch.setattr(evaluation, "augment", lambda *a, **rest: seen.append(right(*a, **rest)) or seen[-1])
     expected = plain.run(reporter())
-    assert {(x.shape[1:], x.dtype) for x in seen} == {((3, SIZE, SIZE), torch.float32)}
+    assert {(x.shape[1:], x.dtype) for x in seen} == {((3, SIZE, SIZE), torch.bfloat16)}
     seen.clear()
     monkeypatch.setattr(
         importlib.import_module("alexnet_ext.models.alexnet"),
