@@ -20,6 +20,7 @@ from .packed import SPLITS
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+MOST_BYTES = 1 << 28  # of an image in a tar file: it is read as a whole
 ILSVRC_TRAIN, ILSVRC_VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 ILSVRC_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 SYNSET_LIST, SYNSETS_OF_DEVKIT = "map_clsloc.txt", "meta.mat"
@@ -39,6 +40,8 @@ class Entry(NamedTuple):
         """The image in RGB, as ``read_image`` reads files, with its errors."""
         if self.size is None:
             return read_image(self.file)
+        if self.size > MOST_BYTES:
+            raise BadImage(self.name, f"{self.size:,} bytes are more than an image has")
         try:
             with open(self.file, "rb") as stream:
                 stream.seek(self.offset)
@@ -108,9 +111,16 @@ def _members(path: Path, stream: IO[bytes] | None = None) -> Iterator[tuple[tarf
             members: list[Any] = archive.members  # type: ignore[attr-defined]
             while (member := archive.next()) is not None:
                 members.clear()  # else a million of them stay in memory
+                if member.size < 0:  # the next header would be this one again
+                    raise tarfile.ReadError("a member of negative size")
                 if member.isreg() and not member.issparse():
                     yield archive, member
-    except tarfile.TarError as error:
+            # A damaged header ends the walk as the end does, which is a block of zeros.
+            file: Any = archive.fileobj
+            file.seek(archive.offset)
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"damaged or cut at byte {archive.offset:,}")
+    except (tarfile.TarError, ValueError, OverflowError) as error:
         raise CommandError(f"{path_text(path)}: no whole tar file without compression ({error})") from error
 
 

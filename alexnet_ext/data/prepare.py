@@ -177,8 +177,9 @@ class Preparation:
 
     def _written(self, numbers: list[int], workers: int) -> Generator[tuple[int, Record], None, None]:
         """Write the shards of these ``numbers``; to be closed, which ends the processes."""
+        wanted = set(numbers)
         for number, part in enumerate(self.parts):
-            self.done[number] = 0 if number in numbers else len(part.entries)
+            self.done[number] = 0 if number in wanted else len(part.entries)
         self._remove_unfinished()
         self._check_space([self.parts[number] for number in numbers])
         self._progress.mkdir(exist_ok=True)

@@ -31,6 +31,8 @@ from .. import _library
 from .._version import __version__
 
 State = Literal["unknown", "proven", "refused"]
+NOT_APPLICABLE = "it applies to no small case on this device"
+"""Why a candidate is refused that is made for other GPUs, dtypes or layouts."""
 MAX_RACES, MAX_FILES = 2000, 64
 """Races kept in a file, and files in the folder: the newest."""
 DAY = 86400.0
@@ -118,8 +120,8 @@ class Known:
         return self.proofs.get(str(unit), Proof("unknown"))
 
     def winner(self, op: str, dtype: str, layout: str, shape: Sequence[int] | None) -> str:
-        """The choice for a call with an x of this shape; else that of the largest one raced, of those
-        that differ in the batch alone if there are any; "" for none."""
+        """The choice for a call with an x of this shape; else that of the largest one raced that
+        differs in the batch alone; "" for none. Without a shape, that of the largest one."""
         exact = None if shape is None else self.races.get(call_of(op, dtype, layout, shape))
         if exact is not None:
             return exact.choice
@@ -127,7 +129,8 @@ class Known:
         raced = ((call.removeprefix(prefix), race) for call, race in self.races.items() if call.startswith(prefix))
         given = None if shape is None else list(shape)[1:]
         sizes = [(list(map(int, re.findall(r"\d+", said))), race.choice) for said, race in raced]
-        return max(((size[1:] == given, math.prod(size), choice) for size, choice in sizes), default=(False, 0, ""))[2]
+        alike = [(math.prod(size), choice) for size, choice in sizes if given is None or size[1:] == given]
+        return max(alike, default=(0, ""))[1]
 
     def add(self, proofs: Mapping[str, Proof] | None = None, races: Mapping[str, Race] | None = None) -> None:
         """Keep these, here and in the file."""
@@ -144,8 +147,9 @@ class Known:
             _warn(self.path, f"cannot be written, and what was found lasts as long as this process: {error}")
 
     def adopt(self, proofs: Mapping[str, Proof], races: Mapping[str, Race]) -> None:
-        """Follow another process's table, in this process alone: it keeps it itself."""
-        self.proofs, self.races, self.decided = dict(proofs), dict(races), {}
+        """Follow another process's table, in this process alone: it keeps it itself. What is refused here stays so."""
+        own = {unit: proof for unit, proof in self.proofs.items() if proof.state == "refused"}
+        self.proofs, self.races, self.decided = {**proofs, **own}, dict(races), {}
 
     def _take(self, found: tuple[Mapping[str, Proof], Mapping[str, Race]]) -> None:
         """Merge. A refusal outlasts a proof, as a kernel that is wrong now and then is wrong; a newer race an older."""
@@ -215,11 +219,7 @@ def _is_sound(entry: Proof | Race) -> bool:
         sound = entry.state in ("proven", "refused") and isinstance(entry.reason, str)
         numbers = [entry.at, entry.seconds]
     else:
-        sound = (
-            isinstance(entry.choice, str)
-            and isinstance(entry.microseconds, dict)
-            and isinstance(entry.among, list)
-        )
+        sound = isinstance(entry.choice, str) and isinstance(entry.microseconds, dict) and isinstance(entry.among, list)
         numbers = [entry.at, *entry.microseconds.values()] if sound else []
     return sound and all(map(math.isfinite, numbers)) and entry.at < time.time() + DAY
 
@@ -351,6 +351,7 @@ def identity(device: torch.device) -> dict[str, Any]:
 
 
 _stores: dict[tuple[Any, ...], Known] = {}
+_distrusted: dict[tuple[Any, ...], str] = {}
 
 
 def on(device: torch.device) -> Known:
@@ -358,6 +359,7 @@ def on(device: torch.device) -> Known:
     key = (device.type, device.index, settings())
     if key not in _stores:
         _stores[key] = _open(device)
+        _stores[key].distrusted = _distrusted.get((device.type, device.index), "")
     return _stores[key]
 
 
@@ -378,9 +380,13 @@ def file_name(identity: Mapping[str, Any]) -> str:
 
 
 def distrust(device: torch.device, reason: str) -> None:
-    """From now on, and in this process alone, no kernel of ours counts as proven on this device."""
-    known = on(device)
-    known.distrusted, known.decided = reason, {}
+    """From now on, and in this process alone, no kernel of ours counts as proven on this device; with an empty reason
+    what is known counts again."""
+    on(device)
+    _distrusted[device.type, device.index] = reason
+    for key, known in _stores.items():
+        if key[:2] == (device.type, device.index):
+            known.distrusted, known.decided = reason, {}
 
 
 def forget() -> list[Path]:
@@ -395,6 +401,7 @@ def forget() -> list[Path]:
 def reopen() -> None:
     """As in a new process: what is in the files alone."""
     _stores.clear()
+    _distrusted.clear()
     _warned.clear()
     for cached in (code, versions, driver):
         cached.cache_clear()

@@ -57,7 +57,7 @@ def agree_as_layers(ours: Results, theirs: Results) -> bool:
     before a ReLU, a value of a gradient moves as a whole: gradients are compared by their norms."""
     pairs = zip(ours[1:], theirs[1:], strict=True)
     return agree(ours[:1], theirs[:1]) and all(
-        a.dtype == b.dtype and relative_difference(a, b, 2) <= 4 * math.sqrt(_rounding(b.dtype)) for a, b in pairs
+        a.dtype == b.dtype and relative_difference(a, b, 2) <= 2 * math.sqrt(_rounding(b.dtype)) for a, b in pairs
     )
 
 

@@ -34,6 +34,8 @@ GRADS = ("dense", "permuted", "expanded")
 ``dense``: as the result is. ``permuted``: the same values, first dimension innermost, with gaps. ``expanded``: one
 value for each index of the second dimension, with strides of 0 along all others.
 """
+DENSE = GRADS[:2]
+"""Of large results: one in doubt would leave a whole channel without an expanded gradient."""
 FP32_EPS = torch.finfo(torch.float32).eps
 UNSURE = 4 * torch.finfo(torch.bfloat16).eps
 """Values nearer to one another than this share may trade places where they are rounded."""
@@ -155,8 +157,7 @@ class OpCase(Case):
     layouts: tuple[str, ...] = IMAGES
     keywords: Mapping[str, Any] = field(default_factory=dict)
     first_layer: bool = False
-
-    grads = GRADS
+    grads: tuple[str, ...] = GRADS
 
     @property
     def results(self) -> tuple[str, ...]:
@@ -390,11 +391,11 @@ def _small_pool(
     return _small("relu_max_pool2d", (shape,), (0.5,), (*sizes, ceil), terms=math.prod(sizes[0]))
 
 
-def _small_block(op: str, shape: tuple[int, ...], *constants: Any, bias: bool = True) -> OpCase:
+def _small_block(op: str, shape: tuple[int, ...], *constants: Any, bias: bool = True, **more: Any) -> OpCase:
     shapes, constants = ((shape, shape[1:2]), constants) if bias else ((shape,), (None, *constants))
     settled = _settled_pooling if op == "relu_lrn_max_pool2d" else None
     terms = math.prod(shape) // shape[1]
-    return _small(op, shapes, (0.25,) * len(shapes), constants, terms=terms, settled=settled)
+    return _small(op, shapes, (0.25,) * len(shapes), constants, terms=terms, settled=settled, **more)
 
 
 def _small_product(
@@ -445,6 +446,8 @@ SMALL: tuple[Case, ...] = (
         )
     ),
     *(_small_block(op, (1, 16, 7, 5), *LRN, *POOL, bias=False) for op in _BLOCKS),
+    # More than one block of threads, and more rounds than blocks.
+    *(_small_block(op, (2, channels, 37, 41), *LRN, *POOL, grads=DENSE) for op in _BLOCKS for channels in (2, 8)),
     _conv((1, 3, 5, 7), (5, 3, 3, 3), 1, 1, 1, 1),
     _conv((3, 1, 9, 4), (3, 1, 1, 1), 1, 0, 1, 1),
     _conv((3, 16, 7, 9), (24, 16, 3, 3), 1, 1, 1, 1),
@@ -462,6 +465,8 @@ SMALL: tuple[Case, ...] = (
     _linear((3, 17), (9, 17)),
     _linear((3, 96), (5, 96), bias=False),
     _linear((33, 64), (96, 64)),
+    _linear((130, 24), (72, 24)),
+    _linear((1025, 8), (16, 8), grads=DENSE),
     AugmentCase("augment, crops of 1", (1, 3, 2), ((2, 1),), (True,), 1, layouts=ANY),
     AugmentCase("augment, crops of 7", (3, 9, 11), ((0, 4), (2, 0), (1, 3)), (False, True, True), 7, layouts=ANY),
     AugmentCase("augment, crops of 9 by 4", (3, 13, 16), ((4, 7), (0, 0), (3, 2)), (True, False, True), 9, 4, ANY),

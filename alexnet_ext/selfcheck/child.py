@@ -55,7 +55,7 @@ def judge(
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         return ("unknown" if _race.is_trouble(error) else "refused"), said
     if candidate and not taken[candidate]:
-        return "unknown", "it applies to no small case on this device"
+        return "refused", _known.NOT_APPLICABLE
     return "proven", ""
 
 

@@ -79,6 +79,7 @@ def _raced(op: str, x: Tensor, dtype: torch.dtype) -> Any:
                 pass
         return (_backend.operator(op, "auto", x, dtype=dtype) or RECORDS[op].stock)(*arguments)
 
+    raced.__name__ = op  # as the compiled operator, which takes its arguments as they are
     return raced
 
 

@@ -54,7 +54,8 @@ class Proved:
         right, faster = len(states["proven"]), len(self.faster)
         said = [f"{right} right", f"{faster} faster than PyTorch"]
         for state, words in (("refused", "refused"), ("unknown", "not yet known")):
-            reasons = [f"{u.op} by {u.backend} ({p.reason})" for u, p in self.proofs.items() if p.state == state]
+            found = [(unit, proof) for unit, proof in self.proofs.items() if proof.state == state]
+            reasons = [f"{u.op} by {u.backend} ({p.reason})" for u, p in found if p.reason != _known.NOT_APPLICABLE]
             if reasons:
                 more = f" and {len(reasons) - 3} more" if len(reasons) > 3 else ""
                 said.append(f"{len(reasons)} {words}: {', '.join(reasons[:3])}{more}")

@@ -42,6 +42,7 @@ def together(device: torch.device, work: Callable[[], T]) -> T | None:
         if rank == 0:
             warnings.warn(f"all ops run on stock PyTorch, as the ranks differ: {differing}", stacklevel=4)
         return None
+    _known.distrust(device, "")
     done: tuple[T | None, str] = (None, "")
     if leader == rank:
         try:
@@ -53,8 +54,9 @@ def together(device: torch.device, work: Callable[[], T]) -> T | None:
         if trouble:
             raise RuntimeError(f"rank {other} could not prove the kernels: {trouble}")
     (result, _), proofs, races = tables[leader]
-    if leader != rank:
-        known.adopt(proofs, races)
+    alike = [table[1] for kind, table in zip(kinds, tables, strict=True) if kind == kinds[rank]]
+    refused = {unit: proof for table in alike for unit, proof in table.items() if proof.state == "refused"}
+    known.adopt({**proofs, **refused}, races)
     found: T = result
     return found
 

@@ -72,7 +72,7 @@ struct WalkedChannels {
   }
 };
 
-// Patch i of all images, of which there may be none, and where channel c of its first input and of its window is.
+// Patch i of all images; there may be no such patch. Where channel c of its first input and of its window is.
 struct WalkedPatch {
   int row, column;
   bool valid, window;  // there is one; a window begins in it

@@ -13,7 +13,7 @@ from torch import Tensor
 from alexnet_ext import ops
 from alexnet_ext._difference import relative_difference
 from alexnet_ext.ops import _backend
-from alexnet_ext.selfcheck.cases import ANY, DTYPES, GRADS, SMALL, Case, OpCase
+from alexnet_ext.selfcheck.cases import ANY, DENSE, DTYPES, GRADS, SMALL, Case, OpCase
 from alexnet_ext.selfcheck.compare import CheckRow, case_row
 from tests.support import cases
 
@@ -45,7 +45,8 @@ def test_every_op_has_small_cases_of_every_kind(op: str) -> None:
     assert len({case.name for case in small}) == len(small) >= 3
     for case in small:
         assert case.layouts == ANY
-        assert case.grads == (("dense",) if op in cases.WITHOUT_GRADIENT else GRADS)
+        assert case.grads in ((("dense",),) if op in cases.WITHOUT_GRADIENT else (GRADS, DENSE))
+    assert sum(case.grads == small[0].grads for case in small) >= 3
 
 
 @each_op

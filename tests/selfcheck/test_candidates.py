@@ -94,11 +94,11 @@ def test_a_wrong_candidate_is_refused_alone(monkeypatch: pytest.MonkeyPatch) -> 
     assert judged(unit("native")) == ("proven", "")
 
 
-def test_what_applies_to_no_small_case_stays_unknown() -> None:
+def test_what_applies_to_no_small_case_is_refused() -> None:
     """As CUTLASS where it is not built, and the persistent kernel where there are no tensor cores."""
     candidates.taken.clear()
     for name in ("auto cutlass", "auto triton persistent"):
-        assert judged(unit(name)) == ("unknown", "it applies to no small case on this device")
+        assert judged(unit(name)) == ("refused", _known.NOT_APPLICABLE)
 
 
 @pytest.mark.parametrize("name", ["auto", "auto triton", "auto triton persistent"])

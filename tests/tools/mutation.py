@@ -123,7 +123,7 @@ SHARED = (
     Fault("race: unproven backends take part", "alexnet_ext/selfcheck/races.py",
           'if states[backend] == "proven"}', 'if states[backend] != ""}', f"{PROVE} -k refused_alone"),
     Fault("race: what differs from stock takes part", "alexnet_ext/selfcheck/races.py",
-          "if _race.agree_as_layers(results, expected):", "if True:", f"{PROVE} -k differs_at_the_models_shape"),
+          "if same(results, expected):", "if True:", f"{PROVE} -k differs_at_the_models_shape"),
     Fault("race: any gain over stock counts", "alexnet_ext/ops/_race.py", "MARGIN = 0.95", "MARGIN = 1.0",
           f"{PROVE} -k more_than_noise"),
     Fault("race: under deterministic algorithms", "alexnet_ext/ops/_race.py",

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from alexnet_ext.data import BadImage, CommandError, ImageFolder
+from alexnet_ext.data import BadImage, CommandError, ImageFolder, archives
 from alexnet_ext.data.archives import ILSVRC_TRAIN, ILSVRC_TRUTH, ILSVRC_VAL, Entry, Source, open_source
 from alexnet_ext.data.images import decode, read_image, square
 from alexnet_ext.data.packed import verify
@@ -228,3 +228,37 @@ def test_folders_come_before_the_tar_files_beside_them(tmp_path: Path, ilsvrc: P
     found = open_source(ilsvrc)
     assert found.classes == ("a", "b")
     assert [entry.name for entry in found.entries["val"]] == ["val/a/6.jpg", "val/b/7.jpg"]
+
+
+@pytest.mark.parametrize("where", ["in a header", "between two", "a negative size"])
+def test_a_tar_file_that_is_damaged_anywhere_is_refused(where: str, tmp_path: Path) -> None:
+    """tarfile ends its walk at a damaged header as at the end, and never behind a negative size."""
+    path = tmp_path / "some.tar"
+    with tarfile.open(path, "w") as archive:
+        for number in range(4):
+            member = tarfile.TarInfo(f"{number}.jpg")
+            member.size = 512
+            archive.addfile(member, io.BytesIO(bytes([number]) * 512))
+    assert len(list(archives._members(path))) == 4
+    content = bytearray(path.read_bytes())
+    if where == "in a header":
+        content[2 * 1024 + 3] ^= 1
+    elif where == "between two":
+        del content[2 * 1024 :]
+    else:
+        member = tarfile.TarInfo("2.jpg")
+        header = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+        header[124:136] = b"\xff" * 10 + b"\xfe\x00"
+        header[148:156] = b" " * 8
+        header[148:156] = f"{sum(header):06o}\0 ".encode()
+        content[2 * 1024 : 2 * 1024 + 512] = header
+    path.write_bytes(content)
+    with pytest.raises(CommandError, match="no whole tar file without compression"):
+        list(archives._members(path))
+
+
+def test_an_image_of_a_tar_file_is_not_read_beyond_reason(tmp_path: Path) -> None:
+    path = tmp_path / "some.tar"
+    path.write_bytes(b"")
+    with pytest.raises(BadImage, match="268,435,457 bytes are more than an image has"):
+        archives.Entry("x.jpg", 0, str(path), 512, archives.MOST_BYTES + 1).read()

@@ -49,9 +49,7 @@ def run(task: Task) -> Iterator[Finding]:
 def judged(proved: Proved) -> Iterator[Finding]:
     """A unit is proven; what applies to no small case on this GPU is no failure."""
     for unit, proof in proved.proofs.items():
-        ok = (
-            None if proof.state == "unknown" and "applies to no small case" in proof.reason else proof.state == "proven"
-        )
+        ok = None if proof.reason == _known.NOT_APPLICABLE else proof.state == "proven"
         yield Finding(f"{unit}: {proof.state}", ok, proof.reason, {"seconds": proof.seconds})
 
 
