@@ -1,4 +1,4 @@
-"""The first eager call of an op on a GPU of which nothing is known: it says so once, or proves the op.
+"""The first eager call of an op that the GPU has neither proven nor refused: it warns once, or proves the op.
 
 ALEXNET_EXT_PROVE=lazy in the environment proves an op's kernels at such a call, in at most half a minute, and races
 them for its shape.

@@ -1,4 +1,4 @@
-"""Fixtures: the CPU as a GPU of which nothing is known, races with given times."""
+"""Fixtures: the CPU as a GPU that has proven nothing, races with given times."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The first call of an op of which nothing is known: one warning, or with ALEXNET_EXT_PROVE=lazy a proof."""
+"""The first call of an unproven op: one warning, or with ALEXNET_EXT_PROVE=lazy a proof."""
 
 from __future__ import annotations
 
