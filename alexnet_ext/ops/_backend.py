@@ -376,7 +376,7 @@ def _stay_stock(op: str, x: torch.Tensor, dtype: torch.dtype) -> Any:
 
 
 first_call: Callable[[str, torch.Tensor, torch.dtype], Any] = _stay_stock
-"""What runs an eager call of an op that x's device has neither proven nor refused. ``selfcheck/first_call.py`` sets it."""
+"""What runs an eager call of an op that x's device has not proven yet. ``selfcheck/first_call.py`` sets it."""
 
 
 def _unsupported(x: torch.Tensor, dtype: torch.dtype) -> str:
