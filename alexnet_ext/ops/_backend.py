@@ -261,9 +261,13 @@ def _found(op: str, device: torch.device, dtype: torch.dtype, layout: str, shape
     known = _known.on(device)
     call = (op, dtype, layout, shape)
     decided = known.decided  # another thread may put a new one there
-    if call not in decided:
-        decided[call] = _look_up(known, op, device, dtype, layout, shape)
-    return decided[call]
+    found = decided.get(call)
+    if found is None:
+        found = _look_up(known, op, device, dtype, layout, shape)
+        if len(decided) >= _known.MAX_RACES:  # a process may see any number of shapes
+            decided.clear()
+        decided[call] = found
+    return found
 
 
 def _look_up(

@@ -253,3 +253,11 @@ def test_a_shape_that_was_not_raced_follows_the_largest_that_was() -> None:
     assert known.winner(op, "bfloat16", "contiguous", (2, 9, 7, 5)) == ""
     known.add(races={_known.call_of(op, "float32", "contiguous", (99, 9, 7, 5)): Race("stock", {})})
     assert known.winner(op, "float32", "contiguous", (3, 9, 7, 5)) == "stock", "what is new counts at once"
+
+
+@pytest.mark.usefixtures("native", "as_gpu")
+def test_shapes_without_number_are_not_remembered_without_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_known, "MAX_RACES", 3)
+    for width in range(1, 12):
+        assert _backend.decide("relu_max_pool2d", CPU, x=torch.ones(1, 1, 1, width)).backend == "stock"
+        assert 1 <= len(_known.on(CPU).decided) <= 3
