@@ -125,21 +125,18 @@ def train(
         from .training import run
         from .training.progress import lasting_console
 
+    torch.set_num_threads(threads or torch.get_num_threads())
     where = device_of(device)
-    count = workers_of(workers, where.type)
-    if threads is not None:
-        torch.set_num_threads(threads)
-    console = lasting_console(quiet)
+    rest = (where, workers_of(workers, where.type), lasting_console(quiet))
     if resume is not None and resume is not AUTO:
-        run.resume(resume, given, where, count, console, warn)
+        run.resume(resume, given, *rest, warn)
         return
-    if weights is not None:
-        given = run.from_weights(weights, warn) | given
-    whole = chosen(given, recipe)
+    begun = given if weights is None else run.from_weights(weights, warn) | given
+    whole = chosen(begun, recipe)
     if resume is AUTO:
-        run.auto(whole, given, out, where, count, console, warn)
-        return
-    run.start(whole, out or run.default_out(whole), where, count, console)
+        run.auto(whole, given, out, *rest, warn)
+    else:
+        run.start(whole, out or run.default_out(whole), *rest)
 
 
 def _refuse_contradictions(
