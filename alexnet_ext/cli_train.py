@@ -59,6 +59,18 @@ Weights = Annotated[
 ]
 Patience = Annotated[int | None, _option("Stop after this number of evaluations without a better one.", STEPS, "never")]
 
+AUTO = Path("auto")  # this very object: a folder of that name is ./auto
+Resume = Annotated[
+    Path | None,
+    _option(
+        "Go on with an interrupted run; auto: with the newest run of the same options next to --out (in runs/), or "
+        "begin it.",
+        RUN,
+        parser=lambda text: AUTO if text == "auto" else path(text),
+        metavar="RUN|auto",
+    ),
+]
+
 
 def train(
     folder: Folder = None,
@@ -92,7 +104,7 @@ def train(
     precision: Annotated[Precision | None, _option("Arithmetic; weights stay fp32.", LEARNING, "fp32")] = None,
     seed: Annotated[int | None, _option("Of everything random.", LEARNING, "0")] = None,
     out: Annotated[Path | None, _option("Run folder.", RUN, "runs/DATE-TIME-DATA-MODEL", parser=path)] = None,
-    resume: Annotated[Path | None, _option("Go on with an interrupted run.", RUN, parser=path, metavar="RUN")] = None,
+    resume: Resume = None,
     device: Device = "auto",
     workers: Workers = None,
     threads: Annotated[int | None, _option("Threads of torch on the CPU.", RUN, "all", min=1, max=MOST_THREADS)] = None,
@@ -100,9 +112,10 @@ def train(
 ) -> None:
     """Train on digits (5,000 from a package, nothing to download), or on a folder of images.
 
-    Ctrl-C saves a checkpoint; --resume goes on from it.
+    Ctrl-C saves a checkpoint; --resume goes on from it. The same command with --resume auto, again and again, ends with
+    a finished run.
     """
-    _refuse_contradictions(folder, val, held_out, data, recipe, weights, out, resume)
+    _refuse_contradictions(folder, val, held_out, data, recipe, weights, out, None if resume is AUTO else resume)
     given = _recipe_fields(locals())
     chosen(given, recipe)  # a wrong option is reported before torch is imported
 
@@ -112,18 +125,18 @@ def train(
         from .training import run
         from .training.progress import lasting_console
 
+    torch.set_num_threads(threads or torch.get_num_threads())
     where = device_of(device)
-    count = workers_of(workers, where.type)
-    if threads is not None:
-        torch.set_num_threads(threads)
-    console = lasting_console(quiet)
-    if resume is not None:
-        run.resume(resume, given, where, count, console, warn)
+    rest = (where, workers_of(workers, where.type), lasting_console(quiet))
+    if resume is not None and resume is not AUTO:
+        run.resume(resume, given, *rest, warn)
         return
-    if weights is not None:
-        given = run.from_weights(weights, warn) | given
-    whole = chosen(given, recipe)
-    run.start(whole, out or run.default_out(whole), where, count, console)
+    begun = given if weights is None else run.from_weights(weights, warn) | given
+    whole = chosen(begun, recipe)
+    if resume is AUTO:
+        run.auto(whole, given, out, *rest, warn)
+    else:
+        run.start(whole, out or run.default_out(whole), *rest)
 
 
 def _refuse_contradictions(

@@ -2,7 +2,8 @@
 
 It is kept in memory and in one JSON file for each identity: the device, its driver, the versions and code of all that
 takes part, and the settings in force. Where any of these differs, nothing is known. Any number of processes read and
-write a file. A lock is taken where the file system has locks; without one an entry may be lost, and is then found anew.
+write a file. A lock is taken where the file system has locks, and waited for some seconds; without one an entry may be
+lost, and is then found anew.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ NOT_APPLICABLE = "it applies to no small case on this device"
 MAX_RACES, MAX_FILES = 2000, 64
 """Races kept in a file, and files in the folder: the newest."""
 DAY = 86400.0
+LOCK_SECONDS = 10.0  # of waiting for a lock: its holder may be stuck, and calls of ops must not be
 """In seconds: the clocks of hosts that share a file may differ by less."""
 
 
@@ -227,9 +229,20 @@ def _is_sound(entry: Proof | Race) -> bool:
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     with open(path.with_name(f".{path.name}.lock"), "w", encoding="utf-8") as file:
+        deadline = time.monotonic() + LOCK_SECONDS
         with contextlib.suppress(OSError):  # a file system without locks: the rename keeps the file whole
-            fcntl.flock(file, fcntl.LOCK_EX)
+            while not _is_locked(file) and time.monotonic() < deadline:
+                time.sleep(0.01)
         yield
+
+
+def _is_locked(file: IO[str]) -> bool:
+    """Lock a file, or False where another process holds it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 _warned: set[tuple[Path, str]] = set()

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import checkpoint
 from .evaluate import Evaluation
+from .writer import Copies
 
 
 class Best:
@@ -21,15 +22,22 @@ class Best:
         self.limit = limit  # only the first ``limit`` images compare: a run's last evaluation is on more
         self.top1, self.step, self.waited = -1.0, -1, 0
         self.weights: dict[str, Tensor] | None = None  # copied now, written later: writing takes longer
+        self.copies = Copies()
 
-    def see(self, step: int, result: Evaluation, model: nn.Module) -> None:
-        """Take over ``result`` if it is as good as the best: of equals the later has had more training."""
+    def see(self, step: int, result: Evaluation, weights: dict[str, Tensor]) -> None:
+        """Take over ``result`` if it is as good as the best: of equals the later has had more training. Nothing may be
+        writing the best so far."""
         right = result.right if self.limit is None else result.right[result.indices < self.limit]
         top1 = float(right.float().mean()) if len(right) else 0.0
         self.waited = 0 if top1 > self.top1 else self.waited + 1
         if top1 >= self.top1:
             self.top1, self.step = top1, step
-            self.weights = copied(model)
+            self.weights = self.copies(weights)
+
+    def taken(self) -> Best:
+        """The best so far, to be written by another thread while this one goes on."""
+        taken, self.weights = copy.copy(self), None
+        return taken
 
     def write(self, run: Path, description: checkpoint.Description) -> None:
         """Write the best weights, unless the newest generation, that of ``description.step``, has them already."""
@@ -42,8 +50,8 @@ class Best:
     def state(self) -> dict[str, Any]:
         return {"top1": self.top1, "step": self.step, "waited": self.waited}
 
-    def load(self, state: dict[str, Any], run: Path, step: int, model: nn.Module) -> None:
-        """Restore the state at ``step``. Raises KeyError, TypeError or ValueError if ``state`` is none."""
+    def load(self, state: dict[str, Any], run: Path, step: int, weights: dict[str, Tensor]) -> None:
+        """Restore the state at ``step``, where ``weights`` are. Raises KeyError, TypeError or ValueError for none."""
         top1, found, waited = float(state["top1"]), int(state["step"]), int(state["waited"])
         if not (-1 <= top1 <= 1 and -1 <= found <= step and waited >= 0):
             raise ValueError(f"best is {state}")
@@ -53,11 +61,5 @@ class Best:
         if written is None or written[0] != found:
             if found != step:
                 return  # its weights are lost
-            self.weights = copied(model)
+            self.weights = self.copies(weights)
         self.top1, self.step, self.waited = top1, found, waited
-
-
-@torch.no_grad()
-def copied(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of the current weights on the CPU."""
-    return {name: tensor.to("cpu", copy=True) for name, tensor in model.state_dict().items()}

@@ -68,13 +68,24 @@ class Description:
         return cls(config, classes, Preprocessing(**preprocessing), str(values["data"]), int(values["step"]), **rest)
 
 
-def save(run: Path, model: nn.Module, description: Description, state: Mapping[str, Any], keep: int = KEEP) -> Path:
+def place(run: Path, step: int) -> Path:
+    """The folder of a run's generation of ``step``."""
+    return run / CHECKPOINTS / _name(step)
+
+
+def save(
+    run: Path,
+    model: nn.Module | Mapping[str, Tensor],
+    description: Description,
+    state: Mapping[str, Any],
+    keep: int = KEEP,
+) -> Path:
     """Write the generation of ``description.step``, remove all but the last ``keep``, and return the folder written.
 
     Raises CommandError, naming the folder, if the disk is full or not writable: nothing is left half written, and
     earlier generations stay.
     """
-    path = run / CHECKPOINTS / _name(description.step)
+    path = place(run, description.step)
     if path.exists():
         if damage(path) is None:
             return path  # the same step of the same run: the same content
@@ -98,7 +109,7 @@ def save_best(
     None if the generation of this step has them.
     """
     path = run / BEST / _name(description.step)
-    generation = run / CHECKPOINTS / path.name
+    generation = place(run, description.step)
     if not path.exists() or (whole and _holder(path) != path):
         shutil.rmtree(path, ignore_errors=True)
         with new_folder(path) as folder:

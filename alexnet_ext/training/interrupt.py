@@ -6,9 +6,10 @@ import contextlib
 import os
 import shlex
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
+from typing import Any
 
 from .._errors import path_text
 
@@ -65,49 +66,70 @@ class Interrupt:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        _restore(self.before)
+
+
+_process = os.getpid()  # of the command; processes that it forks inherit the handlers
 
 
 def begin() -> None:
-    """From here on Ctrl-C ends the process with one line. Within an import a KeyboardInterrupt could surface anywhere,
-    and there is nothing to save yet."""
-    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-        signal.signal(signal.SIGINT, _stop_at_start)
+    """From here on a signal ends the process with one line. Within an import a KeyboardInterrupt could surface
+    anywhere, and there is nothing to save yet."""
+    global _process
+    _process = os.getpid()
+    _handle_by(_stop_at_start)
 
 
 @contextlib.contextmanager
 def starting() -> Iterator[None]:
-    """Context manager around imports: ``begin`` inside; after them Ctrl-C is a KeyboardInterrupt again."""
+    """Context manager around imports: ``begin`` inside; after them Ctrl-C is a KeyboardInterrupt again. Where the
+    command has begun, the other signals still end the process."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     begin()
     try:
         yield
     finally:
-        if signal.getsignal(signal.SIGINT) == _stop_at_start:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if before[signal.SIGINT] == _stop_at_start:
+            before[signal.SIGINT] = signal.default_int_handler
+        _restore(before)
 
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """Context manager: SIGTERM and SIGHUP raise KeyboardInterrupt in this process, as Ctrl-C does, unless ignored."""
+    """Context manager, or a decorator by ``@stoppable()``: each signal raises KeyboardInterrupt in this process, as
+    Ctrl-C does, unless ignored."""
     process = os.getpid()
 
     def stop(_number: int, _frame: FrameType | None) -> None:
         if os.getpid() == process:
             raise KeyboardInterrupt
 
-    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
-    for number in numbers:
-        signal.signal(number, stop)
+    before = _handle_by(stop)
     try:
         yield
     finally:
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
+        _restore(before)
+
+
+def _handle_by(handler: Callable[[int, FrameType | None], None]) -> dict[signal.Signals, Any]:
+    """Set the handler of each signal that nobody else handles or ignores; the handlers before."""
+    own = (signal.SIG_DFL, signal.default_int_handler, _stop_at_start)
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: found for number, found in before.items() if found in own}
+    for number in before:
+        signal.signal(number, handler)
+    return before
+
+
+def _restore(handlers: dict[signal.Signals, Any]) -> None:
+    for number, handler in handlers.items():
+        if handler is not None:  # None: of another language
+            signal.signal(number, handler)
 
 
 def _stop_at_start(_number: int, _frame: FrameType | None) -> None:
-    end_at_once("stopped")
+    if os.getpid() == _process:
+        end_at_once("stopped")
 
 
 def end_at_once(text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import itertools
@@ -23,24 +24,57 @@ from ..data.folder import ImageFolder
 from ..data.sources import Split, is_folder, open_split
 from ..models.weights import find_variant
 from ..variants import VARIANTS
-from . import checkpoint, pictures
+from . import checkpoint, pictures, runs
 from .evaluate import DTYPES, Evaluation
-from .files import check_folder, check_outside, write_file
+from .files import check_folder, check_outside, locked, write_file
+from .interrupt import Interrupted, stoppable
 from .log import METRICS, has_events, json_text, read_metrics
 from .process import prepare
 from .progress import Reporter
 from .proving import prove_kernels
 from .recipe import CHANGEABLE, Recipe
 from .results import by_class
+from .runs import RESULT
 from .state import check_data, load
 from .trainer import Trainer, first_kernels
 
-RESULT = "result.json"
+RUNS = "runs"  # where a run's folder is by default
 NEEDED = ("matplotlib", "tensorboard")  # looked for before the first step, not after the last
 
 
-def start(recipe: Recipe, out: Path, device: torch.device, workers: int, console: Console) -> Evaluation:
-    """Train from the start into the new or empty folder ``out``."""
+@stoppable()
+def auto(
+    recipe: Recipe,
+    given: dict[str, Any],
+    out: Path | None,
+    device: torch.device,
+    workers: int,
+    console: Console,
+    warn: Callable[[str], None],
+) -> Evaluation | None:
+    """Go on with the run of ``recipe`` that ``runs.of_recipe`` finds next to ``out``, or begin it there: the same call
+    again and again ends with a finished run. ``given`` are the options that the user named. None, with a line, for a
+    run that is finished. Raises CommandError for one that another process writes into."""
+    run = runs.of_recipe(recipe, Path(RUNS) if out is None else out.parent, out)
+    if run is None:
+        return start(recipe, out or default_out(recipe), device, workers, console)
+    with locked(run):
+        pass  # refused before time goes into it
+    if runs.finished(run, given):
+        say(console, f"{path_text(run)}: this run is finished")
+        return None
+    if not runs.begun(run):
+        say(console, f"{path_text(run)}: begun anew, as it has no checkpoint yet")
+        return start(recipe, run, device, workers, console, anew=True)
+    changes = {name: given[name] for name in CHANGEABLE if name in given}
+    return resume(run, changes, device, workers, console, warn)
+
+
+@stoppable()
+def start(
+    recipe: Recipe, out: Path, device: torch.device, workers: int, console: Console, anew: bool = False
+) -> Evaluation:
+    """Train from the start into the new or empty folder ``out``; ``anew``: into that of a run without a checkpoint."""
     began = time.monotonic()
     _check_needs()
     check_folder(out)
@@ -51,14 +85,20 @@ def start(recipe: Recipe, out: Path, device: torch.device, workers: int, console
     trainer = _trainer(recipe, split, out, device, workers, console)
     if recipe.weights is not None:
         say(console, f"Starting from {path_text(recipe.weights)}{trainer.start_from(Path(recipe.weights))}")
+    made = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if any(out.iterdir()):
+        if not anew and any(out.iterdir()):
             raise CommandError(f"{path_text(out)}: not empty; name another --out, or go on with --resume", 2)
     except OSError as error:
         raise os_error(out, error) from error
     trainer.began = began
-    return _train(trainer, console)
+    try:
+        return _train(trainer, console)
+    finally:
+        with contextlib.suppress(OSError):
+            if made:
+                out.rmdir()  # only where nothing has been written into it
 
 
 def from_weights(path: Path, warn: Callable[[str], None]) -> dict[str, Any]:
@@ -76,6 +116,7 @@ def from_weights(path: Path, warn: Callable[[str], None]) -> dict[str, Any]:
         raise os_error(file, error) from error
 
 
+@stoppable()
 def resume(
     run: Path,
     given: dict[str, Any],
@@ -174,6 +215,18 @@ def _trainer(recipe: Recipe, split: Split, out: Path, device: torch.device, work
 
 def _train(trainer: Trainer, console: Console) -> Evaluation:
     """Run, then write the pictures and print the result."""
+    _introduce(trainer, console)
+    with Reporter(trainer.total, trainer.step, console) as reporter:
+        result = trainer.run(reporter)
+    try:
+        _conclude(trainer, result, console)
+    except KeyboardInterrupt:  # the last checkpoint is written
+        raise Interrupted(trainer.step, checkpoint.place(trainer.out, trainer.step)) from None
+    return result
+
+
+def _introduce(trainer: Trainer, console: Console) -> None:
+    """Say what is trained, on what, and where to."""
     recipe, split, out = trainer.recipe, trainer.split, trainer.out
     parameters = sum(p.numel() for p in trainer.model.parameters())
     kind = "stock layers" if recipe.stock else "fused layers"
@@ -192,8 +245,11 @@ def _train(trainer: Trainer, console: Console) -> Evaluation:
     say(console, f"Run folder: {path_text(out)}")
     if not has_events(out):
         say(console, "  without TensorBoard's events, which need a name in UTF-8; metrics.jsonl has all numbers")
-    with Reporter(trainer.total, trainer.step, console) as reporter:
-        result = trainer.run(reporter)
+
+
+def _conclude(trainer: Trainer, result: Evaluation, console: Console) -> None:
+    """Write the pictures and result.json, and print the result."""
+    recipe, split, out = trainer.recipe, trainer.split, trainer.out
     made = draw(trainer, result)
     spent, best = trainer.elapsed, trainer.best
     right = int(result.right.sum())
@@ -209,6 +265,7 @@ def _train(trainer: Trainer, console: Console) -> Evaluation:
         "skipped": len(trainer.skipped),
         "best_step": best.step,
         "best_top1": best.top1,
+        "ends": runs.ends(recipe),
     }
     write_file(out / RESULT, f"{json_text(summary, indent=1)}\n".encode())
     table = by_class(result, split.train.classes)
@@ -228,7 +285,6 @@ def _train(trainer: Trainer, console: Console) -> Evaluation:
     if recipe.data == "digits":
         folder = path_text(out)
         say(console, f"Now try: alexnet predict {folder}/samples/7.png --weights {folder}")
-    return result
 
 
 def say(console: Console, text: str, style: str | None = None) -> None:
@@ -268,7 +324,7 @@ def save_samples(folder: Path, digits: Digits) -> None:
         write_file(folder / f"{name}.png", buffer.getvalue())
 
 
-def default_out(recipe: Recipe, root: Path = Path("runs")) -> Path:
+def default_out(recipe: Recipe, root: Path = Path(RUNS)) -> Path:
     """A new name for a run: date, time, data and variant."""
     data = path_text(os.fsencode(Path(recipe.data).name).decode(errors="replace"))[:50] or "data"
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{data}-{recipe.model}"

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from .trainer import Trainer
 
 
+def weights(trainer: Trainer) -> dict[str, Tensor]:
+    """The weights that a checkpoint holds: what is trained, evaluated and saved, and not copies of it."""
+    return trainer.model.state_dict()
+
+
 def of(trainer: Trainer) -> dict[str, Any]:
     """All that ``load`` needs besides the weights."""
     schedule, take = trainer.schedule, trainer.take
@@ -64,7 +69,7 @@ def load(trainer: Trainer, path: Path, state: dict[str, Any], weights: dict[str,
         trainer.before = _number(state, "elapsed") if "elapsed" in state else trainer.seconds
         trainer.skipped = [str(name) for name in state["skipped"]]
         if "best" in state:  # earlier versions have none
-            trainer.best.load(state["best"], trainer.out, trainer.step, trainer.model)
+            trainer.best.load(state["best"], trainer.out, trainer.step, weights)
             since = state["plateau_since"]
             trainer.schedule.seen_step, trainer.schedule.least_error = int(since[0]), float(since[1])
         set_random_state(state["random"])  # last, as the lines above may draw numbers

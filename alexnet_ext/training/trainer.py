@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
+import shutil
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -24,14 +26,16 @@ from ..nn import stock_kind
 from . import checkpoint, state
 from .best import Best
 from .evaluate import Evaluation, evaluate
-from .files import locked, write_file
+from .files import locked, unfinished, write_file
 from .interrupt import Interrupt, Interrupted
 from .log import Log
 from .process import prepare
 from .progress import Reporter
 from .recipe import Recipe
+from .runs import RECIPE
 from .schedule import Schedule
 from .step import Taken, TrainingStep
+from .writer import Copies, Writer
 
 CHECKPOINT_SECONDS = 600.0
 FLUSH_EVERY_CUDA = 20  # steps between readings of the loss, each of which waits for the GPU
@@ -53,6 +57,7 @@ class Trainer:
         self.step = self.epoch = self.batch = 0  # batch: the step within the epoch
         self.evaluated = -1  # the step of the last evaluation
         self.best = Best(recipe.evaluate_limit)
+        self.writer, self.copies = Writer(), Copies()
         self.seconds = 0.0  # spent on steps, over all of the run's processes
         self.began, self.before = time.monotonic(), 0.0  # this process's start, and the seconds of those before
         self.recent: deque[float] = deque(maxlen=CHANCE_WINDOW)
@@ -97,15 +102,18 @@ class Trainer:
         with (
             locked(self.out),
             Interrupt() as interrupt,
+            self.writer,
             Readers(self.split.train, self.workers, interrupt.look) as self.readers,
             Readers(self.split.held_out, self.workers, interrupt.look) as self.held_out_readers,
             Log(self.out, self.step, self.evaluated) as log,
         ):
+            self._clear()
             recipe = json.dumps(dataclasses.asdict(self.recipe), indent=1)  # a resumed run may be longer
-            write_file(self.out / "recipe.json", f"{recipe}\n".encode())
+            write_file(self.out / RECIPE, f"{recipe}\n".encode())
             loader: Iterator[Batch] | None = None
             saved = self.mark = time.perf_counter()
             while True:
+                self.writer.look()
                 stopping = interrupt.requested or self.step == stop_at
                 evaluating = self.step < self.total and self._evaluation_due()
                 saving = self._saving_due(saved)
@@ -119,6 +127,8 @@ class Trainer:
                 if saving or stopping or finished:
                     path = self.save()
                     saved = time.perf_counter()
+                if stopping or finished:
+                    self.writer.wait()
                 if stopping:
                     raise Interrupted(self.step, path)
                 if finished:
@@ -127,6 +137,8 @@ class Trainer:
                     if result is None:
                         raise Interrupted(self.step, path)
                     self.best.write(self.out, self.description)
+                    if interrupt.requested:
+                        raise Interrupted(self.step, path)  # before the pictures
                     return result
                 if evaluating or saving:
                     self.mark = time.perf_counter()
@@ -252,6 +264,7 @@ class Trainer:
 
     def _evaluate(self, log: Log, reporter: Reporter, interrupt: Interrupt, last: bool = False) -> Evaluation | None:
         """Evaluate and log the result, on all held-out images at the end of the run; None when interrupted."""
+        self.writer.wait()  # processes are forked here, and the memory of the best weights is reused
         limit = None if last else self.recipe.evaluate_limit
         try:
             result = evaluate(
@@ -274,7 +287,7 @@ class Trainer:
         values = {"loss": result.loss, "top1": result.top1, "top5": result.top5, "images": result.images}
         log.write("evaluate", self.step, values)
         self._check_finite(result.loss, self.step)  # a step's own loss comes from the weights before it
-        self.best.see(self.step, result, self.model)
+        self.best.see(self.step, result, state.weights(self))
         if not last:
             reporter.note(f"step {self.step}: {result.top1:.1%} of {result.images} held-out images right")
         return result
@@ -287,13 +300,31 @@ class Trainer:
             self._check_finite(loss, self.step)
 
     def save(self) -> Path:
-        """Write a checkpoint of this step, and the best weights so far."""
+        """Begin to write a checkpoint of this step, and the best weights so far; ``writer`` says when they are there.
+
+        The folder that it will be. What is written are copies: the next steps change the weights in place."""
         self._check_weights()
-        if self.best.step != self.step:  # only this process has those weights
-            self.best.write(self.out, self.description)
-        path = checkpoint.save(self.out, self.model, self.description, state.of(self), self.recipe.keep)
-        self.best.write(self.out, self.description)
-        return path
+        self.writer.wait()  # the memory of its copies is reused
+        weights, held = self.copies((state.weights(self), state.of(self)))
+        best, description = self.best.taken(), self.description
+
+        def write() -> None:
+            if best.step != description.step:  # only this process has those weights
+                best.write(self.out, description)
+            checkpoint.save(self.out, weights, description, held, self.recipe.keep)
+            best.write(self.out, description)
+
+        self.writer.start(write)
+        return checkpoint.place(self.out, self.step)
+
+    def _clear(self) -> None:
+        """Remove what a killed process has left half written, and before the first step also the best weights of one
+        that was killed before its first checkpoint."""
+        for path in unfinished(self.out):
+            with contextlib.suppress(OSError):
+                path.unlink()
+        if self.step == 0:
+            shutil.rmtree(self.out / checkpoint.BEST, ignore_errors=True)
 
 
 def freeze(model: torch.nn.Module, name: str) -> None:

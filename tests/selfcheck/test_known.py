@@ -229,6 +229,19 @@ def test_writers_at_once_without_locks_leave_a_whole_file(folder: Path) -> None:
     assert {path.name for path in folder.iterdir()} == {"test.json", ".test.json.lock"}
 
 
+def test_a_lock_that_is_never_let_go_is_not_waited_for_for_ever(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = remember()
+    monkeypatch.setattr(_known, "LOCK_SECONDS", 0.2)
+    with file.with_name(f".{file.name}.lock").open("w") as stuck:
+        fcntl.flock(stuck, fcntl.LOCK_EX)
+        began = time.monotonic()
+        _known.on(CPU).add(proofs={"another": REFUSED})
+        assert 0.2 <= time.monotonic() - began < 10
+    _known.reopen()
+    assert state() == "proven"
+    assert _known.on(CPU).proofs["another"] == REFUSED
+
+
 def test_processes_of_one_number_do_not_write_one_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In containers that share a home every process may be number 1."""
     monkeypatch.setattr(os, "getpid", lambda: 1)

@@ -42,6 +42,8 @@ PROVE, PROVER = "tests/selfcheck/test_prove.py", "tests/selfcheck/test_prover.py
 OFFERED, FIRST = "tests/selfcheck/test_candidates.py", "tests/selfcheck/test_first_call.py"
 DRAWN = "tests/accelerate/test_accelerate_generated.py -k 'before and {}'"
 BY_MODULES, BY_FX = DRAWN.format("modules"), DRAWN.format("fx")
+WRITER, WRITTEN = "alexnet_ext/training/writer.py", "tests/training/test_writer.py"
+STOPS, AUTO = "alexnet_ext/training/interrupt.py", "tests/training/test_kills.py -k 'auto and {}'"
 SECONDS = 240  # a fault may make a loop endless; four times as long where none is planted, on a busy machine
 MOST_TREES = 4  # copies of the tree, in each of which one fault stands at a time
 
@@ -150,6 +152,24 @@ SHARED = (
           CONTIGUOUS.format("order")),
     Fault("CUDA walk: no barrier before the next windows are put", WALKS, "__syncthreads();\n    store<kRun>(",
           "store<kRun>(", CONTIGUOUS.format("order")),
+    Fault("checkpoint: written from what the next step changes", WRITER, "return held.copy_(value, non_blocking=True)",
+          "return value.detach()", f"{WRITTEN} -k of_its_step"),
+    Fault("checkpoint: the writer's error dropped", WRITER, "self.error = error", "pass",
+          f"{WRITTEN} -k 'fails or failed'"),
+    Fault("checkpoint: a stop that does not wait for it", "alexnet_ext/training/trainer.py",
+          "if stopping or finished:\n                    self.writer.wait()", "if False:\n                    pass",
+          f"{WRITTEN} -k waits_for_its_checkpoint"),
+    Fault("checkpoint: two writers at once", WRITER, "        self.wait()\n        self.thread = threading",
+          "        self.thread = threading",
+          f"{WRITTEN} -k one_job"),
+    Fault("checkpoint: its name before its content is on the disk", "alexnet_ext/training/files.py",
+          "            sync(file)\n        sync(beside)", "            pass", f"{WRITTEN} -k on_the_disk"),
+    Fault("signals: SIGUSR1 kills", STOPS, "signal.SIGHUP, signal.SIGUSR1, ", "signal.SIGHUP, ",
+          "tests/training/test_kills.py -k 'during_the_imports'"),
+    Fault("auto: a finished run is begun again", "alexnet_ext/training/run.py", "if runs.finished(run, given):",
+          "if False:", AUTO.format("newest")),
+    Fault("auto: any recipe will do", "alexnet_ext/training/runs.py", "CHANGEABLE}) == recipe",
+          "CHANGEABLE}) is not None", AUTO.format("newest")),
     Fault("slower: contiguous images by the general path", WALKS, "return p.dtype != DType::f64 &&", "return false &&",
           f"{GATES} -k 'relu_max_pool2d_lrn and backward and 27x27 and bfloat16 and contiguous'"),
 )  # fmt: skip
