@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import checkpoint
 from .evaluate import Evaluation
@@ -22,14 +23,14 @@ class Best:
         self.top1, self.step, self.waited = -1.0, -1, 0
         self.weights: dict[str, Tensor] | None = None  # copied now, written later: writing takes longer
 
-    def see(self, step: int, result: Evaluation, model: nn.Module) -> None:
+    def see(self, step: int, result: Evaluation, weights: Mapping[str, Tensor]) -> None:
         """Take over ``result`` if it is as good as the best: of equals the later has had more training."""
         right = result.right if self.limit is None else result.right[result.indices < self.limit]
         top1 = float(right.float().mean()) if len(right) else 0.0
         self.waited = 0 if top1 > self.top1 else self.waited + 1
         if top1 >= self.top1:
             self.top1, self.step = top1, step
-            self.weights = copied(model)
+            self.weights = copied(weights)
 
     def write(self, run: Path, description: checkpoint.Description) -> None:
         """Write the best weights, unless the newest generation, that of ``description.step``, has them already."""
@@ -42,7 +43,7 @@ class Best:
     def state(self) -> dict[str, Any]:
         return {"top1": self.top1, "step": self.step, "waited": self.waited}
 
-    def load(self, state: dict[str, Any], run: Path, step: int, model: nn.Module) -> None:
+    def load(self, state: dict[str, Any], run: Path, step: int, weights: Mapping[str, Tensor]) -> None:
         """Restore the state at ``step``. Raises KeyError, TypeError or ValueError if ``state`` is none."""
         top1, found, waited = float(state["top1"]), int(state["step"]), int(state["waited"])
         if not (-1 <= top1 <= 1 and -1 <= found <= step and waited >= 0):
@@ -53,11 +54,11 @@ class Best:
         if written is None or written[0] != found:
             if found != step:
                 return  # its weights are lost
-            self.weights = copied(model)
+            self.weights = copied(weights)
         self.top1, self.step, self.waited = top1, found, waited
 
 
 @torch.no_grad()
-def copied(model: nn.Module) -> dict[str, Tensor]:
+def copied(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A copy of the current weights on the CPU."""
-    return {name: tensor.to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+    return {name: tensor.to("cpu", copy=True) for name, tensor in weights.items()}

@@ -68,7 +68,13 @@ class Description:
         return cls(config, classes, Preprocessing(**preprocessing), str(values["data"]), int(values["step"]), **rest)
 
 
-def save(run: Path, model: nn.Module, description: Description, state: Mapping[str, Any], keep: int = KEEP) -> Path:
+def save(
+    run: Path,
+    model: nn.Module | Mapping[str, Tensor],
+    description: Description,
+    state: Mapping[str, Any],
+    keep: int = KEEP,
+) -> Path:
     """Write the generation of ``description.step``, remove all but the last ``keep``, and return the folder written.
 
     Raises CommandError, naming the folder, if the disk is full or not writable: nothing is left half written, and

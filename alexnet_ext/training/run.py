@@ -33,13 +33,15 @@ from .proving import prove_kernels
 from .recipe import CHANGEABLE, Recipe
 from .results import by_class
 from .state import check_data, load
-from .trainer import Trainer, first_kernels
+from .trainer import NO_LOOKS, Looks, Trainer
 
 RESULT = "result.json"
 NEEDED = ("matplotlib", "tensorboard")  # looked for before the first step, not after the last
 
 
-def start(recipe: Recipe, out: Path, device: torch.device, workers: int, console: Console) -> Evaluation:
+def start(
+    recipe: Recipe, out: Path, device: torch.device, workers: int, console: Console, looks: Looks = NO_LOOKS
+) -> Evaluation:
     """Train from the start into the new or empty folder ``out``."""
     began = time.monotonic()
     _check_needs()
@@ -48,7 +50,7 @@ def start(recipe: Recipe, out: Path, device: torch.device, workers: int, console
         if data is not None and is_folder(data):
             check_outside(out, Path(data))
     split = _split(recipe)
-    trainer = _trainer(recipe, split, out, device, workers, console)
+    trainer = _trainer(recipe, split, out, device, workers, console, looks)
     if recipe.weights is not None:
         say(console, f"Starting from {path_text(recipe.weights)}{trainer.start_from(Path(recipe.weights))}")
     try:
@@ -83,6 +85,7 @@ def resume(
     workers: int,
     console: Console,
     warn: Callable[[str], None],
+    looks: Looks = NO_LOOKS,
 ) -> Evaluation:
     """Go on from a run's newest whole checkpoint, or from the checkpoint folder ``run``. ``given`` are the options that
     the user named. Those of ``CHANGEABLE`` may differ from the run's, ``data`` and ``val`` say where its images are
@@ -108,7 +111,7 @@ def resume(
     recipe = recipe.changed({name: given[name] for name in CHANGEABLE if name in given})
     description, weights = checkpoint.read_weights(path / checkpoint.WEIGHTS)
     split = _split(recipe).brought_as(description.preprocessing)
-    trainer = _trainer(recipe, split, run, device, workers, console)
+    trainer = _trainer(recipe, split, run, device, workers, console, looks)
     check_data(trainer, path, saved)
     for name, value in dataclasses.asdict(trainer.model.config).items():
         if getattr(description.config, name) != value:
@@ -158,7 +161,9 @@ def _split(recipe: Recipe) -> Split:
     return split
 
 
-def _trainer(recipe: Recipe, split: Split, out: Path, device: torch.device, workers: int, console: Console) -> Trainer:
+def _trainer(
+    recipe: Recipe, split: Split, out: Path, device: torch.device, workers: int, console: Console, looks: Looks
+) -> Trainer:
     try:
         if not recipe.stock:
             prepare(device, recipe.seed)  # races are run as the training will be
@@ -167,7 +172,7 @@ def _trainer(recipe: Recipe, split: Split, out: Path, device: torch.device, work
             side = network.config.image_size
             shape = (recipe.batch_size, 3, side, side)
             prove_kernels(network, shape, DTYPES[recipe.precision], device, console)
-        return Trainer(recipe, split, out, device, workers)
+        return Trainer(recipe, split, out, device, workers, looks)
     except ValueError as error:  # an image too small for the variant, by the message
         raise CommandError(str(error), 2) from error
 
@@ -246,7 +251,7 @@ def draw(trainer: Trainer, result: Evaluation) -> list[str]:
     out, split = trainer.out, trainer.split
     classes = split.train.classes
     pictures.curves(out / "curves.png", read_metrics(out / METRICS))
-    pictures.kernels(out / "conv1.png", first_kernels(trainer.model), trainer.start)
+    pictures.kernels(out / "conv1.png", trainer.kernels, trainer.start)
     pictures.guesses(out / "guesses.png", split.held_out, result, classes, trainer.recipe.seed)
     made = ["curves.png", "conv1.png", "guesses.png"]
     if isinstance(split.held_out, Digits):
