@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -60,7 +61,7 @@ class TrainingStep:
         self.finite = Finite(model, self.trained, backward=not self.scaler.is_enabled()) if detect_nan else None
         self.graph = Graphed(self._on_device) if self.eager_reason() is None else None
         self.pieces = 1  # of each batch, whose gradients are added up
-        self.steps = 0
+        self.steps, self.number = 0, 0  # taken by this object; of the last one in the run
         self.last: tuple[Inputs, Preprocessing] | None = None
 
     def eager_reason(self) -> str | None:
@@ -84,8 +85,12 @@ class TrainingStep:
             parameter.data = parameter.data.bfloat16()
         return optimizer
 
-    def __call__(self, group: list[Batch], preprocessing: Preprocessing, rate: float) -> Taken:
-        """One step at learning rate ``rate`` on all images of some batches, each of at least one image."""
+    def __call__(self, group: list[Batch], preprocessing: Preprocessing, rate: float, number: int = 1) -> Taken:
+        """Step ``number``, from 1, at learning rate ``rate`` on all images of some batches, each of at least one image.
+
+        Raises NotFinite with ``detect_nan``.
+        """
+        self.number = number
         inputs = self.feed(group)
         self.rate.fill_(rate)
         for parameters in self.optimizer.param_groups:
@@ -104,14 +109,13 @@ class TrainingStep:
     def _on_device(self, group: list[Inputs], preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:
         """The whole step by tensors alone: the mean loss and the number of right guesses. Without
         ``detect_nan`` nothing on the host depends on a value, so that a graph can repeat it."""
-        if self.finite is None:
-            measured = self._fitting_gradients(group, preprocessing)
-            self._update()
-            return measured
-        with self.finite.watching(self.steps + 1):
+        with self._watching():
             measured = self._fitting_gradients(group, preprocessing)
             self._update()
         return measured
+
+    def _watching(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.finite is None else self.finite.watching(self.number)
 
     def _fitting_gradients(self, group: list[Inputs], preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:
         """``_gradients``, of smaller and smaller pieces of the batches until one fits into memory."""
@@ -167,7 +171,7 @@ class TrainingStep:
             return None
         part, preprocessing = self.last
         self.model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), self._watching():
             losses = [self._loss(piece, preprocessing)[1] * len(piece.targets) for piece in part.split(self.pieces)]
         self.model.train()
         return float(sum(losses)) / len(part.targets)

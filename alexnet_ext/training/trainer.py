@@ -225,7 +225,7 @@ class Trainer:
         if not group:
             return
         rate = self.schedule.rate(self.step)
-        taken = self.take(group, self.split.preprocessing, rate)
+        taken = self.take(group, self.split.preprocessing, rate, self.step + 1)
         self.losses.add(self.step + 1, taken, {"epoch": self.epoch, "lr": rate})
 
     def _count_skipped(self, errors: list[BadImage], reporter: Reporter) -> None:
