@@ -91,6 +91,7 @@ def training(device: torch.device, graphed: bool, batch: int, side: int, steps: 
     if not graphed:
         step.graph = None
     losses, preprocessing = Losses(device), Preprocessing(side, side + 29, IMAGENET["mean"], IMAGENET["std"])
+    read = losses.read()
     try:
         for number in range(steps):
             images = torch.randint(0, 256, (batch, side + 29, side + 29, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
@@ -100,11 +101,12 @@ def training(device: torch.device, graphed: bool, batch: int, side: int, steps: 
                 torch.cuda.set_sync_debug_mode("error")
             taken = step([Batch(images, targets, indices, [], drawn)], preprocessing, 1e-3 * (number + 1), number + 1)
             losses.add(number + 1, taken, {})
-            losses.read()
+            read += losses.read()
     finally:
         if device.type == "cuda":
             torch.cuda.set_sync_debug_mode("default")
-    assert len(losses.read(wait=True)) + losses.every > steps, "a loss is missing"
+    read += losses.read(wait=True)
+    assert len(read) == steps, f"{len(read)} losses of {steps} steps"
     return [weight.clone() for weight in step.weights().values()]
 
 
