@@ -25,7 +25,7 @@ from .cli_options import (
     workers_of,
 )
 from .training.interrupt import starting
-from .training.recipe import INIT_NAMES, RECIPES, SCHEDULES, Recipe, chosen
+from .training.recipe import INIT_NAMES, PRECISION, RECIPES, SCHEDULES, Recipe, chosen
 
 Data = StrEnum("Data", ["digits", "synthetic"])
 Schedule = StrEnum("Schedule", list(SCHEDULES))  # type: ignore[misc]
@@ -101,13 +101,16 @@ def train(
     schedule: Annotated[Schedule | None, _option("Rate after the warm-up.", LEARNING, BY_DATA)] = None,
     clip_norm: Annotated[float | None, _option("Largest norm of the gradients.", LEARNING, "any")] = None,
     label_smoothing: Annotated[float | None, _option("Share spread over all classes.", LEARNING, "0")] = None,
-    precision: Annotated[Precision | None, _option("Arithmetic; weights stay fp32.", LEARNING, "fp32")] = None,
+    precision: Annotated[Precision | None, _option("Arithmetic.", LEARNING, "bf16 on a GPU, else fp32")] = None,
+    compile: Annotated[bool, _option("The network as torch.compile makes it.", LEARNING, name="--compile")] = False,
     seed: Annotated[int | None, _option("Of everything random.", LEARNING, "0")] = None,
     out: Annotated[Path | None, _option("Run folder.", RUN, "runs/DATE-TIME-DATA-MODEL", parser=path)] = None,
     resume: Resume = None,
     device: Device = "auto",
     workers: Workers = None,
     threads: Annotated[int | None, _option("Threads of torch on the CPU.", RUN, "all", min=1, max=MOST_THREADS)] = None,
+    profile: Annotated[int, _option("Trace this number of steps into the run folder.", RUN, "0", min=0)] = 0,
+    detect_nan: Annotated[bool, _option("Name what makes a NaN; slow.", RUN, name="--detect-nan")] = False,
     quiet: Annotated[bool, _option("Print warnings and errors alone.", RUN, name="--quiet")] = False,
 ) -> None:
     """Train on digits (5,000 from a package, nothing to download), or on a folder of images.
@@ -124,19 +127,23 @@ def train(
 
         from .training import run
         from .training.progress import lasting_console
+        from .training.trainer import Looks
 
     torch.set_num_threads(threads or torch.get_num_threads())
     where = device_of(device)
+    looks = Looks(profile, detect_nan)
     rest = (where, workers_of(workers, where.type), lasting_console(quiet))
     if resume is not None and resume is not AUTO:
-        run.resume(resume, given, *rest, warn)
+        run.resume(resume, given, *rest, warn, looks)
         return
-    begun = given if weights is None else run.from_weights(weights, warn) | given
+    begun = {"precision": PRECISION[where.type]} | given
+    if weights is not None:
+        begun = run.from_weights(weights, warn) | begun
     whole = chosen(begun, recipe)
     if resume is AUTO:
-        run.auto(whole, given, out, *rest, warn)
+        run.auto(whole, given, out, *rest, warn, looks)
     else:
-        run.start(whole, out or run.default_out(whole), *rest)
+        run.start(whole, out or run.default_out(whole), *rest, looks)
 
 
 def _refuse_contradictions(
@@ -167,6 +174,7 @@ def _recipe_fields(options: dict[str, Any]) -> dict[str, Any]:
     """The fields of a Recipe that the options of ``train`` give; ``weights`` is a file, whose recipe is read later."""
     folders = {"data": options["folder"], "val": options["val"]}
     options = {**options, "stock": options["stock"] or None, "augment": False if options["no_augment"] else None}
+    options["compile"] = options["compile"] or None
     # The run may be resumed from another folder.
     options |= {name: os.path.abspath(folder) for name, folder in folders.items() if folder is not None}
     options["weights"] = None

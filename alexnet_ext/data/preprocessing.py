@@ -41,7 +41,9 @@ class Preprocessing:
         """
         channels = images.shape[1]
         mean, std = (
-            torch.tensor(values[:channels], device=images.device).mul(255).view(1, -1, 1, 1)
+            torch.stack([torch.full((), value, device=images.device) for value in values[:channels]])
+            .mul(255)
+            .view(1, -1, 1, 1)  # filled, as a copy from the host could be no part of a CUDA graph
             for values in (self.mean, self.std)
         )
         # Normalized first: bilinear scaling commutes with it, and 28 x 28 is a sixtieth of 227 x 227.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ class Best:
         self.weights: dict[str, Tensor] | None = None  # copied now, written later: writing takes longer
         self.copies = Copies()
 
-    def see(self, step: int, result: Evaluation, weights: dict[str, Tensor]) -> None:
+    def see(self, step: int, result: Evaluation, weights: Mapping[str, Tensor]) -> None:
         """Take over ``result`` if it is as good as the best: of equals the later has had more training. Nothing may be
         writing the best so far."""
         right = result.right if self.limit is None else result.right[result.indices < self.limit]
@@ -50,7 +51,7 @@ class Best:
     def state(self) -> dict[str, Any]:
         return {"top1": self.top1, "step": self.step, "waited": self.waited}
 
-    def load(self, state: dict[str, Any], run: Path, step: int, weights: dict[str, Tensor]) -> None:
+    def load(self, state: dict[str, Any], run: Path, step: int, weights: Mapping[str, Tensor]) -> None:
         """Restore the state at ``step``, where ``weights`` are. Raises KeyError, TypeError or ValueError for none."""
         top1, found, waited = float(state["top1"]), int(state["step"]), int(state["waited"])
         if not (-1 <= top1 <= 1 and -1 <= found <= step and waited >= 0):

@@ -5,9 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
 
 from .._errors import os_error
 from .._optional import require
@@ -39,9 +45,44 @@ class Log:
         try:
             self.stream.write(json_text({"kind": kind, "step": step, **values}) + "\n")
             self.stream.flush()
+            folder = f"{kind}/{values['name']}" if kind == "span" else kind
             for name, value in values.items() if self.events is not None else ():
                 if isinstance(value, (int, float)) and math.isfinite(value):
-                    self.events.add_scalar(f"{kind}/{name}", value, step)
+                    self.events.add_scalar(f"{folder}/{name}", value, step)
+        except OSError as error:
+            raise os_error(self.path, error) from error
+
+    def span(self, name: str, step: int, seconds: float) -> None:
+        """A line on the time that something took since its last line, up to step ``step``."""
+        self.write("span", step, {"name": name, "seconds": seconds})
+
+    @contextmanager
+    def timed(self, name: str, step: int) -> Iterator[None]:
+        """Context manager: a span, unless it is left by an error."""
+        start = time.perf_counter()
+        yield
+        self.span(name, step, time.perf_counter() - start)
+
+    def describe(self, recipe: dict[str, Any]) -> None:
+        """The run's hyperparameters, for TensorBoard's table of runs."""
+        if self.events is not None:
+            values = {name: "none" if value is None else value for name, value in recipe.items()}
+            for summary in require("torch.utils.tensorboard.summary").hparams(values, {"evaluate/top1": 0.0}):
+                self._event(self.events.file_writer.add_summary, summary)
+
+    def kernels(self, weight: Tensor, step: int) -> None:
+        """The first layer's kernels (K, 3, height, width), of any K, as TensorBoard's image: rows of sixteen."""
+        if self.events is not None:
+            low, high = weight.aminmax()
+            scaled = F.pad((weight - low) / (high - low).clamp_min(1e-12), (0, 1, 0, 1))
+            missing = -len(scaled) % 16
+            rows = F.pad(scaled, (0, 0, 0, 0, 0, 0, 0, missing)).unflatten(0, (-1, 16))
+            image = rows.permute(2, 0, 3, 1, 4).flatten(1, 2).flatten(2)
+            self._event(self.events.add_image, "conv1", image.cpu(), step)
+
+    def _event(self, add: Any, *arguments: Any) -> None:
+        try:
+            add(*arguments)
         except OSError as error:
             raise os_error(self.path, error) from error
 
@@ -95,4 +136,4 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _precedes(line: dict[str, Any], step: int, evaluated: int) -> bool:
-    return line["step"] < step or (line["step"] == step and (line["kind"] == "train" or evaluated == step))
+    return line["step"] < step or (line["step"] == step and (line["kind"] != "evaluate" or evaluated == step))

@@ -51,6 +51,19 @@ def prepare(device: torch.device, seed: int) -> None:
     seed_everything(seed)
 
 
+def memory(device: torch.device) -> int:
+    """Bytes that this process has: most so far on a GPU, now on the CPU (0 where the system does not say)."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    try:
+        with open("/proc/self/statm", encoding="ascii") as stream:
+            return int(stream.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
 def seed_everything(seed: int) -> None:
     """Seed the generators of Python, NumPy and torch (all devices), by every bit of ``seed``."""
     import numpy as np

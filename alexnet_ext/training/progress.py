@@ -111,9 +111,11 @@ class Reporter:
         self.training = self.bar.add_task("train", total=total, completed=start, status="")
         self.evaluation: Any = None
 
-    def step(self, step: int, loss: float, accuracy: float, rate: float) -> None:
-        """After step number ``step``; ``accuracy`` in 0 to 1, ``rate`` in images a second."""
-        status = f"loss {loss:6.3f}  accuracy {accuracy:6.1%}  {rate:5.1f} images/s"
+    def step(self, step: int, loss: float, accuracy: float, rate: float, waiting: float, memory: int) -> None:
+        """After step number ``step``; ``accuracy`` and ``waiting``, the share of time that the loop waited for data, in
+        0 to 1, ``rate`` in images a second, ``memory`` in bytes."""
+        status = f"loss {loss:6.3f}  accuracy {accuracy:6.1%}  {rate:7,.1f} images/s"
+        status += f"  data {waiting:4.0%}  {memory / 2**30:.1f} GiB"
         self.bar.update(self.training, completed=step, status=status)
         now = time.monotonic()
         if not self.live and (now - self.last_line > LINE_EVERY or step == self.total):

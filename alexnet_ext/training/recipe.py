@@ -40,6 +40,7 @@ RANGES = {
     "keep": (1, math.inf),
 }
 TYPES: dict[str, Any] = {"str": str, "int": int, "float": (int, float), "bool": bool, "None": type(None)}
+PRECISION = {"cuda": "bf16", "cpu": "fp32"}  # by device, unless the user says otherwise
 # Fields that a resumed run may change: how long it goes on and what it keeps, not how it learns.
 CHANGEABLE = ("epochs", "steps", "patience", "save_every", "keep")
 
@@ -70,10 +71,13 @@ class Recipe:
     schedule: the learning rate after ``warmup`` steps of linear growth: ``"cosine"`` and ``"linear"`` fall to
     zero at the last step, ``"plateau"`` divides by ten where the held-out error stops falling.
     clip_norm: largest norm of all gradients together (None: any).
+    compile: full batches go through the network as ``torch.compile`` makes it, whose sums may round otherwise.
     evaluate_every: steps between evaluations on the first ``evaluate_limit`` held-out images (None: all of
     them); 0 evaluates after each epoch. The last evaluation is always on all.
     patience: evaluations without a better one that end the run (None: it goes on).
     save_every: steps between checkpoints (0: some minutes); keep: how many of them stay.
+    precision: of a step's arithmetic. ``alexnet train`` chooses it by the device where a run starts (``PRECISION``); a
+    resumed run keeps its own, whatever the device.
     weights: the file that the weights start from; freeze: the module whose weights stay as they are.
 
     The defaults are the paper's. Raises ValueError for a value that no run can have.
@@ -102,6 +106,7 @@ class Recipe:
     clip_norm: float | None = None
     augment: bool = True
     precision: str = "fp32"
+    compile: bool = False
     seed: int = 0
     evaluate_every: int = 0
     evaluate_limit: int | None = None

@@ -36,7 +36,7 @@ from .recipe import CHANGEABLE, Recipe
 from .results import by_class
 from .runs import RESULT
 from .state import check_data, load
-from .trainer import Trainer, first_kernels
+from .trainer import NO_LOOKS, Looks, Trainer
 
 RUNS = "runs"  # where a run's folder is by default
 NEEDED = ("matplotlib", "tensorboard")  # looked for before the first step, not after the last
@@ -51,13 +51,14 @@ def auto(
     workers: int,
     console: Console,
     warn: Callable[[str], None],
+    looks: Looks = NO_LOOKS,
 ) -> Evaluation | None:
     """Go on with the run of ``recipe`` that ``runs.of_recipe`` finds next to ``out``, or begin it there: the same call
     again and again ends with a finished run. ``given`` are the options that the user named. None, with a line, for a
     run that is finished. Raises CommandError for one that another process writes into."""
     run = runs.of_recipe(recipe, Path(RUNS) if out is None else out.parent, out)
     if run is None:
-        return start(recipe, out or default_out(recipe), device, workers, console)
+        return start(recipe, out or default_out(recipe), device, workers, console, looks)
     with locked(run):
         pass  # refused before time goes into it
     if runs.finished(run, given):
@@ -65,14 +66,20 @@ def auto(
         return None
     if not runs.begun(run):
         say(console, f"{path_text(run)}: begun anew, as it has no checkpoint yet")
-        return start(recipe, run, device, workers, console, anew=True)
+        return start(recipe, run, device, workers, console, looks, anew=True)
     changes = {name: given[name] for name in CHANGEABLE if name in given}
-    return resume(run, changes, device, workers, console, warn)
+    return resume(run, changes, device, workers, console, warn, looks)
 
 
 @stoppable()
 def start(
-    recipe: Recipe, out: Path, device: torch.device, workers: int, console: Console, anew: bool = False
+    recipe: Recipe,
+    out: Path,
+    device: torch.device,
+    workers: int,
+    console: Console,
+    looks: Looks = NO_LOOKS,
+    anew: bool = False,
 ) -> Evaluation:
     """Train from the start into the new or empty folder ``out``; ``anew``: into that of a run without a checkpoint."""
     began = time.monotonic()
@@ -82,7 +89,7 @@ def start(
         if data is not None and is_folder(data):
             check_outside(out, Path(data))
     split = _split(recipe)
-    trainer = _trainer(recipe, split, out, device, workers, console)
+    trainer = _trainer(recipe, split, out, device, workers, console, looks)
     if recipe.weights is not None:
         say(console, f"Starting from {path_text(recipe.weights)}{trainer.start_from(Path(recipe.weights))}")
     made = not out.exists()
@@ -124,6 +131,7 @@ def resume(
     workers: int,
     console: Console,
     warn: Callable[[str], None],
+    looks: Looks = NO_LOOKS,
 ) -> Evaluation:
     """Go on from a run's newest whole checkpoint, or from the checkpoint folder ``run``. ``given`` are the options that
     the user named. Those of ``CHANGEABLE`` may differ from the run's, ``data`` and ``val`` say where its images are
@@ -149,7 +157,7 @@ def resume(
     recipe = recipe.changed({name: given[name] for name in CHANGEABLE if name in given})
     description, weights = checkpoint.read_weights(path / checkpoint.WEIGHTS)
     split = _split(recipe).brought_as(description.preprocessing)
-    trainer = _trainer(recipe, split, run, device, workers, console)
+    trainer = _trainer(recipe, split, run, device, workers, console, looks)
     check_data(trainer, path, saved)
     for name, value in dataclasses.asdict(trainer.model.config).items():
         if getattr(description.config, name) != value:
@@ -199,7 +207,9 @@ def _split(recipe: Recipe) -> Split:
     return split
 
 
-def _trainer(recipe: Recipe, split: Split, out: Path, device: torch.device, workers: int, console: Console) -> Trainer:
+def _trainer(
+    recipe: Recipe, split: Split, out: Path, device: torch.device, workers: int, console: Console, looks: Looks
+) -> Trainer:
     try:
         if not recipe.stock:
             prepare(device, recipe.seed)  # races are run as the training will be
@@ -208,7 +218,7 @@ def _trainer(recipe: Recipe, split: Split, out: Path, device: torch.device, work
             side = network.config.image_size
             shape = (recipe.batch_size, 3, side, side)
             prove_kernels(network, shape, DTYPES[recipe.precision], device, console)
-        return Trainer(recipe, split, out, device, workers)
+        return Trainer(recipe, split, out, device, workers, looks)
     except ValueError as error:  # an image too small for the variant, by the message
         raise CommandError(str(error), 2) from error
 
@@ -302,7 +312,7 @@ def draw(trainer: Trainer, result: Evaluation) -> list[str]:
     out, split = trainer.out, trainer.split
     classes = split.train.classes
     pictures.curves(out / "curves.png", read_metrics(out / METRICS))
-    pictures.kernels(out / "conv1.png", first_kernels(trainer.model), trainer.start)
+    pictures.kernels(out / "conv1.png", trainer.kernels, trainer.start)
     pictures.guesses(out / "guesses.png", split.held_out, result, classes, trainer.recipe.seed)
     made = ["curves.png", "conv1.png", "guesses.png"]
     if isinstance(split.held_out, Digits):

@@ -17,11 +17,6 @@ if TYPE_CHECKING:
     from .trainer import Trainer
 
 
-def weights(trainer: Trainer) -> dict[str, Tensor]:
-    """The weights that a checkpoint holds: what is trained, evaluated and saved, and not copies of it."""
-    return trainer.model.state_dict()
-
-
 def of(trainer: Trainer) -> dict[str, Any]:
     """All that ``load`` needs besides the weights."""
     schedule, take = trainer.schedule, trainer.take
@@ -38,7 +33,7 @@ def of(trainer: Trainer) -> dict[str, Any]:
         "skipped": list(trainer.skipped),
         "images": len(trainer.split.train),
         "classes": list(trainer.split.train.classes),
-        "optimizer": take.optimizer.state_dict(),
+        "optimizer": take.optimizer_state(),
         "plateau": schedule.plateau.state_dict(),
         "scaler": take.scaler.state_dict(),
         "start": trainer.start,
@@ -61,15 +56,15 @@ def load(trainer: Trainer, path: Path, state: dict[str, Any], weights: dict[str,
             raise ValueError(f"start is of shape {list(state['start'].shape)}")
         if not all(tensor.isfinite().all() for tensor in weights.values()):
             raise CommandError(f"{shown}: its weights are no finite numbers; go on from an earlier checkpoint")
-        trainer.model.load_state_dict(weights)
-        trainer.start.copy_(state["start"])
         _load_optimizer(trainer, state)
+        trainer.take.load_weights(weights)  # after the optimizer's state, as it holds the masters
+        trainer.start.copy_(state["start"])
         trainer.step, trainer.epoch, trainer.batch, trainer.evaluated = place
         trainer.seconds = _number(state, "seconds")
         trainer.before = _number(state, "elapsed") if "elapsed" in state else trainer.seconds
         trainer.skipped = [str(name) for name in state["skipped"]]
         if "best" in state:  # earlier versions have none
-            trainer.best.load(state["best"], trainer.out, trainer.step, weights)
+            trainer.best.load(state["best"], trainer.out, trainer.step, trainer.take.weights())
             since = state["plateau_since"]
             trainer.schedule.seen_step, trainer.schedule.least_error = int(since[0]), float(since[1])
         set_random_state(state["random"])  # last, as the lines above may draw numbers

@@ -1,7 +1,9 @@
-"""One step of training: augmented images in, loss and gradients, new weights."""
+"""One step of training: bytes of images in, new weights, the loss and the number of right guesses out."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -11,8 +13,14 @@ from torch import Tensor, nn
 from .. import models
 from ..data.batches import Batch
 from ..data.preprocessing import Preprocessing
+from ..optim import SGD
 from .evaluate import DTYPES, autocast, to_device
+from .feed import Feed, Inputs
+from .finite import Finite
+from .graph import Graphed
 from .recipe import Recipe
+
+FIRST_STEPS = 3  # memory that is missing in these is too little for the batch; later, somebody else took it
 
 
 class Taken(NamedTuple):
@@ -24,60 +32,172 @@ class Taken(NamedTuple):
 
 
 class TrainingStep:
-    """Steps of SGD on ``model`` by ``recipe``; ``loss()`` is also that of the images of the last one."""
+    """Steps of SGD on ``model`` by ``recipe``; ``last_loss()`` is that of the images of the last one.
 
-    def __init__(self, model: models.AlexNet, recipe: Recipe, device: torch.device) -> None:
+    bf16 weights have fp32 masters in the optimizer (``alexnet_ext.optim.SGD``): ``weights()`` returns them. The stock
+    network and fp16 have fp32 weights that autocast casts.
+
+    On a GPU full batches run as one CUDA graph. fp16, the stock network and ``detect_nan`` run eagerly, and so do
+    smaller batches. ``note`` is called with a line for the user.
+    """
+
+    def __init__(self, model: models.AlexNet, recipe: Recipe, device: torch.device, detect_nan: bool = False) -> None:
         self.model, self.recipe, self.device = model, recipe, device
+        self.note: Callable[[str], None] = lambda _text: None
         dtype = DTYPES[recipe.precision]
         depth = model.take_depth(device, dtype)
         # In autocast's dtype at once, and with the depth that conv1 takes: no other pass over the images follows.
         self.augmented: dict[str, Any] = {"space_to_depth": depth, "dtype": dtype}
-        self.trained = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.SGD(
-            self.trained,
-            lr=recipe.lr,
-            momentum=recipe.momentum,
-            weight_decay=recipe.weight_decay,
-            fused=True,
-        )
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.has_masters = recipe.precision == "bf16" and not recipe.stock
+        self.optimizer = self._optimizer()
         self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**10, enabled=recipe.precision == "fp16")
-        self.last: tuple[Tensor, Tensor] | None = None  # the last step's images and classes
+        # Read on the device, so that a graph is replayed with the rate that it then has. PyTorch's SGD reads fp32 on a
+        # GPU, and any float on a CPU.
+        wide = device.type == "cpu" and not self.has_masters
+        self.rate = torch.zeros((), dtype=torch.float64 if wide else torch.float32, device=device)
+        self.network: Callable[[Tensor], Tensor] = torch.compile(model, dynamic=False) if recipe.compile else model
+        self.feed = Feed(device)
+        self.finite = Finite(model, self.trained, backward=not self.scaler.is_enabled()) if detect_nan else None
+        self.graph = Graphed(self._on_device) if self.eager_reason() is None else None
+        self.pieces = 1  # of each batch, whose gradients are added up
+        self.steps, self.number = 0, 0  # taken by this object; of the last one in the run
+        self.last: tuple[Inputs, Preprocessing] | None = None
 
-    def __call__(self, group: list[Batch], preprocessing: Preprocessing, rate: float) -> Taken:
-        """One step at learning rate ``rate`` on all images of some batches, each of at least one image."""
+    def eager_reason(self) -> str | None:
+        """Why the steps are not replayed as a CUDA graph; None if they are."""
+        if self.device.type != "cuda":
+            return "there is no GPU"
+        if self.scaler.is_enabled():
+            return "fp16's scaling of the loss is not captured"
+        if self.recipe.stock:
+            return "the network is the stock one"
+        return "--detect-nan looks at each operation" if self.finite is not None else None
+
+    def _optimizer(self) -> torch.optim.SGD:
+        recipe, parameters = self.recipe, list(self.trained.values())
+        settings: dict[str, Any] = {"lr": recipe.lr, "momentum": recipe.momentum, "weight_decay": recipe.weight_decay}
+        if not self.has_masters:
+            return torch.optim.SGD(parameters, **settings, fused=True)
+        optimizer = SGD(parameters, **settings)
+        for parameter in parameters:  # frozen ones stay fp32: autocast casts them
+            optimizer.state[parameter]["master"] = parameter.detach()
+            parameter.data = parameter.data.bfloat16()
+        return optimizer
+
+    def __call__(self, group: list[Batch], preprocessing: Preprocessing, rate: float, number: int = 1) -> Taken:
+        """Step ``number``, from 1, at learning rate ``rate`` on all images of some batches, each of at least one image.
+
+        Raises NotFinite with ``detect_nan``.
+        """
+        self.number = number
+        inputs = self.feed(group)
+        self.rate.fill_(rate)
         for parameters in self.optimizer.param_groups:
-            parameters["lr"] = rate
-        images = sum(len(batch.targets) for batch in group)
+            parameters["lr"] = self.rate
+        full = [len(part.targets) for part in inputs] == [self.recipe.batch_size] * self.recipe.accumulate
+        if self.graph is not None and full:
+            inputs, (loss, right) = self.graph(inputs, preprocessing)
+        else:
+            loss, right = self._on_device(inputs, preprocessing)
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = rate  # a number in a checkpoint
+        self.last = inputs[-1], preprocessing
+        self.steps += 1
+        return Taken(loss, right, sum(len(part.targets) for part in inputs))
+
+    def _on_device(self, group: list[Inputs], preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:
+        """The whole step by tensors alone: the mean loss and the number of right guesses. Without
+        ``detect_nan`` nothing on the host depends on a value, so that a graph can repeat it."""
+        with self._watching():
+            measured = self._fitting_gradients(group, preprocessing)
+            self._update()
+        return measured
+
+    def _watching(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.finite is None else self.finite.watching(self.number)
+
+    def _fitting_gradients(self, group: list[Inputs], preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:
+        """``_gradients``, of smaller and smaller pieces of the batches until one fits into memory."""
+        while True:
+            largest = max(len(part.targets) for part in self._pieces(group))
+            try:
+                return self._gradients(group, preprocessing)
+            except RuntimeError as error:
+                if self.steps >= FIRST_STEPS or largest == 1 or not is_out_of_memory(error):
+                    raise
+            self.pieces *= 2  # not above: there the error still holds the memory of what failed
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            size = max(len(part.targets) for part in self._pieces(group))
+            self.note(f"{largest} images at a time do not fit into memory: now {size}, with their gradients added up")
+
+    def _pieces(self, group: list[Inputs]) -> Iterator[Inputs]:
+        for part in group:
+            yield from part.split(self.pieces)
+
+    def _gradients(self, group: list[Inputs], preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:
+        images = sum(len(part.targets) for part in group)
         loss, right = torch.zeros((), device=self.device), torch.zeros((), dtype=torch.int64, device=self.device)
-        for batch in group:
-            targets = batch.targets.to(self.device, non_blocking=True)
-            images_in = to_device(batch.images, preprocessing, self.device, batch.drawn, **self.augmented)
-            self.last = images_in, targets
-            logits, mean = self._loss(*self.last)
-            part = mean * (len(targets) / images)
-            self.scaler.scale(part).backward()
-            loss += part.detach()
-            right += (logits.argmax(1) == targets).sum()
+        for part in self._pieces(group):
+            logits, mean = self._loss(part, preprocessing)
+            share = mean * (len(part.targets) / images)
+            self.scaler.scale(share).backward()
+            loss += share.detach()
+            right += (logits.argmax(1) == part.targets).sum()
+        return loss, right
+
+    def _loss(self, part: Inputs, preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:
+        """Scores and the mean loss. Only full batches are compiled: each other size would be compiled anew."""
+        images = to_device(part.images, preprocessing, self.device, part.drawn, **self.augmented)
+        full = len(part.targets) == self.recipe.batch_size and self.model.training
+        with autocast(self.device, self.recipe.precision):
+            logits = self.network(images) if full else self.model(images)
+            mean = F.cross_entropy(logits, part.targets, label_smoothing=self.recipe.label_smoothing)
+        return logits.detach(), mean
+
+    def _update(self) -> None:
         if self.recipe.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.trained, self.recipe.clip_norm)
+            nn.utils.clip_grad_norm_(self.trained.values(), self.recipe.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return Taken(loss, right, images)
-
-    def _loss(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores and the mean loss."""
-        with autocast(self.device, self.recipe.precision):
-            logits = self.model(images)
-            return logits.detach(), F.cross_entropy(logits, targets, label_smoothing=self.recipe.label_smoothing)
 
     def last_loss(self) -> float | None:
         """The loss of the last step's images by the weights after it, without dropout; None before the first step."""
         if self.last is None:
             return None
+        part, preprocessing = self.last
         self.model.eval()
-        with torch.no_grad():
-            _, loss = self._loss(*self.last)
+        with torch.no_grad(), self._watching():
+            losses = [self._loss(piece, preprocessing)[1] * len(piece.targets) for piece in part.split(self.pieces)]
         self.model.train()
-        return float(loss)
+        return float(sum(losses)) / len(part.targets)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The network's state_dict in fp32, its tensors those that training goes on to change."""
+        masters = {name: self.optimizer.state[p]["master"] for name, p in self.trained.items() if self.has_masters}
+        return {name: masters.get(name, tensor) for name, tensor in self.model.state_dict().items()}
+
+    @torch.no_grad()
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Take over a state_dict in fp32. Raises as ``nn.Module.load_state_dict`` does."""
+        self.model.load_state_dict(weights)
+        for name, parameter in self.trained.items() if self.has_masters else ():
+            master = torch.empty_like(parameter, dtype=torch.float32)
+            self.optimizer.state[parameter]["master"] = master.copy_(weights[name])
+        if self.graph is not None:
+            self.graph.forget()
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """The optimizer's state_dict without the masters, which are the weights."""
+        state = self.optimizer.state_dict()
+        kept = {index: {k: v for k, v in values.items() if k != "master"} for index, values in state["state"].items()}
+        return state | {"state": kept}
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an allocator of PyTorch, the GPU's or the CPU's, found too little memory."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

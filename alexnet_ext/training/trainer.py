@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import json
 import math
@@ -12,7 +13,7 @@ from collections import deque
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,18 +30,29 @@ from .evaluate import Evaluation, evaluate
 from .files import locked, unfinished, write_file
 from .interrupt import Interrupt, Interrupted
 from .log import Log
-from .process import prepare
+from .losses import Losses
+from .process import memory, prepare
+from .profile import profiled
 from .progress import Reporter
 from .recipe import Recipe
 from .runs import RECIPE
 from .schedule import Schedule
-from .step import Taken, TrainingStep
+from .step import TrainingStep
 from .writer import Copies, Writer
 
 CHECKPOINT_SECONDS = 600.0
-FLUSH_EVERY_CUDA = 20  # steps between readings of the loss, each of which waits for the GPU
 # A mean loss that is still that of guessing after this number of steps is reported.
 CHANCE_STEPS, CHANCE_WINDOW, CHANCE = 100, 50, 0.98
+
+
+class Looks(NamedTuple):
+    """What a run looks at besides its results: ``profile`` steps traced, and each operation for NaN."""
+
+    profile: int = 0
+    detect_nan: bool = False
+
+
+NO_LOOKS = Looks()
 
 
 class Trainer:
@@ -50,8 +62,11 @@ class Trainer:
     ends with the same weights, bit for bit.
     """
 
-    def __init__(self, recipe: Recipe, split: Split, out: Path, device: torch.device, workers: int = 0) -> None:
+    def __init__(
+        self, recipe: Recipe, split: Split, out: Path, device: torch.device, workers: int = 0, looks: Looks = NO_LOOKS
+    ) -> None:
         self.recipe, self.split, self.out, self.device, self.workers = recipe, split, out, device, workers
+        self.looks = looks
         self.total = recipe.total_steps(len(split.train))
         self.epoch_steps = recipe.epoch_steps(len(split.train))
         self.step = self.epoch = self.batch = 0  # batch: the step within the epoch
@@ -62,10 +77,7 @@ class Trainer:
         self.began, self.before = time.monotonic(), 0.0  # this process's start, and the seconds of those before
         self.recent: deque[float] = deque(maxlen=CHANCE_WINDOW)
         self.skipped: list[str] = []  # paths of training images that could not be read
-        # Steps whose loss has not been read yet, with what else is logged; then the time of their start.
-        self.pending: list[tuple[int, Taken, dict[str, Any]]] = []
-        self.mark = time.perf_counter()
-        self.flush_every = FLUSH_EVERY_CUDA if device.type == "cuda" else 1
+        self.mark, self.waited = time.perf_counter(), 0.0  # the last reading of losses, and the wait for data since
 
         prepare(device, recipe.seed)
         self.model = models.alexnet(
@@ -81,13 +93,20 @@ class Trainer:
         if recipe.freeze is not None:
             freeze(self.model, recipe.freeze)
         self.schedule = Schedule(recipe, self.total)
-        self.take = TrainingStep(self.model, recipe, device)
+        self.take = TrainingStep(self.model, recipe, device, looks.detect_nan)
+        self.losses = Losses(device)
 
     @property
     def description(self) -> checkpoint.Description:
         recipe, split = self.recipe, self.split
         place = (split.train.classes, split.preprocessing, recipe.data, self.step)
         return checkpoint.Description(self.model.config, *place, recipe.val, recipe.held_out, split.listing)
+
+    @property
+    def kernels(self) -> Tensor:
+        """The weights of the first convolution, in fp32."""
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        return self.take.weights()[names[id(first_kernels(self.model))]].detach()
 
     @property
     def elapsed(self) -> float:
@@ -106,10 +125,10 @@ class Trainer:
             Readers(self.split.train, self.workers, interrupt.look) as self.readers,
             Readers(self.split.held_out, self.workers, interrupt.look) as self.held_out_readers,
             Log(self.out, self.step, self.evaluated) as log,
+            profiled(self.out, self.looks.profile, reporter.note) as stepped,
         ):
             self._clear()
-            recipe = json.dumps(dataclasses.asdict(self.recipe), indent=1)  # a resumed run may be longer
-            write_file(self.out / RECIPE, f"{recipe}\n".encode())
+            self._begin(log, reporter)
             loader: Iterator[Batch] | None = None
             saved = self.mark = time.perf_counter()
             while True:
@@ -117,15 +136,15 @@ class Trainer:
                 stopping = interrupt.requested or self.step == stop_at
                 evaluating = self.step < self.total and self._evaluation_due()
                 saving = self._saving_due(saved)
-                if evaluating or saving or stopping or self.step == self.total or len(self.pending) >= self.flush_every:
-                    self._flush(log, reporter)
+                self._flush(log, reporter, wait=evaluating or saving or stopping or self.step == self.total)
                 result = None
                 if evaluating and not stopping:
                     result = self._evaluate(log, reporter, interrupt)
                     stopping = result is None
                 finished = self.step == self.total or self._has_waited()
                 if saving or stopping or finished:
-                    path = self.save()
+                    with log.timed("save", self.step):
+                        path = self.save()
                     saved = time.perf_counter()
                 if stopping or finished:
                     self.writer.wait()
@@ -141,16 +160,28 @@ class Trainer:
                         raise Interrupted(self.step, path)  # before the pictures
                     return result
                 if evaluating or saving:
-                    self.mark = time.perf_counter()
+                    self.mark, self.waited = time.perf_counter(), 0.0
                 loader = loader or self._loader(self.readers)
+                asked = time.perf_counter()
                 try:
                     group = list(islice(loader, self.recipe.accumulate))
                 except Interrupted:
                     continue  # in the middle of a wait
+                self.waited += time.perf_counter() - asked
                 self._train(group, reporter)
+                stepped()
                 self.step, self.batch = self.step + 1, self.batch + 1
                 if self.batch == self.epoch_steps:
                     self.epoch, self.batch, loader = self.epoch + 1, 0, None
+
+    def _begin(self, log: Log, reporter: Reporter) -> None:
+        recipe = dataclasses.asdict(self.recipe)  # a resumed run may be longer
+        write_file(self.out / RECIPE, f"{json.dumps(recipe, indent=1)}\n".encode())
+        log.describe(recipe)
+        self.take.note = reporter.note
+        reason = self.take.eager_reason()
+        if reason is not None and self.device.type == "cuda":
+            reporter.note(f"the steps run one operation at a time, not as a CUDA graph: {reason}")
 
     def start_from(self, file: Path) -> str:
         """Copy the weights of a file, in any format that ``models.load_weights`` reads, and prepare images as they were
@@ -158,17 +189,20 @@ class Trainer:
 
         Raises CommandError if the file does not fit.
         """
-        last = self.model.get_parameter("classifier.fc8.weight")
+        model = copy.deepcopy(self.model).float()  # in fp32, also where the network is not
+        model.load_state_dict(self.take.weights())
+        last = model.get_parameter("classifier.fc8.weight")
         fresh = last.detach().clone()
         try:
             described = checkpoint.read_description(file) if file.suffix == ".safetensors" else None
             other = described is not None and described.classes != self.split.train.classes
-            preprocessing = models.load_weights(self.model, file, new_last=True if other else None)
+            preprocessing = models.load_weights(model, file, new_last=True if other else None)
         except (ValueError, ImportError) as error:
             raise CommandError(str(error)) from error
         except OSError as error:
             raise os_error(file, error) from error
-        self.start.copy_(first_kernels(self.model).detach())
+        self.take.load_weights(model.state_dict())
+        self.start.copy_(self.kernels)
         size = self.model.config.image_size
         if preprocessing is not None:
             resize = max(size, round(preprocessing.resize * size / preprocessing.size))
@@ -203,8 +237,8 @@ class Trainer:
         if not group:
             return
         rate = self.schedule.rate(self.step)
-        taken = self.take(group, self.split.preprocessing, rate)
-        self.pending.append((self.step + 1, taken, {"epoch": self.epoch, "lr": rate}))
+        taken = self.take(group, self.split.preprocessing, rate, self.step + 1)
+        self.losses.add(self.step + 1, taken, {"epoch": self.epoch, "lr": rate})
 
     def _count_skipped(self, errors: list[BadImage], reporter: Reporter) -> None:
         for error in errors:
@@ -218,22 +252,27 @@ class Trainer:
                     f"unreadable, more than {MAX_SKIPPED:.0%}"
                 )
 
-    def _flush(self, log: Log, reporter: Reporter) -> None:
-        """Read, check and log the losses of the steps since the last call."""
-        read = [
-            (step, float(taken.loss), int(taken.right) / taken.images, values) for step, taken, values in self.pending
-        ]
+    def _flush(self, log: Log, reporter: Reporter, wait: bool) -> None:
+        """Check and log the losses that have arrived; ``wait`` for all of them."""
+        read = self.losses.read(wait)
+        if not read:
+            return
         now = time.perf_counter()
-        self.seconds += now - self.mark
-        rate = sum(taken.images for _, taken, _ in self.pending) / max(now - self.mark, 1e-9)
-        self.mark = now
-        self.pending.clear()
-        for step, loss, accuracy, values in read:
+        spent = max(now - self.mark, 1e-9)
+        self.seconds += spent
+        rate = sum(measured.images for measured in read) / spent
+        waiting = min(1.0, self.waited / spent)
+        spans = {"data": self.waited, "step": max(0.0, spent - self.waited)}
+        self.mark, self.waited = now, 0.0
+        used = memory(self.device)
+        for step, loss, accuracy, _, values in read:
             measured = {"loss": loss, "accuracy": accuracy, "images_per_second": rate, "seconds": self.seconds}
             log.write("train", step, values | measured)
             self._check_finite(loss, step)
-            reporter.step(step, loss, accuracy, rate)
+            reporter.step(step, loss, accuracy, rate, waiting, used)
             self._tell_chance(loss, step, reporter)
+        for name, seconds in spans.items():
+            log.span(name, read[-1].step, seconds)
 
     def _tell_chance(self, loss: float, step: int, reporter: Reporter) -> None:
         """Warn once if nothing has been learnt after enough steps."""
@@ -251,9 +290,11 @@ class Trainer:
 
     def _check_finite(self, loss: float, step: int) -> None:
         if not math.isfinite(loss):
+            whole = [path for path in checkpoint.generations(self.out) if checkpoint.damage(path) is None]
+            kept = f"the last good checkpoint is {path_text(whole[0])}" if whole else "there is no checkpoint yet"
             raise CommandError(
-                f"{path_text(self.out)}: the loss is {loss} at step {step}; try a lower --lr "
-                "(checkpoints of earlier steps stay as they were)"
+                f"{path_text(self.out)}: the loss is {loss} at step {step}; try a lower --lr, a longer --warmup or "
+                f"--clip-norm; --detect-nan names the layer ({kept})"
             )
 
     def _evaluation_due(self) -> bool:
@@ -266,6 +307,7 @@ class Trainer:
         """Evaluate and log the result, on all held-out images at the end of the run; None when interrupted."""
         self.writer.wait()  # processes are forked here, and the memory of the best weights is reused
         limit = None if last else self.recipe.evaluate_limit
+        began = time.perf_counter()
         try:
             result = evaluate(
                 self.model,
@@ -286,8 +328,10 @@ class Trainer:
         self.evaluated = self.step
         values = {"loss": result.loss, "top1": result.top1, "top5": result.top5, "images": result.images}
         log.write("evaluate", self.step, values)
+        log.span("evaluate", self.step, time.perf_counter() - began)
+        log.kernels(self.kernels, self.step)
         self._check_finite(result.loss, self.step)  # a step's own loss comes from the weights before it
-        self.best.see(self.step, result, state.weights(self))
+        self.best.see(self.step, result, self.take.weights())
         if not last:
             reporter.note(f"step {self.step}: {result.top1:.1%} of {result.images} held-out images right")
         return result
@@ -305,7 +349,7 @@ class Trainer:
         The folder that it will be. What is written are copies: the next steps change the weights in place."""
         self._check_weights()
         self.writer.wait()  # the memory of its copies is reused
-        weights, held = self.copies((state.weights(self), state.of(self)))
+        weights, held = self.copies((self.take.weights(), state.of(self)))
         best, description = self.best.taken(), self.description
 
         def write() -> None:

@@ -22,7 +22,7 @@ from benchmarks.verify_gpu import __main__ as verify
 from benchmarks.verify_gpu import conclusions, report, stages, timing
 from benchmarks.verify_gpu.common import attempt, fused, preferring
 from benchmarks.verify_gpu.report import Finding, Outcome
-from benchmarks.verify_gpu.stages import Task, correctness, network, sanitizers, speed
+from benchmarks.verify_gpu.stages import Task, correctness, graphs, network, sanitizers, speed
 from tests.support import ROOT, cases
 
 
@@ -35,6 +35,13 @@ def test_every_stage_is_a_module_and_every_module_a_stage() -> None:
 def test_stages_that_need_a_gpu_find_nothing_on_a_cpu(name: str) -> None:
     stage = next(stage for stage in stages.STAGES if stage.name == name)
     assert list(stage.run(Task("cpu"))) == []
+
+
+def test_the_steps_that_a_gpu_compares_train_on_a_cpu() -> None:
+    """Without a graph: two runs have the same bits, and each step is on images of its own."""
+    one, other, longer = (graphs.training(torch.device("cpu"), False, 2, 67, steps) for steps in (2, 2, 3))
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(one, longer, strict=True))
 
 
 def test_the_lists_that_must_not_be_asked_of_the_package_are_its_own() -> None:
