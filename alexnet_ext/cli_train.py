@@ -25,10 +25,11 @@ from .cli_options import (
     workers_of,
 )
 from .training.interrupt import starting
-from .training.recipe import INIT_NAMES, RECIPES, SCHEDULES, Recipe, chosen
+from .training.recipe import INIT_NAMES, OPTIMIZERS, RECIPES, SCHEDULES, Recipe, chosen
 
 Data = StrEnum("Data", ["digits", "synthetic"])
 Schedule = StrEnum("Schedule", list(SCHEDULES))  # type: ignore[misc]
+Optimizer = StrEnum("Optimizer", list(OPTIMIZERS))  # type: ignore[misc]
 Init = StrEnum("Init", list(INIT_NAMES))  # type: ignore[misc]
 RecipeName = StrEnum("RecipeName", list(RECIPES))  # type: ignore[misc]
 
@@ -57,6 +58,11 @@ Weights = Annotated[
         "Start from a run, a .safetensors, .pth, .caffemodel or .onnx file.", NETWORK, "a fresh start", parser=path
     ),
 ]
+Warmup = Annotated[float | None, _option("Steps of linear growth of the rate, or their share.", LEARNING, BY_DATA)]
+Grow = Annotated[
+    str | None,
+    _option("Smaller images for shares of the steps, as 131:0.5,163:0.3.", LEARNING, BY_DATA, metavar="SIDE:SHARE,..."),
+]
 Patience = Annotated[int | None, _option("Stop after this number of evaluations without a better one.", STEPS, "never")]
 
 
@@ -83,12 +89,15 @@ def train(
     batch_size: Annotated[int | None, _option("Images in a batch.", LEARNING, BY_DATA)] = None,
     accumulate: Annotated[int | None, _option("Batches in a step.", LEARNING, "1")] = None,
     lr: Annotated[float | None, _option("Highest learning rate.", LEARNING, "0.01; 0.001 with --weights")] = None,
-    momentum: Annotated[float | None, _option("Of SGD.", LEARNING, "0.9")] = None,
-    weight_decay: Annotated[float | None, _option("Of SGD.", LEARNING, "0.0005")] = None,
-    warmup: Annotated[int | None, _option("Steps of linear growth of the rate.", LEARNING, BY_DATA)] = None,
+    optimizer: Annotated[Optimizer | None, _option("LARS is for batches of thousands.", LEARNING, "sgd")] = None,
+    momentum: Annotated[float | None, _option("Of the optimizer.", LEARNING, "0.9")] = None,
+    weight_decay: Annotated[float | None, _option("Of the optimizer.", LEARNING, "0.0005")] = None,
+    warmup: Warmup = None,
     schedule: Annotated[Schedule | None, _option("Rate after the warm-up.", LEARNING, BY_DATA)] = None,
     clip_norm: Annotated[float | None, _option("Largest norm of the gradients.", LEARNING, "any")] = None,
     label_smoothing: Annotated[float | None, _option("Share spread over all classes.", LEARNING, "0")] = None,
+    ema: Annotated[float | None, _option("Decay of a moving average of the weights.", LEARNING, "none")] = None,
+    grow: Grow = None,
     precision: Annotated[Precision | None, _option("Arithmetic; weights stay fp32.", LEARNING, "fp32")] = None,
     seed: Annotated[int | None, _option("Of everything random.", LEARNING, "0")] = None,
     out: Annotated[Path | None, _option("Run folder.", RUN, "runs/DATE-TIME-DATA-MODEL", parser=path)] = None,
@@ -112,17 +121,14 @@ def train(
         from .training import run
         from .training.progress import lasting_console
 
-    where = device_of(device)
+    where, console = device_of(device), lasting_console(quiet)
     count = workers_of(workers, where.type)
     if threads is not None:
         torch.set_num_threads(threads)
-    console = lasting_console(quiet)
     if resume is not None:
         run.resume(resume, given, where, count, console, warn)
         return
-    if weights is not None:
-        given = run.from_weights(weights, warn) | given
-    whole = chosen(given, recipe)
+    whole = chosen(given if weights is None else run.from_weights(weights, warn) | given, recipe)
     run.start(whole, out or run.default_out(whole), where, count, console)
 
 

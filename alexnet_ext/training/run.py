@@ -30,7 +30,7 @@ from .log import METRICS, has_events, json_text, read_metrics
 from .process import prepare
 from .progress import Reporter
 from .proving import prove_kernels
-from .recipe import CHANGEABLE, Recipe
+from .recipe import CHANGEABLE, Recipe, growth
 from .results import by_class
 from .state import check_data, load
 from .trainer import Trainer, first_kernels
@@ -153,6 +153,8 @@ def _seconds(result: Path) -> float:
 def _split(recipe: Recipe) -> Split:
     size = recipe.image_size or VARIANTS[recipe.model].image_size
     split = open_split(recipe.data, size, recipe.seed, recipe.val, recipe.held_out)
+    if not recipe.normalize:  # values of 0 to 255 less their mean, as in the paper
+        split = split.brought_as(dataclasses.replace(split.preprocessing, std=(1 / 255,) * 3))
     if not recipe.augment and isinstance(split.train, ImageFolder):
         split.train.augment = False
     return split
@@ -162,11 +164,12 @@ def _trainer(recipe: Recipe, split: Split, out: Path, device: torch.device, work
     try:
         if not recipe.stock:
             prepare(device, recipe.seed)  # races are run as the training will be
-            with torch.device("meta"):
-                network = models.alexnet(recipe.model, image_size=recipe.image_size, init="torch")
-            side = network.config.image_size
-            shape = (recipe.batch_size, 3, side, side)
-            prove_kernels(network, shape, DTYPES[recipe.precision], device, console)
+            for size in (*(side for side, _ in growth(recipe.grow)), recipe.image_size):
+                with torch.device("meta"):
+                    network = models.alexnet(recipe.model, image_size=size, init="torch")
+                side = network.config.image_size
+                shape = (recipe.batch_size, 3, side, side)
+                prove_kernels(network, shape, DTYPES[recipe.precision], device, console)
         return Trainer(recipe, split, out, device, workers)
     except ValueError as error:  # an image too small for the variant, by the message
         raise CommandError(str(error), 2) from error
@@ -246,7 +249,7 @@ def draw(trainer: Trainer, result: Evaluation) -> list[str]:
     out, split = trainer.out, trainer.split
     classes = split.train.classes
     pictures.curves(out / "curves.png", read_metrics(out / METRICS))
-    pictures.kernels(out / "conv1.png", first_kernels(trainer.model), trainer.start)
+    pictures.kernels(out / "conv1.png", first_kernels(trainer.final), trainer.start)
     pictures.guesses(out / "guesses.png", split.held_out, result, classes, trainer.recipe.seed)
     made = ["curves.png", "conv1.png", "guesses.png"]
     if isinstance(split.held_out, Digits):

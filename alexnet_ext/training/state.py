@@ -38,6 +38,8 @@ def of(trainer: Trainer) -> dict[str, Any]:
         "scaler": take.scaler.state_dict(),
         "start": trainer.start,
         "random": random_state(),
+        # With an average the file of weights has that.
+        "trained": None if trainer.average is None else dict(trainer.model.state_dict()),
     }
 
 
@@ -56,7 +58,9 @@ def load(trainer: Trainer, path: Path, state: dict[str, Any], weights: dict[str,
             raise ValueError(f"start is of shape {list(state['start'].shape)}")
         if not all(tensor.isfinite().all() for tensor in weights.values()):
             raise CommandError(f"{shown}: its weights are no finite numbers; go on from an earlier checkpoint")
-        trainer.model.load_state_dict(weights)
+        trainer.final.load_state_dict(weights)
+        if trainer.average is not None:
+            trainer.model.load_state_dict(state["trained"])
         trainer.start.copy_(state["start"])
         _load_optimizer(trainer, state)
         trainer.step, trainer.epoch, trainer.batch, trainer.evaluated = place
@@ -64,7 +68,7 @@ def load(trainer: Trainer, path: Path, state: dict[str, Any], weights: dict[str,
         trainer.before = _number(state, "elapsed") if "elapsed" in state else trainer.seconds
         trainer.skipped = [str(name) for name in state["skipped"]]
         if "best" in state:  # earlier versions have none
-            trainer.best.load(state["best"], trainer.out, trainer.step, trainer.model)
+            trainer.best.load(state["best"], trainer.out, trainer.step, trainer.final)
             since = state["plateau_since"]
             trainer.schedule.seen_step, trainer.schedule.least_error = int(since[0]), float(since[1])
         set_random_state(state["random"])  # last, as the lines above may draw numbers

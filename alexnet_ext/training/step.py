@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import models
 from ..data.batches import Batch
 from ..data.preprocessing import Preprocessing
+from ..optim import LARS
 from .evaluate import DTYPES, autocast, to_device
 from .recipe import Recipe
 
@@ -24,7 +25,7 @@ class Taken(NamedTuple):
 
 
 class TrainingStep:
-    """Steps of SGD on ``model`` by ``recipe``; ``loss()`` is also that of the images of the last one."""
+    """Steps of SGD or LARS on ``model`` by ``recipe``; ``loss()`` is also that of the images of the last one."""
 
     def __init__(self, model: models.AlexNet, recipe: Recipe, device: torch.device) -> None:
         self.model, self.recipe, self.device = model, recipe, device
@@ -33,13 +34,17 @@ class TrainingStep:
         # In autocast's dtype at once, and with the depth that conv1 takes: no other pass over the images follows.
         self.augmented: dict[str, Any] = {"space_to_depth": depth, "dtype": dtype}
         self.trained = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.SGD(
-            self.trained,
-            lr=recipe.lr,
-            momentum=recipe.momentum,
-            weight_decay=recipe.weight_decay,
-            fused=True,
-        )
+        self.optimizer: torch.optim.Optimizer
+        if recipe.optimizer == "lars":  # a trust of 1: the rate is the step relative to a layer's weights
+            self.optimizer = LARS(self.trained, recipe.lr, recipe.momentum, recipe.weight_decay, trust_coefficient=1.0)
+        else:
+            self.optimizer = torch.optim.SGD(
+                self.trained,
+                lr=recipe.lr,
+                momentum=recipe.momentum,
+                weight_decay=recipe.weight_decay,
+                fused=True,
+            )
         self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**10, enabled=recipe.precision == "fp16")
         self.last: tuple[Tensor, Tensor] | None = None  # the last step's images and classes
 

@@ -22,6 +22,7 @@ from ..data.readers import Readers
 from ..data.sources import Split
 from ..nn import stock_kind
 from . import checkpoint, state
+from .average import Average
 from .best import Best
 from .evaluate import Evaluation, evaluate
 from .files import locked, write_file
@@ -29,7 +30,7 @@ from .interrupt import Interrupt, Interrupted
 from .log import Log
 from .process import prepare
 from .progress import Reporter
-from .recipe import Recipe
+from .recipe import Recipe, growth
 from .schedule import Schedule
 from .step import Taken, TrainingStep
 
@@ -75,8 +76,15 @@ class Trainer:
         self.start = first_kernels(self.model).detach().clone()  # for the picture of the difference to it
         if recipe.freeze is not None:
             freeze(self.model, recipe.freeze)
+        self.model.take_sides([side for side, _ in growth(recipe.grow)])
+        self.average = None if recipe.ema is None else Average(self.model, recipe.ema)
         self.schedule = Schedule(recipe, self.total)
         self.take = TrainingStep(self.model, recipe, device)
+
+    @property
+    def final(self) -> models.AlexNet:
+        """The network that is evaluated and saved: that of the averaged weights if the recipe has an ``ema``."""
+        return self.model if self.average is None else self.average.model
 
     @property
     def description(self) -> checkpoint.Description:
@@ -157,6 +165,8 @@ class Trainer:
         except OSError as error:
             raise os_error(file, error) from error
         self.start.copy_(first_kernels(self.model).detach())
+        if self.average is not None:
+            self.average.update(self.model, 0)
         size = self.model.config.image_size
         if preprocessing is not None:
             resize = max(size, round(preprocessing.resize * size / preprocessing.size))
@@ -191,7 +201,10 @@ class Trainer:
         if not group:
             return
         rate = self.schedule.rate(self.step)
-        taken = self.take(group, self.split.preprocessing, rate)
+        side = self.recipe.side_at(self.step, self.total, self.split.preprocessing.size)
+        taken = self.take(group, self.split.preprocessing.at(side), rate)
+        if self.average is not None:
+            self.average.update(self.model, self.step)
         self.pending.append((self.step + 1, taken, {"epoch": self.epoch, "lr": rate}))
 
     def _count_skipped(self, errors: list[BadImage], reporter: Reporter) -> None:
@@ -228,7 +241,7 @@ class Trainer:
         self.recent.append(loss)
         classes = len(self.split.train.classes)
         mean = sum(self.recent) / len(self.recent)
-        enough = max(CHANCE_STEPS, 2 * classes) + self.recipe.warmup
+        enough = max(CHANCE_STEPS, 2 * classes) + self.schedule.warmup
         if step != min(enough, max(self.total, CHANCE_WINDOW)) or mean < CHANCE * math.log(classes):
             return
         init = "" if self.recipe.init == "kaiming" or self.recipe.weights else "--init kaiming, "
@@ -255,7 +268,7 @@ class Trainer:
         limit = None if last else self.recipe.evaluate_limit
         try:
             result = evaluate(
-                self.model,
+                self.final,
                 self.split.held_out,
                 self.split.preprocessing,
                 device=self.device,
@@ -274,7 +287,7 @@ class Trainer:
         values = {"loss": result.loss, "top1": result.top1, "top5": result.top5, "images": result.images}
         log.write("evaluate", self.step, values)
         self._check_finite(result.loss, self.step)  # a step's own loss comes from the weights before it
-        self.best.see(self.step, result, self.model)
+        self.best.see(self.step, result, self.final)
         if not last:
             reporter.note(f"step {self.step}: {result.top1:.1%} of {result.images} held-out images right")
         return result
@@ -291,7 +304,7 @@ class Trainer:
         self._check_weights()
         if self.best.step != self.step:  # only this process has those weights
             self.best.write(self.out, self.description)
-        path = checkpoint.save(self.out, self.model, self.description, state.of(self), self.recipe.keep)
+        path = checkpoint.save(self.out, self.final, self.description, state.of(self), self.recipe.keep)
         self.best.write(self.out, self.description)
         return path
 
