@@ -25,10 +25,11 @@ from .cli_options import (
     workers_of,
 )
 from .training.interrupt import starting
-from .training.recipe import INIT_NAMES, PRECISION, RECIPES, SCHEDULES, Recipe, chosen
+from .training.recipe import INIT_NAMES, OPTIMIZERS, PRECISION, RECIPES, SCHEDULES, Recipe, chosen
 
 Data = StrEnum("Data", ["digits", "synthetic"])
 Schedule = StrEnum("Schedule", list(SCHEDULES))  # type: ignore[misc]
+Optimizer = StrEnum("Optimizer", list(OPTIMIZERS))  # type: ignore[misc]
 Init = StrEnum("Init", list(INIT_NAMES))  # type: ignore[misc]
 RecipeName = StrEnum("RecipeName", list(RECIPES))  # type: ignore[misc]
 
@@ -56,6 +57,11 @@ Weights = Annotated[
     _option(
         "Start from a run, a .safetensors, .pth, .caffemodel or .onnx file.", NETWORK, "a fresh start", parser=path
     ),
+]
+Warmup = Annotated[float | None, _option("Steps of linear growth of the rate, or their share.", LEARNING, BY_DATA)]
+Grow = Annotated[
+    str | None,
+    _option("Smaller images for shares of the steps, as 131:0.5,163:0.3.", LEARNING, BY_DATA, metavar="SIDE:SHARE,..."),
 ]
 Patience = Annotated[int | None, _option("Stop after this number of evaluations without a better one.", STEPS, "never")]
 
@@ -95,12 +101,15 @@ def train(
     batch_size: Annotated[int | None, _option("Images in a batch.", LEARNING, BY_DATA)] = None,
     accumulate: Annotated[int | None, _option("Batches in a step.", LEARNING, "1")] = None,
     lr: Annotated[float | None, _option("Highest learning rate.", LEARNING, "0.01; 0.001 with --weights")] = None,
-    momentum: Annotated[float | None, _option("Of SGD.", LEARNING, "0.9")] = None,
-    weight_decay: Annotated[float | None, _option("Of SGD.", LEARNING, "0.0005")] = None,
-    warmup: Annotated[int | None, _option("Steps of linear growth of the rate.", LEARNING, BY_DATA)] = None,
+    optimizer: Annotated[Optimizer | None, _option("LARS is for batches of thousands.", LEARNING, "sgd")] = None,
+    momentum: Annotated[float | None, _option("Of the optimizer.", LEARNING, "0.9")] = None,
+    weight_decay: Annotated[float | None, _option("Of the optimizer.", LEARNING, "0.0005")] = None,
+    warmup: Warmup = None,
     schedule: Annotated[Schedule | None, _option("Rate after the warm-up.", LEARNING, BY_DATA)] = None,
     clip_norm: Annotated[float | None, _option("Largest norm of the gradients.", LEARNING, "any")] = None,
     label_smoothing: Annotated[float | None, _option("Share spread over all classes.", LEARNING, "0")] = None,
+    ema: Annotated[float | None, _option("Decay of a moving average of the weights.", LEARNING, "none")] = None,
+    grow: Grow = None,
     precision: Annotated[Precision | None, _option("Arithmetic.", LEARNING, "bf16 on a GPU, else fp32")] = None,
     compile: Annotated[bool, _option("The network as torch.compile makes it.", LEARNING, name="--compile")] = False,
     seed: Annotated[int | None, _option("Of everything random.", LEARNING, "0")] = None,

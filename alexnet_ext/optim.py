@@ -1,7 +1,8 @@
-"""An optimizer for networks whose weights are bf16 or fp16: one pass over all that belongs to them."""
+"""Optimizers: SGD for networks whose weights are bf16 or fp16, in one pass over all of them; LARS for large batches."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import chain
 from typing import Any
@@ -154,3 +155,104 @@ class SGD(torch.optim.SGD):
             for key, value in given[-1]["state"].get(name, {}).items():
                 if parameter.dtype in LOW and isinstance(value, Tensor):
                     self.state[parameter][key] = value.to(parameter.device, torch.float32, copy=True)
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling, for batches of thousands (You, Gitman, Ginsburg 2017, arXiv 1708.03888).
+
+    With large rates, a layer whose gradients are large compared with its weights diverges first. LARS gives each layer
+    ``l`` a rate of its own, ``trust``, which makes a step as long as a share of the weights:
+
+    ``trust = trust_coefficient * |w| / (|g| + weight_decay * |w|)``, with Euclidean norms over the layer's tensor;
+    1 where ``|w|`` or ``|g|`` is 0,
+
+    ``v = momentum * v + lr * trust * (g + weight_decay * w)``, then ``w = w - v``.
+
+    The rate is inside of ``v``, as in the paper and unlike in ``torch.optim.SGD``: the momentum of earlier steps keeps
+    the rate that they had. Parameters of at most one dimension (biases) have ``trust = 1`` and no decay. With
+    ``trust_coefficient=1`` the rate is the length of a step relative to the weights.
+
+    >>> optimizer = alexnet_ext.optim.LARS(model.parameters(), lr=8.0, momentum=0.9, weight_decay=5e-4)
+
+    Nothing waits for the device. A tensor as ``lr`` is read there, so that a CUDA graph is replayed with the rate that
+    it then has.
+
+    Args:
+        params: parameters of fp32 or fp64, or groups of them. For bf16 and fp16 use autocast.
+        lr: the rate, as a float or a Tensor of no dimension.
+        momentum: share of the step before that is taken again, at least 0 and below 1.
+        weight_decay: of the paper's ``beta``, at least 0.
+        trust_coefficient: the paper's ``eta``, above 0.
+
+    Raises:
+        ValueError: a number outside of its range; a parameter that is not of fp32 or fp64.
+        RuntimeError: from ``step``, for a sparse gradient.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        *,
+        trust_coefficient: float = 1e-3,
+    ) -> None:
+        if not isinstance(lr, Tensor) and not 0 <= lr < math.inf:
+            raise ValueError(f"lr must be a finite number of at least 0, got {lr!r}")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum must be at least 0 and below 1, got {momentum!r}")
+        if not 0 <= weight_decay < math.inf:
+            raise ValueError(f"weight_decay must be a finite number of at least 0, got {weight_decay!r}")
+        if not 0 < trust_coefficient < math.inf:
+            raise ValueError(f"trust_coefficient must be a finite number above 0, got {trust_coefficient!r}")
+        numbers = {"momentum": momentum, "weight_decay": weight_decay, "trust_coefficient": trust_coefficient}
+        super().__init__(params, {"lr": lr, **numbers})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        for parameter in self.param_groups[-1]["params"]:
+            if parameter.dtype not in (torch.float32, torch.float64):
+                del self.param_groups[-1]
+                raise ValueError(f"parameters must be of torch.float32 or torch.float64, got {parameter.dtype}")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step; returns what ``closure``, which computes the loss and its gradients anew, returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            alike: dict[tuple[Any, ...], list[Tensor]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                if parameter.grad.is_sparse:
+                    raise RuntimeError("LARS does not support sparse gradients")
+                alike.setdefault((parameter.dim() > 1, parameter.device, parameter.dtype), []).append(parameter)
+            for (is_scaled, *_), parameters in alike.items():
+                self._update(group, parameters, is_scaled)
+        return loss
+
+    def _update(self, group: dict[str, Any], weights: list[Tensor], is_scaled: bool) -> None:
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        rate = group["lr"]
+        if is_scaled:
+            decay = group["weight_decay"]
+            of_weights, of_gradients = (torch.stack(torch._foreach_norm(tensors)) for tensors in (weights, gradients))
+            trust = group["trust_coefficient"] * of_weights / (of_gradients + decay * of_weights)
+            trust = torch.where((of_weights > 0) & (of_gradients > 0), trust, 1.0)
+            steps = torch._foreach_add(gradients, weights, alpha=decay)
+            torch._foreach_mul_(steps, list((trust * rate).unbind()))
+        else:
+            steps = torch._foreach_mul(gradients, rate)
+        momenta = []
+        for weight in weights:
+            state = self.state[weight]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(weight)
+            momenta.append(state["momentum_buffer"])
+        torch._foreach_mul_(momenta, group["momentum"])
+        torch._foreach_add_(momenta, steps)
+        torch._foreach_sub_(weights, momenta)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,10 @@ class Preprocessing:
             if len(values) != 3 or not all(isinstance(v, (int, float)) and low < v < math.inf for v in values):
                 raise ValueError(f"{name} must be three finite numbers, those of std above 0, got {values!r}")
 
+    def at(self, side: int) -> Preprocessing:
+        """The same view of each image in another number of pixels: ``side`` in place of ``size``."""
+        return replace(self, size=side, resize=max(side, round(self.resize * side / self.size)))
+
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 (N, 1 or 3, height, width) to normalized fp32 (N, 3, size, size), on the images' device.
 
@@ -49,5 +53,12 @@ class Preprocessing:
         # Normalized first: bilinear scaling commutes with it, and 28 x 28 is a sixtieth of 227 x 227.
         x = (images.float() - mean) / std
         if x.shape[-2:] != (self.size, self.size):
-            x = F.interpolate(x, (self.size, self.size), mode="bilinear", align_corners=False)
+            x = bilinear(x, self.size)
         return x.expand(-1, 3, -1, -1) if channels == 1 else x
+
+
+def bilinear(x: Tensor, side: int) -> Tensor:
+    """Images (N, channels, height, width) of floats scaled to ``side`` x ``side``, antialiased where they shrink, as
+    ``data.images.square`` scales files."""
+    shrinks = side < max(x.shape[-2:])
+    return F.interpolate(x, (side, side), mode="bilinear", align_corners=False, antialias=shrinks)

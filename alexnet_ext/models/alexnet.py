@@ -6,11 +6,13 @@ layers after it; ``nn.Identity`` takes their places.
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import nn as fused_nn
@@ -65,6 +67,7 @@ class AlexNet(nn.Module):
         super().__init__()
         self.config = config
         self.fused = fused
+        self.sides: tuple[int, ...] = (config.image_size,)  # of the images that forward takes
         table = VARIANTS[config.variant]
         self.features = nn.Sequential()
         found = stages(config)
@@ -81,32 +84,63 @@ class AlexNet(nn.Module):
         """(N, 3, image_size, image_size) to (N, num_classes) before the softmax.
 
         Raises RuntimeError for another shape; the torchvision variant takes any height and width that its
-        layers can take. After ``take_depth`` x may also be what ``ops.augment(space_to_depth=4)`` gives.
+        layers can take. After ``take_depth`` x may also be what ``ops.augment(space_to_depth=4)`` gives, after
+        ``take_sides`` its sides may be others.
         """
         side = self.config.image_size
-        sized = VARIANTS[self.config.variant].any_size or x.shape[2:] == (side, side)
-        of_depth = getattr(self.features.conv1, "takes_depth", False) and x.shape[1:] == self._depth_shape()
+        any_size, shape = VARIANTS[self.config.variant].any_size, x.shape[1:]
+        sized = any_size or any(shape[1:] == (side, side) for side in self.sides)
+        takes_depth = getattr(self.features.conv1, "takes_depth", False)
+        of_depth = takes_depth and any(shape == self._depth_shape(side) for side in self.sides)
         if x.dim() != 4 or not (of_depth or (x.shape[1] == 3 and sized)):
             raise RuntimeError(f"x has shape {list(x.shape)}, expected (N, 3, {side}, {side})")
-        return self.classifier(torch.flatten(self.features(x), 1))
+        whole = any_size or shape == (3, side, side) or (of_depth and shape == self._depth_shape(side))
+        return self.classifier(torch.flatten(self.features(x) if whole else self._resized_features(x), 1))
+
+    def _resized_features(self, x: Tensor) -> Tensor:
+        """``features`` with as many outputs as at ``image_size``: pool5's windows adapt to the image."""
+        *layers, pool = self.features
+        for layer in layers:
+            x = layer(x)
+        if isinstance(pool, fused_nn.ReLUMaxPool2d):
+            x = F.relu(x)
+        return F.adaptive_max_pool2d(x, stages(self.config)[-1].output)
+
+    def take_sides(self, sides: Sequence[int]) -> None:
+        """``forward`` then also takes images of these ``sides``, with the same weights.
+
+        conv5's output is pooled to the size that fc6 takes, by windows as even as possible
+        (``F.adaptive_max_pool2d``). At 227 these are pool5's own: 3 wide, in steps of 2.
+
+        Raises ValueError for a side that the convolutions leave nothing of.
+        """
+        for side in sides:
+            stages(dataclasses.replace(self.config, image_size=side))
+        self.sides = tuple(dict.fromkeys((self.config.image_size, *sides)))
 
     def take_depth(self, device: torch.device, dtype: torch.dtype) -> int:
         """The ``space_to_depth`` of ``ops.augment`` for training in ``dtype`` on ``device``: 1, or 4 where images would
-        be rewritten to it at every step (``ops.conv2d_bias_relu``). Then ``forward`` takes both forms.
+        be rewritten to it at every step (``ops.conv2d_bias_relu``). Then ``forward`` takes both forms, of every side
+        that ``take_sides`` named before.
         """
-        stage, conv = stages(self.config)[0], self.features.conv1
-        taps = -(-stage.conv.kernel // DEPTH)
-        fits = stage.conv.stride == DEPTH and stage.padding == 0 and self._depth_shape()[1] == stage.size + taps - 1
+        conv = self.features.conv1
         images = torch.empty(1, 3, 2, 2, memory_format=torch.channels_last)
         backend = decide("conv2d_bias_relu", device, dtype, x=images).backend
         rewritten = dtype.itemsize == 2 and backend in ("auto", "triton")
-        if not (fits and rewritten and hasattr(conv, "takes_depth")):
+        if not (all(map(self._fits_depth, self.sides)) and rewritten and hasattr(conv, "takes_depth")):
             return 1
         conv.takes_depth = True
         return DEPTH
 
-    def _depth_shape(self) -> tuple[int, int, int]:
-        blocks = -(-self.config.image_size // DEPTH)
+    def _fits_depth(self, side: int) -> bool:
+        """Whether conv1 leaves as much of images of this side after space-to-depth as before."""
+        stage = stages(dataclasses.replace(self.config, image_size=side))[0]
+        taps = -(-stage.conv.kernel // DEPTH)
+        blocks = self._depth_shape(side)[1]
+        return stage.conv.stride == DEPTH and stage.padding == 0 and blocks == stage.size + taps - 1
+
+    def _depth_shape(self, side: int) -> tuple[int, int, int]:
+        blocks = -(-side // DEPTH)
         return 3 * DEPTH**2, blocks, blocks
 
     def extra_repr(self) -> str:

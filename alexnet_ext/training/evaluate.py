@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .._errors import BadImage
 from ..data.batches import Batch, Dataset, Drawn, Key, batches
-from ..data.preprocessing import Preprocessing
+from ..data.preprocessing import Preprocessing, bilinear
 from ..ops import augment
 from .interrupt import Interrupted
 
@@ -75,11 +75,18 @@ def to_device(
     **augmented: Any,
 ) -> Tensor:
     """A batch as the network takes it: moved to ``device`` as bytes, augmented as ``drawn`` says, normalized, and laid
-    out channels-last. ``augmented`` are the ``dtype`` and ``space_to_depth`` of ``ops.augment``."""
+    out channels-last. ``augmented`` are the ``dtype`` and ``space_to_depth`` of ``ops.augment``.
+
+    Squares that are to be augmented are scaled to ``preprocessing.resize`` if they have another side; ``drawn`` is for
+    the side that they have."""
     images = images.to(device, non_blocking=True)
     if drawn is None:
         return preprocessing(images).contiguous(memory_format=torch.channels_last)
     offsets, flips, shifts = (values.to(device, non_blocking=True) for values in drawn)
+    before, now = images.shape[-1], preprocessing.resize
+    if before != now:  # the same part of the image in other pixels
+        images = bilinear(images.float(), now).round_().to(torch.uint8)
+        offsets = ((offsets * now + before // 2) // before).clamp_(max=now - preprocessing.size)
     pixels = images.permute(0, 2, 3, 1)
     size, mean, std = preprocessing.size, preprocessing.mean, preprocessing.std
     return augment(pixels, offsets, flips, shifts, size, mean=mean, std=std, **augmented)

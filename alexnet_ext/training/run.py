@@ -32,7 +32,7 @@ from .log import METRICS, has_events, json_text, read_metrics
 from .process import prepare
 from .progress import Reporter
 from .proving import prove_kernels
-from .recipe import CHANGEABLE, Recipe
+from .recipe import CHANGEABLE, Recipe, growth
 from .results import by_class
 from .runs import RESULT
 from .state import check_data, load
@@ -202,6 +202,8 @@ def _seconds(result: Path) -> float:
 def _split(recipe: Recipe) -> Split:
     size = recipe.image_size or VARIANTS[recipe.model].image_size
     split = open_split(recipe.data, size, recipe.seed, recipe.val, recipe.held_out)
+    if not recipe.normalize:  # values of 0 to 255 less their mean, as in the paper
+        split = split.brought_as(dataclasses.replace(split.preprocessing, std=(1 / 255,) * 3))
     if not recipe.augment and isinstance(split.train, ImageFolder):
         split.train.augment = False
     return split
@@ -213,11 +215,12 @@ def _trainer(
     try:
         if not recipe.stock:
             prepare(device, recipe.seed)  # races are run as the training will be
-            with torch.device("meta"):
-                network = models.alexnet(recipe.model, image_size=recipe.image_size, init="torch")
-            side = network.config.image_size
-            shape = (recipe.batch_size, 3, side, side)
-            prove_kernels(network, shape, DTYPES[recipe.precision], device, console)
+            for size in (*(side for side, _ in growth(recipe.grow)), recipe.image_size):
+                with torch.device("meta"):
+                    network = models.alexnet(recipe.model, image_size=size, init="torch")
+                side = network.config.image_size
+                shape = (recipe.batch_size, 3, side, side)
+                prove_kernels(network, shape, DTYPES[recipe.precision], device, console)
         return Trainer(recipe, split, out, device, workers, looks)
     except ValueError as error:  # an image too small for the variant, by the message
         raise CommandError(str(error), 2) from error

@@ -21,7 +21,7 @@ class Schedule:
     """
 
     def __init__(self, recipe: Recipe, total: int) -> None:
-        self.recipe, self.total = recipe, total
+        self.recipe, self.total, self.warmup = recipe, total, recipe.warmup_steps(total)
         self.seen_step, self.least_error = 0, math.inf  # the plateau's last look, and the least error since
         optimizer = torch.optim.SGD([torch.zeros(())], lr=recipe.lr)  # holds the rate for the plateau alone
         self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
@@ -29,7 +29,7 @@ class Schedule:
         )
 
     def rate(self, step: int) -> float:
-        if self.recipe.schedule != "plateau" or step <= self.recipe.warmup:
+        if self.recipe.schedule != "plateau" or step <= self.warmup:
             return self.recipe.lr_at(step, self.total)
         return float(self.plateau.optimizer.param_groups[0]["lr"])
 
@@ -37,7 +37,7 @@ class Schedule:
         """Show the plateau the least held-out error after every ``PLATEAU_IMAGES`` training images or more."""
         self.least_error = min(self.least_error, error)
         images = self.recipe.batch_size * self.recipe.accumulate
-        seen = (step - max(self.seen_step, self.recipe.warmup)) * images
+        seen = (step - max(self.seen_step, self.warmup)) * images
         if self.recipe.schedule == "plateau" and seen >= PLATEAU_IMAGES:
             self.plateau.step(self.least_error)
             self.seen_step, self.least_error = step, math.inf

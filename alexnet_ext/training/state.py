@@ -38,6 +38,8 @@ def of(trainer: Trainer) -> dict[str, Any]:
         "scaler": take.scaler.state_dict(),
         "start": trainer.start,
         "random": random_state(),
+        # With an average the file of weights has that.
+        "trained": None if trainer.average is None else take.weights(),
     }
 
 
@@ -57,14 +59,17 @@ def load(trainer: Trainer, path: Path, state: dict[str, Any], weights: dict[str,
         if not all(tensor.isfinite().all() for tensor in weights.values()):
             raise CommandError(f"{shown}: its weights are no finite numbers; go on from an earlier checkpoint")
         _load_optimizer(trainer, state)
-        trainer.take.load_weights(weights)  # after the optimizer's state, as it holds the masters
+        trained = weights if trainer.average is None else state["trained"]
+        trainer.take.load_weights(trained)  # after the optimizer's state, as it holds the masters
+        if trainer.average is not None:
+            trainer.average.model.load_state_dict(weights)
         trainer.start.copy_(state["start"])
         trainer.step, trainer.epoch, trainer.batch, trainer.evaluated = place
         trainer.seconds = _number(state, "seconds")
         trainer.before = _number(state, "elapsed") if "elapsed" in state else trainer.seconds
         trainer.skipped = [str(name) for name in state["skipped"]]
         if "best" in state:  # earlier versions have none
-            trainer.best.load(state["best"], trainer.out, trainer.step, trainer.take.weights())
+            trainer.best.load(state["best"], trainer.out, trainer.step, trainer.weights())
             since = state["plateau_since"]
             trainer.schedule.seen_step, trainer.schedule.least_error = int(since[0]), float(since[1])
         set_random_state(state["random"])  # last, as the lines above may draw numbers

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import models
 from ..data.batches import Batch
 from ..data.preprocessing import Preprocessing
-from ..optim import SGD
+from ..optim import LARS, SGD
 from .evaluate import DTYPES, autocast, to_device
 from .feed import Feed, Inputs
 from .finite import Finite
@@ -32,10 +32,10 @@ class Taken(NamedTuple):
 
 
 class TrainingStep:
-    """Steps of SGD on ``model`` by ``recipe``; ``last_loss()`` is that of the images of the last one.
+    """Steps of SGD or LARS on ``model`` by ``recipe``; ``last_loss()`` is that of the images of the last one.
 
-    bf16 weights have fp32 masters in the optimizer (``alexnet_ext.optim.SGD``): ``weights()`` returns them. The stock
-    network and fp16 have fp32 weights that autocast casts.
+    bf16 weights have fp32 masters in the optimizer (``alexnet_ext.optim.SGD``): ``weights()`` returns them. LARS, the
+    stock network and fp16 have fp32 weights that autocast casts.
 
     On a GPU full batches run as one CUDA graph. fp16, the stock network and ``detect_nan`` run eagerly, and so do
     smaller batches. ``note`` is called with a line for the user.
@@ -49,7 +49,7 @@ class TrainingStep:
         # In autocast's dtype at once, and with the depth that conv1 takes: no other pass over the images follows.
         self.augmented: dict[str, Any] = {"space_to_depth": depth, "dtype": dtype}
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.has_masters = recipe.precision == "bf16" and not recipe.stock
+        self.has_masters = recipe.precision == "bf16" and recipe.optimizer == "sgd" and not recipe.stock
         self.optimizer = self._optimizer()
         self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**10, enabled=recipe.precision == "fp16")
         # Read on the device, so that a graph is replayed with the rate that it then has. PyTorch's SGD reads fp32 on a
@@ -74,9 +74,11 @@ class TrainingStep:
             return "the network is the stock one"
         return "--detect-nan looks at each operation" if self.finite is not None else None
 
-    def _optimizer(self) -> torch.optim.SGD:
+    def _optimizer(self) -> torch.optim.Optimizer:
         recipe, parameters = self.recipe, list(self.trained.values())
         settings: dict[str, Any] = {"lr": recipe.lr, "momentum": recipe.momentum, "weight_decay": recipe.weight_decay}
+        if recipe.optimizer == "lars":  # a trust of 1: the rate is the step relative to a layer's weights
+            return LARS(parameters, **settings, trust_coefficient=1.0)
         if not self.has_masters:
             return torch.optim.SGD(parameters, **settings, fused=True)
         optimizer = SGD(parameters, **settings)

@@ -25,6 +25,7 @@ from ..data.readers import Readers
 from ..data.sources import Split
 from ..nn import stock_kind
 from . import checkpoint, state
+from .average import Average
 from .best import Best
 from .evaluate import Evaluation, evaluate
 from .files import locked, unfinished, write_file
@@ -34,7 +35,7 @@ from .losses import Losses
 from .process import memory, prepare
 from .profile import profiled
 from .progress import Reporter
-from .recipe import Recipe
+from .recipe import Recipe, growth
 from .runs import RECIPE
 from .schedule import Schedule
 from .step import TrainingStep
@@ -92,9 +93,20 @@ class Trainer:
         self.start = first_kernels(self.model).detach().clone()  # for the picture of the difference to it
         if recipe.freeze is not None:
             freeze(self.model, recipe.freeze)
+        self.model.take_sides([side for side, _ in growth(recipe.grow)])
+        self.average = None if recipe.ema is None else Average(self.model, recipe.ema)
         self.schedule = Schedule(recipe, self.total)
         self.take = TrainingStep(self.model, recipe, device, looks.detect_nan)
         self.losses = Losses(device)
+
+    @property
+    def final(self) -> models.AlexNet:
+        """The network that is evaluated and saved: that of the averaged weights if the recipe has an ``ema``."""
+        return self.model if self.average is None else self.average.model
+
+    def weights(self) -> dict[str, Tensor]:
+        """The state_dict of ``final`` in fp32, its tensors those that training goes on to change."""
+        return self.take.weights() if self.average is None else self.average.model.state_dict()
 
     @property
     def description(self) -> checkpoint.Description:
@@ -106,7 +118,7 @@ class Trainer:
     def kernels(self) -> Tensor:
         """The weights of the first convolution, in fp32."""
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        return self.take.weights()[names[id(first_kernels(self.model))]].detach()
+        return self.weights()[names[id(first_kernels(self.model))]].detach()
 
     @property
     def elapsed(self) -> float:
@@ -202,6 +214,8 @@ class Trainer:
         except OSError as error:
             raise os_error(file, error) from error
         self.take.load_weights(model.state_dict())
+        if self.average is not None:
+            self.average.update(self.take.weights(), 0)
         self.start.copy_(self.kernels)
         size = self.model.config.image_size
         if preprocessing is not None:
@@ -237,7 +251,10 @@ class Trainer:
         if not group:
             return
         rate = self.schedule.rate(self.step)
-        taken = self.take(group, self.split.preprocessing, rate, self.step + 1)
+        side = self.recipe.side_at(self.step, self.total, self.split.preprocessing.size)
+        taken = self.take(group, self.split.preprocessing.at(side), rate, self.step + 1)
+        if self.average is not None:
+            self.average.update(self.take.weights(), self.step)
         self.losses.add(self.step + 1, taken, {"epoch": self.epoch, "lr": rate})
 
     def _count_skipped(self, errors: list[BadImage], reporter: Reporter) -> None:
@@ -279,7 +296,7 @@ class Trainer:
         self.recent.append(loss)
         classes = len(self.split.train.classes)
         mean = sum(self.recent) / len(self.recent)
-        enough = max(CHANCE_STEPS, 2 * classes) + self.recipe.warmup
+        enough = max(CHANCE_STEPS, 2 * classes) + self.schedule.warmup
         if step != min(enough, max(self.total, CHANCE_WINDOW)) or mean < CHANCE * math.log(classes):
             return
         init = "" if self.recipe.init == "kaiming" or self.recipe.weights else "--init kaiming, "
@@ -310,7 +327,7 @@ class Trainer:
         began = time.perf_counter()
         try:
             result = evaluate(
-                self.model,
+                self.final,
                 self.split.held_out,
                 self.split.preprocessing,
                 device=self.device,
@@ -331,7 +348,7 @@ class Trainer:
         log.span("evaluate", self.step, time.perf_counter() - began)
         log.kernels(self.kernels, self.step)
         self._check_finite(result.loss, self.step)  # a step's own loss comes from the weights before it
-        self.best.see(self.step, result, self.take.weights())
+        self.best.see(self.step, result, self.weights())
         if not last:
             reporter.note(f"step {self.step}: {result.top1:.1%} of {result.images} held-out images right")
         return result
@@ -349,7 +366,7 @@ class Trainer:
         The folder that it will be. What is written are copies: the next steps change the weights in place."""
         self._check_weights()
         self.writer.wait()  # the memory of its copies is reused
-        weights, held = self.copies((self.take.weights(), state.of(self)))
+        weights, held = self.copies((self.weights(), state.of(self)))
         best, description = self.best.taken(), self.description
 
         def write() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import alexnet_ext as ax
@@ -17,6 +18,7 @@ from alexnet_ext import ops
 from alexnet_ext.layers import layer_rows
 from alexnet_ext.models import AlexNet, alexnet, from_torchvision, summary
 from alexnet_ext.ops._backend import Decision
+from alexnet_ext.variants import stages
 
 alexnet_module = importlib.import_module("alexnet_ext.models.alexnet")
 VARIANTS = ("paper", "caffe", "caffenet", "tutorial", "torchvision")
@@ -307,6 +309,38 @@ def test_bad_images(shape: tuple[int, ...]) -> None:
     assert str(caught.value) == f"x has shape {list(shape)}, expected (N, 3, 227, 227)"
 
 
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(("variant", "size", "side"), [("paper", 99, 67), ("caffe", 83, 99), ("tutorial", 83, 75)])
+def test_images_of_other_sides_go_through_pool5s_windows_adapted(
+    variant: str, size: int, side: int, fused: bool
+) -> None:
+    """The same as a plain network of that size whose pool5 is adaptive, with the same weights."""
+    model = ax.models.alexnet(variant, num_classes=3, image_size=size, dropout=0, fused=fused).double()
+    model.take_sides([side])
+    plain = ax.models.alexnet(variant, num_classes=3, image_size=side, dropout=0, fused=False).double()
+    plain.features.pool5 = nn.AdaptiveMaxPool2d(stages(model.config)[-1].output)
+    plain.classifier = nn.Sequential(*(layer for layer in copy.deepcopy(model.classifier)))
+    plain.features.load_state_dict(model.features.state_dict())
+    x = torch.randn(2, 3, side, side, dtype=torch.float64)
+    results = [(y := net(x), *torch.autograd.grad(y.square().sum(), list(net.parameters()))) for net in (model, plain)]
+    torch.testing.assert_close(results[0], results[1])
+    assert model(torch.zeros(1, 3, size, size, dtype=torch.float64)).shape == (1, 3)
+    with pytest.raises(RuntimeError, match=rf"expected \(N, 3, {size}, {size}\)"):
+        model(torch.zeros(1, 3, side + 4, side + 4, dtype=torch.float64))
+
+
+def test_adapted_windows_at_227_are_pool5s_own() -> None:
+    x = torch.randn(2, 256, 13, 13)
+    assert torch.equal(nn.AdaptiveMaxPool2d(stages(meta("paper").config)[-1].output)(x), nn.MaxPool2d(3, 2)(x))
+
+
+def test_sides_that_leave_nothing_are_refused() -> None:
+    model = meta("paper")
+    with pytest.raises(ValueError, match="image_size=51 is too small for variant 'paper'"):
+        model.take_sides([131, 51])
+    assert model.sides == (227,)
+
+
 def test_config_builds_the_network_again() -> None:
     model = meta("caffenet", num_classes=7, image_size=131, dropout=0.1)
     assert asdict(model.config) == {"variant": "caffenet", "num_classes": 7, "image_size": 131, "dropout": 0.1}
@@ -360,6 +394,13 @@ def test_where_images_are_rewritten_the_model_takes_them_so(
     parameters = list(model.parameters())
     results = [(y := model(x), *torch.autograd.grad(y.square().sum(), parameters)) for x in (plain, deep)]
     torch.testing.assert_close(results[1], results[0])
+    model.take_sides([size + 8])
+    assert model.take_depth(torch.device("cpu"), torch.bfloat16) == 4
+    larger = F.interpolate(plain, (size + 8, size + 8))
+    deeper = F.pixel_unshuffle(F.pad(larger, (0, 1, 0, 1)), 4)
+    torch.testing.assert_close(model(deeper), model(larger))
+    model.take_sides([size + 8, size + 6])  # there conv1 leaves less than of blocks
+    assert model.take_depth(torch.device("cpu"), torch.bfloat16) == 1
     for wrong in (deep[:, :, 1:], deep[:, :47], plain[:, :, 1:]):
         with pytest.raises(RuntimeError, match="x has shape"):
             model(wrong)

@@ -310,6 +310,7 @@ def test_recipes_that_no_run_can_have() -> None:
     for option, value in (
         *(("lr", value) for value in (math.inf, math.nan, -1.0)),
         *(("momentum", 1.0), ("dropout", 1.0), ("weight_decay", math.inf), ("clip_norm", math.nan), ("clip_norm", 0.0)),
+        *(("ema", 1.0), ("ema", -0.1), ("warmup", -1.0)),
         *(("steps", 0), ("accumulate", 0), ("keep", 0), ("patience", 0), ("seed", 2**64), ("batch_size", 1.5)),
     ):
         name = option.replace("_", "-")
@@ -317,6 +318,11 @@ def test_recipes_that_no_run_can_have() -> None:
             chosen({option: value})
         with pytest.raises(ValueError, match=f"{option} must be"):
             Recipe("digits", **{option: value})
+    for grow in ("131", "131:x", "131:1", "99:0.5,131:0.5", "0:0.5", "99:-0.1", "131.5:0.1", ",", "131:nan"):
+        with pytest.raises(CommandError, match=r"--grow .*: expected SIDE:SHARE"):
+            chosen({"grow": grow})
+        with pytest.raises(ValueError, match="grow must be SIDE:SHARE"):
+            Recipe("digits", grow=grow)
     with pytest.raises(ValueError, match="schedule must be one of cosine"):
         replace(IMAGENET, schedule="steps")
     assert default("/images").augment is True

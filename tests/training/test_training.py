@@ -67,8 +67,9 @@ def resumed(out: Path, recipe: Recipe, data: Split | None = None, workers: int =
 
 
 def same(one: Trainer, other: Trainer) -> bool:
-    """Whether weights and momentum are equal in every bit."""
+    """Whether weights, their average and momentum are equal in every bit."""
     pairs = list(zip(one.model.state_dict().values(), other.model.state_dict().values(), strict=True))
+    pairs += list(zip(one.final.state_dict().values(), other.final.state_dict().values(), strict=True))
     momenta = [[t.take.optimizer.state[p]["momentum_buffer"] for p in t.model.parameters()] for t in (one, other)]
     return all(torch.equal(a, b) for a, b in [*pairs, *zip(*momenta, strict=True)])
 
@@ -84,19 +85,24 @@ def augmented_split(root: Path) -> Split:
 
 
 @pytest.mark.parametrize(
-    ("stops", "schedule", "workers", "make_split"),
+    ("stops", "changes", "workers", "make_split"),
     [
-        ((2, 4), "cosine", 0, lambda _: split()),
-        ((3,), "plateau", 2, lambda _: split()),
-        ((2,), "cosine", 2, augmented_split),
+        ((2, 4), {}, 0, lambda _: split()),
+        ((3,), {"schedule": "plateau"}, 2, lambda _: split()),
+        ((2,), {}, 2, augmented_split),
+        ((1, 4), {"optimizer": "lars", "ema": 0.6, "grow": "71:0.3,75:0.3", "warmup": 0.4}, 0, augmented_split),
     ],
-    ids=["mid-epoch", "between epochs", "augmented"],
+    ids=["mid-epoch", "between epochs", "augmented", "fast"],
 )
 def test_interrupted_and_resumed_is_bit_for_bit_the_straight_run(
-    tmp_path: Path, stops: tuple[int, ...], schedule: str, workers: int, make_split: Callable[[Path], Split]
+    tmp_path: Path,
+    stops: tuple[int, ...],
+    changes: dict[str, Any],
+    workers: int,
+    make_split: Callable[[Path], Split],
 ) -> None:
     # 5 images in batches of 2: epochs of 3 steps, evaluated after each; dropout draws from torch's generator.
-    recipe, data = replace(TINY, schedule=schedule), make_split(tmp_path)
+    recipe, data = replace(TINY, **changes), make_split(tmp_path)
     straight = trainer(tmp_path / "straight", recipe, data)
     expected = straight.run(reporter())
     assert straight.step == 6
@@ -361,6 +367,7 @@ def test_recipes_learn_on_small_folders_are_the_papers_by_name_and_quick_for_dig
         assert (recipe.data, recipe.epochs, recipe.dropout) == ("/images", 90, 0.5)
     assert (folder.init, folder.schedule, folder.warmup) == ("kaiming", "cosine", 20)
     assert (paper.init, paper.schedule, paper.warmup) == ("paper", "plateau", 0)
+    assert (folder.normalize, paper.normalize) == (True, False)
     assert chosen({}, "paper") == replace(IMAGENET, data="digits")
     assert default("digits") == DIGITS
     assert DIGITS.init == "kaiming"
