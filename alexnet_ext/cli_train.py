@@ -30,6 +30,7 @@ from .training.recipe import INIT_NAMES, RECIPES, SCHEDULES, Recipe, chosen
 Data = StrEnum("Data", ["digits", "synthetic"])
 Schedule = StrEnum("Schedule", list(SCHEDULES))  # type: ignore[misc]
 Init = StrEnum("Init", list(INIT_NAMES))  # type: ignore[misc]
+Cache = StrEnum("Cache", ["ram", "device"])
 RecipeName = StrEnum("RecipeName", list(RECIPES))  # type: ignore[misc]
 
 
@@ -95,6 +96,7 @@ def train(
     resume: Annotated[Path | None, _option("Go on with an interrupted run.", RUN, parser=path, metavar="RUN")] = None,
     device: Device = "auto",
     workers: Workers = None,
+    cache: Annotated[Cache | None, _option("Keep packed images in memory, or the GPU's.", RUN, "on the disk")] = None,
     threads: Annotated[int | None, _option("Threads of torch on the CPU.", RUN, "all", min=1, max=MOST_THREADS)] = None,
     quiet: Annotated[bool, _option("Print warnings and errors alone.", RUN, name="--quiet")] = False,
 ) -> None:
@@ -118,12 +120,10 @@ def train(
         torch.set_num_threads(threads)
     console = lasting_console(quiet)
     if resume is not None:
-        run.resume(resume, given, where, count, console, warn)
+        run.resume(resume, given, where, count, console, warn, cache)
         return
-    if weights is not None:
-        given = run.from_weights(weights, warn) | given
-    whole = chosen(given, recipe)
-    run.start(whole, out or run.default_out(whole), where, count, console)
+    whole = chosen(given if weights is None else run.from_weights(weights, warn) | given, recipe)
+    run.start(whole, out or run.default_out(whole), where, count, console, cache)
 
 
 def _refuse_contradictions(

@@ -20,6 +20,8 @@ from .._errors import CommandError, first_line, os_error, path_text
 from .._optional import require
 from ..data.digits import Digits
 from ..data.folder import ImageFolder
+from ..data.packed_folder import PackedFolder
+from ..data.preprocessing import IMAGENET
 from ..data.sources import Split, is_folder, open_split
 from ..models.weights import find_variant
 from ..variants import VARIANTS
@@ -38,15 +40,18 @@ RESULT = "result.json"
 NEEDED = ("matplotlib", "tensorboard")  # looked for before the first step, not after the last
 
 
-def start(recipe: Recipe, out: Path, device: torch.device, workers: int, console: Console) -> Evaluation:
-    """Train from the start into the new or empty folder ``out``."""
+def start(
+    recipe: Recipe, out: Path, device: torch.device, workers: int, console: Console, cache: str | None = None
+) -> Evaluation:
+    """Train from the start into the new or empty folder ``out``. ``cache``: ``"ram"`` or ``"device"``, to
+    keep packed images in memory."""
     began = time.monotonic()
     _check_needs()
     check_folder(out)
     for data in (recipe.data, recipe.val):
         if data is not None and is_folder(data):
             check_outside(out, Path(data))
-    split = _split(recipe)
+    split = _split(recipe, cache)
     trainer = _trainer(recipe, split, out, device, workers, console)
     if recipe.weights is not None:
         say(console, f"Starting from {path_text(recipe.weights)}{trainer.start_from(Path(recipe.weights))}")
@@ -57,7 +62,7 @@ def start(recipe: Recipe, out: Path, device: torch.device, workers: int, console
     except OSError as error:
         raise os_error(out, error) from error
     trainer.began = began
-    return _train(trainer, console)
+    return _train(trainer, console, cache)
 
 
 def from_weights(path: Path, warn: Callable[[str], None]) -> dict[str, Any]:
@@ -82,6 +87,7 @@ def resume(
     workers: int,
     console: Console,
     warn: Callable[[str], None],
+    cache: str | None = None,
 ) -> Evaluation:
     """Go on from a run's newest whole checkpoint, or from the checkpoint folder ``run``. ``given`` are the options that
     the user named. Those of ``CHANGEABLE`` may differ from the run's, ``data`` and ``val`` say where its images are
@@ -106,7 +112,7 @@ def resume(
             raise CommandError(_refusal(name, given[name], getattr(recipe, name), path_text(run)), 2)
     recipe = recipe.changed({name: given[name] for name in CHANGEABLE if name in given})
     description, weights = checkpoint.read_weights(path / checkpoint.WEIGHTS)
-    split = _split(recipe).brought_as(description.preprocessing)
+    split = _split(recipe, cache).brought_as(description.preprocessing)
     trainer = _trainer(recipe, split, run, device, workers, console)
     trainer.check_data(path, state)
     for name, value in dataclasses.asdict(trainer.model.config).items():
@@ -123,7 +129,7 @@ def resume(
         raise CommandError(f"{path_text(run)}: is at step {trainer.step}, beyond the {trainer.total} asked for", 2)
     say(console, f"going on from step {trainer.step}")
     trainer.began, trainer.before = began, max(trainer.before, _seconds(run / RESULT))
-    return _train(trainer, console)
+    return _train(trainer, console, cache)
 
 
 def _check_needs() -> None:
@@ -149,11 +155,17 @@ def _seconds(result: Path) -> float:
         return 0.0
 
 
-def _split(recipe: Recipe) -> Split:
+def _split(recipe: Recipe, cache: str | None = None) -> Split:
     size = recipe.image_size or VARIANTS[recipe.model].image_size
     split = open_split(recipe.data, size, recipe.seed, recipe.val, recipe.held_out)
-    if not recipe.augment and isinstance(split.train, ImageFolder):
+    if not recipe.augment and isinstance(split.train, (ImageFolder, PackedFolder)):
         split.train.augment = False
+    if cache is not None and not isinstance(split.train, PackedFolder):
+        data = path_text(recipe.data)
+        raise CommandError(f"--cache {cache}: {data} is not packed; `alexnet prepare` packs a folder of images", 2)
+    if recipe.weights is not None and isinstance(split.train, PackedFolder):
+        # They were trained with ImageNet's mean, unless their file names another.
+        split = split.brought_as(dataclasses.replace(split.preprocessing, mean=IMAGENET["mean"]))
     return split
 
 
@@ -171,9 +183,11 @@ def _trainer(recipe: Recipe, split: Split, out: Path, device: torch.device, work
         raise CommandError(str(error), 2) from error
 
 
-def _train(trainer: Trainer, console: Console) -> Evaluation:
+def _train(trainer: Trainer, console: Console, cache: str | None = None) -> Evaluation:
     """Run, then write the pictures and print the result."""
     recipe, split, out = trainer.recipe, trainer.split, trainer.out
+    if cache is not None and isinstance(split.train, PackedFolder):
+        split.train.keep(trainer.device if cache == "device" else torch.device("cpu"), cache)
     parameters = sum(p.numel() for p in trainer.model.parameters())
     kind = "stock layers" if recipe.stock else "fused layers"
     place = count(torch.get_num_threads(), "thread") if trainer.device.type == "cpu" else str(trainer.device)

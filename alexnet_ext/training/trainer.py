@@ -113,11 +113,12 @@ class Trainer:
 
         Raises Interrupted, with a checkpoint written, on a signal (``Interrupt``), and before step ``stop_at``.
         """
+        pin = self.device.type == "cuda"
         with (
             locked(self.out),
             Interrupt() as interrupt,
-            Readers(self.split.train, self.workers, interrupt.look) as self.readers,
-            Readers(self.split.held_out, self.workers, interrupt.look) as self.held_out_readers,
+            Readers(self.split.train, self.workers, interrupt.look, pin) as self.readers,
+            Readers(self.split.held_out, self.workers, interrupt.look, pin) as self.held_out_readers,
             Log(self.out, self.step, self.evaluated) as log,
         ):
             recipe = json.dumps(dataclasses.asdict(self.recipe), indent=1)  # a resumed run may be longer
