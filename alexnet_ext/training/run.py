@@ -34,6 +34,7 @@ from .progress import Reporter
 from .proving import prove_kernels
 from .recipe import CHANGEABLE, Recipe
 from .results import by_class
+from .state import check_data, load
 from .trainer import Trainer, first_kernels
 
 RESULT = "result.json"
@@ -95,9 +96,9 @@ def resume(
     began = time.monotonic()
     run, path = checkpoint.to_resume(run, warn)
     _check_needs()
-    state = checkpoint.read_state(path / checkpoint.STATE)
+    saved = checkpoint.read_state(path / checkpoint.STATE)
     try:
-        recipe = Recipe.from_dict(state["recipe"])
+        recipe = Recipe.from_dict(saved["recipe"])
     except (KeyError, TypeError, ValueError) as error:
         text = f"{path_text(path / checkpoint.STATE)}: not of this version ({first_line(error)})"
         raise CommandError(text) from error
@@ -114,7 +115,7 @@ def resume(
     description, weights = checkpoint.read_weights(path / checkpoint.WEIGHTS)
     split = _split(recipe, cache).brought_as(description.preprocessing)
     trainer = _trainer(recipe, split, run, device, workers, console)
-    trainer.check_data(path, state)
+    check_data(trainer, path, saved)
     for name, value in dataclasses.asdict(trainer.model.config).items():
         if getattr(description.config, name) != value:
             found = getattr(description.config, name)
@@ -124,7 +125,7 @@ def resume(
             f"{path_text(recipe.data)}: not the images that the run in {path_text(run)} began with: files were added, "
             "renamed or removed; bring them back, or train anew"
         )
-    trainer.load(path, state, weights)
+    load(trainer, path, saved, weights)
     if trainer.step > trainer.total:
         raise CommandError(f"{path_text(run)}: is at step {trainer.step}, beyond the {trainer.total} asked for", 2)
     say(console, f"going on from step {trainer.step}")

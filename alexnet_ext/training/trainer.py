@@ -13,30 +13,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import models
-from .._errors import BadImage, CommandError, first_line, os_error, path_text
+from .._errors import BadImage, CommandError, os_error, path_text
 from ..data.batches import MAX_SKIPPED, Batch, batches
 from ..data.readers import Readers
 from ..data.sources import Split
 from ..nn import stock_kind
-from . import checkpoint
+from . import checkpoint, state
 from .best import Best
-from .evaluate import DTYPES, Evaluation, autocast, evaluate, to_device
+from .evaluate import Evaluation, evaluate
 from .files import locked, write_file
 from .interrupt import Interrupt, Interrupted
 from .log import Log
-from .process import prepare, random_state, set_random_state
+from .process import prepare
 from .progress import Reporter
 from .recipe import Recipe
+from .schedule import Schedule
+from .step import Taken, TrainingStep
 
 CHECKPOINT_SECONDS = 600.0
 FLUSH_EVERY_CUDA = 20  # steps between readings of the loss, each of which waits for the GPU
-# The paper's patience is some epochs of a million images each. The epochs of a small folder are a few steps: its rate
-# would fall before anything is learnt.
-PLATEAU_IMAGES = 12_800
 # A mean loss that is still that of guessing after this number of steps is reported.
 CHANCE_STEPS, CHANCE_WINDOW, CHANCE = 100, 50, 0.98
 
@@ -54,15 +52,13 @@ class Trainer:
         self.epoch_steps = recipe.epoch_steps(len(split.train))
         self.step = self.epoch = self.batch = 0  # batch: the step within the epoch
         self.evaluated = -1  # the step of the last evaluation
-        self.plateau_step, self.plateau_error = 0, math.inf  # the plateau's last look, and the least error since
         self.best = Best(recipe.evaluate_limit)
         self.seconds = 0.0  # spent on steps, over all of the run's processes
         self.began, self.before = time.monotonic(), 0.0  # this process's start, and the seconds of those before
         self.recent: deque[float] = deque(maxlen=CHANCE_WINDOW)
-        self.last: tuple[Tensor, Tensor] | None = None  # the last step's images and classes
         self.skipped: list[str] = []  # paths of training images that could not be read
-        # Steps whose loss has not been read yet: (step, loss, right, images, values); then the time of their start.
-        self.pending: list[tuple[int, Tensor, Tensor, int, dict[str, Any]]] = []
+        # Steps whose loss has not been read yet, with what else is logged; then the time of their start.
+        self.pending: list[tuple[int, Taken, dict[str, Any]]] = []
         self.mark = time.perf_counter()
         self.flush_every = FLUSH_EVERY_CUDA if device.type == "cuda" else 1
 
@@ -76,26 +72,11 @@ class Trainer:
             init=recipe.init,
         )
         self.model.to(device).to(memory_format=torch.channels_last)
-        dtype = DTYPES[recipe.precision]
-        depth = self.model.take_depth(device, dtype)
-        # In autocast's dtype at once, and with the depth that conv1 takes: no other pass over the images follows.
-        self.augmented = {"space_to_depth": depth, "dtype": dtype}
         self.start = first_kernels(self.model).detach().clone()  # for the picture of the difference to it
         if recipe.freeze is not None:
             freeze(self.model, recipe.freeze)
-        self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.SGD(
-            self.trained,
-            lr=recipe.lr,
-            momentum=recipe.momentum,
-            weight_decay=recipe.weight_decay,
-            fused=True,
-        )
-        # The paper divides the rate by ten three times.
-        self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
-            self.optimizer, factor=0.1, patience=5, threshold=1e-3, threshold_mode="abs", min_lr=recipe.lr * 0.999e-3
-        )
-        self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**10, enabled=recipe.precision == "fp16")
+        self.schedule = Schedule(recipe, self.total)
+        self.take = TrainingStep(self.model, recipe, device)
 
     @property
     def description(self) -> checkpoint.Description:
@@ -203,12 +184,6 @@ class Trainer:
             pin_memory=self.device.type == "cuda",
         )
 
-    def _loss(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores and the mean loss."""
-        with autocast(self.device, self.recipe.precision):
-            logits = self.model(images)
-            return logits.detach(), F.cross_entropy(logits, targets, label_smoothing=self.recipe.label_smoothing)
-
     def _train(self, group: list[Batch], reporter: Reporter) -> None:
         """One step on the images of some batches, or none if none of the images could be read."""
         for batch in group:
@@ -216,28 +191,9 @@ class Trainer:
         group = [batch for batch in group if len(batch.targets)]
         if not group:
             return
-        if self.recipe.schedule != "plateau" or self.step <= self.recipe.warmup:
-            for parameters in self.optimizer.param_groups:
-                parameters["lr"] = self.recipe.lr_at(self.step, self.total)
-        images = sum(len(batch.targets) for batch in group)
-        loss, right = torch.zeros((), device=self.device), torch.zeros((), dtype=torch.int64, device=self.device)
-        for batch in group:
-            targets = batch.targets.to(self.device, non_blocking=True)
-            images_in = to_device(batch.images, self.split.preprocessing, self.device, batch.drawn, **self.augmented)
-            self.last = images_in, targets
-            logits, mean = self._loss(*self.last)
-            part = mean * (len(targets) / images)
-            self.scaler.scale(part).backward()
-            loss += part.detach()
-            right += (logits.argmax(1) == targets).sum()
-        if self.recipe.clip_norm is not None:
-            self.scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.trained, self.recipe.clip_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        values = {"epoch": self.epoch, "lr": self.optimizer.param_groups[0]["lr"]}
-        self.pending.append((self.step + 1, loss, right, images, values))
+        rate = self.schedule.rate(self.step)
+        taken = self.take(group, self.split.preprocessing, rate)
+        self.pending.append((self.step + 1, taken, {"epoch": self.epoch, "lr": rate}))
 
     def _count_skipped(self, errors: list[BadImage], reporter: Reporter) -> None:
         for error in errors:
@@ -253,10 +209,12 @@ class Trainer:
 
     def _flush(self, log: Log, reporter: Reporter) -> None:
         """Read, check and log the losses of the steps since the last call."""
-        read = [(step, float(loss), int(right) / count, values) for step, loss, right, count, values in self.pending]
+        read = [
+            (step, float(taken.loss), int(taken.right) / taken.images, values) for step, taken, values in self.pending
+        ]
         now = time.perf_counter()
         self.seconds += now - self.mark
-        rate = sum(count for _, _, _, count, _ in self.pending) / max(now - self.mark, 1e-9)
+        rate = sum(taken.images for _, taken, _ in self.pending) / max(now - self.mark, 1e-9)
         self.mark = now
         self.pending.clear()
         for step, loss, accuracy, values in read:
@@ -312,7 +270,7 @@ class Trainer:
             return None
         for error in result.errors:
             reporter.note(f"skipped {error}")
-        self._follow_plateau(1 - result.top1)
+        self.schedule.see(self.step, 1 - result.top1)
         self.evaluated = self.step
         values = {"loss": result.loss, "top1": result.top1, "top5": result.top5, "images": result.images}
         log.write("evaluate", self.step, values)
@@ -322,129 +280,21 @@ class Trainer:
             reporter.note(f"step {self.step}: {result.top1:.1%} of {result.images} held-out images right")
         return result
 
-    def _follow_plateau(self, error: float) -> None:
-        """Show the plateau the least held-out error after every ``PLATEAU_IMAGES`` training images or more."""
-        self.plateau_error = min(self.plateau_error, error)
-        seen = (
-            (self.step - max(self.plateau_step, self.recipe.warmup)) * self.recipe.batch_size * self.recipe.accumulate
-        )
-        if self.recipe.schedule == "plateau" and seen >= PLATEAU_IMAGES:
-            self.plateau.step(self.plateau_error)
-            self.plateau_step, self.plateau_error = self.step, math.inf
-
     def _check_weights(self) -> None:
         """End the run if its weights give no finite loss: they must not become the newest checkpoint, and the loss of
         the last step comes from the weights before it."""
-        if self.last is None:
-            return
-        self.model.eval()
-        with torch.no_grad():
-            _, loss = self._loss(*self.last)
-        self.model.train()
-        self._check_finite(float(loss), self.step)
+        loss = self.take.last_loss()
+        if loss is not None:
+            self._check_finite(loss, self.step)
 
     def save(self) -> Path:
         """Write a checkpoint of this step, and the best weights so far."""
         self._check_weights()
         if self.best.step != self.step:  # only this process has those weights
             self.best.write(self.out, self.description)
-        state = {
-            "recipe": dataclasses.asdict(self.recipe),
-            "step": self.step,
-            "epoch": self.epoch,
-            "batch": self.batch,
-            "evaluated": self.evaluated,
-            "seconds": self.seconds,
-            "elapsed": self.elapsed,
-            "best": self.best.state(),
-            "plateau_since": [self.plateau_step, self.plateau_error],
-            "skipped": list(self.skipped),
-            "images": len(self.split.train),
-            "classes": list(self.split.train.classes),
-            "optimizer": self.optimizer.state_dict(),
-            "plateau": self.plateau.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "start": self.start,
-            "random": random_state(),
-        }
-        path = checkpoint.save(self.out, self.model, self.description, state, self.recipe.keep)
+        path = checkpoint.save(self.out, self.model, self.description, state.of(self), self.recipe.keep)
         self.best.write(self.out, self.description)
         return path
-
-    def load(self, path: Path, state: dict[str, Any], weights: dict[str, Tensor]) -> None:
-        """Go on from the checkpoint folder ``path``, read into ``state`` and ``weights``.
-
-        Raises CommandError. For a state of other data, of an optimizer of other shapes or without its step, nothing
-        has changed then; for any other state that is not a trainer's, part of it may have been taken over.
-        """
-        shown = path_text(path)
-        try:
-            self.check_data(path, state)
-            checkpoint.check_optimizer(path, state["optimizer"], self.optimizer)
-            place = self._place(state)
-            if state["start"].shape != self.start.shape:
-                raise ValueError(f"start is of shape {list(state['start'].shape)}")
-            if not all(tensor.isfinite().all() for tensor in weights.values()):
-                raise CommandError(f"{shown}: its weights are no finite numbers; go on from an earlier checkpoint")
-            self.model.load_state_dict(weights)
-            self.start.copy_(state["start"])
-            self._load_optimizer(state)
-            self.step, self.epoch, self.batch, self.evaluated = place
-            self.seconds = _number(state, "seconds")
-            self.before = _number(state, "elapsed") if "elapsed" in state else self.seconds
-            self.skipped = [str(name) for name in state["skipped"]]
-            if "best" in state:  # earlier versions have none
-                self.best.load(state["best"], self.out, self.step, self.model)
-                self.plateau_step, self.plateau_error = int(state["plateau_since"][0]), float(state["plateau_since"][1])
-            set_random_state(state["random"])  # last, as the lines above may draw numbers
-        except CommandError:
-            raise
-        except Exception as error:  # torch, NumPy and Python each raise errors of their own
-            raise CommandError(f"{shown}: not a trainer's state of this version ({first_line(error)})") from error
-
-    def check_data(self, path: Path, state: dict[str, Any]) -> None:
-        """Raises CommandError unless the data are those that the checkpoint ``path`` was trained on."""
-        shown = path_text(path)
-        now, images, data = self.split.train.classes, len(self.split.train), path_text(self.recipe.data)
-        try:
-            before, count = [str(name) for name in state["classes"]], int(state["images"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise CommandError(f"{shown}: not a trainer's state of this version ({first_line(error)})") from error
-        for word, names in (("lacks", set(before) - set(now)), ("has a new", set(now) - set(before))):
-            if names:
-                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-                raise CommandError(
-                    f"{shown}: was trained on {len(before)} classes, and {data} now {word} class "
-                    f"{path_text(min(names))}{more}"
-                )
-        if before != list(now) or count != images:
-            raise CommandError(
-                f"{shown}: was trained on {count} images of {len(before)} classes, "
-                f"and {data} now has {images} of {len(now)}"
-            )
-
-    def _place(self, state: dict[str, Any]) -> list[int]:
-        """Step, epoch, step within it and last evaluation. Raises ValueError for a place that no run reaches."""
-        place = step, epoch, batch, evaluated = [int(state[name]) for name in ("step", "epoch", "batch", "evaluated")]
-        if not (0 <= batch < self.epoch_steps and epoch >= 0 and step == epoch * self.epoch_steps + batch):
-            raise ValueError(f"step {step} is not step {batch} of {self.epoch_steps} in epoch {epoch}")
-        if not -1 <= evaluated <= step:
-            raise ValueError(f"evaluated at step {evaluated} of {step}")
-        return place
-
-    def _load_optimizer(self, state: dict[str, Any]) -> None:
-        """Load the momenta and the rate; the rest comes from the recipe. Raises ValueError for impossible numbers."""
-        own = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group, values in zip(self.optimizer.param_groups, own, strict=True):
-            group.update(values)
-            if not 0 <= _number(group, "lr") <= self.recipe.lr:
-                raise ValueError(f"the learning rate is {group['lr']}, above the recipe's {self.recipe.lr}")
-        counts = {name: int(_number(state["plateau"], name)) for name in ("num_bad_epochs", "last_epoch")}
-        rates = [_number({"lr": rate}, "lr") for rate in state["plateau"]["_last_lr"]]
-        self.plateau.load_state_dict({"best": float(state["plateau"]["best"]), "_last_lr": rates, **counts})
-        if self.scaler.is_enabled():
-            self.scaler.load_state_dict({name: _number(state["scaler"], name) for name in state["scaler"]})
 
 
 def freeze(model: torch.nn.Module, name: str) -> None:
@@ -461,11 +311,3 @@ def first_kernels(model: torch.nn.Module) -> Tensor:
     """The weights of the first convolution."""
     kinds = ((module, stock_kind(module)) for module in model.modules())
     return next(module.get_parameter("weight") for module, kind in kinds if issubclass(kind, torch.nn.Conv2d))
-
-
-def _number(values: dict[str, Any], name: str) -> float:
-    """A finite number of at least 0; ValueError for any other value."""
-    value = values[name]
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        raise ValueError(f"{name} is {value!r:.50}")
-    return value

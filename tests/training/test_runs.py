@@ -17,13 +17,14 @@ from PIL import Image
 
 from alexnet_ext import cli, models
 from alexnet_ext.data import CommandError, Synthetic
-from alexnet_ext.training import checkpoint
+from alexnet_ext.training import checkpoint, schedule
 from alexnet_ext.training import trainer as training
 from alexnet_ext.training.evaluate import Evaluation
 from alexnet_ext.training.interrupt import Interrupted
 from alexnet_ext.training.log import read_metrics
 from alexnet_ext.training.recipe import IMAGENET, SCHEDULES, Recipe, chosen, default
 from alexnet_ext.training.run import from_weights
+from alexnet_ext.training.state import load
 from tests.cli.test_cli import SMALL, fails
 from tests.training.test_training import SIZE, TINY, reporter, resumed, same, trainer
 
@@ -129,7 +130,7 @@ def test_frozen_weights_stay(tmp_path: Path, name: str) -> None:
     changed = {n for n, p in run.model.named_parameters() if not torch.equal(p, before[n])}
     assert changed == {n for n in before if f".{name}." not in f".{n}"}
     again = resumed(run.out, replace(TINY, freeze=name, steps=2))
-    assert len(again.optimizer.state_dict()["state"]) == len(changed)
+    assert len(again.take.optimizer.state_dict()["state"]) == len(changed)
     with pytest.raises(ValueError, match=r"--freeze conv: expected features, classifier or one of conv1, .*, fc8"):
         trainer(tmp_path / "other", replace(TINY, freeze="conv"))
 
@@ -137,9 +138,9 @@ def test_frozen_weights_stay(tmp_path: Path, name: str) -> None:
 # Its course.
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_every_schedule_warms_up(tmp_path: Path, schedule: str) -> None:
-    run = trainer(tmp_path / "run", replace(TINY, schedule=schedule, warmup=3, lr=0.008, steps=5))
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_warms_up(tmp_path: Path, name: str) -> None:
+    run = trainer(tmp_path / "run", replace(TINY, schedule=name, warmup=3, lr=0.008, steps=5))
     run.run(reporter())
     rates = [line["lr"] for line in read_metrics(run.out / "metrics.jsonl") if line["kind"] == "train"]
     assert rates[:4] == pytest.approx([0.002, 0.004, 0.006, 0.008])
@@ -150,7 +151,7 @@ def test_a_plateau_is_of_images_and_not_of_tiny_epochs(tmp_path: Path, monkeypat
     step are enough."""
     recipe = replace(TINY, schedule="plateau", warmup=0, lr=1e-6, epochs=12)
     assert rates(trainer(tmp_path / "run", recipe)) == {1e-6}
-    monkeypatch.setattr(training, "PLATEAU_IMAGES", 4)
+    monkeypatch.setattr(schedule, "PLATEAU_IMAGES", 4)
     assert len(rates(trainer(tmp_path / "short", recipe))) > 1
 
 
@@ -378,4 +379,4 @@ def test_a_rate_that_no_state_can_have(tmp_path: Path) -> None:
     for lr in (-1.0, math.nan, 5.0, "x"):
         state["optimizer"]["param_groups"][0]["lr"] = lr
         with pytest.raises(CommandError, match="not a trainer's state"):
-            trainer(tmp_path / "other").load(path, state, weights)
+            load(trainer(tmp_path / "other"), path, state, weights)

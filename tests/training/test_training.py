@@ -35,6 +35,8 @@ from alexnet_ext.training.predict import predict
 from alexnet_ext.training.process import random_state, set_random_state
 from alexnet_ext.training.progress import Reporter
 from alexnet_ext.training.recipe import DIGITS, IMAGENET, SCHEDULES, Recipe, chosen, default
+from alexnet_ext.training.schedule import Schedule
+from alexnet_ext.training.state import load
 from alexnet_ext.training.trainer import Trainer
 
 SIZE = 67  # the smallest input for the paper's five stages
@@ -60,14 +62,14 @@ def resumed(out: Path, recipe: Recipe, data: Split | None = None, workers: int =
     path = checkpoint.newest(out, lambda text: pytest.fail(text))
     _, weights = checkpoint.read_weights(path / checkpoint.WEIGHTS)
     again = trainer(out, recipe, data, workers)
-    again.load(path, checkpoint.read_state(path / checkpoint.STATE), weights)
+    load(again, path, checkpoint.read_state(path / checkpoint.STATE), weights)
     return again
 
 
 def same(one: Trainer, other: Trainer) -> bool:
     """Whether weights and momentum are equal in every bit."""
     pairs = list(zip(one.model.state_dict().values(), other.model.state_dict().values(), strict=True))
-    momenta = [[t.optimizer.state[p]["momentum_buffer"] for p in t.model.parameters()] for t in (one, other)]
+    momenta = [[t.take.optimizer.state[p]["momentum_buffer"] for p in t.model.parameters()] for t in (one, other)]
     return all(torch.equal(a, b) for a, b in [*pairs, *zip(*momenta, strict=True)])
 
 
@@ -110,7 +112,7 @@ def test_interrupted_and_resumed_is_bit_for_bit_the_straight_run(
     result = again.run(reporter())
     assert same(straight, again)
     assert torch.equal(result.probabilities, expected.probabilities)
-    assert again.plateau.state_dict() == straight.plateau.state_dict()
+    assert again.schedule.plateau.state_dict() == straight.schedule.plateau.state_dict()
     assert torch.equal(again.start, straight.start)
     logged, expected_log = (
         [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in read_metrics(path)]
@@ -195,7 +197,7 @@ def test_reduced_precision_trains_fp32_weights(tmp_path: Path, precision: str) -
     assert math.isfinite(result.loss)
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in run.model.parameters())
     assert any(not torch.equal(p, b) for p, b in zip(run.model.parameters(), before, strict=True))
-    assert run.scaler.is_enabled() is (precision == "fp16")
+    assert run.take.scaler.is_enabled() is (precision == "fp16")
 
 
 def test_loading_a_state_that_does_not_fit_leaves_the_trainer_alone(tmp_path: Path) -> None:
@@ -209,11 +211,11 @@ def test_loading_a_state_that_does_not_fit_leaves_the_trainer_alone(tmp_path: Pa
     other = trainer(tmp_path / "other", data=split(images=7))
     before = {name: value.clone() for name, value in other.model.state_dict().items()}
     with pytest.raises(CommandError, match="5 images of 3 classes, and synthetic now has 7"):
-        other.load(path, state, weights)
+        load(other, path, state, weights)
     good = trainer(tmp_path / "good")
     for broken in ({}, {**state, "optimizer": {}}, {**state, "step": None}):
         with pytest.raises(CommandError, match="step-00000001"):
-            good.load(path, broken, weights)
+            load(good, path, broken, weights)
     assert good.step == other.step == 0
     assert all(torch.equal(value, before[name]) for name, value in other.model.state_dict().items())
     assert all(torch.equal(value, before[name]) for name, value in good.model.state_dict().items())
@@ -338,12 +340,11 @@ def test_schedules(schedule: str) -> None:
         assert set(rest) == {0.1}
 
 
-def test_the_rate_of_a_plateau_falls_three_times_and_no_further(tmp_path: Path) -> None:
-    run = trainer(tmp_path / "run", replace(IMAGENET, image_size=SIZE))
-    rates = []
-    for _ in range(40):
-        run.plateau.step(0.5)
-        rates.append(run.optimizer.param_groups[0]["lr"])
+def test_the_rate_of_a_plateau_falls_three_times_and_no_further() -> None:
+    schedule, rates = Schedule(IMAGENET, 40_000), []
+    for step in range(100, 4001, 100):  # of 128 images
+        schedule.see(step, 0.5)
+        rates.append(schedule.rate(step))
     assert sorted(set(rates), reverse=True) == pytest.approx([1e-2, 1e-3, 1e-4, 1e-5], rel=0.01)
 
 
