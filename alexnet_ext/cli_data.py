@@ -25,6 +25,7 @@ from .cli_options import (
 )
 from .cli_options import Workers as Readers
 from .training.interrupt import starting, stoppable
+from .training.recipe import chosen
 
 Given = Annotated[
     Path,
@@ -116,6 +117,7 @@ def data_bench(
     seconds: Annotated[float, typer.Option(min=0.1, max=3600, help="Time of each measurement.")] = 5.0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 128,
     model: Annotated[Variant, typer.Option(help="Variant of the network.")] = Variant.paper,  # type: ignore[attr-defined]
+    image_size: Annotated[int | None, typer.Option(help="Side of its input.", show_default="the variant's")] = None,
     precision: Annotated[Precision, typer.Option(help="Arithmetic of the step.")] = Precision.fp32,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     device: Device = "auto",
@@ -128,8 +130,9 @@ def data_bench(
         from .training import data_bench as bench
 
     where = device_of(device)
-    count, recipe = workers_of(workers, where.type), bench.steps_of(model.value, batch_size, precision.value)
-    rates = bench.measure(str(folder), recipe, where, count, seconds, Console(stderr=True))
+    given = {"data": str(folder), "model": model.value, "precision": precision.value, "batch_size": batch_size}
+    recipe = chosen(given | ({} if image_size is None else {"image_size": image_size}))
+    rates = bench.measure(recipe, where, workers_of(workers, where.type), seconds, Console(stderr=True))
     if json:
         print(dumps(rates._asdict(), indent=1))
         return

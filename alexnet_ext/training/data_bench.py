@@ -11,15 +11,16 @@ import torch
 from rich.console import Console
 
 from .. import models
+from .._errors import CommandError
 from ..data.batches import Batch, Dataset, Drawn, batches
 from ..data.packed_folder import PackedFolder
 from ..data.readers import Readers
-from ..data.sources import open_split
+from ..data.sources import Split, open_split
 from ..variants import VARIANTS
 from .evaluate import DTYPES
 from .process import prepare
 from .proving import prove_kernels
-from .recipe import Recipe, default
+from .recipe import Recipe
 from .step import TrainingStep
 
 
@@ -45,20 +46,23 @@ class Rates(NamedTuple):
         )
 
 
-def measure(data: str, recipe: Recipe, device: torch.device, workers: int, seconds: float, console: Console) -> Rates:
-    """The rates of the folder ``data`` for steps of ``recipe``, each over ``seconds`` once half of that has passed."""
-    side = VARIANTS[recipe.model].image_size
-    split = open_split(data, side, recipe.seed)
+def measure(recipe: Recipe, device: torch.device, workers: int, seconds: float, console: Console) -> Rates:
+    """The rates of a recipe's data and of its steps, each over ``seconds`` once half of that has passed."""
+    side = recipe.image_size or VARIANTS[recipe.model].image_size
+    split = open_split(recipe.data, side, recipe.seed)
     for note in split.notes:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
     prepare(device, recipe.seed)
+    try:
+        model = models.alexnet(recipe.model, num_classes=len(split.train.classes), image_size=recipe.image_size)
+    except ValueError as error:  # an image too small for the variant, by the message
+        raise CommandError(str(error), 2) from error
     with console.status("reading images"):
         read = data_rate(split.train, recipe.batch_size, device, workers, seconds)
-    model = models.alexnet(recipe.model, num_classes=len(split.train.classes), init=recipe.init)
     model.to(device).to(memory_format=torch.channels_last)
     shape = (recipe.batch_size, 3, side, side)
     prove_kernels(model, shape, DTYPES[recipe.precision], device, console)
-    step, batch = TrainingStep(model, recipe, device), synthetic_batch(split.train, recipe.batch_size, device)
+    step, batch = TrainingStep(model, recipe, device), synthetic_batch(split, recipe.batch_size, device)
     with console.status("training steps"):
         steps = _rate(lambda: step([batch], split.preprocessing, recipe.lr).images, device, seconds)
     packed = isinstance(split.train, PackedFolder)
@@ -77,13 +81,11 @@ def data_rate(data: Dataset, batch_size: int, device: torch.device, workers: int
         return _rate(lambda: next(endless), device, seconds)
 
 
-def synthetic_batch(data: Dataset, images: int, device: torch.device) -> Batch:
-    """Random images as large as the first of ``data`` and crops of them, on ``device``."""
-    first = data[0, 0].image
-    assert first is not None
-    _, height, width = first.shape
-    pixels = torch.randint(256, (images, height, width, 3), dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
-    targets = torch.randint(len(data.classes), (images,), device=device)
+def synthetic_batch(split: Split, images: int, device: torch.device) -> Batch:
+    """Random images as large as those of ``split`` and crops of them, on ``device``."""
+    side = split.preprocessing.resize
+    pixels = torch.randint(256, (images, side, side, 3), dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
+    targets = torch.randint(len(split.train.classes), (images,), device=device)
     offsets = torch.zeros(images, 2, dtype=torch.int64, device=device)
     flips = torch.rand(images, device=device) < 0.5
     return Batch(pixels, targets, targets, [], Drawn(offsets, flips, torch.zeros(images, 3, device=device)))
@@ -105,8 +107,3 @@ def _timed(work: Callable[[], int], device: torch.device, seconds: float) -> tup
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     return images, time.perf_counter() - began
-
-
-def steps_of(model: str, batch_size: int, precision: str) -> Recipe:
-    """The recipe of the steps that are measured."""
-    return default("").changed({"model": model, "batch_size": batch_size, "precision": precision})
