@@ -84,4 +84,4 @@ def test_data_bench_measures_what_is_there(
     assert cli.run_command(["data-bench", folder, *options]) == 0
     assert capsys.readouterr().out.count(" a second") == 2
     assert "image_size=9 is too small" in fails(capsys, 2, "data-bench", folder, *options[:-1], "9")
-    assert "--seconds 0.0" in fails(capsys, 2, "data-bench", folder, "--seconds", "0")
+    assert "--seconds 0: expected" in fails(capsys, 2, "data-bench", folder, "--seconds", "0")
