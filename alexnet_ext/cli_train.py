@@ -31,6 +31,7 @@ Data = StrEnum("Data", ["digits", "synthetic"])
 Schedule = StrEnum("Schedule", list(SCHEDULES))  # type: ignore[misc]
 Init = StrEnum("Init", list(INIT_NAMES))  # type: ignore[misc]
 Cache = StrEnum("Cache", ["ram", "device"])
+Loader = StrEnum("Loader", ["dali"])
 RecipeName = StrEnum("RecipeName", list(RECIPES))  # type: ignore[misc]
 
 
@@ -97,6 +98,7 @@ def train(
     device: Device = "auto",
     workers: Workers = None,
     cache: Annotated[Cache | None, _option("Keep packed images in memory, or the GPU's.", RUN, "on the disk")] = None,
+    loader: Annotated[Loader | None, _option("Who decodes JPEGs: NVIDIA's DALI.", RUN, "Pillow")] = None,
     threads: Annotated[int | None, _option("Threads of torch on the CPU.", RUN, "all", min=1, max=MOST_THREADS)] = None,
     quiet: Annotated[bool, _option("Print warnings and errors alone.", RUN, name="--quiet")] = False,
 ) -> None:
@@ -120,10 +122,10 @@ def train(
         torch.set_num_threads(threads)
     console = lasting_console(quiet)
     if resume is not None:
-        run.resume(resume, given, where, count, console, warn, cache)
+        run.resume(resume, given, where, count, console, warn, cache, loader)
         return
     whole = chosen(given if weights is None else run.from_weights(weights, warn) | given, recipe)
-    run.start(whole, out or run.default_out(whole), where, count, console, cache)
+    run.start(whole, out or run.default_out(whole), where, count, console, cache, loader)
 
 
 def _refuse_contradictions(

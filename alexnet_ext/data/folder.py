@@ -106,10 +106,14 @@ class ImageFolder:
             return Sample(index, None, target, error)
         if not self.augment:
             return Sample(index, crop(image, self.preprocessing.resize, self.preprocessing.size), target)
-        room = self.preprocessing.resize - self.preprocessing.size
-        drawn = draw(self.seed, epoch, np.array([index]), len(self), room, self.components, self.deviations)
+        drawn = self.drawn(epoch, np.array([index]))
         square = crop(image, self.preprocessing.resize, self.preprocessing.resize)
         return Sample(index, square, target, drawn=Drawn(*(values[0] for values in drawn)))
+
+    def drawn(self, epoch: int, indices: np.ndarray) -> Drawn:
+        """The random numbers of the images ``indices``, int64 (N,)."""
+        room = self.preprocessing.resize - self.preprocessing.size
+        return draw(self.seed, epoch, indices, len(self), room, self.components, self.deviations)
 
 
 def _parts(root: Path, val: Path | None, held_out: float | None) -> Parts:

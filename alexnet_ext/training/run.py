@@ -18,6 +18,7 @@ from rich.console import Console
 from .. import _library, models
 from .._errors import CommandError, first_line, os_error, path_text
 from .._optional import require
+from ..data.dali import DaliFolder
 from ..data.digits import Digits
 from ..data.folder import ImageFolder
 from ..data.packed_folder import PackedFolder
@@ -42,17 +43,23 @@ NEEDED = ("matplotlib", "tensorboard")  # looked for before the first step, not 
 
 
 def start(
-    recipe: Recipe, out: Path, device: torch.device, workers: int, console: Console, cache: str | None = None
+    recipe: Recipe,
+    out: Path,
+    device: torch.device,
+    workers: int,
+    console: Console,
+    cache: str | None = None,
+    loader: str | None = None,
 ) -> Evaluation:
-    """Train from the start into the new or empty folder ``out``. ``cache``: ``"ram"`` or ``"device"``, to
-    keep packed images in memory."""
+    """Train from the start into the new or empty folder ``out``. ``cache``: ``"ram"`` or ``"device"``, to keep packed
+    images in memory. ``loader``: ``"dali"``, to read a folder of images by it."""
     began = time.monotonic()
     _check_needs()
     check_folder(out)
     for data in (recipe.data, recipe.val):
         if data is not None and is_folder(data):
             check_outside(out, Path(data))
-    split = _split(recipe, cache)
+    split = _split(recipe, device, cache, loader)
     trainer = _trainer(recipe, split, out, device, workers, console)
     if recipe.weights is not None:
         say(console, f"Starting from {path_text(recipe.weights)}{trainer.start_from(Path(recipe.weights))}")
@@ -89,6 +96,7 @@ def resume(
     console: Console,
     warn: Callable[[str], None],
     cache: str | None = None,
+    loader: str | None = None,
 ) -> Evaluation:
     """Go on from a run's newest whole checkpoint, or from the checkpoint folder ``run``. ``given`` are the options that
     the user named. Those of ``CHANGEABLE`` may differ from the run's, ``data`` and ``val`` say where its images are
@@ -113,7 +121,7 @@ def resume(
             raise CommandError(_refusal(name, given[name], getattr(recipe, name), path_text(run)), 2)
     recipe = recipe.changed({name: given[name] for name in CHANGEABLE if name in given})
     description, weights = checkpoint.read_weights(path / checkpoint.WEIGHTS)
-    split = _split(recipe, cache).brought_as(description.preprocessing)
+    split = _split(recipe, device, cache, loader).brought_as(description.preprocessing)
     trainer = _trainer(recipe, split, run, device, workers, console)
     check_data(trainer, path, saved)
     for name, value in dataclasses.asdict(trainer.model.config).items():
@@ -156,7 +164,7 @@ def _seconds(result: Path) -> float:
         return 0.0
 
 
-def _split(recipe: Recipe, cache: str | None = None) -> Split:
+def _split(recipe: Recipe, device: torch.device, cache: str | None, loader: str | None) -> Split:
     size = recipe.image_size or VARIANTS[recipe.model].image_size
     split = open_split(recipe.data, size, recipe.seed, recipe.val, recipe.held_out)
     if not recipe.augment and isinstance(split.train, (ImageFolder, PackedFolder)):
@@ -164,6 +172,10 @@ def _split(recipe: Recipe, cache: str | None = None) -> Split:
     if cache is not None and not isinstance(split.train, PackedFolder):
         data = path_text(recipe.data)
         raise CommandError(f"--cache {cache}: {data} is not packed; `alexnet prepare` packs a folder of images", 2)
+    if loader is not None:
+        if not isinstance(split.train, ImageFolder):
+            raise CommandError(f"--loader {loader}: reads folders of images, and {path_text(recipe.data)} is none", 2)
+        split = split._replace(train=DaliFolder(split.train, device))
     if recipe.weights is not None and isinstance(split.train, PackedFolder):
         # They were trained with ImageNet's mean, unless their file names another.
         split = split.brought_as(dataclasses.replace(split.preprocessing, mean=IMAGENET["mean"]))

@@ -85,3 +85,10 @@ def test_data_bench_measures_what_is_there(
     assert capsys.readouterr().out.count(" a second") == 2
     assert "image_size=9 is too small" in fails(capsys, 2, "data-bench", folder, *options[:-1], "9")
     assert "--seconds 0: expected" in fails(capsys, 2, "data-bench", folder, "--seconds", "0")
+
+
+def test_dali_reads_folders_on_a_gpu_alone(images: Path, packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = fails(capsys, 2, "train", images, *STEP, "--loader", "dali", "--device", "cpu")
+    assert line == "alexnet: --loader dali: needs a GPU, and the device is cpu"
+    line = fails(capsys, 2, "train", packed, *STEP, "--loader", "dali", "--device", "cpu")
+    assert line == f"alexnet: --loader dali: reads folders of images, and {packed} is none"
