@@ -63,6 +63,7 @@ def _command(
 
 app.command()(cli_train.train)
 app.command()(cli_data.prepare)
+app.command()(cli_data.data_bench)
 app.command()(cli_results.evaluate)
 app.command()(cli_results.predict)
 

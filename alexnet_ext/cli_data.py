@@ -1,8 +1,9 @@
-"""``alexnet prepare``: images packed once, for training from mapped memory."""
+"""``alexnet prepare``: images packed once, for training from mapped memory. ``alexnet data-bench``: their rate."""
 
 from __future__ import annotations
 
 import os
+from json import dumps
 from pathlib import Path
 from typing import Annotated
 
@@ -11,8 +12,20 @@ from rich.console import Console
 from rich.text import Text
 
 from ._errors import path_text
-from .cli_options import MOST_WORKERS, UsageError, path, warn
+from .cli_options import (
+    MOST_WORKERS,
+    Device,
+    Precision,
+    UsageError,
+    Variant,
+    device_of,
+    path,
+    warn,
+    workers_of,
+)
+from .cli_options import Workers as Readers
 from .training.interrupt import starting, stoppable
+from .training.recipe import chosen
 
 Given = Annotated[
     Path,
@@ -97,3 +110,31 @@ def _verify(folder: Path, console: Console) -> None:
     if damaged:
         raise typer.Exit(1)
     print(f"{path_text(folder)}: {total:,} images, all as written")
+
+
+def data_bench(
+    folder: Annotated[Path, typer.Argument(parser=path, metavar="DIR", help="Packed images, or folders of classes.")],
+    seconds: Annotated[float, typer.Option(min=0.1, max=3600, help="Time of each measurement.")] = 5.0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 128,
+    model: Annotated[Variant, typer.Option(help="Variant of the network.")] = Variant.paper,  # type: ignore[attr-defined]
+    image_size: Annotated[int | None, typer.Option(help="Side of its input.", show_default="the variant's")] = None,
+    precision: Annotated[Precision, typer.Option(help="Arithmetic of the step.")] = Precision.fp32,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    device: Device = "auto",
+    workers: Readers = None,
+) -> None:
+    """Measure how fast images come, and how fast training takes them; say which of them limits."""
+    with starting():
+        import torch
+
+        from .training import data_bench as bench
+
+    where = device_of(device)
+    given = {"data": str(folder), "model": model.value, "precision": precision.value, "batch_size": batch_size}
+    recipe = chosen(given | ({} if image_size is None else {"image_size": image_size}))
+    rates = bench.measure(recipe, where, workers_of(workers, where.type), seconds, Console(stderr=True))
+    if json:
+        print(dumps(rates._asdict(), indent=1))
+        return
+    place = f"{torch.get_num_threads()} threads" if where.type == "cpu" else torch.cuda.get_device_name(where)
+    print(rates.sentence(place))

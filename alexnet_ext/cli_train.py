@@ -31,6 +31,8 @@ Data = StrEnum("Data", ["digits", "synthetic"])
 Schedule = StrEnum("Schedule", list(SCHEDULES))  # type: ignore[misc]
 Optimizer = StrEnum("Optimizer", list(OPTIMIZERS))  # type: ignore[misc]
 Init = StrEnum("Init", list(INIT_NAMES))  # type: ignore[misc]
+Cache = StrEnum("Cache", ["ram", "device"])
+Loader = StrEnum("Loader", ["dali"])
 RecipeName = StrEnum("RecipeName", list(RECIPES))  # type: ignore[misc]
 
 
@@ -117,6 +119,8 @@ def train(
     resume: Resume = None,
     device: Device = "auto",
     workers: Workers = None,
+    cache: Annotated[Cache | None, _option("Keep packed images in memory, or the GPU's.", RUN, "on the disk")] = None,
+    loader: Annotated[Loader | None, _option("Who decodes JPEGs: NVIDIA's DALI.", RUN, "Pillow")] = None,
     threads: Annotated[int | None, _option("Threads of torch on the CPU.", RUN, "all", min=1, max=MOST_THREADS)] = None,
     profile: Annotated[int, _option("Trace this number of steps into the run folder.", RUN, "0", min=0)] = 0,
     detect_nan: Annotated[bool, _option("Name what makes a NaN; slow.", RUN, name="--detect-nan")] = False,
@@ -136,23 +140,23 @@ def train(
 
         from .training import run
         from .training.progress import lasting_console
-        from .training.trainer import Looks
+        from .training.trainer import Means
 
     torch.set_num_threads(threads or torch.get_num_threads())
     where = device_of(device)
-    looks = Looks(profile, detect_nan)
-    rest = (where, workers_of(workers, where.type), lasting_console(quiet))
+    means = Means(where, workers_of(workers, where.type), cache, loader, profile, detect_nan)
+    console = lasting_console(quiet)
     if resume is not None and resume is not AUTO:
-        run.resume(resume, given, *rest, warn, looks)
+        run.resume(resume, given, means, console, warn)
         return
     begun = {"precision": PRECISION[where.type]} | given
     if weights is not None:
         begun = run.from_weights(weights, warn) | begun
     whole = chosen(begun, recipe)
     if resume is AUTO:
-        run.auto(whole, given, out, *rest, warn, looks)
+        run.auto(whole, given, out, means, console, warn)
     else:
-        run.start(whole, out or run.default_out(whole), *rest, looks)
+        run.start(whole, out or run.default_out(whole), means, console)
 
 
 def _refuse_contradictions(

@@ -22,6 +22,7 @@ from rich.table import Table
 from alexnet_ext.training import run
 from alexnet_ext.training.log import METRICS, read_metrics
 from alexnet_ext.training.recipe import DIGITS, Recipe
+from alexnet_ext.training.trainer import Means
 
 WINDOW = 10  # steps of the running mean: the losses of single batches of 32 scatter by tenths
 RUNS = ("fused", "stock", "half of the threads")
@@ -32,7 +33,7 @@ def losses(recipe: Recipe, threads: int, folder: Path) -> tuple[np.ndarray, floa
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        result = run.start(recipe, folder, torch.device("cpu"), 0, Console(quiet=True))
+        result = run.start(recipe, folder, Means(torch.device("cpu")), Console(quiet=True))
     finally:
         torch.set_num_threads(before)
     return read(folder), result.top1

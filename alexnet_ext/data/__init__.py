@@ -9,7 +9,7 @@ if TYPE_CHECKING or not COMMAND:
     from .batches import Batch, batches
     from .digits import Digits
     from .folder import ImageFolder
-    from .packed import PackedFolder
+    from .packed_folder import PackedFolder
     from .preprocessing import Preprocessing
     from .readers import Readers
     from .sources import Split, open_split

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from .._errors import BadImage
 
+AHEAD = 2048  # images that the system reads from the disk before they are wanted: 400 MB of 256 x 256
 MAX_SKIPPED = 0.05  # share of a split's images: with more unreadable ones the data are refused
 
 
@@ -63,6 +64,20 @@ class Dataset(Protocol):
     def __getitem__(self, key: Key) -> Sample: ...
 
 
+@runtime_checkable
+class Gathering(Dataset, Protocol):
+    """A dataset that makes a batch at once. Threads serve it better than processes; ``threads``: whether they may."""
+
+    @property
+    def threads(self) -> bool: ...
+
+    def batch(self, keys: Sequence[Key], pin_memory: bool = False) -> Batch:
+        """The images of some keys, all of one epoch."""
+
+    def will_need(self, keys: Sequence[Key]) -> None:
+        """Say that a batch of these keys comes soon."""
+
+
 def collate(samples: list[Sample]) -> Batch:
     """Stack the readable images."""
     good = [sample for sample in samples if sample.image is not None]
@@ -78,8 +93,10 @@ def collate(samples: list[Sample]) -> Batch:
     )
 
 
-def read_batch(dataset: Dataset, keys: Sequence[Key]) -> Batch:
-    """Read and stack some images, in the order of their keys."""
+def read_batch(dataset: Dataset, keys: Sequence[Key], pin_memory: bool = False) -> Batch:
+    """Read and stack some images, in the order of their keys; only a ``Gathering`` heeds ``pin_memory``."""
+    if isinstance(dataset, Gathering):
+        return dataset.batch(keys, pin_memory)
     return collate([dataset[key] for key in keys])
 
 
@@ -118,5 +135,24 @@ def batches(
     keys = [
         [(epoch, i) for i in order[at : at + batch_size]] for at in range(start * batch_size, len(order), batch_size)
     ]
-    found = read(keys) if read is not None else (read_batch(dataset, some) for some in keys)
-    return (batch._replace(images=batch.images.pin_memory()) for batch in found) if pin_memory else found
+    found = read(keys) if read is not None else (read_batch(dataset, some, pin_memory) for some in keys)
+    if isinstance(dataset, Gathering):
+        found = _announced(dataset, keys, found, max(1, AHEAD // batch_size))
+    return map(_pinned, found) if pin_memory else found
+
+
+def _announced(dataset: Gathering, keys: list[list[Key]], found: Iterator[Batch], ahead: int) -> Iterator[Batch]:
+    """The batches ``found``, of which the next ``ahead`` are announced."""
+    for some in keys[:ahead]:
+        dataset.will_need(some)
+    for place, batch in enumerate(found, ahead):
+        if place < len(keys):
+            dataset.will_need(keys[place])
+        yield batch
+
+
+def _pinned(batch: Batch) -> Batch:
+    """The batch in memory that a GPU copies from without a wait."""
+    if batch.images.device.type != "cpu" or batch.images.is_pinned():
+        return batch
+    return batch._replace(images=batch.images.pin_memory())

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from .._errors import BadImage, CommandError, path_text
 from .._optional import require
 from .batches import Drawn, Sample
+from .chance import COMPONENTS, DEVIATIONS, draw
 from .images import crop, read_image
 from .listing import HELD_OUT, Listing, Parts, digest, find_parts, hold_out, list_images
 from .preprocessing import IMAGENET, Preprocessing
-
-# Principal components of ImageNet's RGB values (in 0 to 1) and their deviations: the paper's colour shift, 4.1.
-COMPONENTS = torch.tensor([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
-DEVIATIONS = torch.tensor([0.2175, 0.0188, 0.0045])
-COLOUR_SHIFT = 0.1
 
 
 class FolderSplit(NamedTuple):
@@ -50,6 +44,7 @@ class ImageFolder:
     ) -> None:
         self.root, self.samples, self.classes = root, samples, classes
         self.preprocessing, self.augment, self.seed = preprocessing, augment, seed
+        self.components, self.deviations = COMPONENTS, DEVIATIONS
 
     @classmethod
     def split(
@@ -111,10 +106,14 @@ class ImageFolder:
             return Sample(index, None, target, error)
         if not self.augment:
             return Sample(index, crop(image, self.preprocessing.resize, self.preprocessing.size), target)
-        room = self.preprocessing.resize - self.preprocessing.size
-        drawn = draw(random.Random(f"{self.seed} {epoch} {index}"), room)
+        drawn = self.drawn(epoch, np.array([index]))
         square = crop(image, self.preprocessing.resize, self.preprocessing.resize)
-        return Sample(index, square, target, drawn=drawn)
+        return Sample(index, square, target, drawn=Drawn(*(values[0] for values in drawn)))
+
+    def drawn(self, epoch: int, indices: np.ndarray) -> Drawn:
+        """The random numbers of the images ``indices``, int64 (N,)."""
+        room = self.preprocessing.resize - self.preprocessing.size
+        return draw(self.seed, epoch, indices, len(self), room, self.components, self.deviations)
 
 
 def _parts(root: Path, val: Path | None, held_out: float | None) -> Parts:
@@ -153,13 +152,3 @@ def check_readable(found: Listing) -> None:
 def imagenet_preprocessing(size: int) -> Preprocessing:
     """227 of 256 pixels, as in the paper, in the same proportion for other sizes; ImageNet's mean and deviation."""
     return Preprocessing(size, round(size * 256 / 227), **IMAGENET)
-
-
-def draw(chance: random.Random, room: int, components: Tensor = COMPONENTS, deviations: Tensor = DEVIATIONS) -> Drawn:
-    """The random numbers of an image whose crop may move by ``room`` pixels: the paper's crop, mirror and shift of
-    colour by a multiple of each principal component (columns of ``components``)."""
-    return Drawn(
-        torch.tensor([chance.randint(0, room), chance.randint(0, room)]),
-        torch.tensor(chance.random() < 0.5),
-        components @ (deviations * torch.tensor([chance.gauss(0, COLOUR_SHIFT) for _ in range(3)])) * 255,
-    )

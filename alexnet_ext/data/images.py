@@ -86,17 +86,24 @@ def to_rgb(image: Image) -> Image:
 
 
 def crop(image: Image, resize: int, size: int) -> Tensor:
-    """``square`` as uint8 (3, size, size)."""
-    return torch.from_numpy(np.array(square(image, resize, size))).permute(2, 0, 1).contiguous()
+    """The middle ``size`` x ``size`` pixels of ``square``, uint8 (3, size, size): torchvision's CenterCrop."""
+    start = middle(resize, size)
+    pixels = np.asarray(square(image, resize))[start : start + size, start : start + size]
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
-def square(image: Image, resize: int, size: int) -> Image:
-    """The middle ``size`` x ``size`` pixels of ``image`` once its shorter side is ``resize``.
+def middle(resize: int, size: int) -> int:
+    """Where the middle ``size`` of ``resize`` pixels begin; torchvision rounds halves to even, too."""
+    return round((resize - size) / 2)
+
+
+def square(image: Image, side: int) -> Image:
+    """The square in the middle of ``image``, scaled to ``side``.
 
     Cropping and scaling are one step, so that a strip of 30,000 x 1 pixels never becomes one of 7,680,000 x 256.
     """
-    side = min(image.size) * size / resize
-    left, top = (image.width - side) / 2, (image.height - side) / 2
+    cut = min(image.size)
+    left, top = (image.width - cut) / 2, (image.height - cut) / 2
     resampling = require("PIL.Image").Resampling.BILINEAR
     # reducing_gap: large photographs are first halved by averaging, several times faster and hardly visible.
-    return image.resize((size, size), resampling, (left, top, left + side, top + side), reducing_gap=2.0)
+    return image.resize((side, side), resampling, (left, top, left + cut, top + cut), reducing_gap=2.0)

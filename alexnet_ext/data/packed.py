@@ -7,30 +7,22 @@ A folder holds, for each of ``SPLITS``, shards of two files: ``train-00000.npy``
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import io
 import json
-import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from .._errors import CommandError, os_error, path_text
 from ..training.files import new_file, write_file
-from .batches import Sample
-from .folder import draw
-from .preprocessing import Preprocessing
 
 VERSION = 1
 INDEX = "index.json"
 SPLITS = ("train", "val")
-OPEN_SHARDS = 512  # each takes one of the process's open files, often 1,024
 
 
 @dataclass(frozen=True)
@@ -156,62 +148,3 @@ def verify(folder: Path, tell: Callable[[int], None] = lambda images: None) -> I
                 yield damage
             done += shard.images
             tell(done)
-
-
-class PackedFolder:
-    """One of ``SPLITS`` of a folder that ``alexnet prepare`` wrote, as ``batches`` reads it.
-
-    ``targets`` is int64 (N,). With ``augment`` an image is its whole square, with the random numbers that
-    ``ops.augment`` takes, colours along the folder's own components; without, the middle ``preprocessing.size`` pixels.
-    Random numbers depend on seed, epoch and index alone. Raises CommandError where an index or a shard is missing or
-    cut short.
-    """
-
-    def __init__(
-        self, root: Path, split: str, preprocessing: Preprocessing, augment: bool = False, seed: int = 0
-    ) -> None:
-        self.root, self.preprocessing, self.augment, self.seed = root, preprocessing, augment, seed
-        self.index = Index.read(root)
-        self.classes, self.shards = self.index.classes, self.index.shards[split]
-        for shard in self.shards:
-            if not shard.fits(root):
-                name = path_text(root / shard.file)
-                raise CommandError(f"{name}: missing or cut short, or its labels; `alexnet prepare --verify` tells")
-        if preprocessing.resize != self.index.side:
-            raise CommandError(
-                f"{path_text(root)}: its images have a side of {self.index.side}, where {preprocessing.resize} is "
-                "needed; prepare them anew with --side"
-            )
-        self.starts = np.cumsum([0, *(shard.images for shard in self.shards)])
-        labels = [np.load(root / shard.labels) for shard in self.shards]
-        self.targets = torch.from_numpy(np.concatenate(labels) if labels else np.empty(0, np.int64))
-        self.pixels = functools.lru_cache(OPEN_SHARDS)(self._open)
-        self.components = torch.tensor(self.index.eigenvectors).T
-        self.deviations = torch.tensor(self.index.eigenvalues)
-
-    def _open(self, number: int) -> np.ndarray:
-        """The images of a shard, uint8 (n, side, side, 3), mapped into memory."""
-        return np.load(self.root / self.shards[number].file, mmap_mode="r")
-
-    def row(self, index: int) -> np.ndarray:
-        """Image ``index``, uint8 (side, side, 3), in mapped memory."""
-        number = int(np.searchsorted(self.starts, index, side="right")) - 1
-        return self.pixels(number)[index - self.starts[number]]
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, key: tuple[int, int]) -> Sample:
-        epoch, index = key
-        row, size = self.row(index), self.preprocessing.size
-        target, room = int(self.targets[index]), self.index.side - size
-        if self.augment:
-            drawn = draw(random.Random(f"{self.seed} {epoch} {index}"), room, self.components, self.deviations)
-            return Sample(index, _planes(row), target, drawn=drawn)
-        start = room // 2
-        return Sample(index, _planes(row[start : start + size, start : start + size]), target)
-
-
-def _planes(pixels: np.ndarray) -> Tensor:
-    """(height, width, 3) in mapped memory as (3, height, width) of its own."""
-    return torch.from_numpy(np.array(pixels.transpose(2, 0, 1), order="C"))

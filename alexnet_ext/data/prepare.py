@@ -203,7 +203,7 @@ class Preparation:
                 elif os.getppid() != self.process:
                     raise SystemExit  # killed without a chance to say so
                 try:
-                    pixels = np.asarray(square(entry.read(), self.side, self.side))
+                    pixels = np.asarray(square(entry.read(), self.side))
                     if part.split == SPLITS[0]:
                         sums[0] += Sums.of(pixels)
                     yield pixels, entry.target

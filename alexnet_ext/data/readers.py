@@ -1,5 +1,5 @@
-"""Processes that work ahead: they read images for the trainer. Answers come back by a pipe: no shared memory that may
-be full, no names in a temporary folder, no descriptor that is passed on."""
+"""Processes and threads that work ahead: they read images for the trainer. Processes answer by a pipe: no shared memory
+that may be full, no names in a temporary folder, no descriptor that is passed on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import multiprocessing
 import pickle
 import signal
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from types import TracebackType
@@ -17,7 +19,7 @@ from typing import Any, Generic, Self, TypeVar
 import torch
 
 from .._errors import CommandError
-from .batches import Batch, Dataset, Key, read_batch
+from .batches import Batch, Dataset, Gathering, Key, read_batch
 
 LOOK_EVERY = 0.1  # seconds of waiting
 Request = TypeVar("Request")
@@ -137,11 +139,43 @@ class Processes(Generic[Request, Answer]):
 
 
 class Readers(Processes[Sequence[Key], Batch]):
-    """``Processes`` that read batches of ``dataset``."""
+    """``Processes`` that read batches of ``dataset``; threads of this one if it gathers them, which is mere copying.
 
-    def __init__(self, dataset: Dataset, count: int = 0, look: Callable[[], None] = lambda: None) -> None:
-        super().__init__(functools.partial(read_batch, dataset), count, look)
+    ``pin_memory``: into memory that a GPU copies from without a wait, if the dataset gathers its batches."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        count: int = 0,
+        look: Callable[[], None] = lambda: None,
+        pin_memory: bool = False,
+    ) -> None:
+        super().__init__(functools.partial(read_batch, dataset, pin_memory=pin_memory), count, look)
         self.dataset = dataset
+        self.threads: ThreadPoolExecutor | None = None
+
+    def __call__(self, requests: Sequence[Sequence[Key]]) -> Iterator[Batch]:
+        if not isinstance(self.dataset, Gathering):
+            return super().__call__(requests)
+        return self._by_threads(requests) if self.count and self.dataset.threads else map(self.work, requests)
+
+    def _by_threads(self, requests: Sequence[Sequence[Key]]) -> Iterator[Batch]:
+        """The batches in order, of which each thread is at most one ahead."""
+        self.threads = self.threads or ThreadPoolExecutor(self.count, "reader")
+        ahead = deque(self.threads.submit(self.work, request) for request in requests[: self.count])
+        for place in range(self.count, self.count + len(requests)):
+            while not wait(list(ahead)[:1], LOOK_EVERY).done:
+                self.look()
+            batch = ahead.popleft().result()
+            if place < len(requests):
+                ahead.append(self.threads.submit(self.work, requests[place]))
+            yield batch
+
+    def close(self) -> None:
+        if self.threads is not None:
+            self.threads.shutdown(cancel_futures=True)
+            self.threads = None
+        super().close()
 
 
 def _serve(work: Callable[[Any], Any], parents: Connection, pipe: Connection) -> None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
+from .._errors import CommandError, path_text
 from .batches import Dataset
 from .digits import Digits
 from .folder import ImageFolder
+from .listing import digest
+from .packed import INDEX, SPLITS
+from .packed_folder import PackedFolder, packed_preprocessing
 from .preprocessing import Preprocessing
 from .synthetic import Synthetic
 
@@ -25,12 +30,15 @@ class Split(NamedTuple):
     listing: str = ""
 
     def brought_as(self, given: Preprocessing) -> Split:
-        """The same images prepared as ``given`` says. Folders take its crops and colours; other data, which have one
-        size, take its colours alone."""
-        if not isinstance(self.train, ImageFolder) or not isinstance(self.held_out, ImageFolder):
+        """The same images prepared as ``given`` says. Folders take its crops and colours, packed ones keep the side of
+        their squares; other data, which have one size, take its colours alone."""
+        folders = [part for part in (self.train, self.held_out) if isinstance(part, (ImageFolder, PackedFolder))]
+        if isinstance(self.train, PackedFolder):
+            given = dataclasses.replace(given, resize=self.preprocessing.resize)
+        elif not folders:
             given = dataclasses.replace(self.preprocessing, mean=given.mean, std=given.std)
-        else:
-            self.train.preprocessing = self.held_out.preprocessing = given
+        for part in folders:
+            part.preprocessing = given
         return self._replace(preprocessing=given)
 
 
@@ -39,8 +47,18 @@ def is_folder(data: str) -> bool:
     return data not in ("digits", "synthetic")
 
 
+def is_packed(root: Path) -> bool:
+    """Whether a folder was written by ``alexnet prepare``. CommandError if it is unfinished."""
+    unfinished = root / "progress" / "plan.json"
+    if (root / INDEX).is_file() and any(root.glob("*.npy")):
+        return True
+    if unfinished.is_file():
+        raise CommandError(f"{path_text(root)}: not finished; the `alexnet prepare` that began it goes on")
+    return False
+
+
 def open_split(data: str, size: int, seed: int, val: str | None = None, held_out: float | None = None) -> Split:
-    """``"digits"``, ``"synthetic"`` or the path of a folder, for a network with an input of ``size``.
+    """``"digits"``, ``"synthetic"`` or the path of a folder, packed or not, for a network with an input of ``size``.
 
     ``val`` is a folder of held-out images, or ``held_out`` their share of the folder's. ``seed`` is that of random
     crops; it never changes the split. Raises CommandError for a folder without images.
@@ -53,5 +71,38 @@ def open_split(data: str, size: int, seed: int, val: str | None = None, held_out
             for part, length in enumerate((SYNTHETIC_IMAGES, SYNTHETIC_HELD_OUT))
         )
         return Split(train, others, Synthetic.preprocessing(size))
-    found = ImageFolder.split(Path(data), size, seed, None if val is None else Path(val), held_out)
+    root, other = Path(data), None if val is None else Path(val)
+    if is_packed(root):
+        return _open_packed(root, size, seed, other, held_out)
+    if other is not None and is_packed(other):
+        raise CommandError(f"--val {path_text(other)}: packed images, and those of {path_text(root)} are not", 2)
+    found = ImageFolder.split(root, size, seed, other, held_out)
     return Split(found.train, found.held_out, found.train.preprocessing, found.notes, found.listing)
+
+
+def _open_packed(root: Path, size: int, seed: int, val: Path | None, held_out: float | None) -> Split:
+    if held_out is not None:
+        raise CommandError(f"--held-out {held_out}: {path_text(root)} is packed, with the images held out already", 2)
+    preprocessing = packed_preprocessing(root, size)
+    train = PackedFolder(root, SPLITS[0], preprocessing, augment=True, seed=seed)
+    others, notes = open_held_out(val or root, preprocessing, train.classes)
+    for part, name in ((train, "to train on"), (others, "held out")):
+        if not len(part):
+            raise CommandError(f"{path_text(root)}: no images {name}", 2)
+    listing = train.digest()
+    if val is not None:
+        names = others.digest() if isinstance(others, PackedFolder) else digest([(val, others.samples)], others.classes)
+        listing = hashlib.sha256(f"{listing} {names}".encode()).hexdigest()
+    skipped = sum(train.index.skipped.values())
+    left_out = [f"{path_text(root)}: {skipped:,} images could not be read when it was packed"] if skipped else []
+    return Split(train, others, preprocessing, (*notes, *left_out), listing)
+
+
+def open_held_out(
+    root: Path, preprocessing: Preprocessing, classes: tuple[str, ...]
+) -> tuple[ImageFolder | PackedFolder, tuple[str, ...]]:
+    """The images of a folder to evaluate a network of ``classes``: those held out of a packed one, and of another as
+    ``ImageFolder.held_out`` says. Returns also notes."""
+    if not is_packed(root):
+        return ImageFolder.held_out(root, preprocessing, classes)
+    return PackedFolder(root, SPLITS[1], preprocessing, classes=classes), ()

@@ -20,7 +20,7 @@ from .._errors import CommandError, path_text
 from ..data.batches import Dataset
 from ..data.folder import ImageFolder
 from ..data.readers import Readers
-from ..data.sources import open_split
+from ..data.sources import open_held_out, open_split
 from . import checkpoint
 from .evaluate import BATCH, DTYPES, Evaluation, evaluate
 from .progress import Reporter
@@ -61,7 +61,7 @@ def evaluate_weights(
     """Evaluate on the images of ``folder``, or on those that the run held out. Returns the images too."""
     if folder is not None:
         dataset: Dataset
-        dataset, notes = ImageFolder.held_out(folder, description.preprocessing, description.classes)
+        dataset, notes = open_held_out(folder, description.preprocessing, description.classes)
     elif not description.data:
         raise CommandError("DIR: these weights name no data of their own, expected a folder of images", 2)
     else:
@@ -77,7 +77,8 @@ def evaluate_weights(
     if model.fused:
         size = description.preprocessing.size
         prove_kernels(model, (BATCH, 3, size, size), DTYPES[precision], device, console)
-    with Reporter(0, 0, console) as reporter, Readers(dataset, workers) as readers:
+    pin = device.type == "cuda"
+    with Reporter(0, 0, console) as reporter, Readers(dataset, workers, pin_memory=pin) as readers:
         reporter.bar.remove_task(reporter.training)
         result = evaluate(
             model,

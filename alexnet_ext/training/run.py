@@ -19,8 +19,11 @@ from rich.console import Console
 from .. import _library, models
 from .._errors import CommandError, first_line, os_error, path_text
 from .._optional import require
+from ..data.dali import DaliFolder
 from ..data.digits import Digits
 from ..data.folder import ImageFolder
+from ..data.packed_folder import PackedFolder
+from ..data.preprocessing import IMAGENET
 from ..data.sources import Split, is_folder, open_split
 from ..models.weights import find_variant
 from ..variants import VARIANTS
@@ -36,7 +39,7 @@ from .recipe import CHANGEABLE, Recipe, growth
 from .results import by_class
 from .runs import RESULT
 from .state import check_data, load
-from .trainer import NO_LOOKS, Looks, Trainer
+from .trainer import Means, Trainer
 
 RUNS = "runs"  # where a run's folder is by default
 NEEDED = ("matplotlib", "tensorboard")  # looked for before the first step, not after the last
@@ -47,18 +50,16 @@ def auto(
     recipe: Recipe,
     given: dict[str, Any],
     out: Path | None,
-    device: torch.device,
-    workers: int,
+    means: Means,
     console: Console,
     warn: Callable[[str], None],
-    looks: Looks = NO_LOOKS,
 ) -> Evaluation | None:
     """Go on with the run of ``recipe`` that ``runs.of_recipe`` finds next to ``out``, or begin it there: the same call
     again and again ends with a finished run. ``given`` are the options that the user named. None, with a line, for a
     run that is finished. Raises CommandError for one that another process writes into."""
     run = runs.of_recipe(recipe, Path(RUNS) if out is None else out.parent, out)
     if run is None:
-        return start(recipe, out or default_out(recipe), device, workers, console, looks)
+        return start(recipe, out or default_out(recipe), means, console)
     with locked(run):
         pass  # refused before time goes into it
     if runs.finished(run, given):
@@ -66,19 +67,17 @@ def auto(
         return None
     if not runs.begun(run):
         say(console, f"{path_text(run)}: begun anew, as it has no checkpoint yet")
-        return start(recipe, run, device, workers, console, looks, anew=True)
+        return start(recipe, run, means, console, anew=True)
     changes = {name: given[name] for name in CHANGEABLE if name in given}
-    return resume(run, changes, device, workers, console, warn, looks)
+    return resume(run, changes, means, console, warn)
 
 
 @stoppable()
 def start(
     recipe: Recipe,
     out: Path,
-    device: torch.device,
-    workers: int,
+    means: Means,
     console: Console,
-    looks: Looks = NO_LOOKS,
     anew: bool = False,
 ) -> Evaluation:
     """Train from the start into the new or empty folder ``out``; ``anew``: into that of a run without a checkpoint."""
@@ -88,8 +87,8 @@ def start(
     for data in (recipe.data, recipe.val):
         if data is not None and is_folder(data):
             check_outside(out, Path(data))
-    split = _split(recipe)
-    trainer = _trainer(recipe, split, out, device, workers, console, looks)
+    split = _split(recipe, means)
+    trainer = _trainer(recipe, split, out, means, console)
     if recipe.weights is not None:
         say(console, f"Starting from {path_text(recipe.weights)}{trainer.start_from(Path(recipe.weights))}")
     made = not out.exists()
@@ -127,11 +126,9 @@ def from_weights(path: Path, warn: Callable[[str], None]) -> dict[str, Any]:
 def resume(
     run: Path,
     given: dict[str, Any],
-    device: torch.device,
-    workers: int,
+    means: Means,
     console: Console,
     warn: Callable[[str], None],
-    looks: Looks = NO_LOOKS,
 ) -> Evaluation:
     """Go on from a run's newest whole checkpoint, or from the checkpoint folder ``run``. ``given`` are the options that
     the user named. Those of ``CHANGEABLE`` may differ from the run's, ``data`` and ``val`` say where its images are
@@ -156,8 +153,8 @@ def resume(
             raise CommandError(_refusal(name, given[name], getattr(recipe, name), path_text(run)), 2)
     recipe = recipe.changed({name: given[name] for name in CHANGEABLE if name in given})
     description, weights = checkpoint.read_weights(path / checkpoint.WEIGHTS)
-    split = _split(recipe).brought_as(description.preprocessing)
-    trainer = _trainer(recipe, split, run, device, workers, console, looks)
+    split = _split(recipe, means).brought_as(description.preprocessing)
+    trainer = _trainer(recipe, split, run, means, console)
     check_data(trainer, path, saved)
     for name, value in dataclasses.asdict(trainer.model.config).items():
         if getattr(description.config, name) != value:
@@ -199,35 +196,47 @@ def _seconds(result: Path) -> float:
         return 0.0
 
 
-def _split(recipe: Recipe) -> Split:
+def _split(recipe: Recipe, means: Means) -> Split:
     size = recipe.image_size or VARIANTS[recipe.model].image_size
     split = open_split(recipe.data, size, recipe.seed, recipe.val, recipe.held_out)
     if not recipe.normalize:  # values of 0 to 255 less their mean, as in the paper
         split = split.brought_as(dataclasses.replace(split.preprocessing, std=(1 / 255,) * 3))
-    if not recipe.augment and isinstance(split.train, ImageFolder):
+    if not recipe.augment and isinstance(split.train, (ImageFolder, PackedFolder)):
         split.train.augment = False
+    cache, loader = means.cache, means.loader
+    if cache is not None and not isinstance(split.train, PackedFolder):
+        data = path_text(recipe.data)
+        raise CommandError(f"--cache {cache}: {data} is not packed; `alexnet prepare` packs a folder of images", 2)
+    if loader is not None:
+        if not isinstance(split.train, ImageFolder):
+            raise CommandError(f"--loader {loader}: reads folders of images, and {path_text(recipe.data)} is none", 2)
+        split = split._replace(train=DaliFolder(split.train, means.device))
+    if recipe.weights is not None and isinstance(split.train, PackedFolder):
+        # They were trained with ImageNet's mean, unless their file names another.
+        split = split.brought_as(dataclasses.replace(split.preprocessing, mean=IMAGENET["mean"]))
     return split
 
 
-def _trainer(
-    recipe: Recipe, split: Split, out: Path, device: torch.device, workers: int, console: Console, looks: Looks
-) -> Trainer:
+def _trainer(recipe: Recipe, split: Split, out: Path, means: Means, console: Console) -> Trainer:
     try:
         if not recipe.stock:
-            prepare(device, recipe.seed)  # races are run as the training will be
+            prepare(means.device, recipe.seed)  # races are run as the training will be
             for size in (*(side for side, _ in growth(recipe.grow)), recipe.image_size):
                 with torch.device("meta"):
                     network = models.alexnet(recipe.model, image_size=size, init="torch")
                 side = network.config.image_size
                 shape = (recipe.batch_size, 3, side, side)
-                prove_kernels(network, shape, DTYPES[recipe.precision], device, console)
-        return Trainer(recipe, split, out, device, workers, looks)
+                prove_kernels(network, shape, DTYPES[recipe.precision], means.device, console)
+        return Trainer(recipe, split, out, means)
     except ValueError as error:  # an image too small for the variant, by the message
         raise CommandError(str(error), 2) from error
 
 
 def _train(trainer: Trainer, console: Console) -> Evaluation:
     """Run, then write the pictures and print the result."""
+    cache, train = trainer.means.cache, trainer.split.train
+    if cache is not None and isinstance(train, PackedFolder):
+        train.keep(trainer.device if cache == "device" else torch.device("cpu"), cache)
     _introduce(trainer, console)
     with Reporter(trainer.total, trainer.step, console) as reporter:
         result = trainer.run(reporter)

@@ -46,14 +46,19 @@ CHECKPOINT_SECONDS = 600.0
 CHANCE_STEPS, CHANCE_WINDOW, CHANCE = 100, 50, 0.98
 
 
-class Looks(NamedTuple):
-    """What a run looks at besides its results: ``profile`` steps traced, and each operation for NaN."""
+class Means(NamedTuple):
+    """What a run uses besides its recipe, and looks at besides its results; a resumed run may have others.
 
+    workers: processes that read images. cache: keep packed images in ``"ram"`` or on the ``"device"``. loader:
+    ``"dali"`` reads folders of images by it. profile: steps that are traced. detect_nan: look at each operation.
+    """
+
+    device: torch.device
+    workers: int = 0
+    cache: str | None = None
+    loader: str | None = None
     profile: int = 0
     detect_nan: bool = False
-
-
-NO_LOOKS = Looks()
 
 
 class Trainer:
@@ -63,11 +68,9 @@ class Trainer:
     ends with the same weights, bit for bit.
     """
 
-    def __init__(
-        self, recipe: Recipe, split: Split, out: Path, device: torch.device, workers: int = 0, looks: Looks = NO_LOOKS
-    ) -> None:
-        self.recipe, self.split, self.out, self.device, self.workers = recipe, split, out, device, workers
-        self.looks = looks
+    def __init__(self, recipe: Recipe, split: Split, out: Path, means: Means) -> None:
+        self.recipe, self.split, self.out, self.means = recipe, split, out, means
+        self.device = device = means.device
         self.total = recipe.total_steps(len(split.train))
         self.epoch_steps = recipe.epoch_steps(len(split.train))
         self.step = self.epoch = self.batch = 0  # batch: the step within the epoch
@@ -96,7 +99,7 @@ class Trainer:
         self.model.take_sides([side for side, _ in growth(recipe.grow)])
         self.average = None if recipe.ema is None else Average(self.model, recipe.ema)
         self.schedule = Schedule(recipe, self.total)
-        self.take = TrainingStep(self.model, recipe, device, looks.detect_nan)
+        self.take = TrainingStep(self.model, recipe, device, means.detect_nan)
         self.losses = Losses(device)
 
     @property
@@ -130,14 +133,15 @@ class Trainer:
 
         Raises Interrupted, with a checkpoint written, on a signal (``Interrupt``), and before step ``stop_at``.
         """
+        pin = self.device.type == "cuda"
         with (
             locked(self.out),
             Interrupt() as interrupt,
             self.writer,
-            Readers(self.split.train, self.workers, interrupt.look) as self.readers,
-            Readers(self.split.held_out, self.workers, interrupt.look) as self.held_out_readers,
+            Readers(self.split.train, self.means.workers, interrupt.look, pin) as self.readers,
+            Readers(self.split.held_out, self.means.workers, interrupt.look, pin) as self.held_out_readers,
             Log(self.out, self.step, self.evaluated) as log,
-            profiled(self.out, self.looks.profile, reporter.note) as stepped,
+            profiled(self.out, self.means.profile, reporter.note) as stepped,
         ):
             self._clear()
             self._begin(log, reporter)

@@ -85,7 +85,7 @@ def test_tar_files_are_packed_as_they_are(tmp_path: Path, ilsvrc: Path) -> None:
     assert Preparation(open_source(ilsvrc), out, 24, 4).run(2).images == {"train": 6, "val": 5}
     labels = [np.load(out / name).tolist() for name in ("train-00000.labels.npy", "val-00000.labels.npy")]
     assert labels == [[0, 0, 1, 1], [0, 2, 2, 1]]
-    expected = np.asarray(square(decode(io.BytesIO(jpeg(11)), "a JPEG"), 24, 24))
+    expected = np.asarray(square(decode(io.BytesIO(jpeg(11)), "a JPEG"), 24))
     assert np.array_equal(np.load(out / "train-00000.npy", mmap_mode="r")[2], expected)
     index = Preparation(open_source(wds), tmp_path / "wds-out", 24, 16).run(0)
     assert sum(index.images.values()) == 39

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from alexnet_ext.data import BadImage, Digits, ImageFolder, Preprocessing, Readers, Synthetic, batches
 from alexnet_ext.data.batches import collate, permutation
-from alexnet_ext.data.folder import COMPONENTS, DEVIATIONS
+from alexnet_ext.data.chance import COMPONENTS, DEVIATIONS
 from alexnet_ext.data.images import MAX_PIXELS, crop, read_image
 from alexnet_ext.data.listing import list_images
 from alexnet_ext.training.evaluate import to_device
@@ -251,8 +251,16 @@ def test_the_held_out_are_the_middle_of_what_is_trained_on(folder: Path) -> None
     square, size = train[0, 4].image, train.preprocessing.size
     assert square.shape == (3, train.preprocessing.resize, train.preprocessing.resize)
     start = (train.preprocessing.resize - size) // 2
-    middle = square[:, start : start + size, start : start + size]
-    assert (middle.float() - ready[0, 4].image.float()).abs().mean() < 6
+    assert torch.equal(square[:, start : start + size, start : start + size], ready[0, 4].image)
+
+
+@pytest.mark.parametrize("rest", range(8))
+def test_the_middle_begins_where_torchvisions_does(rest: int) -> None:
+    from torchvision.transforms.v2.functional import center_crop
+
+    image = picture(67 + rest, 67 + rest)
+    expected = torch.from_numpy(np.array(center_crop(image, 67))).permute(2, 0, 1)
+    assert torch.equal(crop(image, 67 + rest, 67), expected)
 
 
 def test_batches_are_the_epoch_in_a_new_order_each_time() -> None:

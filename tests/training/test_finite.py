@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from alexnet_ext.training import checkpoint
 from alexnet_ext.training.finite import NotFinite
 from alexnet_ext.training.step import TrainingStep
-from alexnet_ext.training.trainer import Looks, Trainer
+from alexnet_ext.training.trainer import Means, Trainer
 from tests.training.test_step import CPU, PREPROCESSING, batch, network, step_of
 from tests.training.test_training import TINY, reporter, split
 
@@ -99,7 +99,7 @@ def test_what_is_finite_trains_the_same_weights(recipe: Any) -> None:
 
 
 def test_a_run_ends_with_the_name_and_keeps_its_checkpoint(tmp_path: Path) -> None:
-    run = Trainer(replace(TINY, save_every=1), split(), tmp_path, CPU, looks=Looks(detect_nan=True))
+    run = Trainer(replace(TINY, save_every=1), split(), tmp_path, Means(CPU, detect_nan=True))
     clean = run.take.model.features.conv3.forward
     run.take.model.features.conv3.forward = lambda x: clean(x) / (run.take.number < 3)
     with pytest.raises(NotFinite, match=r"^step 3: aten.div in features.conv3 \(forward\) made "):
@@ -108,7 +108,7 @@ def test_a_run_ends_with_the_name_and_keeps_its_checkpoint(tmp_path: Path) -> No
 
 
 def test_weights_that_give_a_nan_are_named_before_they_are_saved(tmp_path: Path) -> None:
-    run = Trainer(replace(TINY, save_every=1), split(), tmp_path, CPU, looks=Looks(detect_nan=True))
+    run = Trainer(replace(TINY, save_every=1), split(), tmp_path, Means(CPU, detect_nan=True))
     clean = run.take.model.classifier.fc8.forward
     run.take.model.classifier.fc8.forward = lambda x: clean(x) / run.take.model.training
     with pytest.raises(NotFinite, match=r"^step 1: aten.div in classifier.fc8 \(forward\) made "):

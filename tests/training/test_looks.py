@@ -22,7 +22,7 @@ from alexnet_ext.training.log import Log, read_metrics
 from alexnet_ext.training.process import memory
 from alexnet_ext.training.profile import TRACE, profiled
 from alexnet_ext.training.recipe import PRECISION
-from alexnet_ext.training.trainer import Looks, Trainer
+from alexnet_ext.training.trainer import Means, Trainer
 from tests.cli.test_cli import SMALL
 from tests.training.test_step import CPU, PREPROCESSING, batch, network, step_of
 from tests.training.test_training import SIZE, TINY, reporter, split, trainer
@@ -89,7 +89,7 @@ def test_tensorboard_has_the_kernels_and_the_hyperparameters(tmp_path: Path) -> 
 def test_a_profile_is_a_chrome_trace_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profile, "WARM_UP", 2)
     text = io.StringIO()
-    run = Trainer(TINY, split(), tmp_path, CPU, looks=Looks(profile=2))
+    run = Trainer(TINY, split(), tmp_path, Means(CPU, profile=2))
     run.run(reporter(text))
     assert f"Profile of steps 3 to 4: {tmp_path / TRACE}" in text.getvalue()
     names = [event.get("name", "") for event in json.loads((tmp_path / TRACE).read_text())["traceEvents"]]

@@ -37,7 +37,7 @@ from alexnet_ext.training.progress import Reporter
 from alexnet_ext.training.recipe import DIGITS, IMAGENET, SCHEDULES, Recipe, chosen, default
 from alexnet_ext.training.schedule import Schedule
 from alexnet_ext.training.state import load
-from alexnet_ext.training.trainer import Trainer
+from alexnet_ext.training.trainer import Means, Trainer
 
 SIZE = 67  # the smallest input for the paper's five stages
 TINY = Recipe(
@@ -51,7 +51,7 @@ def split(images: int = 5, held_out: int = 3) -> Split:
 
 def trainer(out: Path, recipe: Recipe = TINY, data: Split | None = None, workers: int = 0) -> Trainer:
     out.mkdir(exist_ok=True)
-    return Trainer(recipe, data or split(), out, torch.device("cpu"), workers)
+    return Trainer(recipe, data or split(), out, Means(torch.device("cpu"), workers))
 
 
 def reporter(text: io.StringIO | None = None) -> Reporter:
