@@ -26,10 +26,12 @@ from .cli_options import (
 )
 from .training.interrupt import starting
 from .training.recipe import INIT_NAMES, RECIPES, SCHEDULES, Recipe, chosen
+from .variants import ACTIVATIONS
 
 Data = StrEnum("Data", ["digits", "synthetic"])
 Schedule = StrEnum("Schedule", list(SCHEDULES))  # type: ignore[misc]
 Init = StrEnum("Init", list(INIT_NAMES))  # type: ignore[misc]
+Activation = StrEnum("Activation", list(ACTIVATIONS))  # type: ignore[misc]
 RecipeName = StrEnum("RecipeName", list(RECIPES))  # type: ignore[misc]
 
 
@@ -71,6 +73,7 @@ def train(
     weights: Weights = None,
     freeze: Annotated[str | None, _option("Keep these weights: features, or a layer.", NETWORK, metavar="NAME")] = None,
     init: Annotated[Init | None, _option("Start of the weights.", NETWORK, BY_DATA)] = None,
+    activation: Annotated[Activation | None, _option("Others than relu take stock layers.", NETWORK, "relu")] = None,
     dropout: Annotated[float | None, _option("Share of fc6 and fc7 left out.", NETWORK, BY_DATA)] = None,
     no_augment: Annotated[bool, _option("No random crops and colours.", NETWORK, name="--no-augment")] = False,
     stock: Stock = False,
@@ -112,11 +115,10 @@ def train(
         from .training import run
         from .training.progress import lasting_console
 
-    where = device_of(device)
+    where, console = device_of(device), lasting_console(quiet)
     count = workers_of(workers, where.type)
     if threads is not None:
         torch.set_num_threads(threads)
-    console = lasting_console(quiet)
     if resume is not None:
         run.resume(resume, given, where, count, console, warn)
         return

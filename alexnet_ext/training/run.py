@@ -66,7 +66,8 @@ def from_weights(path: Path, warn: Callable[[str], None]) -> dict[str, Any]:
     found: dict[str, Any] = {"weights": os.path.abspath(file)}
     description = checkpoint.read_description(file) if file.suffix == ".safetensors" else None
     if description is not None:
-        return found | {"model": description.config.variant, "image_size": description.config.image_size}
+        config = description.config
+        return found | {"model": config.variant, "image_size": config.image_size, "activation": config.activation}
     try:
         return found | {"model": find_variant(file)}
     except (ValueError, ImportError) as error:
@@ -159,10 +160,12 @@ def _split(recipe: Recipe) -> Split:
 
 def _trainer(recipe: Recipe, split: Split, out: Path, device: torch.device, workers: int, console: Console) -> Trainer:
     try:
-        if not recipe.stock:
+        with torch.device("meta"):
+            network = models.alexnet(
+                recipe.model, not recipe.stock, image_size=recipe.image_size, init="torch", activation=recipe.activation
+            )
+        if network.fused:
             prepare(device, recipe.seed)  # races are run as the training will be
-            with torch.device("meta"):
-                network = models.alexnet(recipe.model, image_size=recipe.image_size, init="torch")
             side = network.config.image_size
             shape = (recipe.batch_size, 3, side, side)
             prove_kernels(network, shape, DTYPES[recipe.precision], device, console)
@@ -175,11 +178,13 @@ def _train(trainer: Trainer, console: Console) -> Evaluation:
     """Run, then write the pictures and print the result."""
     recipe, split, out = trainer.recipe, trainer.split, trainer.out
     parameters = sum(p.numel() for p in trainer.model.parameters())
-    kind = "stock layers" if recipe.stock else "fused layers"
+    kind = "fused layers" if trainer.model.fused else "stock layers"
     place = count(torch.get_num_threads(), "thread") if trainer.device.type == "cpu" else str(trainer.device)
     library = next((found for found in _library.LIBRARIES if found.device == trainer.device.type), None)
     say(console, f"AlexNet, variant {recipe.model}: {parameters / 1e6:.1f} M parameters, {kind}, {place}")
-    if not recipe.stock and library is not None and not library.loaded:
+    if recipe.activation != "relu" and not recipe.stock:
+        say(console, f"  the fused layers contain ReLU: with {recipe.activation} they are stock PyTorch")
+    if trainer.model.fused and library is not None and not library.loaded:
         say(console, f"  the layers run on stock PyTorch, slower: {library.reason}; to mend it: {library.remedy}")
     say(
         console,

@@ -74,6 +74,7 @@ class Trainer:
             image_size=recipe.image_size,
             dropout=recipe.dropout,
             init=recipe.init,
+            activation=recipe.activation,
         )
         self.model.to(device).to(memory_format=torch.channels_last)
         dtype = DTYPES[recipe.precision]
