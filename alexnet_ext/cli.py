@@ -64,6 +64,8 @@ def _command(
 app.command()(cli_train.train)
 app.command()(cli_data.prepare)
 app.command()(cli_results.evaluate)
+app.command()(cli_results.compare)
+app.command()(cli_results.figures)
 app.command()(cli_results.predict)
 
 
