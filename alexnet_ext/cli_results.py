@@ -142,7 +142,7 @@ def compare(
 
 def figures(
     runs: Annotated[
-        list[Path], typer.Argument(parser=path, metavar="RUN...", help="Run folders; several in one curve.")
+        list[Path], typer.Argument(parser=path, metavar="RUN...", help="Run folders; their curves share a picture.")
     ],
     out: Annotated[
         Path | None, typer.Option(parser=path, help="New or empty folder.", show_default="figures/ in the first RUN")

@@ -74,8 +74,9 @@ class Comparison:
             return f"both runs are right on {self.both + self.only_a:,} of the same {self.images:,} images ({p})"
         better = "B" if self.difference > 0 else "A"
         verdict = "beyond chance" if self.p_value < SIGNIFICANT else "which may be chance"
-        points = f"{abs(self.difference) * 100:.2g} points"
-        return f"run {better} is right on {points} more of the same {self.images:,} images, {verdict} ({p})"
+        points = f"{abs(self.difference) * 100:.3g}"
+        noun = "point" if points == "1" else "points"
+        return f"run {better} is right on {points} {noun} more of the same {self.images:,} images, {verdict} ({p})"
 
     def as_json(self) -> dict[str, Any]:
         """All of it, shares from 0 to 1, for JSON."""
@@ -102,15 +103,21 @@ def check_same_data(a: Description, b: Description, given: bool) -> None:
     for description in (a, b):
         if not description.data:
             raise CommandError("DIR: these weights name no data of their own, expected a folder of images", 2)
-    # A folder may have moved: its listing tells whether the images are the same.
-    known = [d.listing if is_folder(d.data) and d.listing else (d.data, d.val, d.held_out) for d in (a, b)]
-    if known[0] != known[1]:
+    if _held_out(a) != _held_out(b):
         shown = " and ".join(path_text(d.data) for d in (a, b))
         raise CommandError(
             f"the runs held out different images, of {shown}: one may have been trained on the other's; "
             "name a DIR that neither has seen",
             2,
         )
+
+
+def _held_out(description: Description) -> object:
+    """What is equal for the same held-out images. A folder may have moved: its listing tells."""
+    if is_folder(description.data) and description.listing:
+        return description.listing
+    size = description.config.image_size if description.data == "synthetic" else None  # each size has its own images
+    return description.data, description.val, description.held_out, size
 
 
 def _differing(a: tuple[str, ...], b: tuple[str, ...]) -> str:

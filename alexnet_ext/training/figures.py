@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from .. import models
-from .._errors import CommandError, os_error, path_text
+from .._errors import CommandError, path_text
 from .._optional import require
 from ..data.batches import Dataset, Key
 from ..data.preprocessing import Preprocessing
@@ -61,10 +61,11 @@ def figures(
     """
     require("matplotlib")
     runs = [_open(path, name) for path, name in zip(paths, _names(paths), strict=True)]
-    _make(out, runs)
+    _check_out(out, runs)
     made: list[Path] = []
 
     def draw(folder: Path, name: str, picture: Callable[..., None], *arguments: Any) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
         for kind in kinds:
             made.append(folder / f"{name}.{kind}")
             picture(made[-1], *arguments)
@@ -78,7 +79,6 @@ def figures(
     for run in runs:
         folder = out if len(runs) == 1 else out / run.name
         for name, picture, arguments in _of_network(run, device, workers, console, warn, last):
-            folder.mkdir(exist_ok=True)
             draw(folder, name, picture, *arguments)
     if not made:
         raise CommandError(f"{path_text(paths[0])}: neither {METRICS} nor weights in it, so nothing to draw")
@@ -113,19 +113,15 @@ def _is_whole(line: dict[str, Any]) -> bool:
     return all(isinstance(line.get(name), (int, float)) for name in needed.get(line["kind"], ("",)))
 
 
-def _make(out: Path, runs: Sequence[Run]) -> None:
-    """Make the folder ``out``. CommandError where files in it might be replaced, or be taken for training images."""
+def _check_out(out: Path, runs: Sequence[Run]) -> None:
+    """CommandError where files in ``out`` might be replaced, or be taken for training images."""
     check_folder(out)
     for run in runs:
         for data in (run.recipe.data, run.recipe.val) if run.recipe is not None else ():
             if data is not None and is_folder(data):
                 check_outside(out, Path(data))
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if any(out.iterdir()):
-            raise CommandError(f"{path_text(out)}: not empty; remove it, or name another --out", 2)
-    except OSError as error:
-        raise os_error(out, error) from error
+    if out.is_dir() and any(out.iterdir()):
+        raise CommandError(f"--out {path_text(out)}: not empty; remove it, or name another folder", 2)
 
 
 def _by_activation(runs: Sequence[Run]) -> list[tuple[str, list[dict[str, Any]]]]:

@@ -83,6 +83,13 @@ def test_a_run_keeps_its_activation(run: Path, tmp_path: Path, capsys: pytest.Ca
     assert "the fused layers contain ReLU: with tanh they are stock PyTorch" in capsys.readouterr().out
 
 
+def test_weights_of_another_activation_do_not_fit(run: Path) -> None:
+    weights = checkpoint.find_weights(run, pytest.fail)
+    models.load_weights(alexnet("paper", num_classes=10, image_size=67, activation="tanh"), weights)
+    with pytest.raises(ValueError, match="its activation is tanh, expected relu"):
+        models.load_weights(alexnet("paper", num_classes=10, image_size=67), weights)
+
+
 def test_a_checkpoint_without_the_field_is_of_relu() -> None:
     config = models.AlexNetConfig("paper", 10, 67, 0.5)
     description = checkpoint.Description(config, tuple("0123456789"), Digits.preprocessing(67), "digits", 0)
