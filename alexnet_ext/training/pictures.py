@@ -166,7 +166,7 @@ def _epoch_steps(lines: Lines) -> int | None:
     train = [line for line in lines if line["kind"] == "train"]
     if not train or train[-1].get("epoch", 0) < 1:
         return None
-    return max(line["step"] for line in train if line["epoch"] == 0)
+    return max((line["step"] for line in train if line["epoch"] == 0), default=None)
 
 
 def _epoch_errors(lines: Lines) -> list[float]:
