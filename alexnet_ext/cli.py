@@ -65,6 +65,8 @@ app.command()(cli_train.train)
 app.command()(cli_data.prepare)
 app.command()(cli_data.data_bench)
 app.command()(cli_results.evaluate)
+app.command()(cli_results.compare)
+app.command()(cli_results.figures)
 app.command()(cli_results.predict)
 
 

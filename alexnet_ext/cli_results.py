@@ -1,9 +1,10 @@
-"""The commands that use a trained network: ``alexnet evaluate`` and ``alexnet predict``."""
+"""The commands that use a trained network: ``alexnet evaluate``, ``compare``, ``figures`` and ``predict``."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from enum import StrEnum
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,6 +22,14 @@ if TYPE_CHECKING:
 PREDICTIONS = Path("predictions")
 
 
+class FigureFormat(StrEnum):
+    """Formats of ``alexnet figures``."""
+
+    png = "png"
+    svg = "svg"
+    both = "both"
+
+
 def evaluate(
     weights: Weights,
     folder: Annotated[
@@ -32,6 +41,9 @@ def evaluate(
     last: Last = False,
     model: Model = None,
     precision: Annotated[Precision, typer.Option()] = Precision.fp32,
+    ten_crop: Annotated[
+        bool, typer.Option("--ten-crop", help="Mean softmax of corners, centre and their mirror images, as the paper.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     confusion: Annotated[
         Path | None, typer.Option(parser=path, metavar="PICTURE", help="Draw which class is taken for which.")
@@ -59,7 +71,7 @@ def evaluate(
     console = Console(stderr=json)
     network, description = results.load(weights, model, stock, where, warn, last)
     result, dataset = results.evaluate_weights(
-        network, description, folder, where, precision, workers_of(workers, where.type), console, warn
+        network, description, folder, where, precision, workers_of(workers, where.type), console, warn, ten_crop
     )
     for error in result.errors:
         warn(f"skipped {error}")
@@ -79,6 +91,78 @@ def evaluate(
         f"({result.images / result.seconds:.0f} a second)",
         style="bold",
     )
+
+
+def compare(
+    a: Annotated[Path, typer.Argument(parser=path, metavar="RUN", help="A: a run, a checkpoint or a weights file.")],
+    b: Annotated[Path, typer.Argument(parser=path, metavar="RUN", help="B: another one, of the same classes.")],
+    folder: Annotated[
+        Path | None,
+        typer.Argument(
+            parser=path, metavar="[DIR]", help="Images, one folder a class.", show_default="what both held out"
+        ),
+    ] = None,
+    last: Last = False,
+    precision: Annotated[Precision, typer.Option()] = Precision.fp32,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    stock: Stock = False,
+    device: Device = "auto",
+    workers: Workers = None,
+) -> None:
+    """Say whether two trained networks differ beyond chance on the same held-out images."""
+    with starting():
+        from .training import compare as comparing
+        from .training import results, run
+
+    where = device_of(device)
+    console = Console(stderr=json)
+    count = workers_of(workers, where.type)
+    networks = [results.load(weights, None, stock, where, warn, last) for weights in (a, b)]
+    comparing.check_same_data(networks[0][1], networks[1][1], folder is not None)
+    found = [
+        results.evaluate_weights(network, description, folder, where, precision, count, console, tell)
+        for (network, description), tell in zip(networks, (warn, lambda _: None), strict=True)  # the notes are the same
+    ]
+    for error in found[0][0].errors:
+        warn(f"skipped {error}")
+    comparison = comparing.compare(*found)
+    if json:
+        _print_json({"a": str(a), "b": str(b), **comparison.as_json()})
+        return
+    console.print(comparison.table())
+    for name, weights, (result, _) in zip("AB", (a, b), found, strict=True):
+        run.say(console, f"{name} is {path_text(weights)}: top-1 {result.top1:.2%}")
+    low, high = comparison.interval
+    run.say(
+        console,
+        f"B less A: {comparison.difference * 100:+.2f} points, 95 % interval {low * 100:+.2f} to {high * 100:+.2f}",
+    )
+    run.say(console, comparison.sentence(), style="bold")
+
+
+def figures(
+    runs: Annotated[
+        list[Path], typer.Argument(parser=path, metavar="RUN...", help="Run folders; their curves share a picture.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(parser=path, help="New or empty folder.", show_default="figures/ in the first RUN")
+    ] = None,
+    kind: Annotated[FigureFormat, typer.Option("--format", help="png, svg or both.")] = FigureFormat.both,
+    last: Last = False,
+    device: Device = "auto",
+    workers: Workers = None,
+) -> None:
+    """Draw the paper's figures 1, 3 and 4, the confusion and the curves of finished runs, to print."""
+    with starting():
+        from .training import figures as drawing
+        from .training import run
+
+    where, console = device_of(device), Console()
+    kinds = ("png", "svg") if kind is FigureFormat.both else (kind.value,)
+    target = out or runs[0] / "figures"
+    made = drawing.figures(runs, target, kinds, where, workers_of(workers, where.type), console, warn, last)
+    for file in made:
+        run.say(console, path_text(file))
 
 
 def predict(

@@ -26,6 +26,7 @@ from .cli_options import (
 )
 from .training.interrupt import starting
 from .training.recipe import INIT_NAMES, OPTIMIZERS, PRECISION, RECIPES, SCHEDULES, Recipe, chosen
+from .variants import ACTIVATIONS
 
 Data = StrEnum("Data", ["digits", "synthetic"])
 Schedule = StrEnum("Schedule", list(SCHEDULES))  # type: ignore[misc]
@@ -33,6 +34,7 @@ Optimizer = StrEnum("Optimizer", list(OPTIMIZERS))  # type: ignore[misc]
 Init = StrEnum("Init", list(INIT_NAMES))  # type: ignore[misc]
 Cache = StrEnum("Cache", ["ram", "device"])
 Loader = StrEnum("Loader", ["dali"])
+Activation = StrEnum("Activation", list(ACTIVATIONS))  # type: ignore[misc]
 RecipeName = StrEnum("RecipeName", list(RECIPES))  # type: ignore[misc]
 
 
@@ -91,6 +93,7 @@ def train(
     weights: Weights = None,
     freeze: Annotated[str | None, _option("Keep these weights: features, or a layer.", NETWORK, metavar="NAME")] = None,
     init: Annotated[Init | None, _option("Start of the weights.", NETWORK, BY_DATA)] = None,
+    activation: Annotated[Activation | None, _option("Others than relu take stock layers.", NETWORK, "relu")] = None,
     dropout: Annotated[float | None, _option("Share of fc6 and fc7 left out.", NETWORK, BY_DATA)] = None,
     no_augment: Annotated[bool, _option("No random crops and colours.", NETWORK, name="--no-augment")] = False,
     stock: Stock = False,

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from .variants import ANY_SIZE, HIDDEN, STRIDE, VARIANTS, WINDOW, AlexNetConfig, stages
+from .variants import ACTIVATIONS, ANY_SIZE, HIDDEN, STRIDE, VARIANTS, WINDOW, AlexNetConfig, stages
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-KINDS = {"relu": "ReLU", "norm": "LRN", "pool": "max pooling, overlapping"}
+KINDS = {"norm": "LRN", "pool": "max pooling, overlapping"}
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,14 @@ def layer_rows(config: AlexNetConfig) -> list[LayerRow]:
     Each weight is used once at each output position; bias additions are not counted.
     """
     table, found = VARIANTS[config.variant], stages(config)
+    activation = ACTIVATIONS[config.activation]
+    names = KINDS | {"relu": activation}
     rows = []
     for index, stage in enumerate(found, 1):
         conv = stage.conv
         first = stage.after.index("pool") if "pool" in stage.after else len(stage.after)
-        kinds = [["convolution", *(KINDS[kind] for kind in stage.after[:first])]]
-        kinds += [[KINDS[kind] for kind in stage.after[first:]]] if first < len(stage.after) else []
+        kinds = [["convolution", *(names[kind] for kind in stage.after[:first])]]
+        kinds += [[names[kind] for kind in stage.after[first:]]] if first < len(stage.after) else []
         weights = conv.channels * stage.in_channels // conv.groups * conv.kernel**2
         rows.append(
             LayerRow(
@@ -62,7 +64,7 @@ def layer_rows(config: AlexNetConfig) -> list[LayerRow]:
         output = (channels, side, side)
         rows.append(LayerRow("avgpool", "average pooling", None, None, None, None, output, 0, 0))
     dropout = f"dropout {config.dropout:g}"
-    hidden = (dropout, "linear", "ReLU") if table.dropout_first else ("linear", "ReLU", dropout)
+    hidden = (dropout, "linear", activation) if table.dropout_first else ("linear", activation, dropout)
     sizes = [channels * side * side, HIDDEN, HIDDEN, config.num_classes]
     for index, (inputs, outputs) in enumerate(pairwise(sizes), 6):
         kind = " + ".join(hidden) if index < 8 else "linear"

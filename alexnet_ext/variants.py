@@ -74,6 +74,7 @@ WINDOW, STRIDE = 3, 2
 ANY_SIZE = 6  # side of the average pool's output, in a variant of any size
 HIDDEN = 4096  # outputs of fc6 and fc7
 INIT_NAMES = ("paper", "kaiming", "torch")
+ACTIVATIONS = {"relu": "ReLU", "tanh": "tanh", "sigmoid": "sigmoid"}  # by name, as tables and pictures print them
 LARGEST = 2**24  # of image_size and num_classes: larger byte counts overflow 63 bits
 
 
@@ -85,9 +86,12 @@ class AlexNetConfig:
     num_classes: int
     image_size: int
     dropout: float
+    activation: str = "relu"
 
 
-def config_of(variant: str, num_classes: int, image_size: int | None, dropout: float) -> AlexNetConfig:
+def config_of(
+    variant: str, num_classes: int, image_size: int | None, dropout: float, activation: str = "relu"
+) -> AlexNetConfig:
     """The checked arguments of ``models.alexnet``, which says what they and the errors are."""
     if variant not in VARIANTS:
         raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
@@ -99,7 +103,9 @@ def config_of(variant: str, num_classes: int, image_size: int | None, dropout: f
             raise ValueError(f"{name} must be at most {LARGEST:,}, got {value:,}")
     if not 0 <= dropout <= 1:
         raise ValueError(f"dropout must be between 0 and 1, got {dropout!r}")
-    return AlexNetConfig(variant, num_classes, size, float(dropout))
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    return AlexNetConfig(variant, num_classes, size, float(dropout), activation)
 
 
 class Stage(NamedTuple):

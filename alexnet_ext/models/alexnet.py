@@ -30,6 +30,13 @@ DEPTH = 4  # conv1's stride, and the space_to_depth that ``ops.augment`` has
 # A bias of 1 feeds the ReLUs positive values from the start, "which accelerates the early stages of learning".
 BIAS_ONE = ("conv2", "conv4", "conv5", "fc6", "fc7")
 
+# By the names of ``ACTIVATIONS``. A layer of another one is still called relu1 ... relu7, by its place.
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "relu": lambda: nn.ReLU(inplace=True),
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+}
+
 Weighted = nn.Conv2d | nn.Linear
 
 
@@ -60,19 +67,20 @@ class AlexNet(nn.Module):
     """The network of ``alexnet()``, which checks the arguments and gives the weights their start.
 
     ``features`` (conv1, relu1, ... pool5) and ``classifier`` (fc6, ... fc8) are ``nn.Sequential``; ``config``
-    holds the arguments and ``fused`` whether the layers are fused.
+    holds the arguments and ``fused`` whether the layers are fused: never where the activation is not ReLU, which the
+    fused ones contain.
     """
 
     def __init__(self, config: AlexNetConfig, fused: bool = True) -> None:
         super().__init__()
         self.config = config
-        self.fused = fused
+        self.fused = fused = fused and config.activation == "relu"
         self.sides: tuple[int, ...] = (config.image_size,)  # of the images that forward takes
         table = VARIANTS[config.variant]
         self.features = nn.Sequential()
         found = stages(config)
         for index, stage in enumerate(found, 1):
-            for kind, layer in _convolution(table, stage, fused).items():
+            for kind, layer in _convolution(table, stage, config, fused).items():
                 self.features.add_module(f"{kind}{index}", layer)
         size = found[-1].output
         if table.any_size:
@@ -147,12 +155,12 @@ class AlexNet(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in vars(self.config).items())
 
 
-def _convolution(table: Variant, stage: Stage, fused: bool) -> dict[str, nn.Module]:
+def _convolution(table: Variant, stage: Stage, config: AlexNetConfig, fused: bool) -> dict[str, nn.Module]:
     """A convolution and the layers that follow it, by kind."""
     conv, after = stage.conv, stage.after
     arguments = (stage.in_channels, conv.channels, conv.kernel, conv.stride, stage.padding, 1, conv.groups)
     pool = nn.MaxPool2d(WINDOW, STRIDE, ceil_mode=table.ceil_mode)
-    stock: dict[str, nn.Module] = {"relu": nn.ReLU(inplace=True), "pool": pool}
+    stock: dict[str, nn.Module] = {"relu": LAYERS[config.activation](), "pool": pool}
     if table.lrn is not None:
         stock["norm"] = (fused_nn if fused else nn).LocalResponseNorm(*table.lrn)
     layers = {kind: stock[kind] for kind in after}
@@ -181,7 +189,7 @@ def _classifier(table: Variant, features: int, config: AlexNetConfig, fused: boo
         if table.dropout_first:
             layers.add_module(f"drop{index}", nn.Dropout(config.dropout))
         layers.add_module(f"fc{index}", fused_nn.LinearReLU(inputs, HIDDEN) if fused else nn.Linear(inputs, HIDDEN))
-        layers.add_module(f"relu{index}", nn.Identity() if fused else nn.ReLU(inplace=True))
+        layers.add_module(f"relu{index}", nn.Identity() if fused else LAYERS[config.activation]())
         if not table.dropout_first:
             layers.add_module(f"drop{index}", nn.Dropout(config.dropout))
     layers.add_module("fc8", nn.Linear(HIDDEN, config.num_classes))
@@ -195,6 +203,7 @@ def alexnet(
     image_size: int | None = None,
     dropout: float = 0.5,
     init: str = "paper",
+    activation: str = "relu",
 ) -> AlexNet:
     """The 2012 network or one of its relatives, (N, 3, image_size, image_size) to (N, num_classes).
 
@@ -210,12 +219,14 @@ def alexnet(
         dropout: probability on fc6 and fc7 in training.
         init: ``"paper"`` (N(0, 0.01), biases 1 in conv2, conv4, conv5, fc6, fc7 and 0 elsewhere), ``"kaiming"``
             (N(0, 2 / inputs), biases 0) or ``"torch"`` (PyTorch's own).
+        activation: ``"relu"``, ``"tanh"`` or ``"sigmoid"``, to compare them as the paper's figure 1 does. The last two
+            build stock layers, whatever ``fused`` says.
 
     Raises:
-        ValueError: an unknown variant or init, num_classes below 1, dropout outside 0 to 1, an image too small; or
-            a number beyond ``LARGEST``.
+        ValueError: an unknown variant, init or activation, num_classes below 1, dropout outside 0 to 1, an image too
+            small; or a number beyond ``LARGEST``.
     """
-    config = config_of(variant, num_classes, image_size, dropout)
+    config = config_of(variant, num_classes, image_size, dropout, activation)
     if init not in INITS:
         raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
     model = AlexNet(config, fused)

@@ -28,6 +28,8 @@ class Contents(NamedTuple):
     """The kinds that follow conv1, as in ``Variant.order``, where the format tells."""
     variant: str | None = None
     """The variant, where the format names it."""
+    activation: str | None = None
+    """One of ``ACTIVATIONS``, where the format names it."""
     groups: tuple[int, ...] | None = None
     """The groups of each convolution, where the format tells."""
     lrn: LRN | None = None

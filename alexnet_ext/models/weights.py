@@ -113,7 +113,7 @@ def find_variant(path: str | os.PathLike[str]) -> str:
         state = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("features.")}
         contents = reader(file, model)
         found = {name: entry for name, entry in contents.entries.items() if name.startswith("features.")}
-        if not _differences(contents._replace(entries=found), model, state):
+        if not _differences(contents._replace(entries=found, activation=None), model, state):
             return variant
     return candidates[0]
 
@@ -144,6 +144,8 @@ def _other_network(contents: Contents, model: AlexNet) -> Iterator[str]:
     table = VARIANTS[variant]
     if contents.variant not in (None, variant):
         yield f"it is of variant {contents.variant!r}"
+    if contents.activation not in (None, model.config.activation):
+        yield f"its activation is {contents.activation}, expected {model.config.activation}"
     if contents.order is not None and contents.order != tuple(kind for kind in table.order if kind != "relu"):
         yield f"conv1 is followed by {' and '.join(contents.order) or 'neither norm nor pool'}"
     pairs = zip(contents.lrn or (), table.lrn or (), strict=False)
@@ -190,6 +192,7 @@ def _read_safetensors(file: Path, model: AlexNet) -> Contents:
             described = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
         header = json.loads(metadata.get("alexnet_ext", "{}"))
         variant = header["config"]["variant"] if header else None
+        activation = header["config"].get("activation", "relu") if header else None
         preprocessing = None
         if header.get("preprocessing"):
             given = header["preprocessing"]
@@ -209,7 +212,8 @@ def _read_safetensors(file: Path, model: AlexNet) -> Contents:
     entries = {
         name: Entry(shape, dtypes.get(dtype, torch.int64), reader(name)) for name, (shape, dtype) in described.items()
     }
-    return _own_names(Contents(entries, variant=variant, preprocessing=preprocessing), path_text(file))
+    contents = Contents(entries, variant=variant, activation=activation, preprocessing=preprocessing)
+    return _own_names(contents, path_text(file))
 
 
 def _read_torch(file: Path, model: AlexNet) -> Contents:

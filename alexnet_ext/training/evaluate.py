@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -12,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._errors import BadImage
+from .._errors import BadImage, CommandError
 from ..data.batches import Batch, Dataset, Drawn, Key, batches
 from ..data.preprocessing import Preprocessing, bilinear
 from ..ops import augment
@@ -92,6 +95,42 @@ def to_device(
     return augment(pixels, offsets, flips, shifts, size, mean=mean, std=std, **augmented)
 
 
+def ten_crops(images: Tensor, size: int) -> Iterator[Tensor]:
+    """The paper's ten views of (N, channels, height, width), each (N, channels, size, size): the four corners and the
+    centre, then those of the mirror image."""
+    down, right = images.shape[-2] - size, images.shape[-1] - size
+    places = [(0, 0), (0, right), (down, 0), (down, right), (down // 2, right // 2)]
+    for view in (images, images.flip(-1)):
+        for top, left in places:
+            yield view[..., top : top + size, left : left + size]
+
+
+def with_room(dataset: Dataset, preprocessing: Preprocessing) -> Dataset:
+    """The images of ``dataset`` as whole squares of side ``preprocessing.resize``, for ``evaluate(ten_crop=True)``.
+    Raises CommandError where a crop has no room around it, as in digits."""
+    if preprocessing.resize == preprocessing.size:
+        raise CommandError(
+            "--ten-crop: these images fill the network's input, expected some with room around a crop", 2
+        )
+    wide: Any = copy.copy(dataset)
+    wide.preprocessing = dataclasses.replace(preprocessing, size=preprocessing.resize)
+    return wide
+
+
+def _logits(
+    model: nn.Module, images: Tensor, preprocessing: Preprocessing, device: torch.device, ten_crop: bool
+) -> Tensor:
+    """Scores of a batch, on the CPU; of ten crops the logarithm of their mean softmax. One crop of each image passes
+    the network at a time, so that ten take no more memory than one."""
+    if not ten_crop:
+        return model(to_device(images, preprocessing, device)).float().cpu()
+    crops = [
+        model(to_device(crop, preprocessing, device)).float().cpu().log_softmax(1)
+        for crop in ten_crops(images, preprocessing.size)
+    ]
+    return torch.stack(crops).logsumexp(0) - math.log(len(crops))
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
@@ -101,13 +140,15 @@ def evaluate(
     device: torch.device,
     precision: str = "fp32",
     limit: int | None = None,
+    ten_crop: bool = False,
     read: Callable[[Sequence[Sequence[Key]]], Iterator[Batch]] | None = None,
     on_batch: Callable[[int, int], None] = lambda _done, _total: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Evaluate on the first ``limit`` images; unreadable ones are left out and listed. ``read`` is as for ``batches``;
-    ``on_batch(done, total)`` is called after each batch. Raises Interrupted when ``stop()`` turns true. ``model``
-    keeps its mode."""
+    ``on_batch(done, total)`` is called after each batch. ``ten_crop`` averages the softmax over ten crops of each image
+    (section 4.1 of the paper); ``dataset`` is then one of ``with_room``. Raises Interrupted when ``stop()`` turns true.
+    ``model`` keeps its mode."""
     was_training = model.training
     model.eval()
     start, loss, errors = time.perf_counter(), 0.0, []
@@ -122,7 +163,7 @@ def evaluate(
             errors += batch.errors
             if len(batch.targets):
                 with autocast(device, precision):
-                    logits = model(to_device(batch.images, preprocessing, device)).float().cpu()
+                    logits = _logits(model, batch.images, preprocessing, device, ten_crop)
                 loss += float(F.cross_entropy(logits, batch.targets, reduction="sum"))
                 scores = logits.softmax(1)
                 best = scores.topk(min(5, scores.shape[1]))

@@ -1,4 +1,5 @@
-"""The pictures of a run: its curves, the first layer's kernels (the paper's figure 3) and guesses (figure 4)."""
+"""The pictures of runs: curves, activations (the paper's figure 1), the first layer's kernels (figure 3), guesses and
+nearest images (figure 4), and which class is taken for which."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import random
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +30,11 @@ if TYPE_CHECKING:
 logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
 FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".pdf": "pdf", ".svg": "svg", "": "png"}
-BLUE, PALE, ORANGE, GREEN, RED, GREY = "#1f5fa8", "#a9c4e4", "#e07b00", "#2a8f4d", "#c23b22", "#5c6670"
+# Okabe and Ito's colours, which colour-blind readers can tell apart; PALE and GREY are tints.
+BLUE, PALE, ORANGE, GREEN, RED, GREY = "#0072b2", "#a9c4e4", "#e69f00", "#009e73", "#d55e00", "#5c6670"
+SERIES = (BLUE, RED, GREEN, "#cc79a7", ORANGE, "#56b4e9", "#000000")  # a run each; then again, dashed
+DASHES = ("-", "--", ":", "-.")
+DPI = {"svg": 300}  # of images inside of a drawing; other formats take the figure's
 STYLE = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -42,7 +47,16 @@ STYLE = {
     "grid.color": "#e6e9ec",
     "axes.axisbelow": True,
     "text.parse_math": False,  # names of files and classes may hold dollars
+    "svg.hashsalt": "alexnet_ext",  # the same picture has the same bytes
 }
+
+
+class Row(NamedTuple):
+    """A row of ``nearest``: an image and its class; then (image, class, distance) of others, the nearest first."""
+
+    image: Tensor
+    target: int
+    near: list[tuple[Tensor, int, float]]
 
 
 def curves(path: Path, lines: Sequence[dict[str, Any]]) -> None:
@@ -88,18 +102,100 @@ def curves(path: Path, lines: Sequence[dict[str, Any]]) -> None:
         _write(figure, path)
 
 
-def kernels(path: Path, weight: Tensor, start: Tensor) -> None:
-    """Every kernel of the first convolution as a small image.
+Lines = Sequence[dict[str, Any]]
+
+
+def several_curves(path: Path, runs: Sequence[tuple[str, Lines]]) -> None:
+    """Training loss, training accuracy and held-out error of named runs, from the lines of their metrics.jsonl: over
+    epochs where all runs have two or more, else over steps."""
+    lengths = [_epoch_steps(lines) for _, lines in runs]
+    by_epoch = None not in lengths
+    with require("matplotlib").rc_context(STYLE):
+        figure = _figure(10, 3.6)
+        loss, accuracy, error = figure.subplots(1, 3)
+        for number, ((name, lines), length) in enumerate(zip(runs, lengths, strict=True)):
+            style = _style(number) | {"label": _short(name, 40)}
+            scale = 1 / length if by_epoch and length is not None else 1
+            train = [line for line in lines if line["kind"] == "train"]
+            held_out = [line for line in lines if line["kind"] == "evaluate"]
+            steps = np.array([line["step"] * scale for line in train])
+            for axes, key, factor in ((loss, "loss", 1), (accuracy, "accuracy", 100)):
+                values = np.array([line[key] * factor for line in train], dtype=float)
+                axes.plot(steps, _smooth(values), **style)
+            points = [(line["step"] * scale, 100 - line["top1"] * 100) for line in held_out]
+            error.plot(*(zip(*points, strict=True) if points else ((), ())), marker="o", markersize=3.5, **style)
+        for axes, title in ((loss, "Training loss"), (accuracy, "Training accuracy"), (error, "Held-out error")):
+            axes.set_title(title, loc="left", fontweight="bold")
+            axes.set_xlabel("epoch" if by_epoch else "step")
+            axes.set_ylim(bottom=0)
+            axes.set_xlim(left=0)
+            if axes is not loss:
+                axes.yaxis.set_major_formatter("{x:.0f} %")
+        accuracy.set_ylim(0, 102)
+        if len(runs) > 1:
+            figure.legend(*loss.get_legend_handles_labels(), loc="outside lower left", ncols=4, frameon=False)
+        _write(figure, path)
+
+
+def activations(path: Path, runs: Sequence[tuple[str, Lines]]) -> None:
+    """The paper's figure 1: the training error of each whole epoch, measured while it trains, by named activation."""
+    with require("matplotlib").rc_context(STYLE):
+        figure = _figure(5, 3.8)
+        axes = figure.add_subplot()
+        for number, (name, lines) in enumerate(runs):
+            errors = _epoch_errors(lines)
+            epochs = range(1, len(errors) + 1)
+            axes.plot(epochs, errors, marker="o", markersize=4, label=_short(name, 40), **_style(number, dashed=True))
+        axes.set_xlabel("epoch")
+        axes.set_ylabel("training error")
+        axes.set_ylim(0)
+        axes.xaxis.set_major_locator(require("matplotlib.ticker").MaxNLocator("auto", integer=True))
+        axes.yaxis.set_major_formatter("{x:.0f} %")
+        axes.legend(frameon=False)
+        _write(figure, path)
+
+
+def _style(number: int, dashed: bool = False) -> dict[str, Any]:
+    """Colour and line of a series; ``dashed`` gives each a dash of its own, for a print without colours."""
+    dashes = number if dashed else number // len(SERIES)
+    return {"color": SERIES[number % len(SERIES)], "linestyle": DASHES[dashes % len(DASHES)], "linewidth": 1.6}
+
+
+def _epoch_steps(lines: Lines) -> int | None:
+    """Steps of one epoch; None for a run that did not reach its second one."""
+    train = [line for line in lines if line["kind"] == "train"]
+    if not train or train[-1].get("epoch", 0) < 1:
+        return None
+    return max((line["step"] for line in train if line["epoch"] == 0), default=None)
+
+
+def _epoch_errors(lines: Lines) -> list[float]:
+    """The mean training error of each epoch, in percent; an unfinished last one is left out, unless it is the only."""
+    found: dict[int, list[float]] = {}
+    for line in lines:
+        if line["kind"] == "train":
+            found.setdefault(line["epoch"], []).append(100 - line["accuracy"] * 100)
+    whole = len(found) > 1 and len(found[max(found)]) < (_epoch_steps(lines) or 0)
+    return [float(np.mean(found[epoch])) for epoch in sorted(found)[: -1 if whole else None]]
+
+
+def kernels(path: Path, weight: Tensor, start: Tensor | None = None, towers: int = 1) -> None:
+    """Every kernel of the first convolution as a small image, those of each of the ``towers`` in a block of their own.
 
     After a short run they still look like their random ``start``; the difference is then drawn below.
     """
-    weight, start = weight.detach().float().cpu(), start.detach().float().cpu()
+    weight = weight.detach().float().cpu()
     count, _, height, width = weight.shape
-    sheets = [(f"The {count} kernels of the first convolution, {height} x {width} x 3", weight)]
-    if (weight - start).norm() < start.norm():
-        sheets.append(("What training has added to their random start", weight - start))
-    columns = 16 if count % 16 == 0 else 8
-    rows = -(-count // columns)
+    title, blocks = f"{count} kernels of the first convolution, {height} x {width} x 3", weight.chunk(towers)
+    sheets = [(f"Tower {number}: {len(block)} of the {title}", block) for number, block in enumerate(blocks, 1)]
+    if towers == 1:
+        sheets = [(f"The {title}", weight)]
+    if start is not None:
+        added = weight - start.detach().float().cpu()
+        if added.norm() < start.norm():
+            sheets.append(("What training has added to their random start", added))
+    columns = 16 if len(blocks[0]) % 16 == 0 else 8
+    rows = -(-len(blocks[0]) // columns)
     with require("matplotlib").rc_context(STYLE):
         figure = _figure(columns * 0.6, (rows * 0.6 + 0.4) * len(sheets))
         for index, (title, values) in enumerate(sheets, 1):
@@ -128,7 +224,7 @@ def guesses(path: Path, dataset: Dataset, result: Evaluation, classes: Sequence[
     title = "Held-out images and their five best guesses, the right class in green"
     if result.images >= 8:
         hardest = result.truth.argsort()[:4].tolist()
-        chosen = _of_all_classes(result.targets.tolist(), 4, seed, without=hardest) + hardest
+        chosen = of_all_classes(result.targets.tolist(), 4, seed, without=hardest) + hardest
         title += "; the lower row is the most wrong"
     with require("matplotlib").rc_context(STYLE):
         rows = -(-len(chosen) // 4)
@@ -150,7 +246,7 @@ def guesses(path: Path, dataset: Dataset, result: Evaluation, classes: Sequence[
         _write(figure, path)
 
 
-def _of_all_classes(targets: Sequence[int], count: int, seed: int, without: Sequence[int]) -> list[int]:
+def of_all_classes(targets: Sequence[int], count: int, seed: int, without: Sequence[int] = ()) -> list[int]:
     """Places of ``count`` images, drawn by chance: no class comes twice before each has come once."""
     chance = random.Random(seed)
     places = [place for place in range(len(targets)) if place not in without]
@@ -161,6 +257,34 @@ def _of_all_classes(targets: Sequence[int], count: int, seed: int, without: Sequ
         turns.append((seen.setdefault(targets[place], 0), place))
         seen[targets[place]] += 1
     return [place for _, place in sorted(turns, key=lambda turn: turn[0])[:count]]
+
+
+def nearest(path: Path, rows: Sequence[Row], classes: Sequence[str], compared: int, images: int) -> None:
+    """Held-out images, and next to each the training images with the nearest fc7 vectors, and their distance. Of all
+    training ``images`` that many were ``compared``."""
+    of = f"{compared:,} training images" if compared == images else f"{compared:,} of {images:,} training images"
+    columns = 1 + max(len(row.near) for row in rows)
+    with require("matplotlib").rc_context(STYLE):
+        figure = _figure(1.15 * columns + 0.2, 1.38 * len(rows) + 0.5)
+        figure.suptitle(
+            f"Held-out images (left), and the nearest of {of} by the distance of their fc7 vectors",
+            x=0.01,
+            ha="left",
+            fontsize=10,
+            color=GREY,
+        )
+        ratios = [1.0, 0.12, *[1.0] * (columns - 1)]
+        grid = figure.subplots(len(rows), columns + 1, squeeze=False, width_ratios=ratios)
+        for cell in grid.flat:
+            cell.set_axis_off()
+        for cells, row in zip(grid, rows, strict=True):
+            _show(cells[0], row.image)
+            cells[0].set_title(_short(classes[row.target], 14), fontsize=9, fontweight="bold", color=GREY)
+            for cell, (image, target, distance) in zip(cells[2:], row.near, strict=False):
+                _show(cell, image)
+                colour = GREEN if target == row.target else RED
+                cell.set_title(f"{_short(classes[target], 14)}\n{distance:#.3g}", fontsize=7, color=colour)
+        _write(figure, path)
 
 
 def confusion(path: Path, result: Evaluation, classes: Sequence[str]) -> None:
@@ -180,7 +304,7 @@ def confusion(path: Path, result: Evaluation, classes: Sequence[str]) -> None:
         axes.set_title(f"{result.top1:.1%} of {result.images:,} images right", loc="left", fontweight="bold")
         if named:
             names = [_short(name) for name in classes]
-            axes.set_xticks(range(count), names, rotation=90, fontsize=8)
+            axes.set_xticks(range(count), names, rotation=90 * (max(map(len, names)) > 3), fontsize=8)
             axes.set_yticks(range(count), names, fontsize=8)
         for target, guess in pairs.nonzero().tolist() if count <= 20 else []:
             colour = "white" if shares[target, guess] > 0.5 else GREY
@@ -275,6 +399,6 @@ def _write(figure: Figure, path: Path) -> None:
     with warnings.catch_warnings():
         # A name in a script that the font lacks is drawn as boxes.
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
-        metadata = {"Source": str(figure.get_label())} if kind == "png" else None
-        figure.savefig(buffer, format=kind, facecolor="white", metadata=metadata)
+        metadata = {"png": {"Source": str(figure.get_label())}, "svg": {"Date": None}}.get(kind)
+        figure.savefig(buffer, format=kind, facecolor="white", metadata=metadata, dpi=DPI.get(kind, "figure"))
     write_file(path, buffer.getvalue())

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from .._errors import CommandError, path_text
-from ..variants import INIT_NAMES, VARIANTS
+from ..variants import ACTIVATIONS, INIT_NAMES, VARIANTS
 
 SCHEDULES = ("cosine", "linear", "constant", "plateau")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -16,6 +16,7 @@ OPTIMIZERS = ("sgd", "lars")
 CHOICES: dict[str, tuple[str, ...]] = {
     "model": tuple(VARIANTS),
     "init": INIT_NAMES,
+    "activation": tuple(ACTIVATIONS),
     "schedule": SCHEDULES,
     "precision": PRECISIONS,
     "optimizer": OPTIMIZERS,
@@ -116,6 +117,7 @@ class Recipe:
     model: str = "paper"
     image_size: int | None = None
     init: str = "paper"
+    activation: str = "relu"
     weights: str | None = None
     freeze: str | None = None
     dropout: float = 0.5

@@ -20,9 +20,9 @@ from .._errors import CommandError, path_text
 from ..data.batches import Dataset
 from ..data.folder import ImageFolder
 from ..data.readers import Readers
-from ..data.sources import open_held_out, open_split
+from ..data.sources import Split, open_held_out, open_split
 from . import checkpoint
-from .evaluate import BATCH, DTYPES, Evaluation, evaluate
+from .evaluate import BATCH, DTYPES, Evaluation, evaluate, with_room
 from .progress import Reporter
 from .proving import prove_kernels
 
@@ -57,23 +57,29 @@ def evaluate_weights(
     workers: int,
     console: Console,
     warn: Callable[[str], None],
+    ten_crop: bool = False,
 ) -> tuple[Evaluation, Dataset]:
-    """Evaluate on the images of ``folder``, or on those that the run held out. Returns the images too."""
-    if folder is not None:
-        dataset: Dataset
-        dataset, notes = open_held_out(folder, description.preprocessing, description.classes)
-    elif not description.data:
-        raise CommandError("DIR: these weights name no data of their own, expected a folder of images", 2)
-    else:
-        split = open_split(description.data, description.preprocessing.size, 0, description.val, description.held_out)
-        dataset, notes = split.brought_as(description.preprocessing).held_out, split.notes
-        shown = path_text(description.data)
-        if tuple(dataset.classes) != description.classes:
-            raise CommandError(f"{shown}: its classes are not those trained on", 2)
-        if split.listing != description.listing:
-            warn(f"{shown}: not the images that the run began with; among the held out may be some it was trained on")
+    """Evaluate on the images of ``folder``, or on those that the run held out. Returns the images too. ``ten_crop`` is
+    that of ``evaluate``; CommandError for images that have no room for it."""
+    dataset, notes = _held_out(description, folder, warn)
+    if ten_crop:
+        dataset = with_room(dataset, description.preprocessing)
     for note in notes:
         warn(note)
+    return evaluate_images(model, description, dataset, device, precision, workers, console, ten_crop), dataset
+
+
+def evaluate_images(
+    model: models.AlexNet,
+    description: checkpoint.Description,
+    dataset: Dataset,
+    device: torch.device,
+    precision: str,
+    workers: int,
+    console: Console,
+    ten_crop: bool = False,
+) -> Evaluation:
+    """Evaluate on all of ``dataset``, with a bar on ``console``. CommandError if the loss is no finite number."""
     if model.fused:
         size = description.preprocessing.size
         prove_kernels(model, (BATCH, 3, size, size), DTYPES[precision], device, console)
@@ -86,12 +92,37 @@ def evaluate_weights(
             description.preprocessing,
             device=device,
             precision=precision,
+            ten_crop=ten_crop,
             read=readers,
             on_batch=reporter.evaluating,
         )
     if not math.isfinite(result.loss):
         raise CommandError(f"the network's outputs are no finite numbers in {precision}: the loss is {result.loss}")
-    return result, dataset
+    return result
+
+
+def _held_out(
+    description: checkpoint.Description, folder: Path | None, warn: Callable[[str], None]
+) -> tuple[Dataset, Sequence[str]]:
+    """The images of ``folder``, or those that a run held out, and notes about them."""
+    if folder is not None:
+        return open_held_out(folder, description.preprocessing, description.classes)
+    split = own_split(description, warn)
+    return split.held_out, split.notes
+
+
+def own_split(description: checkpoint.Description, warn: Callable[[str], None]) -> Split:
+    """The images of a run, prepared as for its weights. CommandError where they cannot be found or have other classes;
+    ``warn`` is called if they are not the very images that the run began with."""
+    if not description.data:
+        raise CommandError("DIR: these weights name no data of their own, expected a folder of images", 2)
+    split = open_split(description.data, description.preprocessing.size, 0, description.val, description.held_out)
+    shown = path_text(description.data)
+    if tuple(split.held_out.classes) != description.classes:
+        raise CommandError(f"{shown}: its classes are not those trained on", 2)
+    if split.listing != description.listing:
+        warn(f"{shown}: not the images that the run began with; among the held out may be some it was trained on")
+    return split.brought_as(description.preprocessing)
 
 
 def by_class(result: Evaluation, classes: Sequence[str]) -> Table | None:

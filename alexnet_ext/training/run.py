@@ -113,7 +113,8 @@ def from_weights(path: Path, warn: Callable[[str], None]) -> dict[str, Any]:
     found: dict[str, Any] = {"weights": os.path.abspath(file)}
     description = checkpoint.read_description(file) if file.suffix == ".safetensors" else None
     if description is not None:
-        return found | {"model": description.config.variant, "image_size": description.config.image_size}
+        config = description.config
+        return found | {"model": config.variant, "image_size": config.image_size, "activation": config.activation}
     try:
         return found | {"model": find_variant(file)}
     except (ValueError, ImportError) as error:
@@ -219,11 +220,13 @@ def _split(recipe: Recipe, means: Means) -> Split:
 
 def _trainer(recipe: Recipe, split: Split, out: Path, means: Means, console: Console) -> Trainer:
     try:
-        if not recipe.stock:
-            prepare(means.device, recipe.seed)  # races are run as the training will be
-            for size in (*(side for side, _ in growth(recipe.grow)), recipe.image_size):
-                with torch.device("meta"):
-                    network = models.alexnet(recipe.model, image_size=size, init="torch")
+        for size in (*(side for side, _ in growth(recipe.grow)), recipe.image_size):
+            with torch.device("meta"):
+                network = models.alexnet(
+                    recipe.model, not recipe.stock, image_size=size, init="torch", activation=recipe.activation
+                )
+            if network.fused:
+                prepare(means.device, recipe.seed)  # races are run as the training will be
                 side = network.config.image_size
                 shape = (recipe.batch_size, 3, side, side)
                 prove_kernels(network, shape, DTYPES[recipe.precision], means.device, console)
@@ -251,11 +254,13 @@ def _introduce(trainer: Trainer, console: Console) -> None:
     """Say what is trained, on what, and where to."""
     recipe, split, out = trainer.recipe, trainer.split, trainer.out
     parameters = sum(p.numel() for p in trainer.model.parameters())
-    kind = "stock layers" if recipe.stock else "fused layers"
+    kind = "fused layers" if trainer.model.fused else "stock layers"
     place = count(torch.get_num_threads(), "thread") if trainer.device.type == "cpu" else str(trainer.device)
     library = next((found for found in _library.LIBRARIES if found.device == trainer.device.type), None)
     say(console, f"AlexNet, variant {recipe.model}: {parameters / 1e6:.1f} M parameters, {kind}, {place}")
-    if not recipe.stock and library is not None and not library.loaded:
+    if recipe.activation != "relu" and not recipe.stock:
+        say(console, f"  the fused layers contain ReLU: with {recipe.activation} they are stock PyTorch")
+    if trainer.model.fused and library is not None and not library.loaded:
         say(console, f"  the layers run on stock PyTorch, slower: {library.reason}; to mend it: {library.remedy}")
     say(
         console,

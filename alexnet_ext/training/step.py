@@ -49,7 +49,7 @@ class TrainingStep:
         # In autocast's dtype at once, and with the depth that conv1 takes: no other pass over the images follows.
         self.augmented: dict[str, Any] = {"space_to_depth": depth, "dtype": dtype}
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.has_masters = recipe.precision == "bf16" and recipe.optimizer == "sgd" and not recipe.stock
+        self.has_masters = recipe.precision == "bf16" and recipe.optimizer == "sgd" and model.fused
         self.optimizer = self._optimizer()
         self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**10, enabled=recipe.precision == "fp16")
         # Read on the device, so that a graph is replayed with the rate that it then has. PyTorch's SGD reads fp32 on a
@@ -70,7 +70,7 @@ class TrainingStep:
             return "there is no GPU"
         if self.scaler.is_enabled():
             return "fp16's scaling of the loss is not captured"
-        if self.recipe.stock:
+        if not self.model.fused:
             return "the network is the stock one"
         return "--detect-nan looks at each operation" if self.finite is not None else None
 

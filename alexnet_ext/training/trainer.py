@@ -91,6 +91,7 @@ class Trainer:
             image_size=recipe.image_size,
             dropout=recipe.dropout,
             init=recipe.init,
+            activation=recipe.activation,
         )
         self.model.to(device).to(memory_format=torch.channels_last)
         self.start = first_kernels(self.model).detach().clone()  # for the picture of the difference to it

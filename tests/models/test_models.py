@@ -342,8 +342,14 @@ def test_sides_that_leave_nothing_are_refused() -> None:
 
 
 def test_config_builds_the_network_again() -> None:
-    model = meta("caffenet", num_classes=7, image_size=131, dropout=0.1)
-    assert asdict(model.config) == {"variant": "caffenet", "num_classes": 7, "image_size": 131, "dropout": 0.1}
+    model = meta("caffenet", num_classes=7, image_size=131, dropout=0.1, activation="tanh")
+    assert asdict(model.config) == {
+        "variant": "caffenet",
+        "num_classes": 7,
+        "image_size": 131,
+        "dropout": 0.1,
+        "activation": "tanh",
+    }
     again = meta(**asdict(model.config))
     assert [p.shape for p in again.parameters()] == [p.shape for p in model.parameters()]
     assert "variant='caffenet', num_classes=7, image_size=131, dropout=0.1" in repr(model)

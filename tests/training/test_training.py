@@ -494,7 +494,7 @@ def test_guesses_show_the_right_class_in_green(tmp_path: Path) -> None:
     result.targets = torch.tensor([5, 5, 5])
     pictures.guesses(tmp_path / "wrong.png", data, result, data.classes)
     green = [
-        int((np.abs(pixels(tmp_path / name).astype(int) - (0x2A, 0x8F, 0x4D)).max(-1) < 3).sum())
+        int((np.abs(pixels(tmp_path / name).astype(int) - (0x00, 0x9E, 0x73)).max(-1) < 3).sum())
         for name in ("right.png", "wrong.png")
     ]
     assert green[0] > 100
