@@ -80,7 +80,7 @@ def to_device(
     if drawn is None:
         return preprocessing(images).contiguous(memory_format=torch.channels_last)
     offsets, flips, shifts = (values.to(device, non_blocking=True) for values in drawn)
-    pixels = images.permute(0, 2, 3, 1)
+    pixels = images if images.dim() == 3 else images.permute(0, 2, 3, 1)  # I420, or RGB
     size, mean, std = preprocessing.size, preprocessing.mean, preprocessing.std
     return augment(pixels, offsets, flips, shifts, size, mean=mean, std=std, **augmented)
 
