@@ -12,12 +12,14 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from alexnet_ext.data import CommandError
+from alexnet_ext.data import CommandError, Preprocessing
 from alexnet_ext.data.archives import open_source
+from alexnet_ext.data.batches import Drawn
 from alexnet_ext.data.images import square, yuv420
 from alexnet_ext.data.packed import SPLITS, Index, verify
 from alexnet_ext.data.prepare import PLAN, PROGRESS, Preparation
 from alexnet_ext.ops.augment.reference import yuv420_to_rgb
+from alexnet_ext.training.evaluate import to_device
 from tests.training.test_data import picture
 
 SIDE, SHARD = 30, 4  # planes of 15 lines: V begins within a row
@@ -85,6 +87,16 @@ def test_chroma_of_one_colour_is_exact_up_to_rounding() -> None:
         back = yuv420_to_rgb(torch.from_numpy(yuv420(rgb))[None])[0].numpy()
         off = np.abs(back.astype(int) - rgb).max()
         assert off <= (0 if len(set(colour)) == 1 else 1), colour
+
+
+def test_a_batch_becomes_the_networks_input() -> None:
+    """As that of the RGB that it holds."""
+    images = torch.randint(0, 256, (5, 3 * SIDE // 2, SIDE), dtype=torch.uint8)
+    drawn = Drawn(torch.randint(0, 3, (5, 2)), torch.arange(5) % 2 == 0, 20 * torch.randn(5, 3))
+    preprocessing = Preprocessing(28, SIDE, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
+    found = to_device(images, preprocessing, torch.device("cpu"), drawn, space_to_depth=4)
+    rgb = yuv420_to_rgb(images).permute(0, 3, 1, 2)
+    assert torch.equal(found, to_device(rgb, preprocessing, torch.device("cpu"), drawn, space_to_depth=4))
 
 
 def test_it_goes_on_after_a_stop(tmp_path: Path, photos: Path, folders: dict[str, Path]) -> None:

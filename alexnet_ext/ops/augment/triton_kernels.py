@@ -100,10 +100,8 @@ def _forward_kernel(
         down = tl.where(later, other_top, top) + row + rest // B
         across = tl.where(later, other_left, left) + (column + rest % B) * tl.where(later, other_way, way)
         chroma_ptr = images_ptr + (image.to(index) + tl.where(later, 1, 0)) * image_step
-        u, v = _chroma(chroma_ptr, down, across, own & inside, height, width, row_step, column_step)
-        add = u * _of_colour(is_red, is_green, OF_U[0], OF_U[1], OF_U[2], tl.int32)
-        add += v * _of_colour(is_red, is_green, OF_V[0], OF_V[1], OF_V[2], tl.int32)
-        value = tl.minimum(tl.maximum(value.to(tl.int32) + ((add + 32768) >> 16), 0), 255)
+        add = _chroma(chroma_ptr, down, across, own & inside, is_red, is_green, height, width, row_step, column_step)
+        value = tl.minimum(tl.maximum(value.to(tl.int32) + add, 0), 255)
     value = value.to(ACC)
     shift = tl.where(
         is_red,
@@ -118,13 +116,17 @@ def _forward_kernel(
 
 
 @triton.jit
-def _chroma(image_ptr, row, column, own, height, width, row_step, column_step):
-    """U - 128 and V - 128 of pixels (csrc/augment/augment.h has the layout)."""
+def _chroma(image_ptr, row, column, own, is_red, is_green, height, width, row_step, column_step):
+    """What U and V of pixels add to their Y (csrc/augment/augment.h has the layout and the formula)."""
     line, place = row // 2, column // 2
     other = line + height // 2
     u = (height + line // 2) * row_step + (line % 2 * (width // 2) + place) * column_step
     v = (height + other // 2) * row_step + (other % 2 * (width // 2) + place) * column_step
-    return tl.load(image_ptr + u, own, 0).to(tl.int32) - 128, tl.load(image_ptr + v, own, 0).to(tl.int32) - 128
+    of_u = _of_colour(is_red, is_green, OF_U[0], OF_U[1], OF_U[2], tl.int32)
+    of_v = _of_colour(is_red, is_green, OF_V[0], OF_V[1], OF_V[2], tl.int32)
+    add = (tl.load(image_ptr + u, own, 0).to(tl.int32) - 128) * of_u
+    add += (tl.load(image_ptr + v, own, 0).to(tl.int32) - 128) * of_v
+    return (add + 32768) >> 16
 
 
 @triton.jit
