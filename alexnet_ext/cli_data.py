@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from enum import StrEnum
 from json import dumps
 from pathlib import Path
 from typing import Annotated
@@ -36,6 +37,8 @@ Given = Annotated[
 Target = Annotated[Path | None, typer.Argument(parser=path, metavar="[DST]", help="Folder of shards to write.")]
 Side = Annotated[int, typer.Option(min=1, max=4096, help="Pixels that the shorter side is scaled to.")]
 ShardSize = Annotated[int, typer.Option(min=1, max=1_000_000, help="Images in a shard.")]
+Store = StrEnum("Store", ["rgb", "yuv420"])
+StoreOption = Annotated[Store, typer.Option(help="Bytes of an image; yuv420 takes half of them.")]
 Workers = Annotated[
     int | None, typer.Option(min=0, max=MOST_WORKERS, help="Processes that read images.", show_default="cores")
 ]
@@ -47,6 +50,7 @@ def prepare(
     target: Target = None,
     side: Side = 256,
     shard_size: ShardSize = 4096,
+    store: StoreOption = Store.rgb,
     workers: Workers = None,
     verify: Verify = False,
 ) -> None:
@@ -56,6 +60,8 @@ def prepare(
     """
     if target is None and not verify:
         raise UsageError(f"{path_text(source)}: name also DST, the folder to write, or --verify")
+    if store == Store.yuv420 and side % 2:
+        raise UsageError(f"--side must be even with --store yuv420, got {side}")
     with starting():
         from .data import prepare as _  # noqa: F401 (the slow imports, all at once)
         from .training.progress import lasting_console
@@ -64,12 +70,12 @@ def prepare(
     with stoppable():
         if target is not None:
             count = len(os.sched_getaffinity(0)) if workers is None else workers
-            _pack(source, target, side, shard_size, count, console)
+            _pack(source, target, side, shard_size, store, count, console)
         if verify:
             _verify(target or source, console)
 
 
-def _pack(source: Path, target: Path, side: int, shard_size: int, workers: int, console: Console) -> None:
+def _pack(source: Path, target: Path, side: int, shard_size: int, store: str, workers: int, console: Console) -> None:
     """Prepare, and say what is there."""
     from .data.archives import open_source
     from .data.packed import SPLITS
@@ -85,7 +91,7 @@ def _pack(source: Path, target: Path, side: int, shard_size: int, workers: int, 
         console.print(note, highlight=False, markup=False, soft_wrap=True)
     total = sum(map(len, found.entries.values()))
     with Counter("prepare", total, console) as counter:
-        index = Preparation(found, target, side, shard_size, counter).run(workers)
+        index = Preparation(found, target, side, shard_size, counter, str(store)).run(workers)
     train, val = (index.images[split] for split in SPLITS)
     shards = [shard for split in SPLITS for shard in index.shards[split]]
     size = sum(shard.bytes + shard.labels_bytes for shard in shards) / 1e6

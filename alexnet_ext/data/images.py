@@ -92,6 +92,22 @@ def crop(image: Image, resize: int, size: int) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
+def yuv420(pixels: np.ndarray) -> np.ndarray:
+    """RGB, uint8 (height, width, 3) of even sides, as I420, uint8 (3 * height / 2, width), in JPEG's full range.
+
+    U and V are those of the mean of 2 x 2 pixels. All are rounded, where Pillow's conversion cuts off.
+    """
+
+    def luma(rgb: np.ndarray) -> np.ndarray:
+        return rgb[..., 0] * np.float32(0.299) + rgb[..., 1] * np.float32(0.587) + rgb[..., 2] * np.float32(0.114)
+
+    four = [pixels[i::2, j::2] for i in (0, 1) for j in (0, 1)]
+    squares = (np.add(four[0], four[1], dtype=np.uint16) + four[2] + four[3]) / np.float32(4)
+    u, v = (128 + (squares[..., c] - luma(squares)) / np.float32(by) for c, by in ((2, 1.772), (0, 1.402)))
+    planes = np.concatenate([plane.ravel() for plane in (luma(pixels), u, v)])
+    return planes.round().clip(0, 255).astype(np.uint8).reshape(-1, pixels.shape[1])
+
+
 def middle(resize: int, size: int) -> int:
     """Where the middle ``size`` of ``resize`` pixels begin; torchvision rounds halves to even, too."""
     return round((resize - size) / 2)

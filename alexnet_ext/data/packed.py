@@ -1,7 +1,8 @@
 """The format of packed images: memory-mapped shards of squares, and an index in JSON.
 
-A folder holds, for each of ``SPLITS``, shards of two files: ``train-00000.npy``, uint8 (n, side, side, 3), and
-``train-00000.labels.npy``, int64 (n,). ``index.json`` describes them (``Index``); it is written last.
+A folder holds, for each of ``SPLITS``, shards of two files: ``train-00000.npy``, uint8 (n, side, side, 3) of RGB, and
+``train-00000.labels.npy``, int64 (n,). ``index.json`` describes them (``Index``); it is written last. In the store
+``yuv420`` images are (n, 3 * side / 2, side) instead, I420 as ``ops.augment`` takes it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from ..training.files import new_file, write_file
 VERSION = 1
 INDEX = "index.json"
 SPLITS = ("train", "val")
+STORES = ("rgb", "yuv420")
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Index:
     side: of the squares, in pixels. shard_size: images of the listing to a shard; those that cannot be read are left
     out of theirs. listing: a checksum of the names of classes and images. images, skipped, shards: by split.
     mean: of the training images' RGB in 0 to 1. eigenvalues (descending) and eigenvectors (in rows): of the covariance
-    of their RGB (``colours.components``).
+    of their RGB (``colours.components``). store: of ``STORES``; "rgb" where the file does not say.
     """
 
     version: int
@@ -77,6 +79,7 @@ class Index:
     eigenvalues: list[float]
     eigenvectors: list[list[float]]
     shards: dict[str, list[Shard]]
+    store: str = STORES[0]
 
     def write(self, folder: Path) -> None:
         """Write the file, whole or not at all."""
@@ -99,9 +102,12 @@ class Index:
             raise CommandError(f"{path_text(path)}: expected version {VERSION} of packed images, got {version!r}")
         try:
             shards = {split: [Shard(**shard) for shard in values["shards"][split]] for split in SPLITS}
-            return cls(**{**values, "classes": tuple(values["classes"]), "shards": shards})
+            index = cls(**{**values, "classes": tuple(values["classes"]), "shards": shards})
         except (KeyError, TypeError) as error:
             raise CommandError(f"{path_text(path)}: not the fields of an index of packed images ({error})") from error
+        if index.store not in STORES:
+            raise CommandError(f"{path_text(path)}: expected a store of {', '.join(STORES)}, got {index.store!r}")
+        return index
 
 
 def checksum(path: Path) -> str:
@@ -110,20 +116,27 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def write_shard(folder: Path, name: str, side: int, rows: Iterable[tuple[Any, int]]) -> Shard:
-    """Write the shard ``name`` of (uint8 (side, side, 3), class) ``rows``, whose number need not be known before.
+def image_shape(side: int, store: str) -> tuple[int, ...]:
+    """Of an image's bytes in one of ``STORES``."""
+    return (side, side, 3) if store == "rgb" else (side // 2 * 3, side)
+
+
+def write_shard(folder: Path, name: str, side: int, rows: Iterable[tuple[Any, int]], store: str = STORES[0]) -> Shard:
+    """Write the shard ``name`` of (uint8 of ``image_shape``, class) ``rows``, whose number need not be known before.
 
     Each file is written next to its place, flushed to the disk and renamed."""
     targets: list[int] = []
     image_file, label_file = folder / f"{name}.npy", folder / f"{name}.labels.npy"
     with new_file(image_file) as beside:
         with beside.open("wb") as stream:
-            stream.write(_header(0, side))
+            stream.write(_header(0, *image_shape(side, store)))
             for pixels, target in rows:
                 stream.write(np.ascontiguousarray(pixels, dtype=np.uint8).data)
                 targets.append(target)
             stream.seek(0)
-            stream.write(_header(len(targets), side))  # as long as the first: NumPy leaves room for 20 digits
+            stream.write(
+                _header(len(targets), *image_shape(side, store))
+            )  # as long as the first: NumPy leaves room for 20 digits
         size, digest = beside.stat().st_size, checksum(beside)
     with new_file(label_file) as beside:
         np.save(beside, np.array(targets, dtype=np.int64))
@@ -131,9 +144,8 @@ def write_shard(folder: Path, name: str, side: int, rows: Iterable[tuple[Any, in
     return Shard(len(targets), image_file.name, size, digest, label_file.name, label_size, label_digest)
 
 
-def _header(images: int, side: int) -> bytes:
+def _header(*shape: int) -> bytes:
     stream = io.BytesIO()
-    shape = (images, side, side, 3)
     np.lib.format.write_array_header_1_0(stream, {"descr": "|u1", "fortran_order": False, "shape": shape})
     return stream.getvalue()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import mmap
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -16,17 +17,18 @@ import torch
 from torch import Tensor
 
 from .._errors import CommandError, first_line, os_error, path_text
+from ..ops.augment.reference import yuv420_to_rgb
 from .batches import Batch, Drawn, Key, Sample
 from .chance import draw
 from .images import middle
-from .packed import SPLITS, Index, Shard
+from .packed import SPLITS, STORES, Index, Shard, image_shape
 from .preprocessing import IMAGENET, Preprocessing
 
 OPEN_SHARDS = 512  # each takes one of the process's open files, often 1,024
 
 
 class Mapped(NamedTuple):
-    """The images of a shard, uint8 (n, side, side, 3), and the memory of its file, where they begin at ``offset``."""
+    """The images of a shard, uint8 (n, *image_shape), and the memory of its file, where they begin at ``offset``."""
 
     rows: np.ndarray
     memory: mmap.mmap
@@ -36,8 +38,9 @@ class Mapped(NamedTuple):
 class PackedFolder:
     """One of ``SPLITS`` of a folder that ``alexnet prepare`` wrote, as ``batches`` reads it.
 
-    ``targets`` is int64 (N,). With ``augment`` an image is its whole square, with the random numbers that
-    ``ops.augment`` takes, colours along the folder's own components; without, the middle ``preprocessing.size`` pixels.
+    ``targets`` is int64 (N,). With ``augment`` an image is its whole square as it was stored, with the random numbers
+    that ``ops.augment`` takes, colours along the folder's own components; without, the middle ``preprocessing.size``
+    pixels in RGB.
     Random numbers depend on seed, epoch and index alone. ``classes`` are those of a network, which may have more.
     Raises CommandError where an index or a shard is missing, cut short or of another shape.
     """
@@ -59,12 +62,13 @@ class PackedFolder:
                 f"{path_text(root)}: its images have a side of {self.index.side}, where {preprocessing.resize} is "
                 "needed; prepare them anew with --side"
             )
+        self.shape = image_shape(self.index.side, self.index.store)
         self.starts = np.cumsum([0, *(shard.images for shard in self.shards)])
         self.targets = self._targets()
         self.pixels = functools.lru_cache(OPEN_SHARDS)(self._open)
         self.components = torch.tensor(self.index.eigenvectors).T
         self.deviations = torch.tensor(self.index.eigenvalues)
-        self.kept: Tensor | None = None  # all images, uint8 (N, side, side, 3)
+        self.kept: Tensor | None = None  # all images, uint8 (N, *shape)
 
     def _targets(self) -> Tensor:
         unknown = sorted(set(self.index.classes) - set(self.classes))
@@ -85,9 +89,9 @@ class PackedFolder:
         return labels
 
     def _open(self, number: int) -> Mapped:
-        shard, side = self.shards[number], self.index.side
+        shard = self.shards[number]
         found = _load(self.root / shard.file, "r")
-        if found.shape != (shard.images, side, side, 3) or found.dtype != np.uint8 or not isinstance(found, np.memmap):
+        if found.shape != (shard.images, *self.shape) or found.dtype != np.uint8 or not isinstance(found, np.memmap):
             raise CommandError(f"{path_text(self.root / shard.file)}: not the {shard.images} images of the index")
         return Mapped(np.asarray(found), found._mmap, found.offset)  # type: ignore[attr-defined]
 
@@ -118,8 +122,8 @@ class PackedFolder:
         return Sample(key[1], found.images[0], int(found.targets[0]), drawn=drawn)
 
     def batch(self, keys: Sequence[Key], pin_memory: bool = False) -> Batch:
-        """The images of some keys of one epoch, (N, 3, side, side), channels-last: bytes stay in the order of the
-        file."""
+        """The images of some keys of one epoch, (N, 3, side, side), channels-last, as bytes stay in the order of the
+        file; I420 for ``augment`` is (N, 3 * side / 2, side)."""
         epoch, indices = keys[0][0], np.array([index for _, index in keys])
         drawn = None
         if self.augment:
@@ -127,27 +131,35 @@ class PackedFolder:
             drawn = draw(self.seed, epoch, indices, len(self), room, self.components, self.deviations)
         places = torch.from_numpy(indices)
         images = self._kept(places) if self.kept is not None else self._gathered(indices, pin_memory)
-        return Batch(images.permute(0, 3, 1, 2), self.targets[places], places, [], drawn)
+        if not self.augment and self.index.store != STORES[0]:
+            images = yuv420_to_rgb(images)[:, self._window, self._window]
+        images = images if images.dim() == 3 else images.permute(0, 3, 1, 2)
+        return Batch(images, self.targets[places], places, [], drawn)
+
+    @property
+    def _part(self) -> tuple[slice, ...]:
+        """What is read of an image: the window, or all of I420, whose planes lie apart."""
+        return (self._window,) * 2 if self.index.store == STORES[0] else ()
 
     def _gathered(self, indices: np.ndarray, pin_memory: bool) -> Tensor:
-        window = self._window
-        side = window.stop - window.start
+        part = self._part
+        shape = *(cut.stop - cut.start for cut in part), *self.shape[len(part) :]
         # Of pinned memory torch keeps what was used, and gives none again before its copy to the GPU has ended.
-        images = torch.empty((len(indices), side, side, 3), dtype=torch.uint8, pin_memory=pin_memory)
+        images = torch.empty((len(indices), *shape), dtype=torch.uint8, pin_memory=pin_memory)
         rows = images.numpy()
         for place, (number, row) in enumerate(self._places(indices)):
-            rows[place] = self.pixels(number).rows[row, window, window]
+            rows[place] = self.pixels(number).rows[row][part]
         return images
 
     def _kept(self, places: Tensor) -> Tensor:
         assert self.kept is not None
-        return self.kept.index_select(0, places.to(self.kept.device))[:, self._window, self._window]
+        return self.kept.index_select(0, places.to(self.kept.device))[:, *self._part]
 
     def will_need(self, keys: Sequence[Key]) -> None:
         """Have the system read the images of these keys from the disk, in the background."""
         if self.kept is not None:
             return
-        size = self.index.side**2 * 3
+        size = math.prod(self.shape)
         for number, row in self._places(np.array([index for _, index in keys])):
             mapped = self.pixels(number)
             start = mapped.offset + row * size
@@ -156,12 +168,12 @@ class PackedFolder:
 
     def keep(self, device: torch.device, cache: str) -> None:
         """Copy all images to the memory of ``device``. CommandError, which names ``--cache``, if they do not fit."""
-        size, free = len(self) * self.index.side**2 * 3, free_memory(device)
+        size, free = len(self) * math.prod(self.shape), free_memory(device)
         if size > free:
             raise CommandError(
                 f"--cache {cache}: {size:,} bytes needed for the images of {path_text(self.root)}, {free:,} free"
             )
-        self.kept = torch.empty((len(self), *[self.index.side] * 2, 3), dtype=torch.uint8, device=device)
+        self.kept = torch.empty((len(self), *self.shape), dtype=torch.uint8, device=device)
         for number, start in enumerate(self.starts[:-1].tolist()):
             rows = self.pixels(number).rows
             for at in range(0, len(rows), 256):

@@ -1,13 +1,14 @@
 """Images prepared once for training: squares of one size in shards, by processes, to be stopped and gone on at will.
 
-A shard is a pure function of the listing, the side and the shard size. Whatever is unfinished lies in ``progress``: the
-plan, and a record of each finished shard. The index is written last; then ``progress`` is removed.
+A shard is a pure function of the listing, the side, the shard size and the store. Whatever is unfinished lies in
+``progress``: the plan, and a record of each finished shard. The index is written last; then ``progress`` is removed.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import mmap
 import os
 import shutil
@@ -24,8 +25,8 @@ from ..training.files import locked, unfinished, write_file
 from .archives import Entry, Source
 from .batches import MAX_SKIPPED
 from .colours import Sums, components
-from .images import square
-from .packed import INDEX, SPLITS, VERSION, Index, Shard, write_shard
+from .images import square, yuv420
+from .packed import INDEX, SPLITS, STORES, VERSION, Index, Shard, image_shape, write_shard
 from .readers import Processes
 
 PROGRESS, PLAN, SKIPPED = "progress", "plan.json", "skipped.txt"
@@ -65,13 +66,22 @@ class Record:
 class Preparation:
     """Packs a ``source`` into the folder ``out``: squares of ``side`` pixels, ``shard_size`` of the listing a shard.
 
+    ``store`` is one of ``STORES``; "yuv420" needs an even side.
+
     ``tell`` is called often with the number of images done. Raises CommandError if ``out`` holds anything else, if the
     disk is too small, or if more than ``MAX_SKIPPED`` of a split's images cannot be read.
     """
 
     def __init__(
-        self, source: Source, out: Path, side: int, shard_size: int, tell: Callable[[int], None] = lambda done: None
+        self,
+        source: Source,
+        out: Path,
+        side: int,
+        shard_size: int,
+        tell: Callable[[int], None] = lambda done: None,
+        store: str = STORES[0],
     ) -> None:
+        self.store = store
         self.source, self.out, self.side, self.shard_size, self.tell = source, out, side, shard_size, tell
         self.parts = [
             Part(f"{split}-{at // shard_size:05}", split, entries[at : at + shard_size])
@@ -85,7 +95,8 @@ class Preparation:
     @property
     def plan(self) -> dict[str, Any]:
         """All that the shards depend on."""
-        return {"version": VERSION, "side": self.side, "shard_size": self.shard_size, "listing": self.source.listing}
+        own = {name: getattr(self, name) for name in ("side", "shard_size", "store")}
+        return {"version": VERSION, "listing": self.source.listing, **own}
 
     def run(self, workers: int) -> Index:
         """Write what is missing, by ``workers`` processes (0: by this one)."""
@@ -138,14 +149,15 @@ class Preparation:
 
     def _refuse_other(self, found: Any) -> None:
         for name, wanted in self.plan.items():
-            there = found.get(name) if isinstance(found, dict) else None
+            there = {"store": STORES[0], **found}.get(name) if isinstance(found, dict) else None
             if there != wanted:
                 differs = "other images" if name == "listing" else f"{name.replace('_', ' ')} {there}, not {wanted}"
                 shown = path_text(self.out)
                 raise CommandError(f"{shown}: holds shards of {differs}; name another folder, or remove it", 2)
 
     def _check_space(self, parts: list[Part]) -> None:
-        needed = sum(len(part.entries) * (self.side**2 * 3 + 8) + 256 for part in parts)
+        image = math.prod(image_shape(self.side, self.store))
+        needed = sum(len(part.entries) * (image + 8) + 256 for part in parts)
         free = shutil.disk_usage(self.out).free
         if needed > free:
             raise CommandError(
@@ -206,13 +218,13 @@ class Preparation:
                     pixels = np.asarray(square(entry.read(), self.side))
                     if part.split == SPLITS[0]:
                         sums[0] += Sums.of(pixels)
-                    yield pixels, entry.target
+                    yield yuv420(pixels) if self.store == "yuv420" else pixels, entry.target
                 except BadImage as error:
                     skipped.append((entry.name, error.reason))
                 self.done[number] = at + 1
 
         self.done[number] = 0
-        record = Record(write_shard(self.out, part.name, self.side, rows()), skipped, sums[0])
+        record = Record(write_shard(self.out, part.name, self.side, rows(), self.store), skipped, sums[0])
         record.write(self._record(part))
         return record
 

@@ -153,10 +153,21 @@ def check_pool(
 
 def check_images(images: torch.Tensor) -> None:
     check_tensor("images", images)
-    if images.dim() != 4 or images.shape[3] != COLOURS:
-        raise RuntimeError(f"images has shape {list(images.shape)}, expected (N, H, W, {COLOURS})")
+    if images.dim() == 3:
+        whole = images.shape[1] % 3 == 0 and images.shape[2] % 2 == 0
+    else:
+        whole = images.dim() == 4 and images.shape[3] == COLOURS
+    if not whole:
+        raise RuntimeError(
+            f"images has shape {list(images.shape)}, expected (N, H, W, {COLOURS}), or (N, 3 H / 2, W) of even H and W"
+        )
     if images.dtype != torch.uint8:
         raise RuntimeError(f"images has dtype {images.dtype}, expected torch.uint8")
+
+
+def sides(images: torch.Tensor) -> tuple[int, int]:
+    """Height and width of images as ``check_images`` allows."""
+    return images.shape[1] // 3 * 2 if images.dim() == 3 else images.shape[1], images.shape[2]
 
 
 def check_drawn(images: torch.Tensor, offsets: torch.Tensor, flips: torch.Tensor, shifts: torch.Tensor) -> None:
@@ -181,7 +192,8 @@ def check_crop(size: Any, images: torch.Tensor) -> None:
     """``size`` must be an int and fit into both sides of images."""
     if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
         raise TypeError(f"size must be an int, got {type(size).__name__} {size!r}")
-    if size < 1 or size > images.shape[1] or size > images.shape[2]:
+    height, width = sides(images)
+    if size < 1 or size > height or size > width:
         raise RuntimeError(f"size must be from 1 to the sides of images, got {size} for shape {list(images.shape)}")
 
 

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .. import ops
 from ..ops import _backend, _known
 from ..ops._register import RECORDS
+from ..ops.augment.reference import as_planes
 from .cases import CASES, OpCase
 
 
@@ -36,12 +37,12 @@ class Call:
         if self.op == "sgd_step":
             return (0,)
         first: Tensor = next(value for value in tree_leaves(self.arguments) if isinstance(value, Tensor))
-        return tuple(first.permute(0, 3, 1, 2).shape if self.op == "augment" else first.shape)
+        return tuple(as_planes(first).shape if self.op == "augment" else first.shape)
 
     def layout(self, wanted: torch.memory_format) -> str:
         """The class of layouts of that tensor, where images are ``wanted``."""
         if self.op == "augment":
-            return _known.layout_of(self.arguments[0].permute(0, 3, 1, 2))
+            return _known.layout_of(as_planes(self.arguments[0]))
         if len(self.shape) != 4:
             return "contiguous"
         return _known.layout_of(torch.empty(self.shape, device="meta", memory_format=wanted))

@@ -227,7 +227,9 @@ class DepthCase(Case):
 
 @dataclass(frozen=True, eq=False)
 class AugmentCase(Case):
-    """``augment``, which takes bytes and has no gradient; the layout is the images'. ``shape`` is their (N, H, W)."""
+    """``augment``, which takes bytes and has no gradient; the layout is the images'. ``shape`` is their (N, H, W).
+
+    ``subsampled``: they are I420, whose H and W are even."""
 
     name: str
     shape: tuple[int, int, int]
@@ -236,6 +238,7 @@ class AugmentCase(Case):
     size: int
     space_to_depth: int = 1
     layouts: tuple[str, ...] = IMAGES
+    subsampled: bool = False
     op: str = "augment"
 
     @property
@@ -247,8 +250,13 @@ class AugmentCase(Case):
         return [(eps, 4 * (eps + min(eps, FP32_EPS)))]
 
     def _run(self, fused: bool, device: torch.device, dtype: torch.dtype, layout: str, grad: str) -> list[Tensor]:
-        images = (integers(0, (*self.shape, 3), 1.0) + 128).to(device, torch.uint8)
-        images = _stored(images.permute(0, 3, 1, 2), layout).permute(0, 2, 3, 1)
+        batch, height, width = self.shape
+        shape = (batch, height // 2 * 3, width) if self.subsampled else (*self.shape, 3)
+        images = (integers(0, shape, 1.0) + 128).to(device, torch.uint8)
+        if self.subsampled:
+            images = _stored(images, layout)
+        else:
+            images = _stored(images.permute(0, 3, 1, 2), layout).permute(0, 2, 3, 1)
         drawn = (torch.tensor(self.offsets), torch.tensor(self.flips), integers(1, (self.shape[0], 3), 0.25))
         tensors = (images, *(t.to(device) for t in drawn))
         keywords: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "dtype": dtype}
@@ -471,6 +479,10 @@ SMALL: tuple[Case, ...] = (
     AugmentCase("augment, crops of 7", (3, 9, 11), ((0, 4), (2, 0), (1, 3)), (False, True, True), 7, layouts=ANY),
     AugmentCase("augment, crops of 9 by 4", (3, 13, 16), ((4, 7), (0, 0), (3, 2)), (True, False, True), 9, 4, ANY),
     AugmentCase("augment, crops of 8 by 4", (1, 8, 15), ((0, 7),), (False,), 8, 4, ANY),
+    AugmentCase(
+        "augment, YUV", (3, 10, 12), ((0, 5), (3, 0), (1, 2)), (False, True, True), 7, layouts=ANY, subsampled=True
+    ),
+    AugmentCase("augment, YUV by 4", (3, 14, 16), ((5, 7), (0, 0), (3, 2)), (True, False, True), 9, 4, ANY, True),
     SgdCase("sgd_step, sizes", ((5, 3, 3, 3), (0,), (17,), (1,), (257,)), layouts=ANY),
     SgdCase("sgd_step, many", tuple((n,) for n in range(70)), dampening=0.1, layouts=ANY),
     SgdCase("sgd_step, Nesterov", ((33,), (7, 9), (2, 3, 5, 4)), nesterov=True, maximize=True, layouts=ANY),

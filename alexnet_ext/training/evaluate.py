@@ -19,6 +19,7 @@ from .._errors import BadImage, CommandError
 from ..data.batches import Batch, Dataset, Drawn, Key, batches
 from ..data.preprocessing import Preprocessing, bilinear
 from ..ops import augment
+from ..ops.augment.reference import yuv420_to_rgb
 from .interrupt import Interrupted
 
 BATCH = 50
@@ -88,9 +89,11 @@ def to_device(
     offsets, flips, shifts = (values.to(device, non_blocking=True) for values in drawn)
     before, now = images.shape[-1], preprocessing.resize
     if before != now:  # the same part of the image in other pixels
+        if images.dim() == 3:
+            images = yuv420_to_rgb(images).permute(0, 3, 1, 2)
         images = bilinear(images.float(), now).round_().to(torch.uint8)
         offsets = ((offsets * now + before // 2) // before).clamp_(max=now - preprocessing.size)
-    pixels = images.permute(0, 2, 3, 1)
+    pixels = images if images.dim() == 3 else images.permute(0, 2, 3, 1)  # I420, or RGB
     size, mean, std = preprocessing.size, preprocessing.mean, preprocessing.std
     return augment(pixels, offsets, flips, shifts, size, mean=mean, std=std, **augmented)
 

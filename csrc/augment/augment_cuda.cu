@@ -10,8 +10,10 @@ int augment_cuda(const Augment& p, const AugmentInputs& in, void* y, void* strea
     constexpr int V = kVector<T>;
     const DeviceAugment<Acc<T>> work(p, in);
     const int64_t runs = p.out.batch * work.by_runs.value;
-    status = launch(p.out.channels == kColours ? augment_rows_kernel<T, V> : augment_blocks_kernel<T, V>,
-                    blocks_for(runs * kWarp), 0, stream, work, runs, static_cast<T*>(y));
+    const auto rows = p.subsampled ? augment_rows_kernel<T, V, true> : augment_rows_kernel<T, V, false>;
+    const auto blocks = p.subsampled ? augment_blocks_kernel<T, V, true> : augment_blocks_kernel<T, V, false>;
+    status = launch(p.out.channels == kColours ? rows : blocks, blocks_for(runs * kWarp), 0, stream, work, runs,
+                    static_cast<T*>(y));
   });
   return status;
 }

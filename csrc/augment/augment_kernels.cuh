@@ -1,7 +1,7 @@
 // Augmentation on CUDA: a warp takes a row of y, and a thread writes 16 adjacent bytes of it at a time. Where the
 // colours of a pixel and the pixels of a row are adjacent, it reads four pixels by aligned words, as a crop begins at
-// any byte. Neighbouring threads read the same cache lines. Bytes: the crop of each image is read once, y is written
-// once.
+// any byte. So it does in images with subsampled chroma, where they are four bytes of Y and three of U and of V.
+// Neighbouring threads read the same cache lines. Bytes: the crop of each image is read once, y is written once.
 #pragma once
 
 #include "../common/images.cuh"
@@ -37,6 +37,8 @@ struct DeviceAugment {
         colour_step(p.colour_step),
         readable(p.colour_step == 1 && p.column_step == kColours && p.row_step < INT32_MAX / (2 * kDepthBlock)
                      ? (p.out.batch - 1) * p.image_step + (p.height - 1) * p.row_step + p.width * kColours
+                 : p.subsampled && p.column_step == 1 && p.row_step >= p.width
+                     ? (p.out.batch - 1) * p.image_step + (p.height / 2 * 3 - 1) * p.row_step + p.width
                      : 0),
         in(inputs) {
     for (int c = 0; c < kColours; ++c) {
@@ -91,31 +93,48 @@ __device__ inline void reverse(uint32_t (&pixels)[3]) {
   pixels[2] = __byte_perm(b, a, 0x6541);
 }
 
+__device__ inline int64_t inside(int64_t offset, int64_t most) {
+  return offset < 0 ? 0 : offset > most ? most : offset;
+}
+
 // The crop of one image: the pixel of its first row that is y's first, and the value added to each colour.
 template <class A>
 struct Crop {
-  const uint8_t* first;
+  const uint8_t *image, *first;
+  int64_t top, left;
   bool flip;
   A add[kColours];
 
-  __device__ Crop(const DeviceAugment<A>& work, int64_t image) {
-    const int64_t top = inside(work.in.offsets[image * 2], work.down);
-    int64_t left = inside(work.in.offsets[image * 2 + 1], work.right);
-    flip = work.in.flips[image];
-    if (flip) left += work.size - 1;
-    first = work.in.images + image * work.image_step + top * work.row_step + left * work.column_step;
+  __device__ Crop(const DeviceAugment<A>& work, int64_t number) {
+    top = inside(work.in.offsets[number * 2], work.down);
+    left = inside(work.in.offsets[number * 2 + 1], work.right);
+    flip = work.in.flips[number];
+    image = work.in.images + number * work.image_step;
+    first = image + top * work.row_step + (flip ? left + work.size - 1 : left) * work.column_step;
 #pragma unroll
-    for (int c = 0; c < kColours; ++c) add[c] = static_cast<A>(work.in.shifts[image * kColours + c]) - work.mean[c];
+    for (int c = 0; c < kColours; ++c) add[c] = static_cast<A>(work.in.shifts[number * kColours + c]) - work.mean[c];
   }
 
   // The first of the four pixels of y that begin `offset` bytes into its row, as bytes from y's first pixel.
   __device__ int pixels_at(int offset) const { return flip ? -offset - 3 * kColours : offset; }
 
   // Whether the rows [begin, end) may be read by words: what is around them must be in the images too.
+  template <bool kSubsampled>
   __device__ bool has_words(const DeviceAugment<A>& work, int begin, int end) const {
+    if constexpr (kSubsampled) {  // the last V is after all other bytes of the rows
+      const int64_t before = image - work.in.images;
+      return before + (top + begin) * work.row_step + left >= kAround &&
+             before + chroma_at(work, true, top + end - 1, left + work.size - 1) + kAround <= work.readable;
+    }
     const int64_t at = first - work.in.images - (flip ? (work.size - 1) * kColours : 0);
     return at + begin * work.row_step >= kAround &&
            at + (end - 1) * work.row_step + work.size * kColours + kAround <= work.readable;
+  }
+
+  // The bytes from the image's first one to the U, or the V, of its pixel.
+  __device__ static int64_t chroma_at(const DeviceAugment<A>& work, bool is_v, int64_t row, int64_t column) {
+    const ChromaPlace at = chroma_place(work.down + work.size, work.right + work.size, is_v, row, column);
+    return at.row * work.row_step + at.column * work.column_step;
   }
 
   // The address of one colour of y's pixel, and the step to the next column, in images of any strides.
@@ -123,10 +142,63 @@ struct Crop {
     return first + row * work.row_step + column * step(work) + colour * work.colour_step;
   }
   __device__ int64_t step(const DeviceAugment<A>& work) const { return flip ? -work.column_step : work.column_step; }
+};
 
- private:
-  __device__ static int64_t inside(int64_t offset, int64_t most) {
-    return offset < 0 ? 0 : offset > most ? most : offset;
+// Four bytes at any address, read by two aligned words.
+__device__ inline uint32_t four_bytes(const uint8_t* from) {
+  const int odd = static_cast<int>(reinterpret_cast<uintptr_t>(from) % 4);
+  const uint32_t* words = reinterpret_cast<const uint32_t*>(from - odd);
+  return shifted(words[0], words[1], odd * 8);
+}
+
+// Four pixels of y's row, of which the first is in this column, from an image with subsampled chroma. They lie in two
+// or three squares that share chroma. A pixel outside the crop may have any values.
+struct SubsampledPixels {
+  uint32_t luma = 0, us = 0, vs = 0;
+  bool odd, flip;  // odd: the image's first pixel is the second one of its square
+
+  template <class A>
+  __device__ SubsampledPixels(const DeviceAugment<A>& work, const Crop<A>& crop, int row, int column, bool has_words)
+      : flip(crop.flip) {
+    const int64_t down = crop.top + row, x = crop.left + (flip ? work.size - 4 - column : column);
+    odd = x & 1;
+    const uint8_t* line = crop.image + down * work.row_step;
+    if (has_words) {
+      luma = four_bytes(line + x);
+      us = four_bytes(crop.image + Crop<A>::chroma_at(work, false, down, x));
+      vs = four_bytes(crop.image + Crop<A>::chroma_at(work, true, down, x));
+      return;
+    }
+    const int64_t last = work.right + work.size - 1;
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {
+      const int64_t at = inside(x + m, last), square = inside(x + 2 * m, last);
+      luma |= line[at * work.column_step] << 8 * m;
+      us |= crop.image[Crop<A>::chroma_at(work, false, down, square)] << 8 * m;
+      vs |= crop.image[Crop<A>::chroma_at(work, true, down, square)] << 8 * m;
+    }
+  }
+
+  // Their bytes of one colour, in y's order.
+  __device__ uint32_t colour(int colour) const {
+    const int u[] = {kOfU[0], kOfU[1], kOfU[2]}, v[] = {kOfV[0], kOfV[1], kOfV[2]};
+    const int of_u = colour_of(u, colour), of_v = colour_of(v, colour);
+    int add[3];
+#pragma unroll
+    for (int k = 0; k < 3; ++k) add[k] = chroma(us >> 8 * k & 255, vs >> 8 * k & 255, of_u, of_v);
+    const int adds[] = {add[0], odd ? add[1] : add[0], add[1], odd ? add[2] : add[1]};
+    uint32_t bytes = 0;
+#pragma unroll
+    for (int m = 0; m < 4; ++m) bytes |= static_cast<uint32_t>(colour_byte(luma >> 8 * m & 255, adds[m])) << 8 * m;
+    return __byte_perm(bytes, 0, flip ? 0x0123 : 0x3210);
+  }
+
+  // Their bytes, pixel by pixel.
+  __device__ void interleave(uint32_t (&pixels)[3]) const {
+    const uint32_t red = colour(0), green = colour(1), blue = colour(2);
+    pixels[0] = __byte_perm(__byte_perm(red, green, 0x1040), blue, 0x3410);
+    pixels[1] = __byte_perm(__byte_perm(green, blue, 0x0051), __byte_perm(red, green, 0x0062), 0x5410);
+    pixels[2] = __byte_perm(__byte_perm(red, green, 0x0073), blue, 0x7106);
   }
 };
 
@@ -144,13 +216,13 @@ __device__ inline void for_runs(const DeviceAugment<A>& work, int64_t runs, F&& 
 
 // Rows have 3 * size values, so their first and last ones may share 16 bytes with other rows. A lane writes one of
 // these.
-template <class T, int V>
+template <class T, int V, bool kSubsampled>
 __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
     augment_rows_kernel(DeviceAugment<Acc<T>> work, int64_t runs, T* __restrict__ y) {
   using A = Acc<T>;
   const int length = work.size * kColours, lane = static_cast<int>(threadIdx.x % kWarp);
   for_runs(work, runs, [&](const Crop<A>& crop, int64_t image, int row, int end) {
-    const bool has_words = crop.has_words(work, row, end);
+    const bool has_words = crop.template has_words<kSubsampled>(work, row, end);
     const int64_t steps[] = {work.colour_step, work.colour_step, crop.step(work) - 2 * work.colour_step};
     const uint8_t* from = crop.at(work, row, 0, 0);
     T* to = y + (image * work.size + row) * length;
@@ -163,9 +235,13 @@ __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
       for (int k = head + lane * V; k + V <= length; k += kWarp * V, vector += kWarp * V) {
         const int colour = k % kColours;
         uint32_t bytes[3] = {};
-        if (has_words) {
-          words.read(bytes, crop.pixels_at(k - colour));
-          if (crop.flip) reverse(bytes);
+        if (kSubsampled || has_words) {
+          if constexpr (kSubsampled) {
+            SubsampledPixels(work, crop, row, k / kColours, has_words).interleave(bytes);
+          } else {
+            words.read(bytes, crop.pixels_at(k - colour));
+            if (crop.flip) reverse(bytes);
+          }
           bytes[0] = shifted(bytes[0], bytes[1], 8 * colour);
           bytes[1] = shifted(bytes[1], bytes[2], 8 * colour);
         } else {
@@ -186,14 +262,18 @@ __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
       if (lane >= length - vectors * V) continue;
       const int k = lane < head ? lane : lane + vectors * V;
       const int colour = k % kColours;
-      const A byte = from[k / kColours * crop.step(work) + colour * work.colour_step];
+      A byte;
+      if constexpr (kSubsampled)
+        byte = SubsampledPixels(work, crop, row, k / kColours, has_words).colour(colour) & 255;
+      else
+        byte = from[k / kColours * crop.step(work) + colour * work.colour_step];
       to[k] = narrow<T>((byte + colour_of(crop.add, colour)) * colour_of(work.scale, colour));
     }
   });
 }
 
 // Space-to-depth: a thread's 16 bytes are of one pixel of y and of one colour, from one row of four pixels or two.
-template <class T, int V>
+template <class T, int V, bool kSubsampled>
 __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
     augment_blocks_kernel(DeviceAugment<Acc<T>> work, int64_t runs, T* __restrict__ y) {
   using A = Acc<T>;
@@ -201,7 +281,7 @@ __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
   static_assert(B * B % V == 0 && (B % V == 0 || V % B == 0));
   for_runs(work, runs, [&](const Crop<A>& crop, int64_t image, int out_row, int) {
     const int top = out_row * B, bottom = top + B < work.size ? top + B : work.size;
-    const bool has_words = crop.has_words(work, top, bottom);
+    const bool has_words = crop.template has_words<kSubsampled>(work, top, bottom);
     const uint8_t* from = crop.at(work, top, 0, 0);
     const WordReader words(from);
     const int length = (work.size + B - 1) / B * kChannels, step = static_cast<int>(work.row_step);
@@ -212,7 +292,9 @@ __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
 #pragma unroll
       for (int r = 0; r * B < V; ++r) {
         const int down = top + row + r < bottom ? row + r : bottom - top - 1;
-        if (has_words) {
+        if constexpr (kSubsampled) {
+          bytes[r] = SubsampledPixels(work, crop, top + down, left, has_words).colour(colour) >> k % B * 8;
+        } else if (has_words) {
           uint32_t pixels[3];
           words.read(pixels, crop.pixels_at(left * kColours) + colour + down * step);
           const uint32_t taps = __byte_perm(pixels[0], pixels[1], 0x0630);

@@ -19,9 +19,12 @@ inline Tensor on_crops(const Tensor& images, Tensor offsets, Tensor flips, Tenso
                        const std::vector<double>& mean, const std::vector<double>& std, ScalarType dtype,
                        int64_t space_to_depth, Launch&& launch) {
   check(images.scalar_type() == ScalarType::Byte, "images must be uint8");
-  check(images.dim() == 4 && images.size(3) == kColours, "images has shape ", shape_text(images),
-        ", expected (N, H, W, 3)");
-  const int64_t batch = images.size(0), height = images.size(1), width = images.size(2);
+  const bool subsampled = images.dim() == 3;
+  check(
+      subsampled ? images.size(1) % 3 == 0 && images.size(2) % 2 == 0 : images.dim() == 4 && images.size(3) == kColours,
+      "images has shape ", shape_text(images), ", expected (N, H, W, 3), or (N, 3 H / 2, W) of even H and W");
+  const int64_t batch = images.size(0), width = images.size(2);
+  const int64_t height = subsampled ? images.size(1) / 3 * 2 : images.size(1);
   check(size >= 1 && size <= height && size <= width, "size must be from 1 to the sides of images, got ", size,
         " for images of shape ", shape_text(images));
   check(space_to_depth == 1 || space_to_depth == kDepthBlock, "space_to_depth must be 1 or ", kDepthBlock, ", got ",
@@ -37,8 +40,18 @@ inline Tensor on_crops(const Tensor& images, Tensor offsets, Tensor flips, Tenso
   const int64_t side = ceil_div(size, space_to_depth);
   const Images out{batch, kColours * space_to_depth * space_to_depth, side, side, true};
   Tensor y = empty_images(images, out, dtype);
-  Augment p{dtype_of(y, "dtype"), height, width, size, images.stride(0), images.stride(1), images.stride(2),
-            images.stride(3),     out,    {},    {}};
+  Augment p{dtype_of(y, "dtype"),
+            height,
+            width,
+            size,
+            subsampled,
+            images.stride(0),
+            images.stride(1),
+            images.stride(2),
+            subsampled ? 0 : images.stride(3),
+            out,
+            {},
+            {}};
   for (int c = 0; c < kColours; ++c) {
     p.mean[c] = 255 * mean[c];
     p.scale[c] = 1 / (255 * std[c]);

@@ -65,6 +65,9 @@ def test_prepare_refuses(tmp_path: Path, images: Path, capsys: pytest.CaptureFix
     (tmp_path / "file").touch()
     assert "DST" in fails(capsys, 2, "prepare", images, tmp_path / "file")
     assert "--side 0: expected greater than or equal to 1" in fails(capsys, 2, "prepare", images, out, "--side", "0")
+    odd = ("--side", "31", "--store", "yuv420")
+    assert "--side must be even with --store yuv420, got 31" in fails(capsys, 2, "prepare", images, out, *odd)
+    assert "--store" in fails(capsys, 2, "prepare", images, out, "--store", "jpeg")
     assert "no such file; `alexnet prepare` writes it" in fails(capsys, 1, "prepare", images, "--verify")
     assert cli.run_command(["prepare", str(images), str(out), *SMALL]) == 0
     assert "holds shards of side 32, not 64" in fails(capsys, 2, "prepare", images, out, *SMALL[2:], "--side", "64")

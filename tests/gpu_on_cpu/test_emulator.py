@@ -88,14 +88,16 @@ def test_without_a_gradient_they_equal_the_cpu_kernels_to_the_bit(
 
 @pytest.mark.parametrize("at_end", [False, True])
 @pytest.mark.parametrize("block", [1, 4])
-def test_augment_reads_nothing_around_its_images(folder: Path, block: int, at_end: bool) -> None:
+@pytest.mark.parametrize("subsampled", [False, True])
+def test_augment_reads_nothing_around_its_images(folder: Path, subsampled: bool, block: int, at_end: bool) -> None:
     """The images begin, or end, with a page of memory whose neighbours may not be read: that would end the process."""
-    page, (batch, side) = mmap.PAGESIZE, (2, int((mmap.PAGESIZE / 6) ** 0.5))
+    page, batch = mmap.PAGESIZE, 2
+    side = int((page / (3 if subsampled else 6)) ** 0.5) // 2 * 2
     memory = mmap.mmap(-1, 3 * page)
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     for other in (address, address + 2 * page):
         assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(other), ctypes.c_size_t(page), 0) == 0
-    case = cases.augment((batch, side, side, 3), side, block)
+    case = cases.augment((batch, side // 2 * 3, side) if subsampled else (batch, side, side, 3), side, block)
     count = math.prod(case.shapes["images"])
     images = torch.frombuffer(memory, dtype=torch.uint8, count=count, offset=2 * page - count if at_end else page)
     tensors = cases.make(case)

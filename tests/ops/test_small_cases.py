@@ -13,6 +13,7 @@ from torch import Tensor
 from alexnet_ext import ops
 from alexnet_ext._difference import relative_difference
 from alexnet_ext.ops import _backend
+from alexnet_ext.ops.augment.reference import as_planes
 from alexnet_ext.selfcheck.cases import ANY, DENSE, DTYPES, GRADS, SMALL, Case, OpCase
 from alexnet_ext.selfcheck.compare import CheckRow, case_row
 from tests.support import cases
@@ -110,7 +111,7 @@ def test_a_kernel_that_reads_gaps_fails_where_there_are_some(op: str, monkeypatc
 
 
 def _is_dense(x: Tensor) -> bool:
-    images = x.permute(0, 3, 1, 2) if x.dtype == torch.uint8 else x
+    images = as_planes(x) if x.dtype == torch.uint8 else x
     return images.is_contiguous() or (images.dim() == 4 and images.is_contiguous(memory_format=torch.channels_last))
 
 

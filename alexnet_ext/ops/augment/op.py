@@ -11,7 +11,7 @@ from .._backend import DTYPES, operator
 from .._checks import check_crop, check_drawn, check_images, check_normalization
 from .._register import register
 from . import reference
-from .reference import empty_result
+from .reference import as_planes, empty_result
 
 
 def augment(
@@ -45,7 +45,10 @@ def augment(
     There is no gradient: images are bytes.
 
     Args:
-        images: (N, H, W, 3), uint8, of any strides; none is copied (``x.permute(0, 2, 3, 1)`` of (N, 3, H, W)).
+        images: uint8, of any strides; none is copied. RGB is (N, H, W, 3) (``x.permute(0, 2, 3, 1)`` of (N, 3, H, W)).
+            YUV 4:2:0 of even H and W is (N, 3 H / 2, W), the planes of I420: H rows of Y, then U and V of H / 2 x
+            W / 2. Its values are in JPEG's full range (BT.601). It is turned to RGB by integers, as libjpeg does,
+            rounded and clamped to bytes; each pixel takes the chroma of its square of 2 x 2.
         offsets: (N, 2), integers: the top and the left of each crop.
         flips: (N,), bool: whether the crop is mirrored, left to right.
         shifts: (N, 3), fp32: added to red, green and blue, which go from 0 to 255.
@@ -72,8 +75,7 @@ def augment(
     if space_to_depth not in (1, 4):
         raise RuntimeError(f"space_to_depth must be 1 or 4, got {space_to_depth!r}")
     mean, std = check_normalization(mean, std)
-    planes = images.permute(0, 3, 1, 2)  # as layouts are named
-    op = operator("augment", backend, planes, dtype=dtype) or reference.augment
+    op = operator("augment", backend, as_planes(images), dtype=dtype) or reference.augment
     return op(images, offsets.long(), flips, shifts, size, mean, std, dtype, space_to_depth)
 
 

@@ -86,6 +86,19 @@ def test_where_nothing_is_drawn_it_is_the_preprocessing(backend: str) -> None:
     torch.testing.assert_close(y, preprocessing(images), rtol=0, atol=1e-6)
 
 
+def test_yuv_becomes_the_rgb_of_jpeg(backend: str) -> None:
+    """Every pair of U and V, by JFIF's formula in float64: 16 bits behind the point differ only next to a tie."""
+    u, v = torch.meshgrid(torch.arange(256), torch.arange(256), indexing="ij")
+    y = torch.randint(0, 256, (512, 512), generator=torch.Generator().manual_seed(0))
+    images = torch.cat([plane.flatten() for plane in (y, u, v)]).to(torch.uint8).view(1, 768, 512)
+    drawn = torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, dtype=torch.bool), torch.zeros(1, 3)
+    found = augment(images, *drawn, 512, mean=(0,) * 3, std=(1 / 255,) * 3, dtype=torch.float64, backend=backend)
+    du, dv = ((x - 128.0).repeat_interleave(2, 0).repeat_interleave(2, 1) for x in (u, v))
+    exact = torch.stack([y + 1.402 * dv, y - 0.344136286 * du - 0.714136286 * dv, y + 1.772 * du]).clamp(0, 255)
+    assert torch.equal(found, found.round())
+    assert (found[0] - exact).abs().max() <= 0.502
+
+
 @each_example
 @each_layout
 def test_what_is_drawn_may_lie_anyhow(case: Case, layout: str, backend: str) -> None:
@@ -191,6 +204,17 @@ TENSORS = cases.make(EXAMPLES[0])
         ),
         ({"images": TENSORS["images"][0]}, RuntimeError, r"images has shape \[12, 14, 3\], expected \(N, H, W, 3\)"),
         ({"images": TENSORS["images"].mT}, RuntimeError, r"images has shape \[5, 12, 3, 14\], expected \(N, H, W, 3\)"),
+        (
+            {"images": TENSORS["images"][..., 0]},  # 12 rows could be 8 of luma
+            RuntimeError,
+            r"size must be from 1 to the sides of images, got 9 for shape \[5, 12, 14\]",
+        ),
+        (
+            {"images": TENSORS["images"][:, :11, :, 0]},
+            RuntimeError,
+            r"images has shape \[5, 11, 14\], expected \(N, H, W, 3\), or \(N, 3 H / 2, W\) of even H and W",
+        ),
+        ({"images": TENSORS["images"][:, :, :13, 0]}, RuntimeError, r"images has shape \[5, 12, 13\], expected"),
         ({"images": TENSORS["images"].numpy()}, TypeError, "images must be a Tensor, got ndarray"),
         ({"offsets": TENSORS["offsets"][:2]}, RuntimeError, r"offsets has shape \[2, 2\], expected \[5, 2\]"),
         ({"offsets": TENSORS["offsets"].float()}, RuntimeError, "offsets has dtype torch.float32, expected integers"),
@@ -230,6 +254,8 @@ def test_the_raw_op_checks_what_it_is_given() -> None:
     op, given = torch.ops.alexnet_ext.augment, list(cases.raw_forward(EXAMPLES[0], TENSORS))
     for place, value, message in (
         (0, TENSORS["images"].short(), "images must be uint8"),
+        (0, TENSORS["images"][:, :11, :, 0], r"images has shape \[5, 11, 14\], expected \(N, H, W, 3\), or"),
+        (0, TENSORS["images"][:, :, :13, 0], r"images has shape \[5, 12, 13\], expected"),
         (1, TENSORS["offsets"].int(), "offsets must be int64"),
         (1, TENSORS["offsets"][:2], r"offsets has shape \[2, 2\], expected \[5, 2\]"),
         (2, TENSORS["flips"].byte(), "flips must be bool"),
@@ -282,7 +308,8 @@ def test_compiles_without_a_graph_break(case: Case, backend: str, dynamic: bool)
     compiled = torch.compile(
         lambda tensors: cases.fused(case, tensors, backend), fullgraph=True, dynamic=dynamic, backend="aot_eager"
     )
-    shapes = [case, replace(case, shapes=cases.augment((6, 17, 19, 3), 9).shapes)] if dynamic else [case]
+    larger = (6, 17, 19, 3) if len(case.shapes["images"]) == 4 else (6, 27, 20)
+    shapes = [case, replace(case, shapes=cases.augment(larger, 9).shapes)] if dynamic else [case]
     for i, shape in enumerate(shapes):
         tensors = cases.make(shape)
         with torch._dynamo.config.patch(error_on_recompile=i > 0):
