@@ -88,9 +88,9 @@ def augmented_split(root: Path) -> Split:
     [
         ((2, 4), "cosine", 0, lambda _: split()),
         ((3,), "plateau", 2, lambda _: split()),
-        ((2,), "cosine", 2, augmented_split),
+        ((1, 2), "cosine", 2, augmented_split),
     ],
-    ids=["mid-epoch", "between epochs", "augmented"],
+    ids=["mid-epoch", "between epochs", "augmented, twice in an epoch"],
 )
 def test_interrupted_and_resumed_is_bit_for_bit_the_straight_run(
     tmp_path: Path, stops: tuple[int, ...], schedule: str, workers: int, make_split: Callable[[Path], Split]
