@@ -42,6 +42,13 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.import_module("alexnet_ext.models.alexnet"), "HIDDEN", 16)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def imported() -> None:
+    """What each process of these tests would otherwise import anew."""
+    for name in ("torch._dynamo", "torch.utils.tensorboard", "matplotlib.figure", "matplotlib.backends.backend_agg"):
+        importlib.import_module(name)
+
+
 def begun_or_resumed(out: Path, data: Split, workers: int = 0) -> Trainer:
     """A trainer at the newest checkpoint of a run, or at its start."""
     found = out.exists() and checkpoint.generations(out)
@@ -119,6 +126,7 @@ def test_one_command_line_that_is_killed_until_it_is_done(tmp_path: Path, option
     process.start()
     process.join()
     whole = time.monotonic() - began
+    assert process.exitcode == 0
     arguments = [*options, "--resume", "auto", "--out", str(root / "run")]
     for number in range(40):
         if not killed(FORK.Process(target=command, args=(arguments,)), chance.uniform(0.2, 0.7 + 0.1 * number) * whole):

@@ -89,10 +89,10 @@ def augmented_split(root: Path) -> Split:
     [
         ((2, 4), {}, 0, lambda _: split()),
         ((3,), {"schedule": "plateau"}, 2, lambda _: split()),
-        ((2,), {}, 2, augmented_split),
+        ((1, 2), {}, 2, augmented_split),
         ((1, 4), {"optimizer": "lars", "ema": 0.6, "grow": "71:0.3,75:0.3", "warmup": 0.4}, 0, augmented_split),
     ],
-    ids=["mid-epoch", "between epochs", "augmented", "fast"],
+    ids=["mid-epoch", "between epochs", "augmented, twice in an epoch", "fast"],
 )
 def test_interrupted_and_resumed_is_bit_for_bit_the_straight_run(
     tmp_path: Path,
