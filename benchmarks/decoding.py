@@ -25,7 +25,7 @@ from torchvision.transforms.v2 import functional as F
 
 from alexnet_ext.data.archives import Entry, Source
 from alexnet_ext.data.images import decode, square, to_rgb
-from alexnet_ext.data.packed import PackedFolder
+from alexnet_ext.data.packed_folder import PackedFolder
 from alexnet_ext.data.prepare import Preparation
 from alexnet_ext.data.preprocessing import Preprocessing
 
@@ -34,7 +34,7 @@ SIZES = ((500, 375, 30), (1600, 1200, 6))  # width, height, images
 
 
 def ours(content: bytes) -> np.ndarray:
-    return np.asarray(square(decode(io.BytesIO(content), "a JPEG"), SIDE, SIDE))
+    return np.asarray(square(decode(io.BytesIO(content), "a JPEG"), SIDE))
 
 
 def draft(gap: int) -> Callable[[bytes], np.ndarray]:
@@ -44,7 +44,7 @@ def draft(gap: int) -> Callable[[bytes], np.ndarray]:
         with Image.open(io.BytesIO(content), formats=("JPEG",)) as image:
             image.draft("RGB", (SIDE * gap, SIDE * gap))
             image.load()
-            return np.asarray(square(to_rgb(ImageOps.exif_transpose(image)), SIDE, SIDE))
+            return np.asarray(square(to_rgb(ImageOps.exif_transpose(image)), SIDE))
 
     return read
 
@@ -57,7 +57,7 @@ def by_torchvision(content: bytes) -> torch.Tensor:
 
 def then_pillow(content: bytes) -> np.ndarray:
     pixels = by_torchvision(content).permute(1, 2, 0).contiguous().numpy()
-    return np.asarray(square(Image.fromarray(pixels), SIDE, SIDE))
+    return np.asarray(square(Image.fromarray(pixels), SIDE))
 
 
 def then_torchvision(content: bytes) -> np.ndarray:
