@@ -105,10 +105,16 @@ def train(
 
     Ctrl-C saves a checkpoint; --resume goes on from it.
     """
+    options = locals()
     _refuse_contradictions(folder, val, held_out, data, recipe, weights, out, resume)
-    given = _recipe_fields(locals())
+    given = _recipe_fields(options)
     chosen(given, recipe)  # a wrong option is reported before torch is imported
 
+    _run(options, given)
+
+
+def _run(options: dict[str, Any], given: dict[str, Any]) -> None:
+    """Train by the options of ``train``; ``given`` are the fields of a Recipe among them."""
     with starting():
         import torch
 
@@ -116,20 +122,19 @@ def train(
         from .training.progress import lasting_console
         from .training.trainer import Looks
 
-    where = device_of(device)
-    count = workers_of(workers, where.type)
-    if threads is not None:
-        torch.set_num_threads(threads)
-    console = lasting_console(quiet)
-    looks = Looks(profile, detect_nan)
-    if resume is not None:
-        run.resume(resume, given, where, count, console, warn, looks)
+    where = device_of(options["device"])
+    count = workers_of(options["workers"], where.type)
+    if options["threads"] is not None:
+        torch.set_num_threads(options["threads"])
+    console, looks = lasting_console(options["quiet"]), Looks(options["profile"], options["detect_nan"])
+    if options["resume"] is not None:
+        run.resume(options["resume"], given, where, count, console, warn, looks)
         return
     given = {"precision": PRECISION[where.type]} | given
-    if weights is not None:
-        given = run.from_weights(weights, warn) | given
-    whole = chosen(given, recipe)
-    run.start(whole, out or run.default_out(whole), where, count, console, looks)
+    if options["weights"] is not None:
+        given = run.from_weights(options["weights"], warn) | given
+    whole = chosen(given, options["recipe"])
+    run.start(whole, options["out"] or run.default_out(whole), where, count, console, looks)
 
 
 def _refuse_contradictions(
