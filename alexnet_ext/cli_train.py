@@ -134,10 +134,16 @@ def train(
     Ctrl-C saves a checkpoint; --resume goes on from it. The same command with --resume auto, again and again, ends with
     a finished run.
     """
+    options = locals()
     _refuse_contradictions(folder, val, held_out, data, recipe, weights, out, None if resume is AUTO else resume)
-    given = _recipe_fields(locals())
+    given = _recipe_fields(options)
     chosen(given, recipe)  # a wrong option is reported before torch is imported
 
+    _run(options, given)
+
+
+def _run(options: dict[str, Any], given: dict[str, Any]) -> None:
+    """Train by the options of ``train``; ``given`` are the fields of a Recipe among them."""
     with starting():
         import torch
 
@@ -145,17 +151,19 @@ def train(
         from .training.progress import lasting_console
         from .training.trainer import Means
 
-    torch.set_num_threads(threads or torch.get_num_threads())
-    where = device_of(device)
-    means = Means(where, workers_of(workers, where.type), cache, loader, profile, detect_nan)
-    console = lasting_console(quiet)
+    where = device_of(options["device"])
+    if options["threads"] is not None:
+        torch.set_num_threads(options["threads"])
+    count, others = workers_of(options["workers"], where.type), ("cache", "loader", "profile", "detect_nan")
+    means = Means(where, count, **{name: options[name] for name in others})
+    console, resume, out = lasting_console(options["quiet"]), options["resume"], options["out"]
     if resume is not None and resume is not AUTO:
         run.resume(resume, given, means, console, warn)
         return
     begun = {"precision": PRECISION[where.type]} | given
-    if weights is not None:
-        begun = run.from_weights(weights, warn) | begun
-    whole = chosen(begun, recipe)
+    if options["weights"] is not None:
+        begun = run.from_weights(options["weights"], warn) | begun
+    whole = chosen(begun, options["recipe"])
     if resume is AUTO:
         run.auto(whole, given, out, means, console, warn)
     else:

@@ -355,6 +355,11 @@ def test_importing_the_package_imports_none_of_the_command_lines() -> None:
     assert printed == "[]\n"
 
 
+def steps_in(run: Path) -> list[int]:
+    """The steps in a run's metrics."""
+    return [line["step"] for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "train"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_from_it(tmp_path: Path, number: signal.Signals) -> None:
     out = tmp_path / "run"
@@ -364,7 +369,7 @@ def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_from_it(tmp_path: Path,
         [*command, *options], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     deadline = time.monotonic() + 120
-    while len(read_metrics(out / "metrics.jsonl")) < 3 and process.poll() is None and time.monotonic() < deadline:
+    while len(steps_in(out)) < 3 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     # As from a terminal: to the trainer and to the processes that read images.
     os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
@@ -375,10 +380,9 @@ def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_from_it(tmp_path: Path,
     assert first == "alexnet: stopping after this step, with a checkpoint; once more to stop at once"
     assert second.endswith(f", saved in {path}; to go on: alexnet train --resume {out}")
     step = checkpoint.read_state(path / checkpoint.STATE)["step"]
-    assert step == len(read_metrics(out / "metrics.jsonl")) >= 3
+    assert step == len(steps_in(out)) >= 3
     assert cli.run_command(["train", "--resume", str(out), "--steps", str(step + 2)]) == 0
-    trained = [line["step"] for line in read_metrics(out / "metrics.jsonl") if line["kind"] == "train"]
-    assert trained == list(range(1, step + 3))
+    assert steps_in(out) == list(range(1, step + 3))
     assert json.loads((out / "recipe.json").read_text())["steps"] == step + 2
 
 
@@ -424,7 +428,10 @@ def test_a_run_folder_whose_name_is_no_utf_8(tmp_path: Path, capsys: pytest.Capt
     assert cli.run_command(["train", "--data", "synthetic", *SMALL, "--steps", "1", "--out", str(out)]) == 0
     assert capsys.readouterr().out.count("TensorBoard") == 1
     assert not list(out.glob("events*"))
-    assert len(read_metrics(out / "metrics.jsonl")) == 2
+    assert [line["kind"] for line in read_metrics(out / "metrics.jsonl") if line["kind"] != "span"] == [
+        "train",
+        "evaluate",
+    ]
     assert cli.run_command(["train", "--resume", str(out), "--steps", "2"]) == 0
     sample = tmp_path / "a.png"
     Image.new("RGB", (9, 9)).save(sample)

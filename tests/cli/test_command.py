@@ -37,7 +37,11 @@ def begin(*arguments: str, **options: object) -> subprocess.Popen[str]:
 
 def wait_for(steps: int, out: Path, process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 120
-    while len(read_metrics(out / "metrics.jsonl")) < steps and process.poll() is None and time.monotonic() < deadline:
+    while (
+        sum(line["kind"] == "train" for line in read_metrics(out / "metrics.jsonl")) < steps
+        and process.poll() is None
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.02)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from alexnet_ext import cli
@@ -21,6 +22,7 @@ from alexnet_ext.training import checkpoint, profile
 from alexnet_ext.training.log import Log, read_metrics
 from alexnet_ext.training.process import memory
 from alexnet_ext.training.profile import TRACE, profiled
+from alexnet_ext.training.progress import Reporter
 from alexnet_ext.training.recipe import PRECISION
 from alexnet_ext.training.trainer import Means, Trainer
 from tests.cli.test_cli import SMALL
@@ -55,6 +57,37 @@ def test_the_wait_for_data_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     run.run(lines)
     (waiting,) = re.findall(r"step 6/6 .* data +(\d+)%  [\d.]+ GiB", text.getvalue())
     assert int(waiting) >= 10
+
+
+def test_reporter_prints_lines_where_there_is_no_terminal() -> None:
+    text = io.StringIO()
+    with Reporter(4, 2, Console(file=text, width=200)) as lines:
+        lines.step(3, 0.5, 0.25, 12.3, 0.02, 3 << 29)
+        lines.evaluating(1, 2)
+        lines.evaluating(2, 2)
+        lines.step(4, 0.5, 0.25, 12_345.6, 0.02, 3 << 29)
+    line = "step 4/4  loss  0.500  accuracy  25.0%  12,345.6 images/s  data   2%  1.5 GiB  0:00 left"
+    assert text.getvalue().splitlines() == [line]
+
+
+def test_reporter_draws_a_bar_on_a_terminal() -> None:
+    text = io.StringIO()
+    with Reporter(4, 0, Console(file=text, width=140, force_terminal=True)) as bar:
+        bar.step(2, 0.5, 0.25, 12.3, 0.02, 3 << 29)
+        bar.evaluating(50, 100)
+    for words in (
+        "train",
+        "2/4",
+        "loss  0.500",
+        "25.0%",
+        "12.3 images/s",
+        "data   2%",
+        "1.5 GiB",
+        "left",
+        "evaluate",
+        "50/100",
+    ):
+        assert words in text.getvalue()
 
 
 def test_memory_is_that_of_this_process() -> None:

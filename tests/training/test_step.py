@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
@@ -19,14 +21,15 @@ from alexnet_ext.data import Synthetic
 from alexnet_ext.data.batches import Batch, Drawn
 from alexnet_ext.data.preprocessing import Preprocessing
 from alexnet_ext.ops import _backend
-from alexnet_ext.training import graph
+from alexnet_ext.training import checkpoint, graph
 from alexnet_ext.training import step as step_module
 from alexnet_ext.training.feed import Inputs
+from alexnet_ext.training.interrupt import Interrupted
 from alexnet_ext.training.losses import Losses
 from alexnet_ext.training.recipe import Recipe
 from alexnet_ext.training.step import Taken, TrainingStep
 from alexnet_ext.training.trainer import freeze
-from tests.training.test_training import SIZE, TINY
+from tests.training.test_training import SIZE, TINY, reporter, resumed, same, trainer
 
 PREPROCESSING = Synthetic.preprocessing(SIZE)
 CPU = torch.device("cpu")
@@ -162,6 +165,36 @@ def test_bf16_goes_on_bit_for_bit_from_weights_and_optimizer_state() -> None:
         taking([batch(2, 7)], PREPROCESSING, 0.01)
     for name, weight in straight.weights().items():
         assert torch.equal(again.weights()[name], weight), name
+
+
+def test_a_bf16_run_is_resumed_bit_for_bit_and_keeps_fp32_files(tmp_path: Path) -> None:
+    recipe = replace(TINY, precision="bf16")
+    straight = trainer(tmp_path / "straight", recipe)
+    expected = straight.run(reporter())
+    with pytest.raises(Interrupted):
+        trainer(tmp_path / "broken", recipe).run(reporter(), stop_at=2)
+    torch.manual_seed(99)
+    again = resumed(tmp_path / "broken", recipe)
+    path = checkpoint.newest(again.out, lambda text: pytest.fail(text)) / checkpoint.WEIGHTS
+    assert {weight.dtype for weight in load_file(path).values()} == {torch.float32}
+    result = again.run(reporter())
+    assert same(straight, again)
+    assert torch.equal(result.probabilities, expected.probabilities)
+    for name, weight in straight.take.weights().items():
+        assert torch.equal(again.take.weights()[name], weight), name
+
+
+def test_an_optimizer_state_of_fp32_weights_goes_on_in_bf16() -> None:
+    """As runs in bf16 had it when autocast cast their weights."""
+    before, after = step_of(), step_of(replace(TINY, precision="bf16"))
+    before([batch(2)], PREPROCESSING, 0.01)
+    after.optimizer.load_state_dict(before.optimizer.state_dict())
+    after.load_weights(before.weights())
+    for old, new in zip(before.trained.values(), after.trained.values(), strict=True):
+        momenta = [taking.optimizer.state[p]["momentum_buffer"] for taking, p in ((before, old), (after, new))]
+        assert torch.equal(*momenta)
+    assert all(torch.equal(weight, before.weights()[name]) for name, weight in after.weights().items())
+    after([batch(2, 1)], PREPROCESSING, 0.01)
 
 
 # Memory that is too small.

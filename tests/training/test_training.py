@@ -419,37 +419,6 @@ def test_a_full_disk_under_the_log_names_it(tmp_path: Path) -> None:
         log.write("train", 1, {"loss": 1.0})
 
 
-def test_reporter_prints_lines_where_there_is_no_terminal() -> None:
-    text = io.StringIO()
-    with Reporter(4, 2, Console(file=text, width=200)) as lines:
-        lines.step(3, 0.5, 0.25, 12.3, 0.02, 3 << 29)
-        lines.evaluating(1, 2)
-        lines.evaluating(2, 2)
-        lines.step(4, 0.5, 0.25, 12_345.6, 0.02, 3 << 29)
-    line = "step 4/4  loss  0.500  accuracy  25.0%  12,345.6 images/s  data   2%  1.5 GiB  0:00 left"
-    assert text.getvalue().splitlines() == [line]
-
-
-def test_reporter_draws_a_bar_on_a_terminal() -> None:
-    text = io.StringIO()
-    with Reporter(4, 0, Console(file=text, width=140, force_terminal=True)) as bar:
-        bar.step(2, 0.5, 0.25, 12.3, 0.02, 3 << 29)
-        bar.evaluating(50, 100)
-    for words in (
-        "train",
-        "2/4",
-        "loss  0.500",
-        "25.0%",
-        "12.3 images/s",
-        "data   2%",
-        "1.5 GiB",
-        "left",
-        "evaluate",
-        "50/100",
-    ):
-        assert words in text.getvalue()
-
-
 def pixels(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB"))
