@@ -125,14 +125,14 @@ def train(
         from .training import run
         from .training.progress import lasting_console
 
-    torch.set_num_threads(threads or torch.get_num_threads())
+    if threads is not None:
+        torch.set_num_threads(threads)
     where = device_of(device)
     rest = (where, workers_of(workers, where.type), lasting_console(quiet))
     if resume is not None and resume is not AUTO:
         run.resume(resume, given, *rest, warn)
         return
-    begun = given if weights is None else run.from_weights(weights, warn) | given
-    whole = chosen(begun, recipe)
+    whole = chosen(given if weights is None else run.from_weights(weights, warn) | given, recipe)
     if resume is AUTO:
         run.auto(whole, given, out, *rest, warn)
     else:
