@@ -15,7 +15,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._errors import os_error
+from .._errors import os_error, path_text
 from .._optional import require
 from .files import write_file
 
@@ -66,7 +66,10 @@ class Log:
     def describe(self, recipe: dict[str, Any]) -> None:
         """The run's hyperparameters, for TensorBoard's table of runs."""
         if self.events is not None:
-            values = {name: "none" if value is None else value for name, value in recipe.items()}
+            values = {
+                name: value if isinstance(value, (int, float)) else path_text(str(value))
+                for name, value in recipe.items()
+            }
             for summary in require("torch.utils.tensorboard.summary").hparams(values, {"evaluate/top1": 0.0}):
                 self._event(self.events.file_writer.add_summary, summary)
 

@@ -104,7 +104,7 @@ def test_tensorboard_has_the_kernels_and_the_hyperparameters(tmp_path: Path) -> 
     weight = torch.zeros(20, 3, 2, 2)
     weight[17, 0] = 1.0
     with Log(tmp_path) as log:
-        log.describe({"lr": 0.01, "model": "paper", "val": None})
+        log.describe({"lr": 0.01, "model": "paper", "val": None, "data": "caf\udce9"})
         log.kernels(weight, 3)
     events = EventAccumulator(str(tmp_path))
     events.Reload()
@@ -116,7 +116,7 @@ def test_tensorboard_has_the_kernels_and_the_hyperparameters(tmp_path: Path) -> 
         red = [(x, y) for x in range(48) for y in range(6) if picture.getpixel((x, y)) == (255, 0, 0)]
     assert red == [(3, 3), (3, 4), (4, 3), (4, 4)], "the second of the second row"
     content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
-    assert all(word in content for word in (b"paper", b"none", b"lr"))
+    assert all(word in content for word in (b"paper", b"None", b"lr", b"caf"))
 
 
 def test_a_profile_is_a_chrome_trace_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
