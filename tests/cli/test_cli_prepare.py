@@ -71,7 +71,7 @@ def test_prepare_refuses(tmp_path: Path, images: Path, capsys: pytest.CaptureFix
     assert "no such file; `alexnet prepare` writes it" in fails(capsys, 1, "prepare", images, "--verify")
     assert cli.run_command(["prepare", str(images), str(out), *SMALL]) == 0
     assert "holds shards of side 32, not 64" in fails(capsys, 2, "prepare", images, out, *SMALL[2:], "--side", "64")
-    assert f"{out}: no folders in it" in fails(capsys, 2, "train", out), "until it takes packed images"
+    assert "have a side of 32, and the network takes 227; prepare them anew" in fails(capsys, 1, "train", out)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

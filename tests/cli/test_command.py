@@ -114,6 +114,9 @@ def test_a_second_ctrl_c_ends_at_once_and_a_checkpoint_before_it_stays(tmp_path:
     out = tmp_path / "run"
     process = begin(*TRAIN, "--out", str(out), "--workers", "1", "--save-every", "2", "--batch-size", "64")
     wait_for(3, out, process)
+    while not checkpoint.generations(out):  # written while training goes on
+        assert process.poll() is None
+        time.sleep(0.01)
     for _ in range(2):
         process.send_signal(signal.SIGINT)
         time.sleep(0.02)

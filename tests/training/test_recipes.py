@@ -6,6 +6,7 @@ import dataclasses
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from alexnet_ext.training import trainer as training
 from alexnet_ext.training.evaluate import to_device
 from alexnet_ext.training.interrupt import Interrupted
 from alexnet_ext.training.recipe import FAST, RECIPES, Recipe
+from alexnet_ext.training.step import Taken, TrainingStep
 from tests.cli.test_cli import SMALL, fails
 from tests.training.test_runs import striped
 from tests.training.test_training import SIZE, TINY, reporter, trainer
@@ -88,21 +90,22 @@ def test_images_without_crops_are_scaled_without_aliasing() -> None:
     assert torch.equal(Digits.preprocessing(227).at(99)(digit), Digits.preprocessing(99)(digit))
 
 
-def test_the_average_is_evaluated_and_kept_and_the_weights_train_on(tmp_path: Path) -> None:
+def test_the_average_is_evaluated_and_kept_and_the_weights_train_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = replace(TINY, ema=0.5, dropout=0.0)
     run, plain = trainer(tmp_path / "run", recipe), trainer(tmp_path / "plain", replace(recipe, ema=None))
     history: list[list[Tensor]] = []
-    take = plain.take
+    right = TrainingStep.__call__
 
-    def recording(*arguments: object) -> object:
-        taken = take(*arguments)  # type: ignore[arg-type]
-        history.append([p.detach().double().clone() for p in plain.model.parameters()])
+    def recording(take: TrainingStep, *arguments: Any) -> Taken:
+        taken = right(take, *arguments)
+        history.append([p.detach().double().clone() for p in take.model.parameters()])
         return taken
 
-    plain.take = recording  # type: ignore[assignment]
-    plain.take.last_loss = take.last_loss  # type: ignore[attr-defined]
-    plain.take.optimizer, plain.take.scaler = take.optimizer, take.scaler  # type: ignore[attr-defined]
-    plain.run(reporter())
+    with monkeypatch.context() as patched:
+        patched.setattr(TrainingStep, "__call__", recording)
+        plain.run(reporter())
     result = run.run(reporter())
     assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), plain.model.parameters(), strict=True))
     expected = history[0]

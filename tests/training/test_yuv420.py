@@ -72,7 +72,7 @@ def test_the_error_on_photographs_is_what_the_docs_say(name: str) -> None:
     """scikit-learn's two photographs, of 640 x 427; hardly more than that of a JPEG of quality 100."""
     photographs = load_sample_images()
     (pixels,) = (p for p, path in zip(photographs.images, photographs.filenames, strict=True) if path.endswith(name))
-    rgb = np.asarray(square(Image.fromarray(pixels), 256, 256))
+    rgb = np.asarray(square(Image.fromarray(pixels), 256))
     back = yuv420_to_rgb(torch.from_numpy(yuv420(rgb))[None])[0].numpy()
     error = back.astype(float) - rgb
     assert np.abs(error).mean() < 1.85
