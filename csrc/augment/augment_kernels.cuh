@@ -272,9 +272,10 @@ __global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
   });
 }
 
-// Space-to-depth: a thread's 16 bytes are of one pixel of y and of one colour, from one row of four pixels or two.
+// Space-to-depth: a thread's 16 bytes are of one pixel of y and of one colour, from one row of four pixels or two. Two
+// rows with subsampled chroma take 80 registers, so that three blocks fit: with 64, ptxas spills on 10.0 and 12.0.
 template <class T, int V, bool kSubsampled>
-__global__ void __launch_bounds__(kBlockThreads, kBlocksPerProcessor)
+__global__ void __launch_bounds__(kBlockThreads, kSubsampled ? 3 : kBlocksPerProcessor)
     augment_blocks_kernel(DeviceAugment<Acc<T>> work, int64_t runs, T* __restrict__ y) {
   using A = Acc<T>;
   constexpr int B = kDepthBlock, kChannels = kColours * B * B;
