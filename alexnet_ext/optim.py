@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any
 
@@ -15,6 +15,27 @@ from .ops._backend import DTYPES
 from .ops._layout import with_strides_of
 
 LOW = (torch.bfloat16, torch.float16)
+
+
+def _evaluated(closure: Callable[[], Any] | None) -> Any:
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
+def _alike(name: str, group: dict[str, Any], kind: Callable[[Tensor], bool]) -> Iterator[tuple[bool, list[Tensor]]]:
+    """The parameters of a group that have a gradient, those together that are of one kind, device and dtype. Raises
+    RuntimeError for a sparse gradient."""
+    found: dict[tuple[Any, ...], list[Tensor]] = {}
+    for parameter in group["params"]:
+        gradient = parameter.grad
+        if gradient is None:
+            continue
+        if gradient.is_sparse:
+            raise RuntimeError(f"{name} does not support sparse gradients")
+        found.setdefault((kind(parameter), parameter.device, parameter.dtype, gradient.dtype), []).append(parameter)
+    yield from ((own, parameters) for (own, *_), parameters in found.items())
 
 
 class SGD(torch.optim.SGD):
@@ -76,23 +97,14 @@ class SGD(torch.optim.SGD):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; returns what ``closure``, which computes the loss and its gradients anew, returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = _evaluated(closure)
         for group in self.param_groups:
-            alike: dict[tuple[Any, ...], list[Tensor]] = {}
-            for parameter in group["params"]:
-                gradient = parameter.grad
-                if gradient is None:
-                    continue
-                if gradient.is_sparse:
-                    raise RuntimeError("SGD does not support sparse gradients")
-                is_first = group["momentum"] != 0 and self.state[parameter].get("momentum_buffer") is None
-                key = (is_first, parameter.device, parameter.dtype, gradient.dtype)
-                alike.setdefault(key, []).append(parameter)
-            for (is_first, *_), parameters in alike.items():
-                self._update(group, parameters, is_first)
+
+            def is_first(parameter: Tensor, momentum: float = group["momentum"]) -> bool:
+                return momentum != 0 and self.state[parameter].get("momentum_buffer") is None
+
+            for first, parameters in _alike("SGD", group, is_first):
+                self._update(group, parameters, first)
         return loss
 
     def _update(self, group: dict[str, Any], parameters: list[Tensor], is_first: bool) -> None:
@@ -219,19 +231,9 @@ class LARS(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; returns what ``closure``, which computes the loss and its gradients anew, returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = _evaluated(closure)
         for group in self.param_groups:
-            alike: dict[tuple[Any, ...], list[Tensor]] = {}
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                if parameter.grad.is_sparse:
-                    raise RuntimeError("LARS does not support sparse gradients")
-                alike.setdefault((parameter.dim() > 1, parameter.device, parameter.dtype), []).append(parameter)
-            for (is_scaled, *_), parameters in alike.items():
+            for is_scaled, parameters in _alike("LARS", group, lambda parameter: parameter.dim() > 1):
                 self._update(group, parameters, is_scaled)
         return loss
 

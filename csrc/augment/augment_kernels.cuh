@@ -151,8 +151,8 @@ __device__ inline uint32_t four_bytes(const uint8_t* from) {
   return shifted(words[0], words[1], odd * 8);
 }
 
-// Four pixels of y's row, of which the first is in this column, from an image with subsampled chroma. They lie in two
-// or three squares that share chroma. A pixel outside the crop may have any values.
+// Four pixels of y's row, from this column on, of an image with subsampled chroma. They lie in two or three squares
+// that share chroma. A pixel outside the crop may have any values.
 struct SubsampledPixels {
   uint32_t luma = 0, us = 0, vs = 0;
   bool odd, flip;  // odd: the image's first pixel is the second one of its square
