@@ -153,7 +153,10 @@ class PackedFolder:
 
     def _kept(self, places: Tensor) -> Tensor:
         assert self.kept is not None
-        return self.kept.index_select(0, places.to(self.kept.device))[:, *self._part]
+        device = self.kept.device
+        if device.type == "cuda":
+            places = places.pin_memory()  # the host would wait for a copy from other memory
+        return self.kept.index_select(0, places.to(device, non_blocking=True))[:, *self._part]
 
     def will_need(self, keys: Sequence[Key]) -> None:
         """Have the system read the images of these keys from the disk, in the background."""
