@@ -28,7 +28,7 @@ class DaliFolder(ImageFolder):
     def __init__(self, folder: ImageFolder, device: torch.device) -> None:
         """CommandError if DALI is missing, or ``device`` is no GPU."""
         super().__init__(folder.root, folder.samples, folder.classes, folder.preprocessing, folder.augment, folder.seed)
-        self.components, self.deviations = folder.components, folder.deviations
+        self.components, self.eigenvalues = folder.components, folder.eigenvalues
         self.device = device
         self.pipelines: dict[int, Any] = {}  # by the images of a batch
         if device.type != "cuda":

@@ -67,7 +67,7 @@ class PackedFolder:
         self.targets = self._targets()
         self.pixels = functools.lru_cache(OPEN_SHARDS)(self._open)
         self.components = torch.tensor(self.index.eigenvectors).T
-        self.deviations = torch.tensor(self.index.eigenvalues)
+        self.eigenvalues = torch.tensor(self.index.eigenvalues)
         self.kept: Tensor | None = None  # all images, uint8 (N, *shape)
 
     def _targets(self) -> Tensor:
@@ -128,7 +128,7 @@ class PackedFolder:
         drawn = None
         if self.augment:
             room = self.index.side - self.preprocessing.size
-            drawn = draw(self.seed, epoch, indices, len(self), room, self.components, self.deviations)
+            drawn = draw(self.seed, epoch, indices, len(self), room, self.components, self.eigenvalues)
         places = torch.from_numpy(indices)
         images = self._kept(places) if self.kept is not None else self._gathered(indices, pin_memory)
         if not self.augment and self.index.store != STORES[0]:

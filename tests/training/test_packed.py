@@ -20,7 +20,7 @@ from alexnet_ext.data import CommandError, ImageFolder, PackedFolder, Readers, S
 from alexnet_ext.data import packed_folder as module
 from alexnet_ext.data.archives import open_source
 from alexnet_ext.data.batches import Batch, read_batch
-from alexnet_ext.data.chance import COMPONENTS, DEVIATIONS, draw
+from alexnet_ext.data.chance import COMPONENTS, EIGENVALUES, draw
 from alexnet_ext.data.packed import Index
 from alexnet_ext.data.packed_folder import free_memory, packed_preprocessing
 from alexnet_ext.data.prepare import PLAN, PROGRESS, Preparation
@@ -90,7 +90,7 @@ def test_random_numbers_are_spread_as_the_paper_says() -> None:
     # Four standard deviations, each.
     assert (counts - images / (room + 1)).abs().max() < 4 * math.sqrt(images / (room + 1))
     assert abs(int(found.flips.sum()) - images / 2) < 4 * math.sqrt(images) / 2
-    alphas = (found.shifts / 255) @ torch.linalg.inv(COMPONENTS).T / DEVIATIONS
+    alphas = (found.shifts / 255) @ torch.linalg.inv(COMPONENTS).T / EIGENVALUES
     torch.testing.assert_close(alphas.std(0), torch.full((3,), 0.1), rtol=4 / math.sqrt(2 * images), atol=0)
     assert alphas.mean(0).abs().max() < 4 * 0.1 / math.sqrt(images)
     assert alphas.T.corrcoef().triu(1).abs().max() < 4 / math.sqrt(images)
@@ -149,7 +149,7 @@ def test_a_run_on_packed_images_is_that_on_the_folder_however_it_is_cut(
     assert isinstance(folder.train, ImageFolder)
     assert isinstance(split.train, PackedFolder)
     folder = folder.brought_as(split.preprocessing)
-    folder.train.components, folder.train.deviations = split.train.components, split.train.deviations
+    folder.train.components, folder.train.eigenvalues = split.train.components, split.train.eigenvalues
     expected = trainer(tmp_path / "folder", TINY, folder)
     result = expected.run(reporter())
     cut = trainer(tmp_path / "packed", TINY, split, workers)
