@@ -120,8 +120,8 @@ def json_text(values: dict[str, Any], indent: int | None = None) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, with NaN for null. A line that a crash cut short is left out, as is one without text
-    for its kind and a whole number, of 63 bits, for its step."""
+    """The lines of a metrics.jsonl, with NaN for null. A line that a crash cut short is left out. So is one whose kind
+    is no text, or whose step is no whole number of 63 bits."""
     lines = []
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
