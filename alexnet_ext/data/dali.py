@@ -65,7 +65,10 @@ class DaliFolder(ImageFolder):
         indices = np.array([index for _, index in keys])
         try:
             images = self._decoded(indices)
+        except torch.OutOfMemoryError:
+            raise
         except (OSError, RuntimeError):  # by Pillow, which names the file if it cannot read it either
+            self.pipelines.pop(len(indices), None)  # a pipeline that failed may not run again
             return collate([self[key] for key in keys])
         targets = torch.tensor([self.samples[index][1] for index in indices.tolist()])
         drawn = self.drawn(keys[0][0], indices) if self.augment else None
