@@ -26,7 +26,7 @@ from .cli_options import (
 )
 from .cli_options import Workers as Readers
 from .training.interrupt import starting, stoppable
-from .training.recipe import chosen
+from .training.recipe import PRECISION, chosen
 
 Given = Annotated[
     Path,
@@ -43,6 +43,10 @@ Workers = Annotated[
     int | None, typer.Option(min=0, max=MOST_WORKERS, help="Processes that read images.", show_default="cores")
 ]
 Verify = Annotated[bool, typer.Option("--verify", help="Read all shards and compare their checksums.")]
+
+StepPrecision = Annotated[
+    Precision | None, typer.Option(help="Arithmetic of the step.", show_default="bf16 on a GPU, else fp32")
+]
 
 
 def prepare(
@@ -124,7 +128,7 @@ def data_bench(
     batch_size: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 128,
     model: Annotated[Variant, typer.Option(help="Variant of the network.")] = Variant.paper,  # type: ignore[attr-defined]
     image_size: Annotated[int | None, typer.Option(help="Side of its input.", show_default="the variant's")] = None,
-    precision: Annotated[Precision, typer.Option(help="Arithmetic of the step.")] = Precision.fp32,
+    precision: StepPrecision = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     device: Device = "auto",
     workers: Readers = None,
@@ -134,13 +138,19 @@ def data_bench(
         import torch
 
         from .training import data_bench as bench
+        from .training.run import count
 
     where = device_of(device)
-    given = {"data": str(folder), "model": model.value, "precision": precision.value, "batch_size": batch_size}
+    given = {
+        "data": os.path.abspath(folder),  # a folder may be named digits
+        "model": model.value,
+        "precision": str(precision or PRECISION[where.type]),
+        "batch_size": batch_size,
+    }
     recipe = chosen(given | ({} if image_size is None else {"image_size": image_size}))
     rates = bench.measure(recipe, where, workers_of(workers, where.type), seconds, Console(stderr=True))
     if json:
         print(dumps(rates._asdict(), indent=1))
         return
-    place = f"{torch.get_num_threads()} threads" if where.type == "cpu" else torch.cuda.get_device_name(where)
+    place = count(torch.get_num_threads(), "thread") if where.type == "cpu" else torch.cuda.get_device_name(where)
     print(rates.sentence(place))

@@ -28,7 +28,7 @@ class DaliFolder(ImageFolder):
     def __init__(self, folder: ImageFolder, device: torch.device) -> None:
         """CommandError if DALI is missing, or ``device`` is no GPU."""
         super().__init__(folder.root, folder.samples, folder.classes, folder.preprocessing, folder.augment, folder.seed)
-        self.components, self.deviations = folder.components, folder.deviations
+        self.components, self.eigenvalues = folder.components, folder.eigenvalues
         self.device = device
         self.pipelines: dict[int, Any] = {}  # by the images of a batch
         if device.type != "cuda":
@@ -65,7 +65,10 @@ class DaliFolder(ImageFolder):
         indices = np.array([index for _, index in keys])
         try:
             images = self._decoded(indices)
+        except torch.OutOfMemoryError:
+            raise
         except (OSError, RuntimeError):  # by Pillow, which names the file if it cannot read it either
+            self.pipelines.pop(len(indices), None)  # a pipeline that failed may not run again
             return collate([self[key] for key in keys])
         targets = torch.tensor([self.samples[index][1] for index in indices.tolist()])
         drawn = self.drawn(keys[0][0], indices) if self.augment else None

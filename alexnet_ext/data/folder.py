@@ -10,7 +10,7 @@ import numpy as np
 from .._errors import BadImage, CommandError, path_text
 from .._optional import require
 from .batches import Drawn, Sample
-from .chance import COMPONENTS, DEVIATIONS, draw
+from .chance import COMPONENTS, EIGENVALUES, draw
 from .images import crop, read_image
 from .listing import HELD_OUT, Listing, Parts, digest, find_parts, hold_out, list_images
 from .preprocessing import IMAGENET, Preprocessing
@@ -44,7 +44,7 @@ class ImageFolder:
     ) -> None:
         self.root, self.samples, self.classes = root, samples, classes
         self.preprocessing, self.augment, self.seed = preprocessing, augment, seed
-        self.components, self.deviations = COMPONENTS, DEVIATIONS
+        self.components, self.eigenvalues = COMPONENTS, EIGENVALUES
 
     @classmethod
     def split(
@@ -113,7 +113,7 @@ class ImageFolder:
     def drawn(self, epoch: int, indices: np.ndarray) -> Drawn:
         """The random numbers of the images ``indices``, int64 (N,)."""
         room = self.preprocessing.resize - self.preprocessing.size
-        return draw(self.seed, epoch, indices, len(self), room, self.components, self.deviations)
+        return draw(self.seed, epoch, indices, len(self), room, self.components, self.eigenvalues)
 
 
 def _parts(root: Path, val: Path | None, held_out: float | None) -> Parts:

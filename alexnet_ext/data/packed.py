@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from .._errors import CommandError, os_error, path_text
+from .._errors import CommandError, first_line, os_error, path_text
 from ..training.files import new_file, write_file
 
 VERSION = 1
@@ -95,19 +96,70 @@ class Index:
             raise CommandError(f"{path_text(path)}: no such file; `alexnet prepare` writes it when it ends") from error
         except OSError as error:
             raise os_error(path, error) from error
-        except ValueError as error:
-            raise CommandError(f"{path_text(path)}: no JSON ({error})") from error
+        except (ValueError, RecursionError) as error:
+            raise CommandError(f"{path_text(path)}: no JSON ({first_line(error)})") from error
         version = values.get("version") if isinstance(values, dict) else None
         if version != VERSION:
             raise CommandError(f"{path_text(path)}: expected version {VERSION} of packed images, got {version!r}")
         try:
             shards = {split: [Shard(**shard) for shard in values["shards"][split]] for split in SPLITS}
-            index = cls(**{**values, "classes": tuple(values["classes"]), "shards": shards})
+            index = cls(**{**values, "shards": shards})
         except (KeyError, TypeError) as error:
             raise CommandError(f"{path_text(path)}: not the fields of an index of packed images ({error})") from error
         if index.store not in STORES:
             raise CommandError(f"{path_text(path)}: expected a store of {', '.join(STORES)}, got {index.store!r}")
-        return index
+        damaged = _damaged(index)
+        if damaged is not None:
+            raise CommandError(f"{path_text(path)}: {damaged} is not what `alexnet prepare` writes")
+        return dataclasses.replace(index, classes=tuple(index.classes))
+
+
+def _damaged(index: Index) -> str | None:
+    """The name of a field that cannot be right: JSON may hold anything. None if there is none."""
+    shards = [shard for split in SPLITS for shard in index.shards[split]]
+    sound = {
+        "side": _are_counts(index.side) and index.side > 0,
+        "shard_size": _are_counts(index.shard_size),
+        "listing": _are_names(index.listing),
+        "classes": isinstance(index.classes, list) and _are_names(*index.classes) and _differ(index.classes),
+        **{name: _by_split(getattr(index, name)) for name in ("images", "skipped")},
+        **{name: _are_colours(getattr(index, name)) for name in ("mean", "eigenvalues")},
+        "eigenvectors": _is_triple(index.eigenvectors) and all(map(_are_colours, index.eigenvectors)),
+        "shards": all(map(_is_shard, shards)),
+    }
+    return next((name for name, right in sound.items() if not right), None)
+
+
+def _are_counts(*values: Any) -> bool:
+    return all(type(value) is int and value >= 0 for value in values)
+
+
+def _are_names(*values: Any) -> bool:
+    return all(isinstance(value, str) for value in values)
+
+
+def _differ(values: list[str]) -> bool:
+    return len(set(values)) == len(values)
+
+
+def _by_split(value: Any) -> bool:
+    return isinstance(value, dict) and value.keys() == set(SPLITS) and _are_counts(*value.values())
+
+
+def _is_triple(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3
+
+
+def _are_colours(value: Any) -> bool:
+    """Three numbers of colours in 0 to 1 or of a vector of length 1; NaN is less than nothing."""
+    return _is_triple(value) and all(type(number) in (int, float) and abs(number) < 2 for number in value)
+
+
+def _is_shard(shard: Shard) -> bool:
+    """Files lie in the folder itself."""
+    named = _are_names(shard.file, shard.labels, shard.sha256, shard.labels_sha256)
+    plain = named and all(re.fullmatch(r"[\w.-]+\.npy", name) for name in (shard.file, shard.labels))
+    return plain and _are_counts(shard.images, shard.bytes, shard.labels_bytes)
 
 
 def checksum(path: Path) -> str:
@@ -134,9 +186,8 @@ def write_shard(folder: Path, name: str, side: int, rows: Iterable[tuple[Any, in
                 stream.write(np.ascontiguousarray(pixels, dtype=np.uint8).data)
                 targets.append(target)
             stream.seek(0)
-            stream.write(
-                _header(len(targets), *image_shape(side, store))
-            )  # as long as the first: NumPy leaves room for 20 digits
+            # As long as the first: NumPy leaves room for 20 digits.
+            stream.write(_header(len(targets), *image_shape(side, store)))
         size, digest = beside.stat().st_size, checksum(beside)
     with new_file(label_file) as beside:
         np.save(beside, np.array(targets, dtype=np.int64))

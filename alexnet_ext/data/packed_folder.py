@@ -7,10 +7,10 @@ import hashlib
 import json
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from .images import middle
 from .packed import SPLITS, STORES, Index, Shard, image_shape
 from .preprocessing import IMAGENET, Preprocessing
 
-OPEN_SHARDS = 512  # each takes one of the process's open files, often 1,024
+OPEN_SHARDS = 256  # of each split: each takes one of the process's open files, often 1,024
 
 
 class Mapped(NamedTuple):
@@ -65,9 +65,8 @@ class PackedFolder:
         self.shape = image_shape(self.index.side, self.index.store)
         self.starts = np.cumsum([0, *(shard.images for shard in self.shards)])
         self.targets = self._targets()
-        self.pixels = functools.lru_cache(OPEN_SHARDS)(self._open)
         self.components = torch.tensor(self.index.eigenvectors).T
-        self.deviations = torch.tensor(self.index.eigenvalues)
+        self.eigenvalues = torch.tensor(self.index.eigenvalues)
         self.kept: Tensor | None = None  # all images, uint8 (N, *shape)
 
     def _targets(self) -> Tensor:
@@ -88,12 +87,14 @@ class PackedFolder:
             raise CommandError(f"{path_text(self.root / shard.labels)}: not the {shard.images} labels of the index")
         return labels
 
-    def _open(self, number: int) -> Mapped:
-        shard = self.shards[number]
-        found = _load(self.root / shard.file, "r")
-        if found.shape != (shard.images, *self.shape) or found.dtype != np.uint8 or not isinstance(found, np.memmap):
-            raise CommandError(f"{path_text(self.root / shard.file)}: not the {shard.images} images of the index")
-        return Mapped(np.asarray(found), found._mmap, found.offset)  # type: ignore[attr-defined]
+    @functools.cached_property
+    def pixels(self) -> Callable[[int], Mapped]:
+        """The shard of a number. It does not refer to this object, which goes as soon as nobody uses it."""
+        return functools.lru_cache(OPEN_SHARDS)(functools.partial(_open, self.root, self.shards, self.shape))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what is mapped, for a copy or another process."""
+        return {name: value for name, value in self.__dict__.items() if name != "pixels"}
 
     def _places(self, indices: np.ndarray) -> list[tuple[int, int]]:
         """Shard and row of each image."""
@@ -128,7 +129,7 @@ class PackedFolder:
         drawn = None
         if self.augment:
             room = self.index.side - self.preprocessing.size
-            drawn = draw(self.seed, epoch, indices, len(self), room, self.components, self.deviations)
+            drawn = draw(self.seed, epoch, indices, len(self), room, self.components, self.eigenvalues)
         places = torch.from_numpy(indices)
         images = self._kept(places) if self.kept is not None else self._gathered(indices, pin_memory)
         if not self.augment and self.index.store != STORES[0]:
@@ -153,7 +154,10 @@ class PackedFolder:
 
     def _kept(self, places: Tensor) -> Tensor:
         assert self.kept is not None
-        return self.kept.index_select(0, places.to(self.kept.device))[:, *self._part]
+        device = self.kept.device
+        if device.type == "cuda":
+            places = places.pin_memory()  # the host would wait for a copy from other memory
+        return self.kept.index_select(0, places.to(device, non_blocking=True))[:, *self._part]
 
     def will_need(self, keys: Sequence[Key]) -> None:
         """Have the system read the images of these keys from the disk, in the background."""
@@ -210,6 +214,14 @@ def free_memory(device: torch.device) -> int:
 
 def _within(labels: np.ndarray, classes: int) -> bool:
     return not len(labels) or (labels.min() >= 0 and labels.max() < classes)
+
+
+def _open(root: Path, shards: Sequence[Shard], shape: tuple[int, ...], number: int) -> Mapped:
+    shard = shards[number]
+    found = _load(root / shard.file, "r")
+    if found.shape != (shard.images, *shape) or found.dtype != np.uint8 or not isinstance(found, np.memmap):
+        raise CommandError(f"{path_text(root / shard.file)}: not the {shard.images} images of the index")
+    return Mapped(np.asarray(found), found._mmap, found.offset)  # type: ignore[attr-defined]
 
 
 def _load(path: Path, mode: Literal["r"] | None = None) -> np.ndarray:

@@ -85,10 +85,9 @@ def _open_packed(root: Path, size: int, seed: int, val: Path | None, held_out: f
         raise CommandError(f"--held-out {held_out}: {path_text(root)} is packed, with the images held out already", 2)
     preprocessing = packed_preprocessing(root, size)
     train = PackedFolder(root, SPLITS[0], preprocessing, augment=True, seed=seed)
+    if not len(train):
+        raise CommandError(f"{path_text(root)}: no images to train on", 2)
     others, notes = open_held_out(val or root, preprocessing, train.classes)
-    for part, name in ((train, "to train on"), (others, "held out")):
-        if not len(part):
-            raise CommandError(f"{path_text(root)}: no images {name}", 2)
     listing = train.digest()
     if val is not None:
         names = others.digest() if isinstance(others, PackedFolder) else digest([(val, others.samples)], others.classes)
@@ -102,7 +101,10 @@ def open_held_out(
     root: Path, preprocessing: Preprocessing, classes: tuple[str, ...]
 ) -> tuple[ImageFolder | PackedFolder, tuple[str, ...]]:
     """The images of a folder to evaluate a network of ``classes``: those held out of a packed one, and of another as
-    ``ImageFolder.held_out`` says. Returns also notes."""
+    ``ImageFolder.held_out`` says. Returns also notes. CommandError for a folder without any."""
     if not is_packed(root):
         return ImageFolder.held_out(root, preprocessing, classes)
-    return PackedFolder(root, SPLITS[1], preprocessing, classes=classes), ()
+    found = PackedFolder(root, SPLITS[1], preprocessing, classes=classes)
+    if not len(found):
+        raise CommandError(f"{path_text(root)}: no images held out", 2)
+    return found, ()

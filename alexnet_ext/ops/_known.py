@@ -36,8 +36,8 @@ NOT_APPLICABLE = "it applies to no small case on this device"
 """Why a candidate is refused that is made for other GPUs, dtypes or layouts."""
 MAX_RACES, MAX_FILES = 2000, 64
 """Races kept in a file, and files in the folder: the newest."""
-DAY = 86400.0
 LOCK_SECONDS = 10.0  # of waiting for a lock: its holder may be stuck, and calls of ops must not be
+DAY = 86400.0
 """In seconds: the clocks of hosts that share a file may differ by less."""
 
 

@@ -93,7 +93,8 @@ class Comparison:
 
 
 def check_same_data(a: Description, b: Description, given: bool) -> None:
-    """CommandError unless two networks know the same classes and, where no images are ``given``, held out the same."""
+    """CommandError unless two networks know the same classes and, where no images are ``given``, are known to have
+    held out the same."""
     if a.classes != b.classes:
         raise CommandError(
             f"the classes differ: {_differing(a.classes, b.classes)}; only runs of the same classes can be compared", 2
@@ -106,8 +107,8 @@ def check_same_data(a: Description, b: Description, given: bool) -> None:
     if _held_out(a) != _held_out(b):
         shown = " and ".join(path_text(d.data) for d in (a, b))
         raise CommandError(
-            f"the runs held out different images, of {shown}: one may have been trained on the other's; "
-            "name a DIR that neither has seen",
+            f"what the runs held out, of {shown}, is not known to be the same: one may have been trained on the "
+            "other's; name a DIR that neither has seen",
             2,
         )
 

@@ -82,9 +82,11 @@ def data_rate(data: Dataset, batch_size: int, device: torch.device, workers: int
 
 
 def synthetic_batch(split: Split, images: int, device: torch.device) -> Batch:
-    """Random images as large as those of ``split`` and crops of them, on ``device``."""
+    """Random images of the bytes that those of ``split`` have, and crops of them, on ``device``."""
     side = split.preprocessing.resize
-    pixels = torch.randint(256, (images, side, side, 3), dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
+    shape = split.train.shape if isinstance(split.train, PackedFolder) else (side, side, 3)
+    pixels = torch.randint(256, (images, *shape), dtype=torch.uint8, device=device)
+    pixels = pixels if pixels.dim() == 3 else pixels.permute(0, 3, 1, 2)
     targets = torch.randint(len(split.train.classes), (images,), device=device)
     offsets = torch.zeros(images, 2, dtype=torch.int64, device=device)
     flips = torch.rand(images, device=device) < 0.5

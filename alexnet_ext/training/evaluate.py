@@ -100,12 +100,13 @@ def to_device(
 
 def ten_crops(images: Tensor, size: int) -> Iterator[Tensor]:
     """The paper's ten views of (N, channels, height, width), each (N, channels, size, size): the four corners and the
-    centre, then those of the mirror image."""
+    centre, each followed by its reflection."""
     down, right = images.shape[-2] - size, images.shape[-1] - size
     places = [(0, 0), (0, right), (down, 0), (down, right), (down // 2, right // 2)]
-    for view in (images, images.flip(-1)):
-        for top, left in places:
-            yield view[..., top : top + size, left : left + size]
+    for top, left in places:
+        view = images[..., top : top + size, left : left + size]
+        yield view
+        yield view.flip(-1)
 
 
 def with_room(dataset: Dataset, preprocessing: Preprocessing) -> Dataset:

@@ -71,6 +71,11 @@ def figures(
             picture(made[-1], *arguments)
 
     measured = [run for run in runs if run.lines]
+    for run in runs:
+        if not run.lines:
+            warn(f"{path_text(run.path)}: without its curves: no lines of training in {METRICS}")
+        elif run.recipe is None and len(runs) > 1:
+            warn(f"{path_text(run.path)}: not in figure 1: no recipe.json that this version can read")
     if measured:
         draw(out, "curves", pictures.several_curves, [(run.name, run.lines) for run in measured])
     compared = _by_activation(measured)
@@ -103,14 +108,22 @@ def _open(path: Path, name: str) -> Run:
         raise CommandError(f"{path_text(path)}: {'not a folder' if path.exists() else 'no such folder'}", 2)
     try:
         recipe = Recipe.from_dict(json.loads((path / "recipe.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):  # pictures of the network need none
+    except (OSError, ValueError, TypeError, RecursionError):  # pictures of the network need none
         recipe = None
     return Run(path, name, [line for line in read_metrics(path / METRICS) if _is_whole(line)], recipe)
 
 
 def _is_whole(line: dict[str, Any]) -> bool:
-    needed = {"train": ("step", "epoch", "loss", "accuracy"), "evaluate": ("step", "top1")}
-    return all(isinstance(line.get(name), (int, float)) for name in needed.get(line["kind"], ("",)))
+    """Whether a line is drawn and has all for it: another version or program may have written it."""
+    if line["kind"] == "train":
+        epoch = line.get("epoch")
+        whole = line["step"] >= 1 and type(epoch) is int and 0 <= epoch < 2**63
+        return whole and _is_real(line.get("loss")) and _is_real(line.get("accuracy"))
+    return line["kind"] == "evaluate" and _is_real(line.get("top1"))
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
 
 
 def _check_out(out: Path, runs: Sequence[Run]) -> None:

@@ -120,10 +120,11 @@ def json_text(values: dict[str, Any], indent: int | None = None) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, with NaN for null; a line that a crash cut short is left out."""
+    """The lines of a metrics.jsonl, with NaN for null. A line that a crash cut short is left out. So is one whose kind
+    is no text, or whose step is no whole number of 63 bits."""
     lines = []
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -131,9 +132,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     for line in text.splitlines():
         try:
             value = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(value, dict) and {"kind", "step"} <= value.keys():
+        if not isinstance(value, dict):
+            continue
+        kind, step = value.get("kind"), value.get("step")
+        if isinstance(kind, str) and type(step) is int and 0 <= step < 2**63:
             lines.append({name: math.nan if entry is None else entry for name, entry in value.items()})
     return lines
 

@@ -114,7 +114,7 @@ def several_curves(path: Path, runs: Sequence[tuple[str, Lines]]) -> None:
         figure = _figure(10, 3.6)
         loss, accuracy, error = figure.subplots(1, 3)
         for number, ((name, lines), length) in enumerate(zip(runs, lengths, strict=True)):
-            style = _style(number) | {"label": _short(name, 40)}
+            style = _style(number) | {"label": _label(name)}
             scale = 1 / length if by_epoch and length is not None else 1
             train = [line for line in lines if line["kind"] == "train"]
             held_out = [line for line in lines if line["kind"] == "evaluate"]
@@ -145,7 +145,7 @@ def activations(path: Path, runs: Sequence[tuple[str, Lines]]) -> None:
         for number, (name, lines) in enumerate(runs):
             errors = _epoch_errors(lines)
             epochs = range(1, len(errors) + 1)
-            axes.plot(epochs, errors, marker="o", markersize=4, label=_short(name, 40), **_style(number, dashed=True))
+            axes.plot(epochs, errors, marker="o", markersize=4, label=_label(name), **_style(number, dashed=True))
         axes.set_xlabel("epoch")
         axes.set_ylabel("training error")
         axes.set_ylim(0)
@@ -378,13 +378,21 @@ def _short(name: str, length: int = 18) -> str:
     return name if len(name) <= length else name[: length - 1] + "…"
 
 
+def _label(name: str) -> str:
+    """A name in a legend, from which matplotlib leaves out those that begin with "_"."""
+    short = _short(name, 40)
+    return f" {short}" if short.startswith("_") else short
+
+
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """A running mean over the last twentieth of the run, shorter at its start."""
+    """A running mean over the finite values in the last twentieth of the run, shorter at its start; NaN without any."""
     width = max(1, len(values) // 20)
-    sums = np.concatenate([[0.0], np.cumsum(np.nan_to_num(values))])
+    finite = np.isfinite(values)
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(0, ends - width)
-    return (sums[ends] - sums[starts]) / (ends - starts)
+    running = (np.concatenate([[0.0], np.cumsum(some)]) for some in (np.where(finite, values, 0.0), finite))
+    sums, counts = (some[ends] - some[starts] for some in running)
+    return np.divide(sums, counts, out=np.full(len(values), np.nan), where=counts > 0)
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -7,10 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from alexnet_ext import cli
 from alexnet_ext.data.packed import Index
-from alexnet_ext.training import checkpoint
+from alexnet_ext.training import checkpoint, data_bench
+from alexnet_ext.training.data_bench import Rates
+from alexnet_ext.training.recipe import Recipe
 from tests.cli.test_cli import SMALL, fails, images
 
 __all__ = ["images"]  # a fixture
@@ -85,6 +88,24 @@ def test_data_bench_measures_what_is_there(
     assert capsys.readouterr().out.count(" a second") == 2
     assert "image_size=9 is too small" in fails(capsys, 2, "data-bench", folder, *options[:-1], "9")
     assert "--seconds 0: expected" in fails(capsys, 2, "data-bench", folder, "--seconds", "0")
+
+
+def test_data_bench_takes_a_folder_of_any_name_and_steps_as_training_does(
+    tmp_path: Path, packed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipes: list[Recipe] = []
+    monkeypatch.setattr(data_bench, "measure", lambda recipe, *_: (recipes.append(recipe), Rates(2.0, None, 1.0))[1])
+    monkeypatch.setattr("torch.get_num_threads", lambda: 1)
+    packed.rename(tmp_path / "digits")
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert cli.run_command(["data-bench", "digits", "--device", "cpu"]) == 0
+    assert " on 1 thread: " in capsys.readouterr().out
+    monkeypatch.setattr("alexnet_ext.cli_data.device_of", lambda name: torch.device("cuda"))
+    assert cli.run_command(["data-bench", "digits", "--json"]) == 0
+    assert cli.run_command(["data-bench", "digits", "--json", "--precision", "fp16"]) == 0
+    assert {recipe.data for recipe in recipes} == {str(tmp_path / "digits")}
+    assert [recipe.precision for recipe in recipes] == ["fp32", "bf16", "fp16"]
 
 
 def test_dali_reads_folders_on_a_gpu_alone(images: Path, packed: Path, capsys: pytest.CaptureFixture[str]) -> None:

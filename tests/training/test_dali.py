@@ -31,7 +31,7 @@ class Pipeline:
 
     def __init__(self, batch_size: int, num_threads: int, device_id: int, prefetch_queue_depth: int) -> None:
         assert (device_id, prefetch_queue_depth) == (1, 1)
-        self.batch_size, self.built = batch_size, False
+        self.batch_size, self.built, self.failed = batch_size, False, False
         self.files: list[np.ndarray] = []
         self.out = np.empty((batch_size, SIDE, SIDE, 3), np.uint8)  # overwritten by each run
         Pipeline.made.append(self)
@@ -57,6 +57,7 @@ class Pipeline:
 
     def feed_input(self, name: str, files: list[np.ndarray]) -> None:
         assert self.built
+        assert not self.failed, "DALI may refuse to go on"
         assert name == "files"
         assert len(files) == self.batch_size
         self.files = files
@@ -66,6 +67,7 @@ class Pipeline:
             try:
                 row[:] = np.asarray(square(Image.open(io.BytesIO(file.tobytes())).convert("RGB"), SIDE))
             except OSError as error:
+                self.failed = True
                 raise RuntimeError("nvJPEG: cannot decode") from error
         return (SimpleNamespace(as_tensor=lambda: self.out),)
 
@@ -114,9 +116,21 @@ def test_a_batch_with_a_file_that_dali_cannot_read_is_read_by_pillow(dali: None,
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"text")
     folder.samples[1] = (str(broken), folder.samples[1][1])
-    found = read_batch(DaliFolder(folder, CUDA), [(0, index) for index in range(3)])
+    data = DaliFolder(folder, CUDA)
+    found = read_batch(data, [(0, index) for index in range(3)])
     assert found.indices.tolist() == [0, 2]
     assert [error.path for error in found.errors] == [str(broken)]
+    assert len(read_batch(data, [(0, index) for index in range(3, 6)]).targets) == 3
+    assert len(Pipeline.made) == 2, "the next batch of that size has a new pipeline"
+
+
+def test_a_lack_of_memory_is_told(dali: None, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(self: Pipeline) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Pipeline, "run", run)
+    with pytest.raises(torch.OutOfMemoryError):
+        read_batch(DaliFolder(plain(photos), CUDA), [(0, 0)])
 
 
 def test_what_is_missing_is_one_line(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from alexnet_ext.data import BadImage, Digits, ImageFolder, Preprocessing, Readers, Synthetic, batches
 from alexnet_ext.data.batches import collate, permutation
-from alexnet_ext.data.chance import COMPONENTS, DEVIATIONS
+from alexnet_ext.data.chance import COMPONENTS, EIGENVALUES
 from alexnet_ext.data.images import MAX_PIXELS, crop, read_image
 from alexnet_ext.data.listing import list_images
 from alexnet_ext.training.evaluate import to_device
@@ -240,8 +240,8 @@ def test_what_is_drawn_reaches_everywhere_and_is_the_papers(folder: Path) -> Non
     drawn = collate([train[epoch, 4] for epoch in range(300)]).drawn
     assert [drawn.offsets.min(), drawn.offsets.max()] == [0, train.preprocessing.resize - 67]
     assert 120 < drawn.flips.sum() < 180
-    # Deviations of each colour: the components' squared parts times 0.1 times the deviations along them.
-    expected = 25.5 * ((COMPONENTS * DEVIATIONS) ** 2).sum(1).sqrt()
+    # Deviations of each colour: along a component 0.1 times its eigenvalue, of 255.
+    expected = 25.5 * ((COMPONENTS * EIGENVALUES) ** 2).sum(1).sqrt()
     torch.testing.assert_close(drawn.shifts.std(0), expected, rtol=0.15, atol=0)
 
 

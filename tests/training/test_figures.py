@@ -8,6 +8,7 @@ import shutil
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -91,6 +92,23 @@ def test_a_run_without_its_images_or_its_weights(
         shutil.rmtree(run / folder)
     assert "without the figures of its network" in fails_softly(capsys, "figures", run, "--out", tmp_path / "few")
     assert names(tmp_path / "few") == ["curves.png", "curves.svg"]
+
+
+def test_what_is_missing_beside_other_runs_is_told(
+    runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare, other = tmp_path / "bare", tmp_path / "other"
+    bare.mkdir()
+    other.mkdir()
+    shutil.copy(runs[1] / "metrics.jsonl", other)
+    (other / "recipe.json").write_text("[" * 100_000)
+    capsys.readouterr()
+    command = ["figures", *map(str, (runs[0], bare, other)), "--out", str(tmp_path / "out"), "--format", "png"]
+    assert cli.run_command(command) == 0
+    told = capsys.readouterr().err
+    assert f"{bare}: without its curves: no lines of training in metrics.jsonl" in told
+    assert f"{other}: not in figure 1: no recipe.json that this version can read" in told
+    assert told.count("without its curves") == told.count("not in figure 1") == 1
 
 
 def fails_softly(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
@@ -212,3 +230,48 @@ def test_runs_of_one_name_and_metrics_of_another_version(tmp_path: Path) -> None
     (paths[0] / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in odd))
     assert figures._open(paths[0], "run").lines == lines([[0.5]])
     assert figures._open(paths[0], "run").recipe is None
+
+
+ODD = [
+    {"kind": "train", "step": 0, "epoch": 0, "loss": 1.0, "accuracy": 0.5},
+    {"kind": "train", "step": 1, "epoch": 0, "loss": 10**400, "accuracy": 0.5},
+    {"kind": "train", "step": 1, "epoch": None, "loss": 1.0, "accuracy": 0.5},
+    {"kind": "train", "step": 1, "epoch": 10**400, "loss": 1.0, "accuracy": 0.5},
+    {"kind": "train", "step": 10**400, "epoch": 0, "loss": 1.0, "accuracy": 0.5},
+    {"kind": "train", "step": 1.5, "epoch": 0, "loss": 1.0, "accuracy": 0.5},
+    {"kind": "train", "step": True, "epoch": 0, "loss": 1.0, "accuracy": 0.5},
+    {"kind": "train", "step": -1, "epoch": 0, "loss": 1.0, "accuracy": 0.5},
+    {"kind": [], "step": 1},
+    {"kind": "evaluate", "step": 1, "top1": "good"},
+    {"kind": "evaluate", "step": None, "top1": 0.5},
+]
+
+
+def test_damaged_lines_are_left_out(tmp_path: Path) -> None:
+    whole = "".join(json.dumps(line) + "\n" for line in lines([[0.5, 0.6], [0.7, 0.8]])).encode()
+    odd = "".join(json.dumps(line) + "\n" for line in ODD).encode()
+    deep = b"[" * 100_000
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_bytes(odd + b"\xff{\n" + whole + deep + b"\n" + whole[:30])
+    assert figures._open(tmp_path / "a", "a").lines == lines([[0.5, 0.6], [0.7, 0.8]])
+    command = ["figures", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "out"), "--format", "png"]
+    assert cli.run_command(command) == 0
+    assert names(tmp_path / "out") == ["curves.png"]
+
+
+def test_a_running_mean_is_that_of_the_finite_values() -> None:
+    nan, inf = float("nan"), float("inf")
+    values = np.array([nan, 2.0, inf, 4.0, nan, nan, 6.0] + [6.0] * 33)  # windows of two
+    found = pictures._smooth(values)
+    assert np.array_equal(found[:8], [nan, 2, 2, 4, 4, nan, 6, 6], equal_nan=True)
+
+
+def test_a_run_whose_name_begins_with_an_underscore_is_in_the_legend(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, runs = drawn(monkeypatch), [("_old", lines([[0.5]])), ("new", lines([[0.5]]))]
+    pictures.several_curves(tmp_path / "a.png", runs)
+    pictures.activations(tmp_path / "b.png", runs)
+    legends = (found[0].legends[0], found[1].axes[0].get_legend())
+    assert [[text.get_text() for text in legend.get_texts()] for legend in legends] == [[" _old", "new"]] * 2

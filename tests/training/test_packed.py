@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import math
 import os
+import pickle
 import shutil
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +24,7 @@ from alexnet_ext.data import CommandError, ImageFolder, PackedFolder, Readers, S
 from alexnet_ext.data import packed_folder as module
 from alexnet_ext.data.archives import open_source
 from alexnet_ext.data.batches import Batch, read_batch
-from alexnet_ext.data.chance import COMPONENTS, DEVIATIONS, draw
+from alexnet_ext.data.chance import COMPONENTS, EIGENVALUES, draw
 from alexnet_ext.data.packed import Index
 from alexnet_ext.data.packed_folder import free_memory, packed_preprocessing
 from alexnet_ext.data.prepare import PLAN, PROGRESS, Preparation
@@ -90,7 +94,7 @@ def test_random_numbers_are_spread_as_the_paper_says() -> None:
     # Four standard deviations, each.
     assert (counts - images / (room + 1)).abs().max() < 4 * math.sqrt(images / (room + 1))
     assert abs(int(found.flips.sum()) - images / 2) < 4 * math.sqrt(images) / 2
-    alphas = (found.shifts / 255) @ torch.linalg.inv(COMPONENTS).T / DEVIATIONS
+    alphas = (found.shifts / 255) @ torch.linalg.inv(COMPONENTS).T / EIGENVALUES
     torch.testing.assert_close(alphas.std(0), torch.full((3,), 0.1), rtol=4 / math.sqrt(2 * images), atol=0)
     assert alphas.mean(0).abs().max() < 4 * 0.1 / math.sqrt(images)
     assert alphas.T.corrcoef().triu(1).abs().max() < 4 / math.sqrt(images)
@@ -149,7 +153,7 @@ def test_a_run_on_packed_images_is_that_on_the_folder_however_it_is_cut(
     assert isinstance(folder.train, ImageFolder)
     assert isinstance(split.train, PackedFolder)
     folder = folder.brought_as(split.preprocessing)
-    folder.train.components, folder.train.deviations = split.train.components, split.train.deviations
+    folder.train.components, folder.train.eigenvalues = split.train.components, split.train.eigenvalues
     expected = trainer(tmp_path / "folder", TINY, folder)
     result = expected.run(reporter())
     cut = trainer(tmp_path / "packed", TINY, split, workers)
@@ -217,8 +221,94 @@ def test_what_no_packed_folder_can_do_is_refused(tmp_path: Path, photos: Path, p
     index = json.loads((empty / "index.json").read_text())
     index["shards"]["val"] = []
     (empty / "index.json").write_text(json.dumps(index))
-    with pytest.raises(CommandError, match="no images held out"):
+    for opening in (
+        lambda: opened(empty),
+        lambda: open_split(str(packed), SIZE, 0, val=str(empty)),
+        lambda: open_held_out(empty, packed_preprocessing(empty, SIZE), ("a", "b", "c")),
+    ):
+        with pytest.raises(CommandError, match="/empty: no images held out"):
+            opening()
+    index["shards"]["train"] = []
+    (empty / "index.json").write_text(json.dumps(index))
+    with pytest.raises(CommandError, match="/empty: no images to train on"):
         opened(empty)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("side", "76"),
+        ("side", 76.0),
+        ("side", 0),
+        ("side", True),
+        ("shard_size", None),
+        ("listing", []),
+        ("mean", None),
+        ("mean", [0.5]),
+        ("mean", [0.5, 0.5, float("nan")]),
+        ("mean", [0.5, 0.5, 10**400]),
+        ("eigenvalues", ["0.1", "0.1", "0.1"]),
+        ("eigenvalues", [0.1, 0.1, float("inf")]),
+        ("eigenvectors", [[1, 0, 0]]),
+        ("eigenvectors", [[1, 0], [0, 1], [0, 0]]),
+        ("images", "20"),
+        ("images", {"train": -1, "val": 0}),
+        ("skipped", [1]),
+        ("skipped", {"train": "x", "val": 0}),
+        ("skipped", {"train": 0}),
+        ("classes", "ab"),
+        ("classes", [1, 2]),
+        ("classes", ["a", "a"]),
+        ("classes", None),
+    ],
+)
+def test_an_index_with_a_damaged_field_is_one_line(tmp_path: Path, packed: Path, field: str, value: Any) -> None:
+    index = json.loads((packed / "index.json").read_text())
+    (tmp_path / "index.json").write_text(json.dumps(index | {field: value}))
+    with pytest.raises(CommandError, match=rf"index\.json: {field} is not what `alexnet prepare` writes"):
+        Index.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("file", 5),
+        ("file", "../rgb/train-00000.npy"),
+        ("labels", "/tmp/train-00000.labels.npy"),
+        ("labels", ".."),
+        ("labels", "a\0.npy"),
+        ("images", "3"),
+        ("bytes", -1),
+        ("labels_bytes", 1.5),
+        ("sha256", None),
+    ],
+)
+def test_an_index_with_a_damaged_shard_is_one_line(tmp_path: Path, packed: Path, field: str, value: Any) -> None:
+    index = json.loads((packed / "index.json").read_text())
+    index["shards"]["val"][0][field] = value
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    with pytest.raises(CommandError, match=r"index\.json: shards is not what `alexnet prepare` writes"):
+        Index.read(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "\xff", '{"version": ' + "1" * 5000 + "}"])
+def test_an_index_that_is_no_json_is_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "index.json").write_text(text, encoding="latin-1")
+    with pytest.raises(CommandError, match=r"index\.json: no JSON \(.*\)$"):
+        Index.read(tmp_path)
+
+
+def test_a_packed_folder_can_be_sent_to_a_process_and_goes_when_nobody_uses_it(packed: Path) -> None:
+    data = train_part(packed)
+    expected = read_batch(data, [(0, 3)])
+    assert equal(read_batch(pickle.loads(pickle.dumps(data)), [(0, 3)]), expected)
+    gone = weakref.ref(data)
+    gc.disable()
+    try:
+        del data
+        assert gone() is None, "without a wait for the garbage collector: it may hold a GPU's memory"
+    finally:
+        gc.enable()
 
 
 def test_an_index_json_of_somebody_else_makes_no_packed_folder(tmp_path: Path, photos: Path) -> None:

@@ -73,7 +73,7 @@ def test_the_images_are_those_that_a_folder_trains_on(photos: Path, packed: Path
     for split, part in zip(SPLITS, (folder.train, folder.held_out), strict=True):
         found = PackedFolder(packed, split, preprocessing, augment=True, seed=3)
         part.augment, part.seed = True, 3
-        part.components, part.deviations = found.components, found.deviations
+        part.components, part.eigenvalues = found.components, found.eigenvalues
         assert found.classes == part.classes == ("a", "b", "c")
         assert len(found) == len(part) == {"train": 30, "val": 6}[split]
         for index in range(len(part)):

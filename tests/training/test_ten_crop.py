@@ -36,7 +36,7 @@ def weights(data: Path) -> Path:
 
 
 def plain(model: nn.Module, dataset: ImageFolder) -> Tensor:
-    """The probabilities of one image after another, from crops at the places that torchvision's ten_crop takes."""
+    """The probabilities of one image after another, from the paper's five patches and their reflections."""
     preprocessing, found = dataset.preprocessing, []
     resize, size = preprocessing.resize, preprocessing.size
     wide = ImageFolder(dataset.root, dataset.samples, dataset.classes, replace(preprocessing, size=resize))
@@ -48,8 +48,7 @@ def plain(model: nn.Module, dataset: ImageFolder) -> Tensor:
         x, end, middle = (image / 255 - mean) / std, resize - size, (resize - size) // 2
         places = ((0, 0), (0, end), (end, 0), (end, end), (middle, middle))
         crops = [x[:, top : top + size, left : left + size] for top, left in places]
-        mirrored = [x.flip(2)[:, top : top + size, left : left + size] for top, left in places]
-        found.append(model(torch.stack(crops + mirrored)).softmax(1).mean(0))
+        found.append(model(torch.stack([*crops, *(crop.flip(2) for crop in crops)])).softmax(1).mean(0))
     return torch.stack(found)
 
 
@@ -103,9 +102,10 @@ def test_packed_images_and_folders_alike_and_no_batch_is_larger(data: Path) -> N
 
 
 def test_crops_of_odd_room() -> None:
-    images = torch.arange(2 * 7 * 8).view(2, 1, 7, 8)
+    images = torch.arange(2 * 7 * 9).view(2, 1, 7, 9)
     crops = list(ten_crops(images, 4))
-    assert [int(crop[0, 0, 0, 0]) for crop in crops] == [0, 4, 24, 28, 10, 7, 3, 31, 27, 13]
+    assert [int(crop[0, 0, 0, 0]) for crop in crops] == [0, 3, 5, 8, 27, 30, 32, 35, 11, 14]
+    assert all(torch.equal(crop.flip(-1), mirrored) for crop, mirrored in zip(crops[::2], crops[1::2], strict=True))
     assert all(crop.shape == (2, 1, 4, 4) for crop in crops)
 
 

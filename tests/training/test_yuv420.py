@@ -13,13 +13,14 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from alexnet_ext.data import CommandError, Preprocessing
+from alexnet_ext.data import CommandError, Preprocessing, open_split
 from alexnet_ext.data.archives import open_source
-from alexnet_ext.data.batches import Drawn
+from alexnet_ext.data.batches import Drawn, read_batch
 from alexnet_ext.data.images import square, yuv420
 from alexnet_ext.data.packed import SPLITS, Index, verify
 from alexnet_ext.data.prepare import PLAN, PROGRESS, Preparation
 from alexnet_ext.ops.augment.reference import yuv420_to_rgb
+from alexnet_ext.training.data_bench import synthetic_batch
 from alexnet_ext.training.evaluate import to_device
 from tests.training.test_data import picture
 
@@ -65,6 +66,14 @@ def test_the_images_are_those_of_rgb_in_half_the_bytes(folders: dict[str, Path])
             assert 2 * planes.nbytes == pixels.nbytes
             assert all(np.array_equal(yuv420(image), found) for image, found in zip(pixels, planes, strict=True))
             assert one.labels_sha256 == other.labels_sha256
+
+
+def test_data_bench_steps_on_the_bytes_that_the_folder_has(folders: dict[str, Path]) -> None:
+    for folder in folders.values():
+        split = open_split(str(folder), SIDE - 4, 0)
+        found, expected = (synthetic_batch(split, 3, torch.device("cpu")), read_batch(split.train, [(0, 0)] * 3))
+        assert found.images.shape == expected.images.shape
+        assert found.images.stride() == expected.images.stride()
 
 
 @pytest.mark.parametrize("name", ["china.jpg", "flower.jpg"])
