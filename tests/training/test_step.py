@@ -15,20 +15,23 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from alexnet_ext import models
 from alexnet_ext.data import Synthetic
 from alexnet_ext.data.batches import Batch, Drawn
 from alexnet_ext.data.preprocessing import Preprocessing
 from alexnet_ext.ops import _backend
+from alexnet_ext.ops.augment.reference import augment
 from alexnet_ext.training import checkpoint, graph
-from alexnet_ext.training import step as step_module
-from alexnet_ext.training.feed import Inputs
+from alexnet_ext.training.feed import Feed, Inputs
 from alexnet_ext.training.interrupt import Interrupted
 from alexnet_ext.training.losses import Losses
+from alexnet_ext.training.process import prepare
 from alexnet_ext.training.recipe import Recipe
 from alexnet_ext.training.step import Taken, TrainingStep
 from alexnet_ext.training.trainer import freeze
+from tests.training.test_readers import raising
 from tests.training.test_training import SIZE, TINY, reporter, resumed, same, trainer
 
 PREPROCESSING = Synthetic.preprocessing(SIZE)
@@ -152,6 +155,14 @@ def test_bf16_weights_are_their_masters_rounded_and_the_start_is_kept() -> None:
         assert torch.equal(model.state_dict()[name], weight if frozen else weight.bfloat16()), name
 
 
+def test_gradients_of_several_bf16_batches_are_added_up_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    taking = step_of(replace(TINY, precision="bf16", accumulate=2))
+    seen: list[torch.dtype] = []
+    monkeypatch.setattr(taking, "_update", lambda: seen.extend(p.grad.dtype for p in taking.trained.values()))
+    taking([batch(2, 0), batch(2, 1)], PREPROCESSING, 0.01)
+    assert set(seen) == {torch.float32}
+
+
 def test_bf16_goes_on_bit_for_bit_from_weights_and_optimizer_state() -> None:
     recipe = replace(TINY, precision="bf16", dropout=0.0)
     straight, again = step_of(recipe), step_of(recipe)
@@ -247,16 +258,77 @@ def test_a_batch_beyond_memory_is_halved_and_its_gradient_is_the_same(
         torch.testing.assert_close(parts.weights()[name], weight, rtol=1e-4, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("case", ["later", "one image", "another error"])
+def test_memory_that_a_later_step_lacks_is_found_by_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where images grow, or a smaller last batch runs beside the graph."""
+    taking = step_of(replace(TINY, batch_size=2))
+    for seed in range(4):
+        taking([batch(2, seed)], PREPROCESSING, 0.01)
+    with memory_for(1, OUT_OF_MEMORY[0], monkeypatch) as seen:
+        taking([batch(2)], PREPROCESSING, 0.01)
+    assert seen == [2, 1, 1]
+
+
+@pytest.mark.parametrize("case", ["in a capture", "one image", "another error"])
 def test_other_lack_of_memory_is_an_error(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     taking = step_of(replace(TINY, batch_size=2))
-    if case == "later":
-        for _ in range(step_module.FIRST_STEPS):
-            taking([batch(2)], PREPROCESSING, 0.01)
+    if case == "in a capture":
+        taking.device = torch.device("cuda")
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        monkeypatch.setattr(taking, "_gradients", lambda *_: raising(OUT_OF_MEMORY[0])())
     error = RuntimeError("shapes do not fit") if case == "another error" else OUT_OF_MEMORY[0]
     limit = 0 if case == "one image" else 1
     with memory_for(limit, error, monkeypatch), pytest.raises(RuntimeError, match=r"out of memory|do not fit"):
         taking([batch(2)], PREPROCESSING, 0.01)
+    assert taking.pieces == (2 if case == "one image" else 1)
+
+
+# Batches on their way to the device.
+
+
+def test_a_batch_on_the_device_is_not_pinned() -> None:
+    """PyTorch pins dense CPU tensors alone."""
+    feed, given = Feed(CPU), batch(2)
+    feed.device = torch.device("meta")
+    there = given._replace(images=given.images.to("meta"), targets=given.targets.to("meta"))
+    assert there.drawn is not None
+    there = there._replace(drawn=Drawn(*(tensor.to("meta") for tensor in there.drawn)))
+    found = feed._copied(there)
+    assert [(tensor.device.type, tensor.shape) for tensor in found.tensors()] == [
+        ("meta", tensor.shape) for tensor in inputs([given])[0].tensors()
+    ]
+
+
+def test_a_run_on_another_gpu_makes_it_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    prepare(torch.device("cuda"), 0)
+    assert chosen == []
+    prepare(torch.device("cuda:1"), 0)
+    assert chosen == [torch.device("cuda:1")]
+
+
+@pytest.mark.parametrize("drawn", [True, False], ids=["files", "digits"])
+def test_no_constant_is_copied_from_the_host_to_the_device(drawn: bool) -> None:
+    """From pageable memory, which no capture allows."""
+    seen: list[str] = []
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    images = torch.empty(2, 3, SIZE, SIZE, dtype=torch.uint8, device="meta")
+    numbers = torch.zeros(2, 2).long(), torch.zeros(2).bool(), torch.zeros(2, 3)
+    offsets, flips, shifts = (tensor.to("meta") for tensor in numbers)
+    with Calls():
+        if drawn:
+            mean, std = PREPROCESSING.mean, PREPROCESSING.std
+            augment(images.permute(0, 2, 3, 1), offsets, flips, shifts, SIZE, mean, std, torch.float32, 1)
+        else:
+            PREPROCESSING(images)
+    assert seen
+    assert not [name for name in seen if "lift_fresh" in name], "what torch.tensor makes on the host"
 
 
 # The graph, whose calls a stand-in for CUDA's records.
