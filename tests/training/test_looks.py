@@ -7,6 +7,7 @@ import json
 import math
 import mmap
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 from alexnet_ext import cli
 from alexnet_ext.data import CommandError
 from alexnet_ext.training import checkpoint, profile
+from alexnet_ext.training.interrupt import Interrupted
 from alexnet_ext.training.log import Log, read_metrics
 from alexnet_ext.training.process import memory
 from alexnet_ext.training.profile import TRACE, profiled
@@ -27,7 +29,7 @@ from alexnet_ext.training.recipe import PRECISION
 from alexnet_ext.training.trainer import Means, Trainer
 from tests.cli.test_cli import SMALL
 from tests.training.test_step import CPU, PREPROCESSING, batch, network, step_of
-from tests.training.test_training import SIZE, TINY, reporter, split, trainer
+from tests.training.test_training import SIZE, TINY, reporter, resumed, split, trainer
 
 
 def test_metrics_say_what_took_the_time(tmp_path: Path) -> None:
@@ -124,17 +126,28 @@ def test_a_profile_is_a_chrome_trace_that_is_named(tmp_path: Path, monkeypatch: 
     text = io.StringIO()
     run = Trainer(TINY, split(), tmp_path, Means(CPU, profile=2))
     run.run(reporter(text))
-    assert f"Profile of steps 3 to 4: {tmp_path / TRACE}" in text.getvalue()
+    assert f"Profile of 2 steps after this process's first 2: {tmp_path / TRACE}" in text.getvalue()
     names = [event.get("name", "") for event in json.loads((tmp_path / TRACE).read_text())["traceEvents"]]
     assert sum(name.startswith("ProfilerStep") for name in names) >= 2
     assert any("conv" in name for name in names)
-    assert not list(tmp_path.glob(".*.tmp"))
+    assert not list(tmp_path.glob(".*.tmp*"))
 
 
-def test_a_run_too_short_for_a_profile_says_so(tmp_path: Path) -> None:
+def test_a_profile_that_the_run_cuts_short_counts_its_steps(tmp_path: Path) -> None:
+    notes: list[str] = []
+    with profiled(tmp_path, 50, notes.append) as stepped:
+        for _ in range(profile.WARM_UP + 3):
+            stepped()
+    assert [note.partition(":")[0] for note in notes] == ["Profile of 3 steps after this process's first 10"]
+    assert (tmp_path / TRACE).exists()
+
+
+@pytest.mark.parametrize("steps", [1, profile.WARM_UP])
+def test_a_run_too_short_for_a_profile_says_so(tmp_path: Path, steps: int) -> None:
     notes: list[str] = []
     with profiled(tmp_path, 5, notes.append) as stepped:
-        stepped()
+        for _ in range(steps):
+            stepped()
     assert notes == ["No profile: this run ended before its step 11"]
     assert not list(tmp_path.iterdir())
 
@@ -158,6 +171,34 @@ def test_a_run_that_diverges_names_the_last_good_checkpoint(tmp_path: Path, save
         assert all(weight.isfinite().all() for weight in weights.values())
 
 
+def test_a_divergence_names_a_checkpoint_that_is_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The writer may still write it, or remove it; what it fails at does not hide the divergence."""
+    run = trainer(tmp_path / "run")
+    save = checkpoint.save
+
+    def slow(*given: Any) -> None:
+        time.sleep(0.5)
+        save(*given)
+        raise CommandError("the disk is full")
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    path = run.save()
+    with pytest.raises(CommandError, match="the loss is nan at step 1") as caught:
+        run._check_finite(math.nan, 1)
+    assert f"the last good checkpoint is {path}" in str(caught.value)
+
+
+def test_a_resumed_run_does_not_save_what_it_was_loaded_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = replace(TINY, save_every=2, steps=5)
+    with pytest.raises(Interrupted):
+        trainer(tmp_path / "run", recipe).run(reporter(), stop_at=2)
+    again, saved = resumed(tmp_path / "run", recipe), []
+    save = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda *given: (saved.append(given[2].step), save(*given)))
+    again.run(reporter())
+    assert saved == [4, 5]
+
+
 def test_full_batches_go_through_the_compiled_network(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[int] = []
 
@@ -176,6 +217,12 @@ def test_full_batches_go_through_the_compiled_network(monkeypatch: pytest.Monkey
             one([batch(count)], PREPROCESSING, 0.01)
     assert taking.last_loss() == plain.last_loss()
     assert compiled == [2, 2], "neither the smaller batch nor the loss after the last step"
+    taking.pieces = 2  # as memory for one image at a time makes it
+    taking([batch(2)], PREPROCESSING, 0.01)
+    assert compiled[2:] == [1, 1]
+    watched = step_of(recipe, detect_nan=True)
+    watched([batch(2)], PREPROCESSING, 0.01)
+    assert len(compiled) == 4, "--detect-nan looks at each operation"
 
 
 def test_dynamo_takes_the_network_whole() -> None:
