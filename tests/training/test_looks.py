@@ -121,6 +121,50 @@ def test_tensorboard_has_the_kernels_and_the_hyperparameters(tmp_path: Path) -> 
     assert all(word in content for word in (b"paper", b"None", b"lr", b"caf"))
 
 
+def test_log_drops_what_a_resumed_run_does_again(tmp_path: Path) -> None:
+    with Log(tmp_path) as log:
+        for step in (1, 2, 3):
+            log.write("train", step, {"loss": 1.0 / step})
+            log.write("evaluate", step, {"top1": 0.5})
+            log.span("evaluate", step, 0.5)
+    with (tmp_path / "metrics.jsonl").open("a") as stream:
+        stream.write('{"kind": "train", "st')  # the line that a crash cut short
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 9
+    with Log(tmp_path, step=2, evaluated=1) as log:
+        log.write("train", 3, {"loss": math.nan})
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(line["kind"], line["step"]) for line in lines] == [
+        ("train", 1),
+        ("evaluate", 1),
+        ("span", 1),
+        ("train", 2),
+        ("train", 3),
+    ]
+    assert losses_in_events(tmp_path) == [1, 2]
+
+
+def losses_in_events(run: Path) -> list[int]:
+    """The steps of the losses that TensorBoard shows. It reads files by their names, which begin with the second: of
+    one second, the tenth file of a process comes before the ninth. So they are named by the time of their content."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for path in run.glob("events.out.tfevents.*"):
+        seconds = path.stat().st_mtime_ns
+        path.rename(run / f"events.out.tfevents.{seconds:020d}.test")
+    events = EventAccumulator(str(run))
+    events.Reload()
+    return [event.step for event in events.Scalars("train/loss")] if "train/loss" in events.Tags()["scalars"] else []
+
+
+def test_a_run_begun_anew_shows_nothing_of_the_killed_one(tmp_path: Path) -> None:
+    for steps in ((0, 1, 2), (1,)):
+        with Log(tmp_path) as log:
+            for step in steps:
+                log.write("train", step, {"loss": 1.0})
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [0, 1]
+    assert losses_in_events(tmp_path) == [1]
+
+
 def test_a_profile_is_a_chrome_trace_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profile, "WARM_UP", 2)
     text = io.StringIO()
