@@ -229,10 +229,11 @@ def memory_for(images: int, error: Exception, monkeypatch: pytest.MonkeyPatch) -
 OUT_OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried to"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
 ]
 
 
-@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["GPU", "CPU"])
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["GPU", "CPU", "library"])
 def test_a_batch_beyond_memory_is_halved_and_its_gradient_is_the_same(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
