@@ -18,6 +18,14 @@ def first_line(error: Exception) -> str:
     return path_text(text.splitlines()[0][:200]).rstrip(".")
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator found too little memory: Python's, PyTorch's for the CPU or a GPU, a library's."""
+    words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    # torch's own type by its name: this module is read before torch.
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or any(word in str(error) for word in words)
+
+
 class CommandError(Exception):
     """An error that the user can fix: one sentence for stderr, and the exit code (2: wrong usage, 1: anything else)."""
 

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import cli_data, cli_results, cli_train, layers
-from ._errors import CommandError, os_error, path_text
+from ._errors import CommandError, is_out_of_memory, os_error, path_text
 from ._version import __version__
 from .cli_options import Device, Last, Precision, UsageError, Variant, device_of, path, warn
 from .training.interrupt import STOPPED, Interrupted, starting
@@ -32,9 +32,6 @@ if TYPE_CHECKING:
     from .models import AlexNet
 
 app = typer.Typer(pretty_exceptions_enable=False)
-
-# Parts of torch's messages, on the CPU and on a GPU.
-OUT_OF_MEMORY = ("can't allocate memory", "CUDA out of memory")
 
 
 class Format(StrEnum):
@@ -256,7 +253,7 @@ def run_command(arguments: list[str]) -> int:
         warn("stopped")
         return STOPPED
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
+        if not is_out_of_memory(error):
             raise
         warn("out of memory; try a smaller --batch-size")
         return 1

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops._layout import filled
+
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 """Mean and deviation of ImageNet's colours, in 0 to 1, as torchvision's models are trained with."""
 
@@ -45,9 +47,7 @@ class Preprocessing:
         """
         channels = images.shape[1]
         mean, std = (
-            torch.stack([torch.full((), value, device=images.device) for value in values[:channels]])
-            .mul(255)
-            .view(1, -1, 1, 1)  # filled, as a copy from the host could be no part of a CUDA graph
+            filled(values[:channels], torch.float32, images.device).mul(255).view(1, -1, 1, 1)
             for values in (self.mean, self.std)
         )
         # Normalized first: bilinear scaling commutes with it, and 28 x 28 is a sixtieth of 227 x 227.

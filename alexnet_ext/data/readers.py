@@ -114,6 +114,7 @@ class Processes(Generic[Request, Answer]):
     def _died(self, number: int) -> CommandError:
         process = self.processes[number]
         process.join(1)
+        self.look()  # a signal to the whole group is a wish to stop
         code = process.exitcode or 0
         how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
         return CommandError(

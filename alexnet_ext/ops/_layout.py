@@ -1,4 +1,4 @@
-"""Memory formats of results, and strides: what fakes and Triton kernels share."""
+"""Memory formats of results, and strides: what fakes and Triton kernels share; constants."""
 
 from __future__ import annotations
 
@@ -22,6 +22,11 @@ def new_images(
 ) -> Tensor:
     """A new dense (N, C, H, W) on the device of ``like``, in its dtype unless another is given."""
     return torch.empty(tuple(shape), dtype=dtype or like.dtype, device=like.device, memory_format=layout)
+
+
+def filled(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """These numbers (len(values),) on a device. Filled, as a copy from the host could be no part of a CUDA graph."""
+    return torch.stack([torch.full((), value, dtype=dtype, device=device) for value in values])
 
 
 def outline(x: Tensor) -> tuple[torch.Size, torch.memory_format]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .._difference import relative_difference
+from .._errors import is_out_of_memory
 from . import _known
 
 Clock = Callable[[], float]
@@ -65,13 +66,13 @@ def _rounding(dtype: torch.dtype) -> float:
     return 2.0**-10 if dtype == torch.float32 else torch.finfo(dtype).eps
 
 
-TROUBLE = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "Failed to find C compiler", "No space left")
+TROUBLE = ("Failed to find C compiler", "No space left")
 
 
 def is_trouble(error: BaseException) -> bool:
     """Whether this is the machine's fault and no kernel's: memory, disk, a compiler that is missing."""
-    kinds = (OSError, MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, kinds) or any(words in str(error) for words in TROUBLE)
+    listed = isinstance(error, OSError) or any(words in str(error) for words in TROUBLE)
+    return listed or is_out_of_memory(error)
 
 
 def running(candidates: Sequence[Candidate], clock: Clock) -> Iterator[tuple[Candidate, Results]]:

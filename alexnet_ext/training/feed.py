@@ -54,6 +54,6 @@ class Feed:
 
     def _copied(self, batch: Batch) -> Inputs:
         found = Inputs(batch.images, batch.targets, batch.drawn).tensors()
-        # From pageable memory the copy would make the host wait.
-        pinned = (tensor if tensor.is_pinned() else tensor.pin_memory() for tensor in found)
+        # From pageable memory the copy would make the host wait. Only CPU memory is pinned: a batch may be on the GPU.
+        pinned = (t.pin_memory() if t.device.type == "cpu" and not t.is_pinned() else t for t in found)
         return Inputs.of(tuple(tensor.to(self.device, non_blocking=True) for tensor in pinned))

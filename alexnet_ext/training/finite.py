@@ -27,7 +27,8 @@ class Finite(TorchDispatchMode):
     """Looks at the result of each operation of a step, forward and (with ``backward``) backward, and waits for it.
 
     Hooks before and after each layer know the layer of the forward, and note which nodes of autograd's graph it made,
-    for the backward. The optimizer's step is examined by the weights that it leaves.
+    for the backward. The optimizer's step is not watched, as it may drop what is not finite: ``examine`` looks at the
+    weights that it leaves.
     """
 
     def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor], backward: bool = True) -> None:
@@ -39,7 +40,7 @@ class Finite(TorchDispatchMode):
 
     @contextmanager
     def watching(self, step: int) -> Iterator[None]:
-        """Context manager around a step, numbered from 1. Raises NotFinite."""
+        """Context manager around forward and backward of a step, numbered from 1. Raises NotFinite."""
         self.step, self.layers = step, []
         hooks = []
         for name, module in self.model.named_modules():
@@ -53,6 +54,9 @@ class Finite(TorchDispatchMode):
             for hook in hooks:
                 hook.remove()
             self.makers.clear()
+
+    def examine(self) -> None:
+        """Look at the parameters after the update. Raises NotFinite."""
         for name, parameter in self.parameters.items():
             if not parameter.isfinite().all():
                 raise NotFinite(f"step {self.step}: the update of {name} left {_kind(parameter)}; try a lower --lr")

@@ -69,6 +69,7 @@ class Graphed:
     def _capture(self, inputs: list[Inputs], preprocessing: Preprocessing) -> None:
         self.inputs = [Inputs.of(tuple(torch.empty_like(tensor) for tensor in part.tensors())) for part in inputs]
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self.stream):
+        # Reader threads pin memory meanwhile, which a capture by default forbids every thread of the process.
+        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
             self.outputs = self.step(self.inputs, preprocessing)
         self.graph = graph

@@ -28,7 +28,8 @@ class Log:
 
     def __init__(self, run: Path, step: int = 0, evaluated: int = -1) -> None:
         self.path = run / METRICS
-        if step or self.path.exists():
+        before = bool(step) or self.path.exists()
+        if before:
             kept = [line for line in read_metrics(self.path) if _precedes(line, step, evaluated)]
             write_file(self.path, "".join(json_text(line) + "\n" for line in kept).encode())
         try:
@@ -36,7 +37,7 @@ class Log:
             self.events: Any = None
             if has_events(run):
                 writer = require("torch.utils.tensorboard").SummaryWriter
-                self.events = writer(str(run), purge_step=step + 1 if step else None)
+                self.events = writer(str(run), purge_step=None if not before else step + 1 if step else 0)
         except OSError as error:
             raise os_error(self.path, error) from error
 
@@ -143,4 +144,5 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _precedes(line: dict[str, Any], step: int, evaluated: int) -> bool:
-    return line["step"] < step or (line["step"] == step and (line["kind"] != "evaluate" or evaluated == step))
+    of_evaluation = "evaluate" in (line["kind"], line.get("name"))  # its result and its span
+    return line["step"] < step or (line["step"] == step and (not of_evaluation or evaluated == step))

@@ -47,6 +47,8 @@ def prepare(device: torch.device, seed: int) -> None:
     if device.type == "cpu":
         keep_freed_memory()
     if device.type == "cuda":
+        if device.index is not None:
+            torch.cuda.set_device(device)  # streams, events and graphs are the current device's
         torch.backends.cudnn.benchmark = True
     seed_everything(seed)
 

@@ -244,7 +244,8 @@ RECIPES = {"digits": DIGITS, "folder": FOLDER, "paper": IMAGENET, "fast": FAST}
 def chosen(given: dict[str, Any], name: str | None = None) -> Recipe:
     """The recipe ``name`` of ``RECIPES``, or the default for ``given["data"]`` (digits), with the given fields.
 
-    Raises CommandError, naming the option, for a value that no run can have.
+    A recipe's own ``grow`` is left out where the images are no larger than its sides. Raises CommandError, naming the
+    option, for a value that no run can have.
     """
     for field in fields(Recipe):
         expected = field.name in given and _expected(field.name, str(field.type), given[field.name])
@@ -254,7 +255,10 @@ def chosen(given: dict[str, Any], name: str | None = None) -> Recipe:
     data = given.get("data", "digits")
     if "weights" in given:  # trained ones must not be lost to the first steps
         given = {"lr": FINE_TUNING_LR} | given
-    return (replace(RECIPES[name], data=data) if name else default(data)).changed(given)
+    recipe = (replace(RECIPES[name], data=data) if name else default(data)).changed(given)
+    size = recipe.image_size or VARIANTS[recipe.model].image_size
+    grows = all(side < size for side, _ in growth(recipe.grow))
+    return recipe if grows or "grow" in given else replace(recipe, grow=None)
 
 
 def default(data: str) -> Recipe:

@@ -220,14 +220,18 @@ def _split(recipe: Recipe, means: Means) -> Split:
 
 def _trainer(recipe: Recipe, split: Split, out: Path, means: Means, console: Console) -> Trainer:
     try:
-        for size in (*(side for side, _ in growth(recipe.grow)), recipe.image_size):
-            with torch.device("meta"):
-                network = models.alexnet(
-                    recipe.model, not recipe.stock, image_size=size, init="torch", activation=recipe.activation
-                )
-            if network.fused:
-                prepare(means.device, recipe.seed)  # races are run as the training will be
-                side = network.config.image_size
+        with torch.device("meta"):
+            network = models.alexnet(
+                recipe.model, not recipe.stock, image_size=recipe.image_size, init="torch", activation=recipe.activation
+            )
+        size, sides = network.config.image_size, [side for side, _ in growth(recipe.grow)]
+        network.take_sides(sides)
+        for side in sides:
+            if side >= size:
+                raise CommandError(f"--grow {side}: expected sides below the network's {size}", 2)
+        if network.fused:
+            prepare(means.device, recipe.seed)  # races are run as the training will be
+            for side in (*sides, size):
                 shape = (recipe.batch_size, 3, side, side)
                 prove_kernels(network, shape, DTYPES[recipe.precision], means.device, console)
         return Trainer(recipe, split, out, means)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import models
+from .._errors import is_out_of_memory
 from ..data.batches import Batch
 from ..data.preprocessing import Preprocessing
 from ..optim import LARS, SGD
@@ -19,8 +20,6 @@ from .feed import Feed, Inputs
 from .finite import Finite
 from .graph import Graphed
 from .recipe import Recipe
-
-FIRST_STEPS = 3  # memory that is missing in these is too little for the batch; later, somebody else took it
 
 
 class Taken(NamedTuple):
@@ -35,7 +34,7 @@ class TrainingStep:
     """Steps of SGD or LARS on ``model`` by ``recipe``; ``last_loss()`` is that of the images of the last one.
 
     bf16 weights have fp32 masters in the optimizer (``alexnet_ext.optim.SGD``): ``weights()`` returns them. LARS, the
-    stock network and fp16 have fp32 weights that autocast casts.
+    stock network, fp16 and several batches a step have fp32 weights that autocast casts.
 
     On a GPU full batches run as one CUDA graph. fp16, the stock network and ``detect_nan`` run eagerly, and so do
     smaller batches. ``note`` is called with a line for the user.
@@ -49,19 +48,22 @@ class TrainingStep:
         # In autocast's dtype at once, and with the depth that conv1 takes: no other pass over the images follows.
         self.augmented: dict[str, Any] = {"space_to_depth": depth, "dtype": dtype}
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.has_masters = recipe.precision == "bf16" and recipe.optimizer == "sgd" and model.fused
+        # Gradients are in their weights' dtype: those of several batches are added up in fp32.
+        plain = recipe.optimizer == "sgd" and recipe.accumulate == 1
+        self.has_masters = recipe.precision == "bf16" and plain and model.fused
         self.optimizer = self._optimizer()
         self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**10, enabled=recipe.precision == "fp16")
         # Read on the device, so that a graph is replayed with the rate that it then has. PyTorch's SGD reads fp32 on a
         # GPU, and any float on a CPU.
         wide = device.type == "cpu" and not self.has_masters
         self.rate = torch.zeros((), dtype=torch.float64 if wide else torch.float32, device=device)
-        self.network: Callable[[Tensor], Tensor] = torch.compile(model, dynamic=False) if recipe.compile else model
+        compiled = recipe.compile and not detect_nan  # which looks at each operation
+        self.network: Callable[[Tensor], Tensor] = torch.compile(model, dynamic=False) if compiled else model
         self.feed = Feed(device)
         self.finite = Finite(model, self.trained, backward=not self.scaler.is_enabled()) if detect_nan else None
         self.graph = Graphed(self._on_device) if self.eager_reason() is None else None
         self.pieces = 1  # of each batch, whose gradients are added up
-        self.steps, self.number = 0, 0  # taken by this object; of the last one in the run
+        self.number = 0  # of the last step in the run
         self.last: tuple[Inputs, Preprocessing] | None = None
 
     def eager_reason(self) -> str | None:
@@ -105,7 +107,6 @@ class TrainingStep:
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = rate  # a number in a checkpoint
         self.last = inputs[-1], preprocessing
-        self.steps += 1
         return Taken(loss, right, sum(len(part.targets) for part in inputs))
 
     def _on_device(self, group: list[Inputs], preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:
@@ -113,7 +114,9 @@ class TrainingStep:
         ``detect_nan`` nothing on the host depends on a value, so that a graph can repeat it."""
         with self._watching():
             measured = self._fitting_gradients(group, preprocessing)
-            self._update()
+        self._update()
+        if self.finite is not None:
+            self.finite.examine()
         return measured
 
     def _watching(self) -> AbstractContextManager[None]:
@@ -121,12 +124,13 @@ class TrainingStep:
 
     def _fitting_gradients(self, group: list[Inputs], preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:
         """``_gradients``, of smaller and smaller pieces of the batches until one fits into memory."""
+        captures = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()  # nothing may wait then
         while True:
             largest = max(len(part.targets) for part in self._pieces(group))
             try:
                 return self._gradients(group, preprocessing)
             except RuntimeError as error:
-                if self.steps >= FIRST_STEPS or largest == 1 or not is_out_of_memory(error):
+                if captures or largest == 1 or not is_out_of_memory(error):
                     raise
             self.pieces *= 2  # not above: there the error still holds the memory of what failed
             self.optimizer.zero_grad(set_to_none=True)
@@ -151,9 +155,9 @@ class TrainingStep:
         return loss, right
 
     def _loss(self, part: Inputs, preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:
-        """Scores and the mean loss. Only full batches are compiled: each other size would be compiled anew."""
+        """Scores and the mean loss. Only full pieces are compiled: each other size would be compiled anew."""
         images = to_device(part.images, preprocessing, self.device, part.drawn, **self.augmented)
-        full = len(part.targets) == self.recipe.batch_size and self.model.training
+        full = len(part.targets) == -(-self.recipe.batch_size // self.pieces) and self.model.training
         with autocast(self.device, self.recipe.precision):
             logits = self.network(images) if full else self.model(images)
             mean = F.cross_entropy(logits, part.targets, label_smoothing=self.recipe.label_smoothing)
@@ -198,8 +202,3 @@ class TrainingStep:
         state = self.optimizer.state_dict()
         kept = {index: {k: v for k, v in values.items() if k != "master"} for index, values in state["state"].items()}
         return state | {"state": kept}
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an allocator of PyTorch, the GPU's or the CPU's, found too little memory."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

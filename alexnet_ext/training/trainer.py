@@ -74,6 +74,7 @@ class Trainer:
         self.total = recipe.total_steps(len(split.train))
         self.epoch_steps = recipe.epoch_steps(len(split.train))
         self.step = self.epoch = self.batch = 0  # batch: the step within the epoch
+        self.first = 0  # the step that this process begins at
         self.evaluated = -1  # the step of the last evaluation
         self.best = Best(recipe.evaluate_limit)
         self.writer, self.copies = Writer(), Copies()
@@ -144,6 +145,7 @@ class Trainer:
             Log(self.out, self.step, self.evaluated) as log,
             profiled(self.out, self.means.profile, reporter.note) as stepped,
         ):
+            self.first = self.step
             self._clear()
             self._begin(log, reporter)
             loader: Iterator[Batch] | None = None
@@ -199,6 +201,8 @@ class Trainer:
         reason = self.take.eager_reason()
         if reason is not None and self.device.type == "cuda":
             reporter.note(f"the steps run one operation at a time, not as a CUDA graph: {reason}")
+        if self.recipe.compile and self.means.detect_nan:
+            reporter.note("the network is not compiled: --detect-nan looks at each operation")
 
     def start_from(self, file: Path) -> str:
         """Copy the weights of a file, in any format that ``models.load_weights`` reads, and prepare images as they were
@@ -230,7 +234,7 @@ class Trainer:
 
     def _saving_due(self, saved: float) -> bool:
         every = self.recipe.save_every
-        return (every > 0 and self.step > 0 and self.step % every == 0) or (
+        return (every > 0 and self.step > self.first and self.step % every == 0) or (
             time.perf_counter() - saved > CHECKPOINT_SECONDS
         )
 
@@ -312,6 +316,8 @@ class Trainer:
 
     def _check_finite(self, loss: float, step: int) -> None:
         if not math.isfinite(loss):
+            with contextlib.suppress(Exception):  # the divergence is told first
+                self.writer.wait()  # it may be writing the checkpoint that is named, or removing it
             whole = [path for path in checkpoint.generations(self.out) if checkpoint.damage(path) is None]
             kept = f"the last good checkpoint is {path_text(whole[0])}" if whole else "there is no checkpoint yet"
             raise CommandError(
@@ -368,7 +374,7 @@ class Trainer:
     def save(self) -> Path:
         """Begin to write a checkpoint of this step, and the best weights so far; ``writer`` says when they are there.
 
-        The folder that it will be. What is written are copies: the next steps change the weights in place."""
+        Returns the folder that it will be. What is written are copies: the next steps change the weights in place."""
         self._check_weights()
         self.writer.wait()  # the memory of its copies is reused
         weights, held = self.copies((self.weights(), state.of(self)))

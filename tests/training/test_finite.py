@@ -86,6 +86,23 @@ def test_an_update_beyond_all_numbers_is_named() -> None:
         taking([batch(2)], PREPROCESSING, float("inf"))
 
 
+def test_an_overflow_that_the_scaler_skips_is_none() -> None:
+    """Clipping makes NaNs of infinite gradients, and the step is left out."""
+    taking = step_of(replace(RECIPE, precision="fp16", clip_norm=1.0), detect_nan=True)
+    before = {name: weight.clone() for name, weight in taking.weights().items()}
+    taking.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    taking([batch(2)], PREPROCESSING, 0.01)
+    assert taking.scaler.get_scale() == 2.0**59
+    assert all(torch.equal(weight, before[name]) for name, weight in taking.weights().items())
+
+
+def test_lars_on_a_layer_without_a_gradient_is_no_fault() -> None:
+    """Its trust divides by 0, and 1 is taken in place of the result."""
+    recipe = replace(RECIPE, optimizer="lars", weight_decay=0.0)
+    taking = planted(lambda x: x * 0, recipe)
+    taking([batch(2)], PREPROCESSING, 0.01)
+
+
 @pytest.mark.parametrize("recipe", [TINY, replace(TINY, stock=True)], ids=["fused", "stock"])
 def test_what_is_finite_trains_the_same_weights(recipe: Any) -> None:
     plain, watched = step_of(recipe), step_of(recipe, detect_nan=True)

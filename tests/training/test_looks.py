@@ -7,6 +7,7 @@ import json
 import math
 import mmap
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 from alexnet_ext import cli
 from alexnet_ext.data import CommandError
 from alexnet_ext.training import checkpoint, profile
+from alexnet_ext.training.interrupt import Interrupted
 from alexnet_ext.training.log import Log, read_metrics
 from alexnet_ext.training.process import memory
 from alexnet_ext.training.profile import TRACE, profiled
@@ -27,7 +29,7 @@ from alexnet_ext.training.recipe import PRECISION
 from alexnet_ext.training.trainer import Means, Trainer
 from tests.cli.test_cli import SMALL
 from tests.training.test_step import CPU, PREPROCESSING, batch, network, step_of
-from tests.training.test_training import SIZE, TINY, reporter, split, trainer
+from tests.training.test_training import SIZE, TINY, reporter, resumed, split, trainer
 
 
 def test_metrics_say_what_took_the_time(tmp_path: Path) -> None:
@@ -119,22 +121,77 @@ def test_tensorboard_has_the_kernels_and_the_hyperparameters(tmp_path: Path) -> 
     assert all(word in content for word in (b"paper", b"None", b"lr", b"caf"))
 
 
+def test_log_drops_what_a_resumed_run_does_again(tmp_path: Path) -> None:
+    with Log(tmp_path) as log:
+        for step in (1, 2, 3):
+            log.write("train", step, {"loss": 1.0 / step})
+            log.write("evaluate", step, {"top1": 0.5})
+            log.span("evaluate", step, 0.5)
+    with (tmp_path / "metrics.jsonl").open("a") as stream:
+        stream.write('{"kind": "train", "st')  # the line that a crash cut short
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 9
+    with Log(tmp_path, step=2, evaluated=1) as log:
+        log.write("train", 3, {"loss": math.nan})
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(line["kind"], line["step"]) for line in lines] == [
+        ("train", 1),
+        ("evaluate", 1),
+        ("span", 1),
+        ("train", 2),
+        ("train", 3),
+    ]
+    assert losses_in_events(tmp_path) == [1, 2]
+
+
+def losses_in_events(run: Path) -> list[int]:
+    """The steps of the losses that TensorBoard shows. It reads files by their names, which begin with the second: of
+    one second, the tenth file of a process comes before the ninth. So they are named by the time of their content."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for path in run.glob("events.out.tfevents.*"):
+        seconds = path.stat().st_mtime_ns
+        path.rename(run / f"events.out.tfevents.{seconds:020d}.test")
+    events = EventAccumulator(str(run))
+    events.Reload()
+    return [event.step for event in events.Scalars("train/loss")] if "train/loss" in events.Tags()["scalars"] else []
+
+
+def test_a_run_begun_anew_shows_nothing_of_the_killed_one(tmp_path: Path) -> None:
+    for steps in ((0, 1, 2), (1,)):
+        with Log(tmp_path) as log:
+            for step in steps:
+                log.write("train", step, {"loss": 1.0})
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [0, 1]
+    assert losses_in_events(tmp_path) == [1]
+
+
 def test_a_profile_is_a_chrome_trace_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profile, "WARM_UP", 2)
     text = io.StringIO()
     run = Trainer(TINY, split(), tmp_path, Means(CPU, profile=2))
     run.run(reporter(text))
-    assert f"Profile of steps 3 to 4: {tmp_path / TRACE}" in text.getvalue()
+    assert f"Profile of 2 steps after this process's first 2: {tmp_path / TRACE}" in text.getvalue()
     names = [event.get("name", "") for event in json.loads((tmp_path / TRACE).read_text())["traceEvents"]]
     assert sum(name.startswith("ProfilerStep") for name in names) >= 2
     assert any("conv" in name for name in names)
-    assert not list(tmp_path.glob(".*.tmp"))
+    assert not list(tmp_path.glob(".*.tmp*"))
 
 
-def test_a_run_too_short_for_a_profile_says_so(tmp_path: Path) -> None:
+def test_a_profile_that_the_run_cuts_short_counts_its_steps(tmp_path: Path) -> None:
+    notes: list[str] = []
+    with profiled(tmp_path, 50, notes.append) as stepped:
+        for _ in range(profile.WARM_UP + 3):
+            stepped()
+    assert [note.partition(":")[0] for note in notes] == ["Profile of 3 steps after this process's first 10"]
+    assert (tmp_path / TRACE).exists()
+
+
+@pytest.mark.parametrize("steps", [1, profile.WARM_UP])
+def test_a_run_too_short_for_a_profile_says_so(tmp_path: Path, steps: int) -> None:
     notes: list[str] = []
     with profiled(tmp_path, 5, notes.append) as stepped:
-        stepped()
+        for _ in range(steps):
+            stepped()
     assert notes == ["No profile: this run ended before its step 11"]
     assert not list(tmp_path.iterdir())
 
@@ -158,6 +215,34 @@ def test_a_run_that_diverges_names_the_last_good_checkpoint(tmp_path: Path, save
         assert all(weight.isfinite().all() for weight in weights.values())
 
 
+def test_a_divergence_names_a_checkpoint_that_is_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The writer may still write it, or remove it; what it fails at does not hide the divergence."""
+    run = trainer(tmp_path / "run")
+    save = checkpoint.save
+
+    def slow(*given: Any) -> None:
+        time.sleep(0.5)
+        save(*given)
+        raise CommandError("the disk is full")
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    path = run.save()
+    with pytest.raises(CommandError, match="the loss is nan at step 1") as caught:
+        run._check_finite(math.nan, 1)
+    assert f"the last good checkpoint is {path}" in str(caught.value)
+
+
+def test_a_resumed_run_does_not_save_what_it_was_loaded_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = replace(TINY, save_every=2, steps=5)
+    with pytest.raises(Interrupted):
+        trainer(tmp_path / "run", recipe).run(reporter(), stop_at=2)
+    again, saved = resumed(tmp_path / "run", recipe), []
+    save = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda *given: (saved.append(given[2].step), save(*given)))
+    again.run(reporter())
+    assert saved == [4, 5]
+
+
 def test_full_batches_go_through_the_compiled_network(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[int] = []
 
@@ -176,6 +261,12 @@ def test_full_batches_go_through_the_compiled_network(monkeypatch: pytest.Monkey
             one([batch(count)], PREPROCESSING, 0.01)
     assert taking.last_loss() == plain.last_loss()
     assert compiled == [2, 2], "neither the smaller batch nor the loss after the last step"
+    taking.pieces = 2  # as memory for one image at a time makes it
+    taking([batch(2)], PREPROCESSING, 0.01)
+    assert compiled[2:] == [1, 1]
+    watched = step_of(recipe, detect_nan=True)
+    watched([batch(2)], PREPROCESSING, 0.01)
+    assert len(compiled) == 4, "--detect-nan looks at each operation"
 
 
 def test_dynamo_takes_the_network_whole() -> None:

@@ -103,6 +103,27 @@ def test_a_process_that_dies_is_told_whoever_it_is_waited_for() -> None:
         assert time.monotonic() - began < 20
 
 
+def test_a_signal_to_the_whole_group_is_a_wish_to_stop() -> None:
+    """It ends the readers, and the trainer sees the end of their pipe before it looks for a signal."""
+    stopping: list[int] = []
+
+    def look() -> None:
+        if stopping:
+            raise Interrupted
+
+    def stop() -> None:
+        if multiprocessing.parent_process() is not None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with Readers(Trap(stop), 1, look) as readers:
+        found = batches(readers.dataset, 2, read=readers)
+        assert [next(found).indices.tolist() for _ in range(3)] == [[0, 1], [2, 3], [4, 5]]
+        readers.processes[0].join()
+        stopping.append(1)
+        with pytest.raises(Interrupted):
+            next(found)
+
+
 def test_a_signal_is_heard_while_processes_start() -> None:
     asked: list[int] = []
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 from alexnet_ext import cli
@@ -18,14 +19,16 @@ from alexnet_ext.data.batches import Drawn
 from alexnet_ext.data.folder import imagenet_preprocessing
 from alexnet_ext.data.preprocessing import Preprocessing
 from alexnet_ext.training import checkpoint
+from alexnet_ext.training import run as running
 from alexnet_ext.training import trainer as training
 from alexnet_ext.training.evaluate import to_device
 from alexnet_ext.training.interrupt import Interrupted
-from alexnet_ext.training.recipe import FAST, RECIPES, Recipe
+from alexnet_ext.training.recipe import FAST, RECIPES, Recipe, chosen
 from alexnet_ext.training.step import Taken, TrainingStep
+from alexnet_ext.training.trainer import Means
 from tests.cli.test_cli import SMALL, fails
 from tests.training.test_runs import striped
-from tests.training.test_training import SIZE, TINY, reporter, trainer
+from tests.training.test_training import SIZE, TINY, reporter, split, trainer
 
 CPU = torch.device("cpu")
 
@@ -189,7 +192,20 @@ def test_the_papers_images_have_their_mean_subtracted_and_nothing_else(tmp_path:
 def test_the_fast_recipe_trains_a_folder_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = striped(tmp_path / "data", 24, 3)
     run = tmp_path / "run"
-    options = ["--recipe", "fast", *SMALL, "--grow", "71:0.5", "--steps", "2", "--out", str(run), "--quiet"]
+    options = [
+        "--recipe",
+        "fast",
+        *SMALL,
+        "--image-size",
+        "75",
+        "--grow",
+        "71:0.5",
+        "--steps",
+        "2",
+        "--out",
+        str(run),
+        "--quiet",
+    ]
     assert cli.run_command(["train", str(data), *options, "--optimizer", "lars", "--batch-size", "8"]) == 0
     saved = json.loads((run / "recipe.json").read_text(encoding="utf-8"))
     assert (saved["optimizer"], saved["ema"], saved["label_smoothing"]) == ("lars", FAST.ema, FAST.label_smoothing)
@@ -199,3 +215,26 @@ def test_the_fast_recipe_trains_a_folder_and_goes_on(tmp_path: Path, capsys: pyt
     assert "--grow 71:0.2: the run in" in fails(capsys, 2, "train", "--resume", run, "--grow", "71:0.2")
     line = fails(capsys, 2, "train", data, *SMALL, "--grow", "31:0.5", "--out", tmp_path / "other")
     assert "image_size=31 is too small for variant 'paper'" in line
+    line = fails(capsys, 2, "train", data, *SMALL, "--grow", "67:0.5", "--out", tmp_path / "other")
+    assert "--grow 67: expected sides below the network's 67" in line
+
+
+def test_the_fast_recipe_grows_only_to_larger_images() -> None:
+    assert chosen({}, "fast").grow == chosen({"image_size": 164}, "fast").grow == FAST.grow
+    assert chosen({"image_size": 163}, "fast").grow is None
+    assert chosen({"image_size": 112, "grow": "67:0.5"}, "fast").grow == "67:0.5"
+
+
+def test_kernels_are_proven_for_the_network_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At each side it is the one network, whose fc6 has the weights of the largest."""
+    proven: list[tuple[int, ...]] = []
+
+    def prove(network: nn.Module, shape: tuple[int, ...], *_: Any) -> None:
+        x = torch.empty(shape, device="meta")
+        proven.append((shape[-1], network.get_parameter("classifier.fc6.weight").shape[1], *network(x).shape))
+
+    monkeypatch.setattr(running, "prove_kernels", prove)
+    recipe = replace(TINY, image_size=131, grow="71:0.3,75:0.3")
+    running._trainer(recipe, split(), tmp_path, Means(CPU), Console())
+    inputs = proven[-1][1]
+    assert proven == [(side, inputs, 2, 1000) for side in (71, 75, 131)]

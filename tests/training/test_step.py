@@ -21,14 +21,16 @@ from alexnet_ext.data import Synthetic
 from alexnet_ext.data.batches import Batch, Drawn
 from alexnet_ext.data.preprocessing import Preprocessing
 from alexnet_ext.ops import _backend
+from alexnet_ext.ops.augment.reference import augment
 from alexnet_ext.training import checkpoint, graph
-from alexnet_ext.training import step as step_module
-from alexnet_ext.training.feed import Inputs
+from alexnet_ext.training.feed import Feed, Inputs
 from alexnet_ext.training.interrupt import Interrupted
 from alexnet_ext.training.losses import Losses
+from alexnet_ext.training.process import prepare
 from alexnet_ext.training.recipe import Recipe
 from alexnet_ext.training.step import Taken, TrainingStep
 from alexnet_ext.training.trainer import freeze
+from tests.training.test_readers import raising
 from tests.training.test_training import SIZE, TINY, reporter, resumed, same, trainer
 
 PREPROCESSING = Synthetic.preprocessing(SIZE)
@@ -152,6 +154,14 @@ def test_bf16_weights_are_their_masters_rounded_and_the_start_is_kept() -> None:
         assert torch.equal(model.state_dict()[name], weight if frozen else weight.bfloat16()), name
 
 
+def test_gradients_of_several_bf16_batches_are_added_up_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    taking = step_of(replace(TINY, precision="bf16", accumulate=2))
+    seen: list[torch.dtype] = []
+    monkeypatch.setattr(taking, "_update", lambda: seen.extend(p.grad.dtype for p in taking.trained.values()))
+    taking([batch(2, 0), batch(2, 1)], PREPROCESSING, 0.01)
+    assert set(seen) == {torch.float32}
+
+
 def test_bf16_goes_on_bit_for_bit_from_weights_and_optimizer_state() -> None:
     recipe = replace(TINY, precision="bf16", dropout=0.0)
     straight, again = step_of(recipe), step_of(recipe)
@@ -219,10 +229,11 @@ def memory_for(images: int, error: Exception, monkeypatch: pytest.MonkeyPatch) -
 OUT_OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried to"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
 ]
 
 
-@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["GPU", "CPU"])
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["GPU", "CPU", "library"])
 def test_a_batch_beyond_memory_is_halved_and_its_gradient_is_the_same(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -247,16 +258,65 @@ def test_a_batch_beyond_memory_is_halved_and_its_gradient_is_the_same(
         torch.testing.assert_close(parts.weights()[name], weight, rtol=1e-4, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("case", ["later", "one image", "another error"])
+def test_memory_that_a_later_step_lacks_is_found_by_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where images grow, or a smaller last batch runs beside the graph."""
+    taking = step_of(replace(TINY, batch_size=2))
+    for seed in range(4):
+        taking([batch(2, seed)], PREPROCESSING, 0.01)
+    with memory_for(1, OUT_OF_MEMORY[0], monkeypatch) as seen:
+        taking([batch(2)], PREPROCESSING, 0.01)
+    assert seen == [2, 1, 1]
+
+
+@pytest.mark.parametrize("case", ["in a capture", "one image", "another error"])
 def test_other_lack_of_memory_is_an_error(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     taking = step_of(replace(TINY, batch_size=2))
-    if case == "later":
-        for _ in range(step_module.FIRST_STEPS):
-            taking([batch(2)], PREPROCESSING, 0.01)
+    if case == "in a capture":
+        taking.device = torch.device("cuda")
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        monkeypatch.setattr(taking, "_gradients", lambda *_: raising(OUT_OF_MEMORY[0])())
     error = RuntimeError("shapes do not fit") if case == "another error" else OUT_OF_MEMORY[0]
     limit = 0 if case == "one image" else 1
     with memory_for(limit, error, monkeypatch), pytest.raises(RuntimeError, match=r"out of memory|do not fit"):
         taking([batch(2)], PREPROCESSING, 0.01)
+    assert taking.pieces == (2 if case == "one image" else 1)
+
+
+# Batches on their way to the device.
+
+
+def test_a_batch_on_the_device_is_not_pinned() -> None:
+    """PyTorch pins dense CPU tensors alone."""
+    feed, given = Feed(CPU), batch(2)
+    feed.device = torch.device("meta")
+    there = given._replace(images=given.images.to("meta"), targets=given.targets.to("meta"))
+    assert there.drawn is not None
+    there = there._replace(drawn=Drawn(*(tensor.to("meta") for tensor in there.drawn)))
+    found = feed._copied(there)
+    assert [(tensor.device.type, tensor.shape) for tensor in found.tensors()] == [
+        ("meta", tensor.shape) for tensor in inputs([given])[0].tensors()
+    ]
+
+
+def test_a_run_on_another_gpu_makes_it_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    prepare(torch.device("cuda"), 0)
+    assert chosen == []
+    prepare(torch.device("cuda:1"), 0)
+    assert chosen == [torch.device("cuda:1")]
+
+
+def test_no_constant_is_copied_from_the_host_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From pageable memory, which no capture allows."""
+    images = torch.randint(0, 256, (2, 3, SIZE, SIZE), dtype=torch.uint8)
+    offsets, mean, std = torch.zeros(2, 2, dtype=torch.int64), PREPROCESSING.mean, PREPROCESSING.std
+    drawn = offsets, offsets[:, 0] > 0, torch.zeros(2, 3)
+    for name in ("tensor", "as_tensor", "from_numpy"):
+        monkeypatch.setattr(torch, name, lambda *_, **__: pytest.fail("made on the host"))
+    augmented = augment(images.permute(0, 2, 3, 1), *drawn, SIZE, mean, std, torch.float32, 1)
+    torch.testing.assert_close(augmented, PREPROCESSING(images), check_stride=False)
 
 
 # The graph, whose calls a stand-in for CUDA's records.
@@ -273,10 +333,16 @@ class Graph:
     def __init__(self) -> None:
         self.work: Callable[[], None] = lambda: None
         self.replays = 0
+        self.mode = "not captured"
 
     def replay(self) -> None:
         self.replays += 1
         self.work()
+
+
+def capture(into: Graph, stream: Stream, capture_error_mode: str = "global") -> contextlib.nullcontext[None]:
+    into.mode = capture_error_mode
+    return contextlib.nullcontext()
 
 
 @pytest.fixture
@@ -292,7 +358,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
     monkeypatch.setattr(torch.cuda, "Stream", lambda *_: Stream())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: Stream())
     monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(Tensor, "record_stream", lambda *_: None)
     return made
 
@@ -318,6 +384,7 @@ def test_a_graph_reads_its_own_inputs_and_one_is_made_for_each_shape(graphs: lis
     found = [graphed(part, PREPROCESSING) for part in given]
     assert len(seen) == graph.WARM_UP + 1, "steps to warm up, and the capture"
     assert [len(graphs), graphs[0].replays] == [1, 3]
+    assert graphs[0].mode == "thread_local", "other threads may pin memory meanwhile"
     read, _ = found[-1]
     assert read[0].images.data_ptr() == seen[-1][0] != given[-1][0].images.data_ptr()
     for part, (_, (total, _)) in list(zip(given, found, strict=True))[graph.WARM_UP :]:

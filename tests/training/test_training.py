@@ -386,30 +386,6 @@ def test_random_states_come_back() -> None:
     assert (random.random(), float(np.random.rand()), torch.rand(2).tolist(), np.random.randn()) == first
 
 
-def test_log_drops_what_a_resumed_run_does_again(tmp_path: Path) -> None:
-    with Log(tmp_path) as log:
-        for step in (1, 2, 3):
-            log.write("train", step, {"loss": 1.0 / step})
-            log.write("evaluate", step, {"top1": 0.5})
-    with (tmp_path / "metrics.jsonl").open("a") as stream:
-        stream.write('{"kind": "train", "st')  # the line that a crash cut short
-    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 6
-    with Log(tmp_path, step=2, evaluated=1) as log:
-        log.write("train", 3, {"loss": math.nan})
-    lines = read_metrics(tmp_path / "metrics.jsonl")
-    assert [(line["kind"], line["step"]) for line in lines] == [
-        ("train", 1),
-        ("evaluate", 1),
-        ("train", 2),
-        ("train", 3),
-    ]
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(tmp_path))
-    events.Reload()
-    assert [event.step for event in events.Scalars("train/loss")] == [1, 2]
-
-
 def test_a_full_disk_under_the_log_names_it(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     log = Log.__new__(Log)

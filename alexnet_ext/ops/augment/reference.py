@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._checks import COLOURS, sides
-from .._layout import new_images
+from .._layout import filled, new_images
 
 OUT_OF_RANGE = "offsets reach out of the images: expected at least (0, 0) and at most (H - size, W - size)"
 
@@ -38,8 +38,8 @@ def augment(
     batch = torch.arange(images.shape[0], device=images.device)
     cropped = images[batch[:, None, None], rows[:, :, None], columns[:, None, :]]
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    centre = torch.tensor([255 * value for value in mean], dtype=wide, device=images.device)
-    scale = torch.tensor([1 / (255 * value) for value in std], dtype=wide, device=images.device)
+    centre = filled([255 * value for value in mean], wide, images.device)
+    scale = filled([1 / (255 * value) for value in std], wide, images.device)
     y = (cropped.to(wide) + (shifts - centre)[:, None, None]) * scale
     missing = -size % space_to_depth
     y = F.pad(y.to(dtype), (0, 0, 0, missing, 0, missing))
