@@ -142,7 +142,7 @@ def batches(
 
 
 def _announced(dataset: Gathering, keys: list[list[Key]], found: Iterator[Batch], ahead: int) -> Iterator[Batch]:
-    """The batches ``found``, of which the next ``ahead`` are announced."""
+    """The batches ``found``; the next ``ahead`` are announced."""
     for some in keys[:ahead]:
         dataset.will_need(some)
     for place, batch in enumerate(found, ahead):

@@ -161,7 +161,7 @@ class Readers(Processes[Sequence[Key], Batch]):
         return self._by_threads(requests) if self.count and self.dataset.threads else map(self.work, requests)
 
     def _by_threads(self, requests: Sequence[Sequence[Key]]) -> Iterator[Batch]:
-        """The batches in order, of which each thread is at most one ahead."""
+        """The batches in order. Each thread is at most one ahead."""
         self.threads = self.threads or ThreadPoolExecutor(self.count, "reader")
         ahead = deque(self.threads.submit(self.work, request) for request in requests[: self.count])
         for place in range(self.count, self.count + len(requests)):

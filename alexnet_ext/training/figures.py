@@ -138,8 +138,8 @@ def _check_out(out: Path, runs: Sequence[Run]) -> None:
 
 
 def _by_activation(runs: Sequence[Run]) -> list[tuple[str, list[dict[str, Any]]]]:
-    """(activation, metrics) of each run, ReLU first; none unless there are two activations. Runs of the same one are
-    told apart by their names."""
+    """(activation, metrics) of each run, ReLU first; none unless there are two activations. The names
+    of runs of the same one differ."""
     known = [(run, run.recipe.activation) for run in runs if run.recipe is not None]
     kinds = [kind for _, kind in known]
     if len(set(kinds)) < 2:

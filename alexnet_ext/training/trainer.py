@@ -316,7 +316,7 @@ class Trainer:
 
     def _check_finite(self, loss: float, step: int) -> None:
         if not math.isfinite(loss):
-            with contextlib.suppress(Exception):  # the divergence is told first
+            with contextlib.suppress(Exception):  # the divergence is reported first
                 self.writer.wait()  # it may be writing the checkpoint that is named, or removing it
             whole = [path for path in checkpoint.generations(self.out) if checkpoint.damage(path) is None]
             kept = f"the last good checkpoint is {path_text(whole[0])}" if whole else "there is no checkpoint yet"
