@@ -24,6 +24,10 @@ from tests.support import ROOT
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Autograd looks for devices at a process's first backward, and starts a thread for each: then no fork can compute
+# gradients. A fake CUDA tensor makes it find one, so the first backward must come before.
+torch.ones((), requires_grad=True).backward()
+
 # Workers share the cores.
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
