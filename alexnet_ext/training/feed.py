@@ -1,4 +1,4 @@
-"""Batches on their way to the device."""
+"""Batches on their way to the device. The copies to a GPU have not yet run on one."""
 
 from __future__ import annotations
 

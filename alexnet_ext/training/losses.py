@@ -1,4 +1,4 @@
-"""The losses of the steps taken, read without making the host wait for the device."""
+"""The losses of the steps taken, read without making the host wait for the device. Not yet run on a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints are written while training goes on: from copies, and by one thread."""
+"""Checkpoints are written while training goes on: from copies, and by one thread. Copies from a GPU: not yet run."""
 
 from __future__ import annotations
 
