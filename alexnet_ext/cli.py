@@ -241,7 +241,8 @@ def run_command(arguments: list[str]) -> int:
         code = app(arguments or ["--help"], prog_name="alexnet", standalone_mode=False)
         print(end="", flush=True)  # a failed write is reported here, not by the interpreter at exit
     except CommandError as error:
-        warn(str(error))
+        if str(error):  # else another rank says it
+            warn(str(error))
         return error.code
     except UsageError as error:
         warn(_wrong_usage(error, arguments))

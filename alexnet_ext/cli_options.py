@@ -55,7 +55,8 @@ def workers_of(given: int | None, device: str) -> int:
     """The default by device: a GPU must not wait for JPEGs; on the CPU readers would take cores from training."""
     if given is not None:
         return given
-    return min(8, len(os.sched_getaffinity(0))) if device == "cuda" else 0
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's processes on this machine share its cores
+    return max(1, min(8, len(os.sched_getaffinity(0)) // ranks)) if device == "cuda" else 0
 
 
 def device_of(name: str) -> torch.device:

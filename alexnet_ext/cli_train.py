@@ -147,27 +147,38 @@ def _run(options: dict[str, Any], given: dict[str, Any]) -> None:
     with starting():
         import torch
 
+        from .parallel import ranks
         from .training import run
         from .training.progress import lasting_console
         from .training.trainer import Means
 
-    where = device_of(options["device"])
+    where = ranks.own_device(device_of(options["device"]))
     if options["threads"] is not None:
         torch.set_num_threads(options["threads"])
     count, others = workers_of(options["workers"], where.type), ("cache", "loader", "profile", "detect_nan")
-    means = Means(where, count, **{name: options[name] for name in others})
-    console, resume, out = lasting_console(options["quiet"]), options["resume"], options["out"]
-    if resume is not None and resume is not AUTO:
-        run.resume(resume, given, means, console, warn)
-        return
-    begun = {"precision": PRECISION[where.type]} | given
-    if options["weights"] is not None:
-        begun = run.from_weights(options["weights"], warn) | begun
-    whole = chosen(begun, options["recipe"])
-    if resume is AUTO:
-        run.auto(whole, given, out, means, console, warn)
-    else:
-        run.start(whole, out or run.default_out(whole), means, console)
+    with ranks.connected(where) as connected:
+        means = Means(where, count, **{name: options[name] for name in others}, ranks=connected)
+        console, resume, out = (
+            lasting_console(options["quiet"] or not connected.first),
+            options["resume"],
+            options["out"],
+        )
+        tell = warn if connected.first else _not_tell
+        if resume is not None and resume is not AUTO:
+            run.resume(resume, given, means, console, tell)
+            return
+        begun = {"precision": PRECISION[where.type]} | given
+        if options["weights"] is not None:
+            begun = run.from_weights(options["weights"], tell) | begun
+        whole = chosen(begun, options["recipe"])
+        if resume is AUTO or ranks.restarted():
+            run.auto(whole, given, out, means, console, tell)
+        else:
+            run.start(whole, out, means, console)
+
+
+def _not_tell(_text: str) -> None:
+    """The first rank tells it."""
 
 
 def _refuse_contradictions(

@@ -122,23 +122,28 @@ def batches(
     epoch: int = 0,
     start: int = 0,
     limit: int | None = None,
+    part: Callable[[list[list[Key]]], list[list[Key]]] = lambda keys: keys,
     read: Callable[[Sequence[Sequence[Key]]], Iterator[Batch]] | None = None,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
     """The batches of one epoch from number ``start`` on, the last one smaller if need be.
 
-    ``seed`` None keeps the data's own order; ``limit`` stops after the first ``limit`` images; ``read`` are the
-    ``Readers`` of ``dataset`` (None: this process reads). Draws nothing from the global random generators.
+    ``seed`` None keeps the data's own order; ``limit`` stops after the first ``limit`` images; ``part`` picks of all
+    batches what this process takes, maybe empty ones; ``read`` are the ``Readers`` of ``dataset`` (None: this process
+    reads). Draws nothing from the global random generators.
     """
     order = list(range(len(dataset))) if seed is None else permutation(len(dataset), seed, epoch)
     order = order[:limit]
     keys = [
         [(epoch, i) for i in order[at : at + batch_size]] for at in range(start * batch_size, len(order), batch_size)
     ]
+    parts = part(keys)
+    keys = [some for some in parts if some]
     found = read(keys) if read is not None else (read_batch(dataset, some, pin_memory) for some in keys)
     if isinstance(dataset, Gathering):
         found = _announced(dataset, keys, found, max(1, AHEAD // batch_size))
-    return map(_pinned, found) if pin_memory else found
+    found = map(_pinned, found) if pin_memory else found
+    return found if len(keys) == len(parts) else (next(found) if some else collate([]) for some in parts)
 
 
 def _announced(dataset: Gathering, keys: list[list[Key]], found: Iterator[Batch], ahead: int) -> Iterator[Batch]:

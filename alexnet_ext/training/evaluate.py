@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import math
@@ -20,6 +21,7 @@ from ..data.batches import Batch, Dataset, Drawn, Key, batches
 from ..data.preprocessing import Preprocessing, bilinear
 from ..ops import augment
 from ..ops.augment.reference import yuv420_to_rgb
+from ..parallel.ranks import ALONE, Ranks
 from .interrupt import Interrupted
 
 BATCH = 50
@@ -148,36 +150,62 @@ def evaluate(
     read: Callable[[Sequence[Sequence[Key]]], Iterator[Batch]] | None = None,
     on_batch: Callable[[int, int], None] = lambda _done, _total: None,
     stop: Callable[[], bool] = lambda: False,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     """Evaluate on the first ``limit`` images; unreadable ones are left out and listed. ``read`` is as for ``batches``;
     ``on_batch(done, total)`` is called after each batch. ``ten_crop`` averages the softmax over ten crops of each image
     (section 4.1 of the paper); ``dataset`` is then one of ``with_room``. Raises Interrupted when ``stop()`` turns true.
-    ``model`` keeps its mode."""
+    ``model`` keeps its mode.
+
+    ``ranks`` take turns, each with a whole batch: the result is that of one process, on all of them."""
     was_training = model.training
     model.eval()
-    start, loss, errors = time.perf_counter(), 0.0, []
-    parts: list[tuple[Tensor, ...]] = []
+    start, own = time.perf_counter(), []
     total = min(len(dataset), limit or len(dataset))
-    done = 0
+
+    def turns(keys: list[list[Key]]) -> list[list[Key]]:
+        missing: list[list[Key]] = [[]] * (-len(keys) % ranks.size)
+        return (keys + missing)[ranks.rank :: ranks.size]
+
     try:
-        for batch in batches(dataset, BATCH, limit=limit, read=read, pin_memory=device.type == "cuda"):
-            if stop():
-                raise Interrupted
-            done += len(batch.targets) + len(batch.errors)
-            errors += batch.errors
+        found = batches(dataset, BATCH, limit=limit, part=turns, read=read, pin_memory=device.type == "cuda")
+        for done in range(BATCH * ranks.size, total + BATCH * ranks.size, BATCH * ranks.size):
+            batch = _unless_stopped(found, stop, ranks)
+            measured = None
             if len(batch.targets):
                 with autocast(device, precision):
                     logits = _logits(model, batch.images, preprocessing, device, ten_crop)
-                loss += float(F.cross_entropy(logits, batch.targets, reduction="sum"))
-                scores = logits.softmax(1)
-                best = scores.topk(min(5, scores.shape[1]))
-                truth = scores.gather(1, batch.targets[:, None])[:, 0]
-                parts.append((batch.indices, batch.targets, best.indices, best.values, truth))
-            on_batch(done, total)
+                measured = _measured(batch, logits)
+            own.append((batch.errors, measured))
+            on_batch(min(done, total), total)
     finally:
         model.train(was_training)
+    gathered = [part for turn in zip(*ranks.gather(own), strict=True) for part in turn]
+    errors = [error for some, _ in gathered for error in some]
+    parts = [measured for _, measured in gathered if measured is not None]
     if not parts:
         raise errors[0]
-    indices, targets, guesses, probabilities, truth = (torch.cat(column) for column in zip(*parts, strict=True))
-    seconds = time.perf_counter() - start
-    return Evaluation(loss / len(targets), seconds, indices, targets, guesses, probabilities, truth, errors)
+    losses, *columns = zip(*parts, strict=True)
+    indices, targets, guesses, probabilities, truth = map(torch.cat, columns)
+    loss, seconds = sum(losses) / len(targets), time.perf_counter() - start
+    return Evaluation(loss, seconds, indices, targets, guesses, probabilities, truth, errors)
+
+
+def _unless_stopped(found: Iterator[Batch], stop: Callable[[], bool], ranks: Ranks) -> Batch:
+    """The next batch. Raises Interrupted on every rank if one of them is to stop, or was stopped in its wait."""
+    batch = None
+    with contextlib.suppress(Interrupted):
+        batch = next(found)
+    (stopped,) = ranks.any(batch is None or stop())
+    if batch is None or stopped:
+        raise Interrupted
+    return batch
+
+
+def _measured(batch: Batch, logits: Tensor) -> tuple[Any, ...]:
+    """The summed loss of a batch, then the columns of an Evaluation."""
+    scores = logits.softmax(1)
+    best = scores.topk(min(5, scores.shape[1]))
+    truth = scores.gather(1, batch.targets[:, None])[:, 0]
+    loss = float(F.cross_entropy(logits, batch.targets, reduction="sum"))
+    return loss, batch.indices, batch.targets, best.indices, best.values, truth

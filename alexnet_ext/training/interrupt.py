@@ -34,11 +34,11 @@ class Interrupted(Exception):
 
 
 class Interrupt:
-    """Context manager. The first signal sets ``requested`` and prints a line; the second ends the process at once. A
-    signal that was ignored before, as SIGHUP is under nohup, stays ignored."""
+    """Context manager. The first signal sets ``requested`` and prints a line, if this process ``speaks``; the second
+    ends it at once. A signal that was ignored before, as SIGHUP is under nohup, stays ignored."""
 
-    def __init__(self) -> None:
-        self.requested = False
+    def __init__(self, speaks: bool = True) -> None:
+        self.requested, self.speaks = False, speaks
         self.process = os.getpid()  # processes that read images inherit the handlers, and must print nothing
 
     def __enter__(self) -> Interrupt:
@@ -61,7 +61,8 @@ class Interrupt:
                 child.kill()
             end_at_once("stopped at once; checkpoints of earlier steps stay as they were")
         self.requested = True
-        tell("stopping after this step, with a checkpoint; once more to stop at once")
+        if self.speaks:
+            tell("stopping after this step, with a checkpoint; once more to stop at once")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

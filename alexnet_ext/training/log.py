@@ -24,18 +24,18 @@ METRICS = "metrics.jsonl"
 
 class Log:
     """Appends to both. A resumed run is at ``step``, its last evaluation at ``evaluated``: later lines are removed, as
-    their steps will be taken again."""
+    their steps will be taken again. ``run`` None writes nothing."""
 
-    def __init__(self, run: Path, step: int = 0, evaluated: int = -1) -> None:
-        self.path = run / METRICS
-        before = bool(step) or self.path.exists()
+    def __init__(self, run: Path | None, step: int = 0, evaluated: int = -1) -> None:
+        self.path = Path(os.devnull) if run is None else run / METRICS
+        before = run is not None and (bool(step) or self.path.exists())
         if before:
             kept = [line for line in read_metrics(self.path) if _precedes(line, step, evaluated)]
             write_file(self.path, "".join(json_text(line) + "\n" for line in kept).encode())
         try:
             self.stream = self.path.open("a", encoding="utf-8")
             self.events: Any = None
-            if has_events(run):
+            if run is not None and has_events(run):
                 writer = require("torch.utils.tensorboard").SummaryWriter
                 self.events = writer(str(run), purge_step=None if not before else step + 1 if step else 0)
         except OSError as error:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..parallel.ranks import ALONE, Ranks
 from .step import Taken
 
 EVERY_CUDA = 20  # steps whose losses are copied together
@@ -25,10 +26,10 @@ class Measured(NamedTuple):
 
 
 class Losses:
-    """Keeps the results of steps on the device, and copies some at a time to pinned memory."""
+    """Keeps the results of steps on the device, and copies some at a time to pinned memory: sums over ``ranks``."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, ranks: Ranks = ALONE) -> None:
+        self.device, self.ranks = device, ranks
         self.every = EVERY_CUDA if device.type == "cuda" else 1
         self.kept: list[tuple[int, Taken, dict[str, Any]]] = []
         self.copies: deque[tuple[list[tuple[int, Taken, dict[str, Any]]], Tensor, Tensor, Any]] = deque()
@@ -56,8 +57,8 @@ class Losses:
 
     def _copy(self) -> None:
         # To the CPU without a wait is to pinned memory.
-        losses = torch.stack([taken.loss for _, taken, _ in self.kept]).to("cpu", non_blocking=True)
-        rights = torch.stack([taken.right for _, taken, _ in self.kept]).to("cpu", non_blocking=True)
+        summed = (self.ranks.add_up(torch.stack([getattr(t, n) for _, t, _ in self.kept])) for n in ("loss", "right"))
+        losses, rights = (tensor.to("cpu", non_blocking=True) for tensor in summed)
         event = None
         if self.device.type == "cuda":
             event = torch.cuda.Event()

@@ -57,15 +57,22 @@ def auto(
     """Go on with the run of ``recipe`` that ``runs.of_recipe`` finds next to ``out``, or begin it there: the same call
     again and again ends with a finished run. ``given`` are the options that the user named. None, with a line, for a
     run that is finished. Raises CommandError for one that another process writes into."""
-    run = runs.of_recipe(recipe, Path(RUNS) if out is None else out.parent, out)
+
+    def look() -> tuple[Path | None, str]:
+        run = runs.of_recipe(recipe, Path(RUNS) if out is None else out.parent, out)
+        if run is None:
+            return None, "new"
+        with locked(run):
+            pass  # refused before time goes into it
+        return run, "finished" if runs.finished(run, given) else "begun" if runs.begun(run) else "empty"
+
+    run, state = means.ranks.first_does(look)
     if run is None:
-        return start(recipe, out or default_out(recipe), means, console)
-    with locked(run):
-        pass  # refused before time goes into it
-    if runs.finished(run, given):
+        return start(recipe, out, means, console)
+    if state == "finished":
         say(console, f"{path_text(run)}: this run is finished")
         return None
-    if not runs.begun(run):
+    if state == "empty":
         say(console, f"{path_text(run)}: begun anew, as it has no checkpoint yet")
         return start(recipe, run, means, console, anew=True)
     changes = {name: given[name] for name in CHANGEABLE if name in given}
@@ -75,13 +82,15 @@ def auto(
 @stoppable()
 def start(
     recipe: Recipe,
-    out: Path,
+    given: Path | None,
     means: Means,
     console: Console,
     anew: bool = False,
 ) -> Evaluation:
-    """Train from the start into the new or empty folder ``out``; ``anew``: into that of a run without a checkpoint."""
+    """Train from the start into the new or empty folder ``given`` (None: a new one in ``RUNS``); ``anew``: into that of
+    a run without a checkpoint."""
     began = time.monotonic()
+    out = means.ranks.first_does(lambda: given or default_out(recipe))
     _check_needs()
     check_folder(out)
     for data in (recipe.data, recipe.val):
@@ -91,13 +100,7 @@ def start(
     trainer = _trainer(recipe, split, out, means, console)
     if recipe.weights is not None:
         say(console, f"Starting from {path_text(recipe.weights)}{trainer.start_from(Path(recipe.weights))}")
-    made = not out.exists()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if not anew and any(out.iterdir()):
-            raise CommandError(f"{path_text(out)}: not empty; name another --out, or go on with --resume", 2)
-    except OSError as error:
-        raise os_error(out, error) from error
+    made = means.ranks.first_does(lambda: _make_folder(out, anew))
     trainer.began = began
     try:
         return _train(trainer, console)
@@ -105,6 +108,18 @@ def start(
         with contextlib.suppress(OSError):
             if made:
                 out.rmdir()  # only where nothing has been written into it
+
+
+def _make_folder(out: Path, anew: bool) -> bool:
+    """Make the folder of a run; whether it is new. Raises CommandError unless it is empty or its run is begun anew."""
+    made = not out.exists()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not anew and any(out.iterdir()):
+            raise CommandError(f"{path_text(out)}: not empty; name another --out, or go on with --resume", 2)
+    except OSError as error:
+        raise os_error(out, error) from error
+    return made
 
 
 def from_weights(path: Path, warn: Callable[[str], None]) -> dict[str, Any]:
@@ -135,7 +150,8 @@ def resume(
     the user named. Those of ``CHANGEABLE`` may differ from the run's, ``data`` and ``val`` say where its images are
     now, the others must equal the run's."""
     began = time.monotonic()
-    run, path = checkpoint.to_resume(run, warn)
+    given_run = run
+    run, path = means.ranks.first_does(lambda: checkpoint.to_resume(given_run, warn))
     _check_needs()
     saved = checkpoint.read_state(path / checkpoint.STATE)
     try:
@@ -247,6 +263,8 @@ def _train(trainer: Trainer, console: Console) -> Evaluation:
     _introduce(trainer, console)
     with Reporter(trainer.total, trainer.step, console) as reporter:
         result = trainer.run(reporter)
+    if not trainer.ranks.first:
+        return result
     try:
         _conclude(trainer, result, console)
     except KeyboardInterrupt:  # the last checkpoint is written
@@ -260,6 +278,8 @@ def _introduce(trainer: Trainer, console: Console) -> None:
     parameters = sum(p.numel() for p in trainer.model.parameters())
     kind = "fused layers" if trainer.model.fused else "stock layers"
     place = count(torch.get_num_threads(), "thread") if trainer.device.type == "cpu" else str(trainer.device)
+    if trainer.ranks.many:
+        place = f"{trainer.ranks.size} ranks, each with {place}"
     library = next((found for found in _library.LIBRARIES if found.device == trainer.device.type), None)
     say(console, f"AlexNet, variant {recipe.model}: {parameters / 1e6:.1f} M parameters, {kind}, {place}")
     if recipe.activation != "relu" and not recipe.stock:

@@ -15,6 +15,8 @@ from .._errors import is_out_of_memory
 from ..data.batches import Batch
 from ..data.preprocessing import Preprocessing
 from ..optim import LARS, SGD
+from ..parallel.data import DataParallel, Place
+from ..parallel.ranks import ALONE, Ranks
 from .evaluate import DTYPES, autocast, to_device
 from .feed import Feed, Inputs
 from .finite import Finite
@@ -23,7 +25,8 @@ from .recipe import Recipe
 
 
 class Taken(NamedTuple):
-    """What a step measured, on the device: the mean loss and the number of right guesses of ``images`` images."""
+    """What a step measured, on the device: the mean loss and the number of right guesses of ``images`` images. Of
+    several ranks each has a part of both, and ``images`` are those of all."""
 
     loss: Tensor
     right: Tensor
@@ -36,12 +39,19 @@ class TrainingStep:
     bf16 weights have fp32 masters in the optimizer (``alexnet_ext.optim.SGD``): ``weights()`` returns them. LARS, the
     stock network, fp16 and several batches a step have fp32 weights that autocast casts.
 
-    On a GPU full batches run as one CUDA graph. fp16, the stock network and ``detect_nan`` run eagerly, and so do
-    smaller batches. ``note`` is called with a line for the user.
+    On a GPU full batches run as one CUDA graph. fp16, the stock network, ``detect_nan`` and several ``ranks`` run
+    eagerly, and so do smaller batches. ``note`` is called with a line for the user.
     """
 
-    def __init__(self, model: models.AlexNet, recipe: Recipe, device: torch.device, detect_nan: bool = False) -> None:
-        self.model, self.recipe, self.device = model, recipe, device
+    def __init__(
+        self,
+        model: models.AlexNet,
+        recipe: Recipe,
+        device: torch.device,
+        detect_nan: bool = False,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.model, self.recipe, self.device, self.ranks = model, recipe, device, ranks
         self.note: Callable[[str], None] = lambda _text: None
         dtype = DTYPES[recipe.precision]
         depth = model.take_depth(device, dtype)
@@ -58,7 +68,9 @@ class TrainingStep:
         wide = device.type == "cpu" and not self.has_masters
         self.rate = torch.zeros((), dtype=torch.float64 if wide else torch.float32, device=device)
         compiled = recipe.compile and not detect_nan  # which looks at each operation
-        self.network: Callable[[Tensor], Tensor] = torch.compile(model, dynamic=False) if compiled else model
+        network: Any = torch.compile(model, dynamic=False) if compiled else model
+        self.parallel = DataParallel(network, model) if ranks.many else None
+        self.network: Callable[[Tensor], Tensor] = self.parallel or network
         self.feed = Feed(device)
         self.finite = Finite(model, self.trained, backward=not self.scaler.is_enabled()) if detect_nan else None
         self.graph = Graphed(self._on_device) if self.eager_reason() is None else None
@@ -74,6 +86,8 @@ class TrainingStep:
             return "fp16's scaling of the loss is not captured"
         if not self.model.fused:
             return "the network is the stock one"
+        if self.ranks.many:
+            return "the ranks exchange gradients meanwhile"
         return "--detect-nan looks at each operation" if self.finite is not None else None
 
     def _optimizer(self) -> torch.optim.Optimizer:
@@ -89,12 +103,21 @@ class TrainingStep:
             parameter.data = parameter.data.bfloat16()
         return optimizer
 
-    def __call__(self, group: list[Batch], preprocessing: Preprocessing, rate: float, number: int = 1) -> Taken:
+    def __call__(
+        self,
+        group: list[Batch],
+        preprocessing: Preprocessing,
+        rate: float,
+        number: int = 1,
+        places: list[Place] | None = None,
+    ) -> Taken:
         """Step ``number``, from 1, at learning rate ``rate`` on all images of some batches, each of at least one image.
 
-        Raises NotFinite with ``detect_nan``.
+        Of several ranks ``places`` says which images of each batch this one has, maybe none. Raises NotFinite with
+        ``detect_nan``.
         """
         self.number = number
+        self.places = places or [Place(0, len(batch.targets)) for batch in group]
         inputs = self.feed(group)
         self.rate.fill_(rate)
         for parameters in self.optimizer.param_groups:
@@ -106,8 +129,9 @@ class TrainingStep:
             loss, right = self._on_device(inputs, preprocessing)
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = rate  # a number in a checkpoint
-        self.last = inputs[-1], preprocessing
-        return Taken(loss, right, sum(len(part.targets) for part in inputs))
+        own = [part for part in inputs if len(part.targets)]
+        self.last = (own[-1], preprocessing) if own else self.last
+        return Taken(loss, right, sum(place.images for place in self.places))
 
     def _on_device(self, group: list[Inputs], preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:
         """The whole step by tensors alone: the mean loss and the number of right guesses. Without
@@ -130,7 +154,8 @@ class TrainingStep:
             try:
                 return self._gradients(group, preprocessing)
             except RuntimeError as error:
-                if captures or largest == 1 or not is_out_of_memory(error):
+                # Other ranks would wait for gradients that are not there.
+                if captures or self.ranks.many or largest == 1 or not is_out_of_memory(error):
                     raise
             self.pieces *= 2  # not above: there the error still holds the memory of what failed
             self.optimizer.zero_grad(set_to_none=True)
@@ -144,9 +169,13 @@ class TrainingStep:
             yield from part.split(self.pieces)
 
     def _gradients(self, group: list[Inputs], preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:
-        images = sum(len(part.targets) for part in group)
+        images = sum(place.images for place in self.places)
         loss, right = torch.zeros((), device=self.device), torch.zeros((), dtype=torch.int64, device=self.device)
-        for part in self._pieces(group):
+        for part in self._exchanged(group):
+            if not len(part.targets):
+                assert self.parallel is not None
+                self.parallel.nothing(DTYPES[self.recipe.precision]).backward()
+                continue
             logits, mean = self._loss(part, preprocessing)
             share = mean * (len(part.targets) / images)
             self.scaler.scale(share).backward()
@@ -154,12 +183,22 @@ class TrainingStep:
             right += (logits.argmax(1) == part.targets).sum()
         return loss, right
 
+    def _exchanged(self, group: list[Inputs]) -> Iterator[Inputs]:
+        """The pieces, one after another; the ranks add up their gradients during the backward of the last."""
+        if self.parallel is None:
+            yield from self._pieces(group)
+            return
+        for number, (part, place) in enumerate(zip(group, self.places, strict=True), 1):
+            self.parallel.begin(place)
+            with self.parallel.exchanging(number == len(group)):
+                yield part
+
     def _loss(self, part: Inputs, preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:
         """Scores and the mean loss. Only full pieces are compiled: each other size would be compiled anew."""
         images = to_device(part.images, preprocessing, self.device, part.drawn, **self.augmented)
-        full = len(part.targets) == -(-self.recipe.batch_size // self.pieces) and self.model.training
+        whole = self.parallel is not None or len(part.targets) == -(-self.recipe.batch_size // self.pieces)
         with autocast(self.device, self.recipe.precision):
-            logits = self.network(images) if full else self.model(images)
+            logits = self.network(images) if whole and self.model.training else self.model(images)
             mean = F.cross_entropy(logits, part.targets, label_smoothing=self.recipe.label_smoothing)
         return logits.detach(), mean
 

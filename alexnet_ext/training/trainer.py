@@ -20,10 +20,12 @@ from torch import Tensor
 
 from .. import models
 from .._errors import BadImage, CommandError, os_error, path_text
-from ..data.batches import MAX_SKIPPED, Batch, batches
+from ..data.batches import MAX_SKIPPED, Batch, Key, batches
 from ..data.readers import Readers
 from ..data.sources import Split
 from ..nn import stock_kind
+from ..parallel.data import Place, share
+from ..parallel.ranks import ALONE, Ranks
 from . import checkpoint, state
 from .average import Average
 from .best import Best
@@ -51,6 +53,7 @@ class Means(NamedTuple):
 
     workers: processes that read images. cache: keep packed images in ``"ram"`` or on the ``"device"``. loader:
     ``"dali"`` reads folders of images by it. profile: steps that are traced. detect_nan: look at each operation.
+    ranks: the processes that train together; the first of them alone logs and writes.
     """
 
     device: torch.device
@@ -59,18 +62,19 @@ class Means(NamedTuple):
     loader: str | None = None
     profile: int = 0
     detect_nan: bool = False
+    ranks: Ranks = ALONE
 
 
 class Trainer:
     """Trains ``recipe`` on ``split`` into the folder ``out``; ``run()`` is the whole run.
 
     On the CPU a run is a function of recipe, data and thread count: interrupted and resumed at any step, it
-    ends with the same weights, bit for bit.
+    ends with the same weights, bit for bit. The number of ranks changes the order of sums alone.
     """
 
     def __init__(self, recipe: Recipe, split: Split, out: Path, means: Means) -> None:
         self.recipe, self.split, self.out, self.means = recipe, split, out, means
-        self.device = device = means.device
+        self.device, self.ranks = device, ranks = means.device, means.ranks
         self.total = recipe.total_steps(len(split.train))
         self.epoch_steps = recipe.epoch_steps(len(split.train))
         self.step = self.epoch = self.batch = 0  # batch: the step within the epoch
@@ -101,8 +105,8 @@ class Trainer:
         self.model.take_sides([side for side, _ in growth(recipe.grow)])
         self.average = None if recipe.ema is None else Average(self.model, recipe.ema)
         self.schedule = Schedule(recipe, self.total)
-        self.take = TrainingStep(self.model, recipe, device, means.detect_nan)
-        self.losses = Losses(device)
+        self.take = TrainingStep(self.model, recipe, device, means.detect_nan, ranks)
+        self.losses = Losses(device, ranks)
 
     @property
     def final(self) -> models.AlexNet:
@@ -135,26 +139,29 @@ class Trainer:
 
         Raises Interrupted, with a checkpoint written, on a signal (``Interrupt``), and before step ``stop_at``.
         """
-        pin = self.device.type == "cuda"
+        pin, first = self.device.type == "cuda", self.ranks.first
         with (
-            locked(self.out),
-            Interrupt() as interrupt,
+            self._locked(),
+            Interrupt(first) as interrupt,
             self.writer,
             Readers(self.split.train, self.means.workers, interrupt.look, pin) as self.readers,
             Readers(self.split.held_out, self.means.workers, interrupt.look, pin) as self.held_out_readers,
-            Log(self.out, self.step, self.evaluated) as log,
-            profiled(self.out, self.means.profile, reporter.note) as stepped,
+            Log(self.out if first else None, self.step, self.evaluated) as log,
+            profiled(self.out, self.means.profile if first else 0, reporter.note) as stepped,
         ):
             self.first = self.step
-            self._clear()
+            self.ranks.first_does(self._clear)
             self._begin(log, reporter)
             loader: Iterator[Batch] | None = None
             saved = self.mark = time.perf_counter()
             while True:
-                self.writer.look()
-                stopping = interrupt.requested or self.step == stop_at
+                failed = self.writer.failed
+                stopping, saving, ended = self.ranks.any(
+                    interrupt.requested or self.step == stop_at, self._saving_due(saved), failed
+                )
+                if ended:
+                    self.ranks.first_does(self.writer.look)
                 evaluating = self.step < self.total and self._evaluation_due()
-                saving = self._saving_due(saved)
                 self._flush(log, reporter, wait=evaluating or saving or stopping or self.step == self.total)
                 result = None
                 if evaluating and not stopping:
@@ -166,7 +173,7 @@ class Trainer:
                         path = self.save()
                     saved = time.perf_counter()
                 if stopping or finished:
-                    self.writer.wait()
+                    self.ranks.first_does(self.writer.wait)
                 if stopping:
                     raise Interrupted(self.step, path)
                 if finished:
@@ -174,28 +181,36 @@ class Trainer:
                         result = self._evaluate(log, reporter, interrupt, last=True)
                     if result is None:
                         raise Interrupted(self.step, path)
-                    self.best.write(self.out, self.description)
-                    if interrupt.requested:
+                    self.ranks.first_does(lambda: self.best.write(self.out, self.description))
+                    if self.ranks.any(interrupt.requested)[0]:
                         raise Interrupted(self.step, path)  # before the pictures
                     return result
                 if evaluating or saving:
                     self.mark, self.waited = time.perf_counter(), 0.0
                 loader = loader or self._loader(self.readers)
                 asked = time.perf_counter()
-                try:
+                group: list[Batch] | None = None
+                with contextlib.suppress(Interrupted):  # in the middle of a wait
                     group = list(islice(loader, self.recipe.accumulate))
-                except Interrupted:
-                    continue  # in the middle of a wait
                 self.waited += time.perf_counter() - asked
-                self._train(group, reporter)
+                if not self._train(group, reporter):
+                    continue
                 stepped()
                 self.step, self.batch = self.step + 1, self.batch + 1
                 if self.batch == self.epoch_steps:
                     self.epoch, self.batch, loader = self.epoch + 1, 0, None
 
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Context manager: the folder is this run's, which the first of its ranks sees to."""
+        with contextlib.ExitStack() as stack:
+            self.ranks.first_does(lambda: stack.enter_context(locked(self.out)))
+            yield
+
     def _begin(self, log: Log, reporter: Reporter) -> None:
         recipe = dataclasses.asdict(self.recipe)  # a resumed run may be longer
-        write_file(self.out / RECIPE, f"{json.dumps(recipe, indent=1)}\n".encode())
+        text = f"{json.dumps(recipe, indent=1)}\n".encode()
+        self.ranks.first_does(lambda: write_file(self.out / RECIPE, text))
         log.describe(recipe)
         self.take.note = reporter.note
         reason = self.take.eager_reason()
@@ -248,20 +263,38 @@ class Trainer:
             seed=self.recipe.seed,
             epoch=self.epoch,
             start=self.batch * self.recipe.accumulate,
+            part=self._own_images,
             read=read,
             pin_memory=self.device.type == "cuda",
         )
 
-    def _train(self, group: list[Batch], reporter: Reporter) -> None:
-        """One step on the images of some batches, or none if none of the images could be read."""
-        for batch in group:
-            self._count_skipped(batch.errors, reporter)
-        group = [batch for batch in group if len(batch.targets)]
-        if not group:
-            return
+    def _own_images(self, keys: list[list[Key]]) -> list[list[Key]]:
+        """Of each batch this rank's images: the order is one for all."""
+        return [[some[at] for at in share(len(some), self.ranks.rank, self.ranks.size)] for some in keys]
+
+    def _train(self, group: list[Batch] | None, reporter: Reporter) -> bool:
+        """One step on the images of some batches, or none if none of the images could be read. Whether the step is
+        done: not if a rank has been stopped while it waited for its images, and has None of them."""
+        images = [len(batch.targets) for batch in group or ()]
+        errors = [error for batch in group or () for error in batch.errors]
+        padded = images + [0] * (self.recipe.accumulate - len(images))
+        ranks = self.ranks.numbers([group is None, len(errors), *padded])
+        if group is None or any(stopped for stopped, *_ in ranks):
+            return False
+        if any(broken for _, broken, *_ in ranks):
+            self._count_skipped([error for own in self.ranks.gather(errors) for error in own], reporter)
+        counts = [counts[: len(group)] for _, _, *counts in ranks]
+        before = [sum(column[: self.ranks.rank]) for column in zip(*counts, strict=True)]
+        places = [Place(*place) for place in zip(before, map(sum, zip(*counts, strict=True)), strict=True)]
+        kept = [number for number, place in enumerate(places) if place.images]
+        if kept:
+            self._step([group[number] for number in kept], [places[number] for number in kept])
+        return True
+
+    def _step(self, group: list[Batch], places: list[Place]) -> None:
         rate = self.schedule.rate(self.step)
         side = self.recipe.side_at(self.step, self.total, self.split.preprocessing.size)
-        taken = self.take(group, self.split.preprocessing.at(side), rate, self.step + 1)
+        taken = self.take(group, self.split.preprocessing.at(side), rate, self.step + 1, places)
         if self.average is not None:
             self.average.update(self.take.weights(), self.step)
         self.losses.add(self.step + 1, taken, {"epoch": self.epoch, "lr": rate})
@@ -347,6 +380,7 @@ class Trainer:
                 read=self.held_out_readers,
                 on_batch=reporter.evaluating,
                 stop=lambda: interrupt.requested,
+                ranks=self.ranks,
             )
         except Interrupted:
             return None
@@ -359,7 +393,7 @@ class Trainer:
         log.span("evaluate", self.step, time.perf_counter() - began)
         log.kernels(self.kernels, self.step)
         self._check_finite(result.loss, self.step)  # a step's own loss comes from the weights before it
-        self.best.see(self.step, result, self.weights())
+        self.best.see(self.step, result, self.weights() if self.ranks.first else {})
         if not last:
             reporter.note(f"step {self.step}: {result.top1:.1%} of {result.images} held-out images right")
         return result
@@ -374,7 +408,12 @@ class Trainer:
     def save(self) -> Path:
         """Begin to write a checkpoint of this step, and the best weights so far; ``writer`` says when they are there.
 
-        Returns the folder that it will be. What is written are copies: the next steps change the weights in place."""
+        Returns the folder that it will be."""
+        self.ranks.first_does(self._write)
+        return checkpoint.place(self.out, self.step)
+
+    def _write(self) -> None:
+        """What is written are copies: the next steps change the weights in place."""
         self._check_weights()
         self.writer.wait()  # the memory of its copies is reused
         weights, held = self.copies((self.weights(), state.of(self)))
@@ -387,7 +426,6 @@ class Trainer:
             best.write(self.out, description)
 
         self.writer.start(write)
-        return checkpoint.place(self.out, self.step)
 
     def _clear(self) -> None:
         """Remove what a killed process has left half written, and before the first step also the best weights of one

@@ -73,6 +73,11 @@ class Writer:
             self.thread = None
         self.look()
 
+    @property
+    def failed(self) -> bool:
+        """Whether ``look`` would raise."""
+        return self.error is not None
+
     def look(self) -> None:
         """Raise what a job has raised; for the moments between two steps."""
         error, self.error = self.error, None
