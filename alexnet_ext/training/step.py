@@ -74,6 +74,7 @@ class TrainingStep:
         self.feed = Feed(device)
         self.finite = Finite(model, self.trained, backward=not self.scaler.is_enabled()) if detect_nan else None
         self.graph = Graphed(self._on_device) if self.eager_reason() is None else None
+        self.places: list[Place] = []  # of the batches among those of all ranks
         self.pieces = 1  # of each batch, whose gradients are added up
         self.number = 0  # of the last step in the run
         self.last: tuple[Inputs, Preprocessing] | None = None
@@ -117,7 +118,7 @@ class TrainingStep:
         ``detect_nan``.
         """
         self.number = number
-        self.places = places or [Place(0, len(batch.targets)) for batch in group]
+        self.places = places or []
         inputs = self.feed(group)
         self.rate.fill_(rate)
         for parameters in self.optimizer.param_groups:
@@ -131,7 +132,13 @@ class TrainingStep:
             parameters["lr"] = rate  # a number in a checkpoint
         own = [part for part in inputs if len(part.targets)]
         self.last = (own[-1], preprocessing) if own else self.last
-        return Taken(loss, right, sum(place.images for place in self.places))
+        return Taken(loss, right, self._images(inputs))
+
+    def _images(self, group: list[Inputs]) -> int:
+        """The images of all ranks in some batches."""
+        if self.parallel is not None:
+            return sum(place.images for place in self.places)
+        return sum(len(part.targets) for part in group)
 
     def _on_device(self, group: list[Inputs], preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:
         """The whole step by tensors alone: the mean loss and the number of right guesses. Without
@@ -169,7 +176,7 @@ class TrainingStep:
             yield from part.split(self.pieces)
 
     def _gradients(self, group: list[Inputs], preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:
-        images = sum(place.images for place in self.places)
+        images = self._images(group)
         loss, right = torch.zeros((), device=self.device), torch.zeros((), dtype=torch.int64, device=self.device)
         for part in self._exchanged(group):
             if not len(part.targets):
