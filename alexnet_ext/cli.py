@@ -238,7 +238,7 @@ def _shapes(config: AlexNetConfig) -> AlexNet:
 def run_command(arguments: list[str]) -> int:
     """Run ``alexnet`` with these arguments; the exit code."""
     try:
-        code = app(arguments or ["--help"], prog_name="alexnet", standalone_mode=False)
+        code = app(arguments or ["--help"], prog_name="alexnet", standalone_mode=False, obj=arguments)
         print(end="", flush=True)  # a failed write is reported here, not by the interpreter at exit
     except CommandError as error:
         if str(error):  # else another rank says it

@@ -83,6 +83,7 @@ Resume = Annotated[
 
 
 def train(
+    context: typer.Context,
     folder: Folder = None,
     val: HeldOutFolder = None,
     held_out: HeldOutShare = None,
@@ -121,6 +122,7 @@ def train(
     out: Annotated[Path | None, _option("Run folder.", RUN, "runs/DATE-TIME-DATA-MODEL", parser=path)] = None,
     resume: Resume = None,
     device: Device = "auto",
+    gpus: Annotated[int | None, _option("Processes, each on a GPU of its own.", RUN, "1", min=1)] = None,
     workers: Workers = None,
     cache: Annotated[Cache | None, _option("Keep packed images in memory, or the GPU's.", RUN, "on the disk")] = None,
     loader: Annotated[Loader | None, _option("Who decodes JPEGs: NVIDIA's DALI.", RUN, "Pillow")] = None,
@@ -135,24 +137,29 @@ def train(
     a finished run.
     """
     options = locals()
+    arguments = options.pop("context").obj
     _refuse_contradictions(folder, val, held_out, data, recipe, weights, out, None if resume is AUTO else resume)
     given = _recipe_fields(options)
     chosen(given, recipe)  # a wrong option is reported before torch is imported
 
-    _run(options, given)
+    _run(options, given, arguments)
 
 
-def _run(options: dict[str, Any], given: dict[str, Any]) -> None:
-    """Train by the options of ``train``; ``given`` are the fields of a Recipe among them."""
+def _run(options: dict[str, Any], given: dict[str, Any], arguments: list[str]) -> None:
+    """Train by the options of ``train``, those ``arguments``; ``given`` are the fields of a Recipe among them."""
     with starting():
         import torch
 
-        from .parallel import ranks
+        from .parallel import launch, ranks
         from .training import run
         from .training.progress import lasting_console
         from .training.trainer import Means
 
-    where = ranks.own_device(device_of(options["device"]))
+    where = device_of(options["device"])
+    if not launch.started(options["gpus"]):
+        launch.launch(options["gpus"], where, arguments)
+        return
+    where = ranks.own_device(where)
     if options["threads"] is not None:
         torch.set_num_threads(options["threads"])
     count, others = workers_of(options["workers"], where.type), ("cache", "loader", "profile", "detect_nan")

@@ -5,8 +5,10 @@ Flags, counts and errors are exchanged by gloo, on GPUs too: it notices at once 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -105,15 +107,16 @@ class Ranks:
         """What has become of the ranks that do not answer: "" if one of them has said it itself."""
         store = dist.distributed_c10d._get_default_store()
         others = [rank for rank in range(self.size) if rank != self.rank]
-        try:
-            for rank in others:
-                process, host = store.get(f"process/{rank}").decode().split(" ", 1)
-                if store.check([f"end/{rank}"]):
-                    return ""
-                if host == socket.gethostname() and not _lives(int(process)):
-                    return f"rank {rank} of {self.size} (process {process}) has died; the others end, too"
-        except (RuntimeError, ValueError):
-            pass
+        until = time.monotonic() + REPORT.total_seconds()
+        with contextlib.suppress(RuntimeError, ValueError):  # the store has gone with the machine that had it
+            while time.monotonic() < until:  # a process closes its connections before it is gone
+                for rank in others:
+                    process, host = store.get(f"process/{rank}").decode().split(" ", 1)
+                    if store.check([f"end/{rank}"]):
+                        return ""
+                    if host == socket.gethostname() and not _lives(int(process)):
+                        return f"rank {rank} of {self.size} (process {process}) has died; the others end, too"
+                time.sleep(0.05)
         return f"rank {self.rank} of {self.size} has lost another one, and ends, too"
 
 
