@@ -27,7 +27,6 @@ def launch(count: int, device: torch.device, arguments: list[str]) -> None:
         raise CommandError(f"--gpus {count}: torch sees {torch.cuda.device_count()} GPUs", 2)
     if device.type == "cpu":
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
-    os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", ",".join(number.name for number in SIGNALS))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks say what happened
     config = LaunchConfig(
         min_nodes=1,
@@ -38,6 +37,7 @@ def launch(count: int, device: torch.device, arguments: list[str]) -> None:
         rdzv_endpoint="localhost:0",  # any free port
         max_restarts=0,
     )
+    config.signals_to_handle = ",".join(number.name for number in SIGNALS)  # passed on to all of them
     try:
         elastic_launch(config, sys.executable)("-m", __package__.partition(".")[0], *arguments)
     except SignalException as stop:

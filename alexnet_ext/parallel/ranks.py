@@ -9,6 +9,7 @@ import contextlib
 import os
 import socket
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -32,8 +33,8 @@ REPORT = timedelta(seconds=3)  # the time for a failing rank to say why, before 
 class Ranks:
     """Process number ``rank`` of ``size`` that train one network. All of them must make the same calls."""
 
-    def __init__(self, rank: int = 0, size: int = 1) -> None:
-        self.rank, self.size = rank, size
+    def __init__(self, rank: int = 0, size: int = 1, store: dist.Store | None = None) -> None:
+        self.rank, self.size, self.store = rank, size, store
 
     @property
     def first(self) -> bool:
@@ -91,9 +92,9 @@ class Ranks:
 
     def report(self, text: str) -> bool:
         """Tell the other ranks why this one ends; returns whether it should print that, because no other rank does."""
-        if not self.many:
+        store = self.store
+        if store is None:
             return True
-        store = dist.distributed_c10d._get_default_store()
         try:
             store.set(f"end/{self.rank}", text)
             if self.first:
@@ -105,11 +106,11 @@ class Ranks:
 
     def lost(self) -> str:
         """What has become of the ranks that do not answer: "" if one of them has said it itself."""
-        store = dist.distributed_c10d._get_default_store()
+        store = self.store
         others = [rank for rank in range(self.size) if rank != self.rank]
         until = time.monotonic() + REPORT.total_seconds()
         with contextlib.suppress(RuntimeError, ValueError):  # the store has gone with the machine that had it
-            while time.monotonic() < until:  # a process closes its connections before it is gone
+            while store is not None and time.monotonic() < until:  # a process closes its connections before it is gone
                 for rank in others:
                     process, host = store.get(f"process/{rank}").decode().split(" ", 1)
                     if store.check([f"end/{rank}"]):
@@ -193,14 +194,38 @@ def connected(device: torch.device) -> Iterator[Ranks]:
 def _connect(device: torch.device) -> Ranks:
     """Tensors on a GPU go by NCCL (not yet run on a GPU), all others by gloo."""
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
-        ranks = Ranks(dist.get_rank(), dist.get_world_size())
-        place = f"{os.getpid()} {socket.gethostname()}"
-        dist.distributed_c10d._get_default_store().set(f"process/{ranks.rank}", place)
+        store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        store = _fresh(store, rank, size)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+        ranks = Ranks(rank, size, store)
+        store.set(f"process/{rank}", f"{os.getpid()} {socket.gethostname()}")
         ranks.any(False)  # from here on each of them knows the others
     except (RuntimeError, ValueError) as error:
-        raise CommandError(f"the ranks cannot be connected: {str(error).splitlines()[0]}") from error
+        raise CommandError(f"the ranks cannot be connected: {first_line(error)}") from error
     return ranks
+
+
+def _fresh(store: dist.Store, rank: int, size: int) -> dist.Store:
+    """A part of torchrun's store that nobody has written to. The store outlives restarts, so it still has the addresses
+    of ranks that have ended. Rank 0 names a part for the ranks that it sees, until each of them agrees."""
+    own, until, token, seen = uuid.uuid4().hex, time.monotonic() + TIMEOUT.total_seconds(), "", [""] * size
+    store.set(f"start/{rank}", own)
+    while time.monotonic() < until:
+        if rank == 0:
+            names = [f"start/{other}" for other in range(size)]
+            found = [store.get(name).decode() for name in names] if store.check(names) else seen
+            if found != seen:
+                seen, token = found, uuid.uuid4().hex
+                store.set("group", " ".join([token, *found]))
+        elif store.check(["group"]):
+            token, *seen = store.get("group").decode().split()
+        if seen[rank] == own:
+            store.set(f"agreed/{token}/{rank}", "")
+            if store.check([f"agreed/{token}/{other}" for other in range(size)]):
+                return dist.PrefixStore(token, store)
+        time.sleep(0.02)
+    raise RuntimeError(f"not all of {size} ranks have come")
 
 
 def is_lost(error: BaseException) -> bool:
