@@ -178,7 +178,7 @@ def _run(options: dict[str, Any], given: dict[str, Any], arguments: list[str]) -
         if options["weights"] is not None:
             begun = run.from_weights(options["weights"], tell) | begun
         whole = chosen(begun, options["recipe"])
-        if resume is AUTO or ranks.restarted():
+        if resume is AUTO or connected.any(ranks.restarted())[0]:
             run.auto(whole, given, out, means, console, tell)
         else:
             run.start(whole, out, means, console)

@@ -27,7 +27,7 @@ T = TypeVar("T")
 # Rank 0 may prove kernels or wait for a disk while the others wait for it. A rank that dies closes its connections,
 # which needs no timeout.
 TIMEOUT = timedelta(minutes=30)
-REPORT = timedelta(seconds=3)  # the time for a failing rank to say why, before the others speak for it
+REPORT = 3.0  # seconds for a failing rank to say why, before the others speak for it
 
 
 class Ranks:
@@ -93,22 +93,24 @@ class Ranks:
     def report(self, text: str) -> bool:
         """Tell the other ranks why this one ends; returns whether it should print that, because no other rank does."""
         store = self.store
-        if store is None:
-            return True
+        if store is None or not text:
+            return bool(text)
         try:
             store.set(f"end/{self.rank}", text)
             if self.first:
                 return True
-            store.wait(["end/0"], REPORT)
-            return bool(store.get("end/0").decode() != text)
-        except (RuntimeError, ValueError):  # nobody has said anything, or the store is gone
+            until = time.monotonic() + REPORT
+            while not store.check(["end/0"]) and time.monotonic() < until:
+                time.sleep(0.05)
+            return not store.check(["end/0"]) or store.get("end/0").decode() != text
+        except (RuntimeError, ValueError):  # the store is gone
             return True
 
     def lost(self) -> str:
         """What has become of the ranks that do not answer: "" if one of them has said it itself."""
         store = self.store
         others = [rank for rank in range(self.size) if rank != self.rank]
-        until = time.monotonic() + REPORT.total_seconds()
+        until = time.monotonic() + REPORT
         with contextlib.suppress(RuntimeError, ValueError):  # the store has gone with the machine that had it
             while store is not None and time.monotonic() < until:  # a process closes its connections before it is gone
                 for rank in others:
