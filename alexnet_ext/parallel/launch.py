@@ -27,7 +27,7 @@ def launch(count: int, device: torch.device, arguments: list[str]) -> None:
         raise CommandError(f"--gpus {count}: torch sees {torch.cuda.device_count()} GPUs", 2)
     if device.type == "cpu":
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks say what happened
+    logging.disable(logging.ERROR)  # the ranks say what happened
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
