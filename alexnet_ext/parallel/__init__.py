@@ -1,0 +1,1 @@
+"""Training over several processes: which rank has what, and what they exchange."""
