@@ -79,7 +79,7 @@ class AlexNet(nn.Module):
         config: AlexNetConfig,
         fused: bool = True,
         found: Sequence[Stage] | None = None,
-        hidden: int = HIDDEN,
+        hidden: int | None = None,
         blocks: Mapping[tuple[str, ...], Block] = BLOCKS,
     ) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class AlexNet(nn.Module):
         if table.any_size:
             size = ANY_SIZE
             self.features.add_module("avgpool", nn.AdaptiveAvgPool2d(size))
-        self.classifier = _classifier(table, last.conv.channels * size * size, config, fused, hidden)
+        self.classifier = _classifier(table, last.conv.channels * size * size, config, fused, hidden or HIDDEN)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, 3, image_size, image_size) to (N, num_classes) before the softmax.

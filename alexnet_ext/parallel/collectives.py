@@ -55,16 +55,16 @@ def gather(x: Tensor, dim: int, wire: Wire, layer: str, sizes: Sequence[int] | N
 
 
 def gather_for_copies(x: Tensor, dim: int, wire: Wire, layer: str) -> Tensor:
-    """``gather`` before a layer that every rank has a copy of, with the same loss on every rank: the gradient of the own
-    part is complete on each rank, and the backward sends nothing."""
+    """``gather`` before a layer that every rank has a copy of, with the same loss on every rank.
+
+    The gradient of the own part is then complete on each rank, and the backward sends nothing.
+    """
     parts = list(_gathered(x.detach(), wire, layer))
     parts[wire.rank] = x
     return torch.cat(parts, dim)
 
 
-def exchange_border(
-    x: Tensor, width: int, wire: Wire, layer: str, bias: Tensor | None = None
-) -> tuple[Tensor, int]:
+def exchange_border(x: Tensor, width: int, wire: Wire, layer: str, bias: Tensor | None = None) -> tuple[Tensor, int]:
     """``x``, (N, C, H, W), one of two towers' channels, with the ``width`` channels of the other that adjoin them.
 
     Returns (N, C + width, H, W) and the index of the first own channel. Backward: the gradient of the borrowed

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -95,8 +94,8 @@ class RankAlexNet(AlexNet):
         blocks: Any = {("relu", "norm", "pool"): _BorderBlock} if exchanges else BLOCKS
         super().__init__(config, fused, found, HIDDEN // layout.parts.size, blocks)
         self.layout, self.images = layout, ()  # type: Layout, Sequence[int]
-        weight = whole.features.conv1.weight
-        self.to(weight.device, weight.dtype)
+        weight = whole.get_parameter("features.conv1.weight")
+        self.to(device=weight.device, dtype=weight.dtype)
         self.load_state_dict(layout.own(whole.state_dict()))
         self.train(whole.training)
         self.sides = whole.sides
