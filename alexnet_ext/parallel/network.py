@@ -1,10 +1,13 @@
 """The part of AlexNet that one rank has: the same layers and names, with exchanges between them.
 
 **LRN at the towers' border.** LRN at a channel reads two channels on each side. In one process its window crosses the
-border between the towers, and ``lrn_border="exchange"`` computes the same on two ranks: each sends the two channels at
-the border. With ``"per-tower"`` the window ends at the border and nothing is sent: another network, near the border.
-The paper says that the GPUs communicate only in certain layers, and its formula sums over all kernel maps of the layer.
-It does not say what its hardware did at the border. ``"per-tower"`` is what follows from the first sentence alone.
+border between the towers. ``lrn_border="exchange"`` computes the same on two ranks: each sends the two channels at
+the border. With ``"per-tower"`` the window ends at the border and nothing is sent: another network there, so its
+checkpoint gives slightly other results in one process.
+
+The paper's towers communicate only in certain layers, before conv3 and the fully connected ones. Its formula of LRN
+cuts the window off at the ends of the layer, and names no tower. What its hardware computed at the border is not known
+here: the first sentence alone would mean ``"per-tower"``, the second ``"exchange"``.
 """
 
 from __future__ import annotations
