@@ -69,24 +69,34 @@ class AlexNet(nn.Module):
     ``features`` (conv1, relu1, ... pool5) and ``classifier`` (fc6, ... fc8) are ``nn.Sequential``; ``config``
     holds the arguments and ``fused`` whether the layers are fused: never where the activation is not ReLU, which the
     fused ones contain.
+
+    ``found`` (the convolutions) and ``hidden`` (outputs of fc6 and of fc7) are given where a rank has a part of each
+    layer, and ``blocks`` where it computes some in another way (``parallel.network``).
     """
 
-    def __init__(self, config: AlexNetConfig, fused: bool = True) -> None:
+    def __init__(
+        self,
+        config: AlexNetConfig,
+        fused: bool = True,
+        found: Sequence[Stage] | None = None,
+        hidden: int | None = None,
+        blocks: Mapping[tuple[str, ...], Block] = BLOCKS,
+    ) -> None:
         super().__init__()
         self.config = config
         self.fused = fused = fused and config.activation == "relu"
         self.sides: tuple[int, ...] = (config.image_size,)  # of the images that forward takes
         table = VARIANTS[config.variant]
         self.features = nn.Sequential()
-        found = stages(config)
-        for index, stage in enumerate(found, 1):
-            for kind, layer in _convolution(table, stage, config, fused).items():
+        for index, stage in enumerate(found or stages(config), 1):
+            for kind, layer in _convolution(table, stage, config, fused, blocks).items():
                 self.features.add_module(f"{kind}{index}", layer)
-        size = found[-1].output
+        last = stages(config)[-1]
+        size = last.output
         if table.any_size:
             size = ANY_SIZE
             self.features.add_module("avgpool", nn.AdaptiveAvgPool2d(size))
-        self.classifier = _classifier(table, found[-1].conv.channels * size * size, config, fused)
+        self.classifier = _classifier(table, last.conv.channels * size * size, config, fused, hidden or HIDDEN)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, 3, image_size, image_size) to (N, num_classes) before the softmax.
@@ -155,7 +165,9 @@ class AlexNet(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in vars(self.config).items())
 
 
-def _convolution(table: Variant, stage: Stage, config: AlexNetConfig, fused: bool) -> dict[str, nn.Module]:
+def _convolution(
+    table: Variant, stage: Stage, config: AlexNetConfig, fused: bool, blocks: Mapping[tuple[str, ...], Block]
+) -> dict[str, nn.Module]:
     """A convolution and the layers that follow it, by kind."""
     conv, after = stage.conv, stage.after
     arguments = (stage.in_channels, conv.channels, conv.kernel, conv.stride, stage.padding, 1, conv.groups)
@@ -167,9 +179,9 @@ def _convolution(table: Variant, stage: Stage, config: AlexNetConfig, fused: boo
     convolution: nn.Module
     if not fused:
         convolution = nn.Conv2d(*arguments)
-    elif after in BLOCKS and not stage.rounds_up and table.lrn is not None:
+    elif after in blocks and not stage.rounds_up and table.lrn is not None:
         plain = nn.MaxPool2d(WINDOW, STRIDE)
-        convolution = BLOCKS[after](*arguments, norm=nn.LocalResponseNorm(*table.lrn), pool=plain)
+        convolution = blocks[after](*arguments, norm=nn.LocalResponseNorm(*table.lrn), pool=plain)
         layers = {kind: nn.Identity() for kind in after}
     elif after[0] == "relu":
         layers["relu"] = nn.Identity()
@@ -183,12 +195,12 @@ def _convolution(table: Variant, stage: Stage, config: AlexNetConfig, fused: boo
     return {"conv": convolution, **layers}
 
 
-def _classifier(table: Variant, features: int, config: AlexNetConfig, fused: bool) -> nn.Sequential:
+def _classifier(table: Variant, features: int, config: AlexNetConfig, fused: bool, hidden: int) -> nn.Sequential:
     layers = nn.Sequential()
     for index, inputs in ((6, features), (7, HIDDEN)):
         if table.dropout_first:
             layers.add_module(f"drop{index}", nn.Dropout(config.dropout))
-        layers.add_module(f"fc{index}", fused_nn.LinearReLU(inputs, HIDDEN) if fused else nn.Linear(inputs, HIDDEN))
+        layers.add_module(f"fc{index}", fused_nn.LinearReLU(inputs, hidden) if fused else nn.Linear(inputs, hidden))
         layers.add_module(f"relu{index}", nn.Identity() if fused else LAYERS[config.activation]())
         if not table.dropout_first:
             layers.add_module(f"drop{index}", nn.Dropout(config.dropout))

@@ -29,12 +29,12 @@ def share(total: int, rank: int, size: int) -> range:
 
 
 class SharedDropout(nn.Module):
-    """``nn.Dropout`` on a rank's rows of a batch: each rank draws the mask of all rows, from generators in the same
-    state, so that it does not depend on the number of ranks. On a CPU the mask is that of ``F.dropout``."""
+    """``nn.Dropout`` on a rank's rows of a batch, and its ``columns``: each rank draws the mask of all, from generators
+    in the same state, so that it does not depend on the number of ranks. On a CPU the mask is that of ``F.dropout``."""
 
-    def __init__(self, p: float, features: int) -> None:
+    def __init__(self, p: float, features: int, columns: slice = slice(None)) -> None:
         super().__init__()
-        self.p, self.features = p, features
+        self.p, self.features, self.columns = p, features, columns
         self.place, self.mask = Place(0, 0), None
 
     mask: Tensor | None
@@ -51,12 +51,12 @@ class SharedDropout(nn.Module):
         return self.mask
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, features) in training: the next N rows."""
+        """(N, columns) in training: the next N rows."""
         if not self.training or self.p == 0:
             return x
         first = self.place.first
         self.place = self.place._replace(first=first + len(x))
-        return x * self.draw(x)[first : first + len(x)]
+        return x * self.draw(x)[first : first + len(x), self.columns]
 
     def extra_repr(self) -> str:
         return f"p={self.p}, features={self.features}"
