@@ -8,6 +8,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +28,7 @@ from alexnet_ext.training import checkpoint, runs
 from alexnet_ext.training import trainer as training
 from alexnet_ext.training.evaluate import evaluate
 from alexnet_ext.training.log import METRICS, read_metrics
+from tests.support import ROOT
 from tests.training.test_runs import striped
 from tests.training.test_training import SIZE, split
 
@@ -181,6 +184,23 @@ def test_an_error_of_one_rank_ends_all_with_one_line(
     codes, lines = ended(started(lambda: cli.run_command(arguments), 2, tmp_path / "errors"), tmp_path / "errors")
     assert codes == [1, 1]
     assert lines == ["alexnet: the disk is full"]
+
+
+def test_gpus_starts_the_ranks_and_ends_them_with_its_own_signal(data: Path, tmp_path: Path) -> None:
+    """The real command, in processes of its own: they take a second to import torch."""
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "alexnet_ext", "train", str(data), *OPTIONS, "--gpus", "2", "--out", str(out)]
+    process = subprocess.Popen(
+        [*command, "--steps", "100000"], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    once(out / METRICS, '"step": 2')
+    process.send_signal(signal.SIGUSR2)
+    printed, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert not printed
+    first, second = errors.splitlines()
+    assert first.startswith("alexnet: stopping after this step")
+    assert second.startswith("alexnet: stopped at step")
 
 
 def test_the_ranks_evaluate_each_image_once_and_all_know_the_result(tmp_path: Path) -> None:

@@ -44,6 +44,8 @@ DRAWN = "tests/accelerate/test_accelerate_generated.py -k 'before and {}'"
 BY_MODULES, BY_FX = DRAWN.format("modules"), DRAWN.format("fx")
 WRITER, WRITTEN = "alexnet_ext/training/writer.py", "tests/training/test_writer.py"
 STOPS, AUTO = "alexnet_ext/training/interrupt.py", "tests/training/test_kills.py -k 'auto and {}'"
+SHARES, RANKS = "alexnet_ext/parallel/data.py", "tests/parallel/test_ranks.py -k number_of_ranks"
+TOWERS = "tests/parallel/test_towers.py -k '2-towers'"
 SECONDS = 240  # a fault may make a loop endless; four times as long where none is planted, on a busy machine
 MOST_TREES = 4  # copies of the tree, in each of which one fault stands at a time
 
@@ -157,7 +159,8 @@ SHARED = (
     Fault("checkpoint: the writer's error dropped", WRITER, "self.error = error", "pass",
           f"{WRITTEN} -k 'fails or failed'"),
     Fault("checkpoint: a stop that does not wait for it", "alexnet_ext/training/trainer.py",
-          "if stopping or finished:\n                    self.writer.wait()", "if False:\n                    pass",
+          "if stopping or finished:\n                    self.ranks.first_does(self.writer.wait)",
+          "if False:\n                    pass",
           f"{WRITTEN} -k waits_for_its_checkpoint"),
     Fault("checkpoint: two writers at once", WRITER, "        self.wait()\n        self.thread = threading",
           "        self.thread = threading",
@@ -166,10 +169,24 @@ SHARED = (
           "            sync(file)\n        sync(beside)", "            pass", f"{WRITTEN} -k on_the_disk"),
     Fault("signals: SIGUSR1 kills", STOPS, "signal.SIGHUP, signal.SIGUSR1, ", "signal.SIGHUP, ",
           "tests/training/test_kills.py -k 'during_the_imports'"),
-    Fault("auto: a finished run is begun again", "alexnet_ext/training/run.py", "if runs.finished(run, given):",
+    Fault("auto: a finished run is begun again", "alexnet_ext/training/run.py", 'if state == "finished":',
           "if False:", AUTO.format("newest")),
     Fault("auto: any recipe will do", "alexnet_ext/training/runs.py", "CHANGEABLE}) == recipe",
           "CHANGEABLE}) is not None", AUTO.format("newest")),
+    Fault("ranks: gradients divided by their number", SHARES, "done.value()[0]", "done.value()[0] / 2", RANKS),
+    Fault("ranks: each drops what the first one does", SHARES, "[first : first + len(x), self",
+          "[: len(x), self", RANKS),
+    Fault("ranks: a loss divided by this rank's images", "alexnet_ext/training/step.py",
+          "return sum(place.images for place in self.places)", "return max(1, sum(len(p.targets) for p in group))",
+          RANKS),
+    Fault("ranks: evaluated in the order of ranks", "alexnet_ext/training/evaluate.py",
+          "for turn in zip(*ranks.gather(own), strict=True) for", "for turn in ranks.gather(own) for",
+          "tests/parallel/test_ranks.py -k each_image_once"),
+    Fault("towers: fc8's gradient lost", "alexnet_ext/parallel/collectives.py", "    parts[wire.rank] = x\n", "",
+          TOWERS),
+    Fault("towers: the border from the other side", "alexnet_ext/parallel/collectives.py",
+          "border = x[:, -width:] if first else x[:, :width]", "border = x[:, :width] if first else x[:, -width:]",
+          TOWERS),
     Fault("slower: contiguous images by the general path", WALKS, "return p.dtype != DType::f64 &&", "return false &&",
           f"{GATES} -k 'relu_max_pool2d_lrn and backward and 27x27 and bfloat16 and contiguous'"),
 )  # fmt: skip
