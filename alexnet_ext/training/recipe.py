@@ -98,6 +98,7 @@ class Recipe:
     grow: smaller sides of the images for the first steps, as ``"131:0.5,163:0.3"``: half of all steps at 131, then 0.3
     of them at 163; the rest at ``image_size``.
     normalize: divide colours by their deviation; False only subtracts the mean from values of 0 to 255.
+    ten_crop: also evaluate the last weights on ten crops of each image, where it has room around one.
     clip_norm: largest norm of all gradients together (None: any).
     compile: full batches go through the network as ``torch.compile`` makes it, whose sums may round otherwise.
     evaluate_every: steps between evaluations on the first ``evaluate_limit`` held-out images (None: all of
@@ -143,6 +144,7 @@ class Recipe:
     seed: int = 0
     evaluate_every: int = 0
     evaluate_limit: int | None = None
+    ten_crop: bool = False
     patience: int | None = None
     save_every: int = 0
     keep: int = 2
@@ -223,7 +225,7 @@ SYNTHETIC = replace(DIGITS, data="synthetic")
 # held-out error of 40 images is mostly chance.
 FOLDER = Recipe(data="", init="kaiming", warmup=20, schedule="cosine")
 # Section 5 of the paper: "reduced three times prior to termination", "roughly 90 cycles".
-IMAGENET = Recipe(data="", normalize=False)
+IMAGENET = Recipe(data="", normalize=False, ten_crop=True)
 # The rate grows with the batch: four times the paper's. Of 40 epochs' steps the first four fifths see smaller images.
 FAST = Recipe(
     data="",

@@ -318,6 +318,9 @@ def _conclude(trainer: Trainer, result: Evaluation, console: Console) -> None:
         "best_top1": best.top1,
         "ends": runs.ends(recipe),
     }
+    crops = trainer.ten_crops
+    if crops is not None:
+        summary |= {"ten_crop_top1": crops.top1, "ten_crop_top5": crops.top5}
     write_file(out / RESULT, f"{json_text(summary, indent=1)}\n".encode())
     table = by_class(result, split.train.classes)
     if table is not None:
@@ -330,6 +333,8 @@ def _conclude(trainer: Trainer, result: Evaluation, console: Console) -> None:
         f"after {count(trainer.step, 'step')}, {spent // 60:.0f}:{spent % 60:02.0f} minutes",
         style="bold",
     )
+    if crops is not None:
+        say(console, f"{crops.top1:.1%} by the mean of ten crops of each (top-5 {crops.top5:.1%}), as in the paper")
     if best.step != trainer.step:
         say(console, f"The best weights are those of step {best.step} ({best.top1:.1%}); --last takes the others")
     say(console, f"Pictures in {path_text(out)}: {', '.join(made)}")

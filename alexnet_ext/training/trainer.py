@@ -13,14 +13,14 @@ from collections import deque
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import models
 from .._errors import BadImage, CommandError, os_error, path_text
-from ..data.batches import MAX_SKIPPED, Batch, Key, batches
+from ..data.batches import MAX_SKIPPED, Batch, Dataset, Key, batches
 from ..data.readers import Readers
 from ..data.sources import Split
 from ..nn import stock_kind
@@ -29,7 +29,7 @@ from ..parallel.ranks import ALONE, Ranks
 from . import checkpoint, state
 from .average import Average
 from .best import Best
-from .evaluate import Evaluation, evaluate
+from .evaluate import Evaluation, evaluate, with_room
 from .files import locked, unfinished, write_file
 from .interrupt import Interrupt, Interrupted
 from .log import Log
@@ -80,6 +80,7 @@ class Trainer:
         self.step = self.epoch = self.batch = 0  # batch: the step within the epoch
         self.first = 0  # the step that this process begins at
         self.evaluated = -1  # the step of the last evaluation
+        self.ten_crops: Evaluation | None = None  # of the last weights, where the recipe has it
         self.best = Best(recipe.evaluate_limit)
         self.writer, self.copies = Writer(), Copies()
         self.seconds = 0.0  # spent on steps, over all of the run's processes
@@ -179,7 +180,7 @@ class Trainer:
                 if finished:
                     if result is None or self.recipe.evaluate_limit is not None:
                         result = self._evaluate(log, reporter, interrupt, last=True)
-                    if result is None:
+                    if result is None or not self._try_ten_crops(reporter, interrupt):
                         raise Interrupted(self.step, path)
                     self.ranks.first_does(lambda: self.best.write(self.out, self.description))
                     if self.ranks.any(interrupt.requested)[0]:
@@ -370,18 +371,7 @@ class Trainer:
         limit = None if last else self.recipe.evaluate_limit
         began = time.perf_counter()
         try:
-            result = evaluate(
-                self.final,
-                self.split.held_out,
-                self.split.preprocessing,
-                device=self.device,
-                precision=self.recipe.precision,
-                limit=limit,
-                read=self.held_out_readers,
-                on_batch=reporter.evaluating,
-                stop=lambda: interrupt.requested,
-                ranks=self.ranks,
-            )
+            result = self._on(self.split.held_out, self.held_out_readers, reporter, interrupt, limit=limit)
         except Interrupted:
             return None
         for error in result.errors:
@@ -397,6 +387,31 @@ class Trainer:
         if not last:
             reporter.note(f"step {self.step}: {result.top1:.1%} of {result.images} held-out images right")
         return result
+
+    def _on(self, dataset: Dataset, read: Readers, reporter: Reporter, interrupt: Interrupt, **rest: Any) -> Evaluation:
+        return evaluate(
+            self.final,
+            dataset,
+            self.split.preprocessing,
+            device=self.device,
+            precision=self.recipe.precision,
+            read=read,
+            on_batch=reporter.evaluating,
+            stop=lambda: interrupt.requested,
+            ranks=self.ranks,
+            **rest,
+        )
+
+    def _try_ten_crops(self, reporter: Reporter, interrupt: Interrupt) -> bool:
+        """Evaluate on ten crops if the recipe has it and the images have room; False when interrupted."""
+        preprocessing = self.split.preprocessing
+        if not self.recipe.ten_crop or preprocessing.resize == preprocessing.size:
+            return True
+        wide = with_room(self.split.held_out, preprocessing)
+        pin = self.device.type == "cuda"
+        with contextlib.suppress(Interrupted), Readers(wide, self.means.workers, interrupt.look, pin) as read:
+            self.ten_crops = self._on(wide, read, reporter, interrupt, ten_crop=True)
+        return self.ten_crops is not None
 
     def _check_weights(self) -> None:
         """End the run if its weights give no finite loss: they must not become the newest checkpoint, and the loss of

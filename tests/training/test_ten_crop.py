@@ -70,6 +70,16 @@ def test_ten_crops_are_a_plain_computation_of_stock_pytorch(
     assert json.loads(capsys.readouterr().out)["loss"] != pytest.approx(found["loss"], rel=1e-4), "one crop differs"
 
 
+def test_the_papers_recipe_ends_with_ten_crops(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    options = [*SMALL, "--recipe", "paper", "--steps", "1", "--init", "kaiming", "--out", str(out)]
+    assert cli.run_command(["train", str(data), *options]) == 0
+    assert " by the mean of ten crops of each (top-5 100.0%), as in the paper" in capsys.readouterr().out
+    assert cli.run_command(["evaluate", "--weights", str(out), "--last", "--ten-crop", "--json"]) == 0
+    found, result = json.loads(capsys.readouterr().out), json.loads((out / "result.json").read_text())
+    assert (result["ten_crop_top1"], result["ten_crop_top5"]) == (found["top1"], found["top5"])
+
+
 class Counting(nn.Module):
     """Notes the sizes of its batches; its score is an image's mean."""
 
