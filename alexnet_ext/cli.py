@@ -22,6 +22,7 @@ from . import cli_data, cli_results, cli_train, layers
 from ._errors import CommandError, is_out_of_memory, os_error, path_text
 from ._version import __version__
 from .cli_options import Device, Last, Precision, UsageError, Variant, device_of, path, warn
+from .parallel import volume
 from .training.interrupt import STOPPED, Interrupted, starting
 from .training.process import huge_pages
 from .variants import VARIANTS, AlexNetConfig, config_of
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
     from .models import AlexNet
 
 app = typer.Typer(pretty_exceptions_enable=False)
+
+
+Layout = StrEnum("Layout", list(volume.LAYOUTS))  # type: ignore[misc]
+Border = StrEnum("Border", list(volume.BORDERS))  # type: ignore[misc]
 
 
 class Format(StrEnum):
@@ -96,10 +101,26 @@ def summary(
     model: Annotated[Variant | None, typer.Option(help="Variant of the network.", show_default="paper")] = None,
     image_size: Annotated[int | None, typer.Option(min=1, show_default="the variant's")] = None,
     classes: Annotated[int, typer.Option(min=1)] = 1000,
+    parallel: Annotated[Layout | None, typer.Option(help="Also what a rank holds and sends.")] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Processes, with --parallel.")] = 2,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images of all ranks together.")] = 128,
+    precision: Annotated[Precision, typer.Option(help="Of activations and gradients.")] = Precision.fp32,
+    lrn_border: Annotated[
+        Border | None, typer.Option(help="LRN where two towers meet.", show_default="exchange")
+    ] = None,
 ) -> None:
     """Print the layers of a network: shapes, parameters, multiply-adds."""
     config = _config(model, image_size, classes)
-    Console().print(layers.render(config, layers.layer_rows(config)))
+    if parallel is None:
+        Console().print(layers.render(config, layers.layer_rows(config)))
+        return
+    border = str(lrn_border or "exchange")
+    try:
+        volume.check(str(parallel), config.variant, ranks, lrn_border=border)
+    except ValueError as error:
+        raise CommandError(str(error), 2) from error
+    plan = volume.Plan(config, str(parallel), ranks, batch_size, *volume.ITEMSIZES[precision], border)
+    Console().print(layers.render(config, layers.layer_rows(config)), volume.render(plan))
 
 
 @app.command()

@@ -9,32 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from ..variants import HIDDEN, VARIANTS
 from .collectives import Wire
-
-LAYOUTS = ("data", "towers", "weird-trick")
-BORDERS = ("exchange", "per-tower")
-TOWERS = 2
-
-
-def check(layout: str, variant: str, ranks: int, optimizer: str = "sgd", lrn_border: str = "exchange") -> None:
-    """Raise ValueError where a network of ``variant`` cannot train in this layout on so many ranks."""
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
-    if lrn_border not in BORDERS:
-        raise ValueError(f"lrn_border must be one of {', '.join(BORDERS)}, got {lrn_border!r}")
-    if lrn_border == "per-tower" and layout != "towers":
-        raise ValueError(f"lrn_border 'per-tower' needs layout 'towers', got {layout!r}")
-    if layout == "data":
-        return
-    if all(conv.groups == 1 for conv in VARIANTS[variant].convs):
-        raise ValueError(f"layout {layout!r} needs a variant with two towers, got {variant!r}")
-    if layout == "towers" and ranks % TOWERS:
-        raise ValueError(f"layout 'towers' needs an even number of ranks, got {ranks}")
-    if layout == "weird-trick" and HIDDEN % ranks:
-        raise ValueError(f"layout 'weird-trick' needs a number of ranks that divides {HIDDEN}, got {ranks}")
-    if optimizer == "lars":
-        raise ValueError(f"layout {layout!r} cannot train with optimizer 'lars', which needs the norms of whole layers")
+from .volume import TOWERS, check
 
 
 class Layout:

@@ -24,7 +24,8 @@ from ..models.alexnet import BLOCKS, AlexNet
 from ..variants import HIDDEN, Stage, stages
 from .collectives import Wire, exchange_border, gather, gather_for_copies, to_own_images
 from .data import Place, SharedDropout
-from .layout import TOWERS, Layout
+from .layout import Layout
+from .volume import TOWERS
 
 
 class _Exchange(nn.Module):

@@ -156,11 +156,9 @@ class Trainer:
             loader: Iterator[Batch] | None = None
             saved = self.mark = time.perf_counter()
             while True:
-                failed = self.writer.failed
-                stopping, saving, ended = self.ranks.any(
-                    interrupt.requested or self.step == stop_at, self._saving_due(saved), failed
-                )
-                if ended:
+                asked_to = interrupt.requested or self.step == stop_at
+                stopping, saving, failed = self.ranks.any(asked_to, self._saving_due(saved), self.writer.failed)
+                if failed:
                     self.ranks.first_does(self.writer.look)
                 evaluating = self.step < self.total and self._evaluation_due()
                 self._flush(log, reporter, wait=evaluating or saving or stopping or self.step == self.total)

@@ -24,17 +24,19 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import alexnet_ext as ax
+from alexnet_ext import layers
 from alexnet_ext.models import AlexNet
-from alexnet_ext.parallel import layout as layout_module
 from alexnet_ext.parallel import network as network_module
+from alexnet_ext.parallel import volume
 from alexnet_ext.parallel.collectives import Wire, gather
-from alexnet_ext.parallel.layout import Layout, check
+from alexnet_ext.parallel.layout import Layout
 from alexnet_ext.parallel.network import RankAlexNet
 from tests.support import oracle
 
 STEPS, CLASSES, SIDE, IMAGES = 20, 5, 67, 5
 HIDDEN = 256  # outputs of fc6 and fc7, in place of 4096: else they take nearly all of the time
 WORLDS = (2, 4)
+WAYS = ("forward", "backward")
 
 
 def whole(variant: str = "paper", fused: bool = True, side: int = SIDE, dropout: float = 0.5) -> AlexNet:
@@ -231,6 +233,11 @@ def wire(layout: Layout, folder: Path) -> None:
     part.step(*batch())
     expected = expected_bytes(layout, part.images(IMAGES))
     assert dict(layout.parts.sent) == expected
+    if layout.data.rank == 0:  # it has the most images
+        plan = volume.Plan(whole().config, layout.name, dist.get_world_size(), IMAGES, itemsize=8)
+        assert volume.held(plan) == sum(p.numel() for p in part.network.parameters())
+        counted = {(row.layer, way): getattr(row, way) for row in volume.exchanged(plan) for way in WAYS}
+        assert {key: count for key, count in counted.items() if count and key[0] != "weights"} == expected
     layout.parts.sent.clear()
     images = part.images(IMAGES)
     with torch.no_grad():
@@ -269,7 +276,7 @@ CHECKS: dict[str, tuple[str, tuple[int, ...], Check]] = {
 
 
 def narrow(patch: Callable[[Any, str, int], None]) -> None:
-    for module in (sys.modules["alexnet_ext.models.alexnet"], layout_module, network_module):
+    for module in (sys.modules["alexnet_ext.models.alexnet"], layers, volume, network_module):
         patch(module, "HIDDEN", HIDDEN)
 
 
@@ -345,5 +352,5 @@ def test_ranks_are_one_process(found: Callable[[int], list[dict[str, str]]], ran
 )
 def test_what_a_layout_cannot_train_is_refused(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check(*arguments)
-    check("data", "torchvision", 3, "lars")
+        volume.check(*arguments)
+    volume.check("data", "torchvision", 3, "lars")
