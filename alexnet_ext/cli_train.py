@@ -165,11 +165,8 @@ def _run(options: dict[str, Any], given: dict[str, Any], arguments: list[str]) -
     count, others = workers_of(options["workers"], where.type), ("cache", "loader", "profile", "detect_nan")
     with ranks.connected(where) as connected:
         means = Means(where, count, **{name: options[name] for name in others}, ranks=connected)
-        console, resume, out = (
-            lasting_console(options["quiet"] or not connected.first),
-            options["resume"],
-            options["out"],
-        )
+        console = lasting_console(options["quiet"] or not connected.first)
+        resume, out = options["resume"], options["out"]
         tell = warn if connected.first else _not_tell
         if resume is not None and resume is not AUTO:
             run.resume(resume, given, means, console, tell)
