@@ -12,7 +12,7 @@ def path_text(path: str | os.PathLike[str]) -> str:
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of an exception's message, without a full stop, for use inside a sentence."""
     text = str(error).strip() or type(error).__name__
     return path_text(text.splitlines()[0][:200]).rstrip(".")

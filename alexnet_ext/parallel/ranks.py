@@ -20,14 +20,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .._errors import CommandError, first_line
-from ..training.interrupt import STOPPED, Interrupted
+from ..training.interrupt import STOPPED, Interrupted, ignoring
 
 T = TypeVar("T")
 
 # Rank 0 may prove kernels or wait for a disk while the others wait for it. A rank that dies closes its connections,
 # which needs no timeout.
 TIMEOUT = timedelta(minutes=30)
-REPORT = 3.0  # seconds for a failing rank to say why, before the others speak for it
+REPORT = 3.0  # seconds for a failing rank to say why, or to be gone, before the others speak for it
 
 
 class Ranks:
@@ -90,24 +90,20 @@ class Ranks:
         result: T = found[0]
         return result
 
-    def report(self, text: str) -> bool:
-        """Tell the other ranks why this one ends; returns whether it should print that, because no other rank does."""
+    def report(self, text: str, code: int) -> bool:
+        """Tell the other ranks that this one ends, and with which exit code; returns whether it should print ``text``,
+        as no other rank has."""
         store = self.store
         if store is None or not text:
             return bool(text)
         try:
-            store.set(f"end/{self.rank}", text)
-            if self.first:
-                return True
-            until = time.monotonic() + REPORT
-            while not store.check(["end/0"]) and time.monotonic() < until:
-                time.sleep(0.05)
-            return not store.check(["end/0"]) or store.get("end/0").decode() != text
+            store.set(f"end/{self.rank}", str(code))
+            return store.add(f"said/{text}", 1) == 1
         except (RuntimeError, ValueError):  # the store is gone
             return True
 
-    def lost(self) -> str:
-        """What has become of the ranks that do not answer: "" if one of them has said it itself."""
+    def lost(self) -> tuple[str, int]:
+        """What has become of the ranks that do not answer, and the exit code of all: "" if one of them has said it."""
         store = self.store
         others = [rank for rank in range(self.size) if rank != self.rank]
         until = time.monotonic() + REPORT
@@ -116,11 +112,11 @@ class Ranks:
                 for rank in others:
                     process, host = store.get(f"process/{rank}").decode().split(" ", 1)
                     if store.check([f"end/{rank}"]):
-                        return ""
+                        return "", int(store.get(f"end/{rank}"))
                     if host == socket.gethostname() and not _lives(int(process)):
-                        return f"rank {rank} of {self.size} (process {process}) has died; the others end, too"
+                        return f"rank {rank} of {self.size} (process {process}) has died; the others end, too", 1
                 time.sleep(0.05)
-        return f"rank {self.rank} of {self.size} has lost another one, and ends, too"
+        return f"rank {self.rank} of {self.size} has lost another one, and ends, too", 1
 
 
 ALONE = Ranks()
@@ -178,19 +174,25 @@ def connected(device: torch.device) -> Iterator[Ranks]:
     try:
         yield ranks
     except (Exception, KeyboardInterrupt) as error:
-        code = error.code if isinstance(error, CommandError) else STOPPED
-        if isinstance(error, CommandError):
-            text = str(error)
-        elif isinstance(error, (Interrupted, KeyboardInterrupt)):
-            text = error.told() if isinstance(error, Interrupted) else "stopped"
-        elif is_lost(error):
-            text, code = ranks.lost(), 1
-        else:
-            text = f"rank {ranks.rank} of {ranks.size}: {type(error).__name__}: {first_line(error)}"
-            ranks.report(text)
-            raise
-        raise CommandError(text if ranks.report(text) else "", code) from error
+        with ignoring():  # torchrun ends the others by a signal once one has ended, and they have still to say why
+            found = _ending(ranks, error)
+            if found is None:
+                ranks.report(f"rank {ranks.rank} of {ranks.size}: {type(error).__name__}: {first_line(error)}", 1)
+                raise
+            text, code = found
+            raise CommandError(text if ranks.report(text, code) else "", code) from error
     dist.destroy_process_group()
+
+
+def _ending(ranks: Ranks, error: BaseException) -> tuple[str, int] | None:
+    """The line that this error gives, and the exit code; None if it is to be seen as it is."""
+    if isinstance(error, CommandError):
+        return str(error), error.code
+    if is_lost(error) or (isinstance(error, KeyboardInterrupt) and is_lost(error.__context__)):
+        return ranks.lost()
+    if isinstance(error, (Interrupted, KeyboardInterrupt)):
+        return error.told() if isinstance(error, Interrupted) else "stopped", STOPPED
+    return None
 
 
 def _connect(device: torch.device) -> Ranks:
@@ -230,7 +232,7 @@ def _fresh(store: dist.Store, rank: int, size: int) -> dist.Store:
     raise RuntimeError(f"not all of {size} ranks have come")
 
 
-def is_lost(error: BaseException) -> bool:
+def is_lost(error: BaseException | None) -> bool:
     """Whether another rank does not answer."""
     words = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")
     kinds = (dist.DistBackendError, dist.DistNetworkError)

@@ -112,6 +112,16 @@ def stoppable() -> Iterator[None]:
         _restore(before)
 
 
+@contextlib.contextmanager
+def ignoring() -> Iterator[None]:
+    """Context manager: no signal interrupts this process, which is about to end."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        _restore(before)
+
+
 def _handle_by(handler: Callable[[int, FrameType | None], None]) -> dict[signal.Signals, Any]:
     """Set the handler of each signal that nobody else handles or ignores; the handlers before."""
     own = (signal.SIG_DFL, signal.default_int_handler, _stop_at_start)

@@ -92,8 +92,9 @@ def random_state() -> dict[str, Any]:
     }
 
 
-def set_random_state(state: dict[str, Any]) -> None:
-    """Restore what ``random_state`` returned; the GPUs' states only if their number is the same."""
+def set_random_state(state: dict[str, Any], many: bool = False) -> None:
+    """Restore what ``random_state`` returned; the GPUs' states only if their number is the same. Of ``many`` processes,
+    each on its current GPU, all go on from the first GPU's state."""
     import numpy as np
     import torch
 
@@ -101,5 +102,9 @@ def set_random_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
     np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
     torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+    if not torch.cuda.is_available():
+        return
+    if many and state["cuda"]:
+        torch.cuda.set_rng_state(state["cuda"][0])
+    elif len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])

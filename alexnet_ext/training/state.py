@@ -72,7 +72,7 @@ def load(trainer: Trainer, path: Path, state: dict[str, Any], weights: dict[str,
             trainer.best.load(state["best"], trainer.out, trainer.step, trainer.weights())
             since = state["plateau_since"]
             trainer.schedule.seen_step, trainer.schedule.least_error = int(since[0]), float(since[1])
-        set_random_state(state["random"])  # last, as the lines above may draw numbers
+        set_random_state(state["random"], trainer.ranks.many)  # last, as the lines above may draw numbers
     except CommandError:
         raise
     except Exception as error:  # torch, NumPy and Python each raise errors of their own

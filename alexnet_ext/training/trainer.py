@@ -347,7 +347,7 @@ class Trainer:
         )
 
     def _check_finite(self, loss: float, step: int) -> None:
-        if not math.isfinite(loss):
+        if not math.isfinite(loss) and self.ranks.first:  # it ends the others, and knows what has been written
             with contextlib.suppress(Exception):  # the divergence is reported first
                 self.writer.wait()  # it may be writing the checkpoint that is named, or removing it
             whole = [path for path in checkpoint.generations(self.out) if checkpoint.damage(path) is None]

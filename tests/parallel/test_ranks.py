@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -25,9 +26,11 @@ from alexnet_ext._errors import CommandError
 from alexnet_ext.parallel import ranks
 from alexnet_ext.parallel.data import Place, SharedDropout, share
 from alexnet_ext.training import checkpoint, runs
+from alexnet_ext.training import run as running
 from alexnet_ext.training import trainer as training
 from alexnet_ext.training.evaluate import evaluate
 from alexnet_ext.training.log import METRICS, read_metrics
+from alexnet_ext.training.process import random_state, set_random_state
 from tests.support import ROOT
 from tests.training.test_runs import striped
 from tests.training.test_training import SIZE, split
@@ -161,14 +164,64 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(data: Path, tmp_path: P
     assert checkpoint.damage(checkpoint.generations(out)[0]) is None
 
 
-def test_a_rank_that_dies_ends_the_others_with_one_line(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dying", [0, 2])
+def test_a_rank_that_dies_ends_the_others_with_one_line(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dying: int
+) -> None:
+    """torchrun ends the others by a signal, here in the moment when they look for what has happened."""
+    right = ranks.Ranks.lost
+
+    def signalled(own: ranks.Ranks) -> tuple[str, int]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return right(own)
+
+    monkeypatch.setattr(ranks.Ranks, "lost", signalled)
     out = tmp_path / "run"
-    processes = started(endless(data, out), 2, tmp_path / "errors")
+    processes = started(endless(data, out), 3, tmp_path / "errors")
     once(out / METRICS, '"step": 2')
-    os.kill(processes[1].pid, signal.SIGKILL)
+    os.kill(processes[dying].pid, signal.SIGKILL)
     codes, lines = ended(processes, tmp_path / "errors")
-    assert codes == [1, -signal.SIGKILL]
-    assert lines == [f"alexnet: rank 1 of 2 (process {processes[1].pid}) has died; the others end, too"]
+    assert codes == [-signal.SIGKILL if rank == dying else 1 for rank in range(3)]
+    assert lines == [f"alexnet: rank {dying} of 3 (process {processes[dying].pid}) has died; the others end, too"]
+
+
+def test_a_signal_to_one_rank_before_the_training_ends_all_with_one_code(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = running.open_split
+
+    def signalled(*given: Any) -> Any:
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return right(*given)
+
+    monkeypatch.setattr(running, "open_split", signalled)
+    codes, lines = ended(started(endless(data, tmp_path / "run"), 2, tmp_path / "errors"), tmp_path / "errors")
+    assert codes == [130, 130]
+    assert lines == ["alexnet: stopped"]
+
+
+def test_a_loss_that_is_no_number_ends_all_with_one_line(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a checkpoint is being written: the rank that writes it knows that it becomes the last good one."""
+    save, step = checkpoint.save, training.TrainingStep.__call__
+
+    def late(*given: Any, **rest: Any) -> Path:
+        time.sleep(0.5)
+        return save(*given, **rest)
+
+    def diverged(own: Any, *given: Any) -> Any:
+        taken = step(own, *given)
+        return taken._replace(loss=taken.loss * math.nan) if own.number == 3 else taken
+
+    monkeypatch.setattr(checkpoint, "save", late)
+    monkeypatch.setattr(training.TrainingStep, "__call__", diverged)
+    arguments = ["train", str(data), *OPTIONS, "--steps", "9", "--save-every", "2", "--out", str(tmp_path / "run")]
+    codes, lines = ended(started(lambda: cli.run_command(arguments), 2, tmp_path / "errors"), tmp_path / "errors")
+    assert codes == [1, 1]
+    (line,) = lines
+    assert line.endswith(f"(the last good checkpoint is {checkpoint.place(tmp_path / 'run', 2)})")
 
 
 @pytest.mark.parametrize("during", ["a checkpoint", "a start"])
@@ -245,6 +298,19 @@ def test_dropout_of_a_share_is_that_of_the_whole_batch(p: float) -> None:
         found.append(dropout(x[first:last]))
     assert torch.equal(torch.cat(found), expected)
     assert dropout.eval()(x) is x
+
+
+def test_all_ranks_go_on_from_the_random_state_of_the_first_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has a GPU of its own; what rank 0 saves of the others is how they began."""
+    restored: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: ["used", "unused"])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", restored.append)
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", restored.append)
+    set_random_state(random_state(), many=True)
+    set_random_state(random_state())
+    assert restored == ["used", ["used", "unused"]]
 
 
 def test_more_processes_than_gpus_are_refused(
