@@ -1,4 +1,4 @@
-"""Which rows of which parameter a rank has, in a mesh of ranks that torch makes; on disk there is always the whole."""
+"""Which rows of each parameter a rank has, in a mesh of ranks that torch makes; on disk there is always the whole."""
 
 from __future__ import annotations
 

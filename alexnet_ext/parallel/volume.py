@@ -17,7 +17,7 @@ ITEMSIZES = {"fp32": (4, 4), "bf16": (2, 2), "fp16": (2, 4)}  # of activations a
 
 
 def check(layout: str, variant: str, ranks: int, optimizer: str = "sgd", lrn_border: str = "exchange") -> None:
-    """Raise ValueError where a network of ``variant`` cannot train in this layout on so many ranks."""
+    """Raise ValueError where a network of ``variant`` cannot train in this layout on this number of ranks."""
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
     if lrn_border not in BORDERS:
