@@ -59,7 +59,7 @@ RECORDS = (
         (
             "the time of one V100's step at 128 images",
             "the share of gradients that its sparse exchange leaves out",
-            "cards a node: the abstract has 56 Gb/s alone; 128 images a GPU are from memory",
+            "cards a node: the abstract has 56 Gb/s alone, one a node is assumed, as are 128 images a GPU",
         ),
     ),
     Record(

@@ -126,9 +126,9 @@ def draw(found: list[Result], compared: list[records.Found], gpu: str, network: 
         right.bar(range(len(shown)), parts, 0.6, base, label=label)
         base = [b + part for b, part in zip(base, parts, strict=True)]
     names_of = [f"{row.layout}\n{row.gpus} GPUs\n{row.seconds * 1e3:.1f} ms" for row in shown]
-    right.set_xticks(range(len(shown)), names_of, fontsize=8)
+    right.set_xticks(range(len(shown)), names_of, fontsize=7)
     right.set(ylabel="% of a step", ylim=(0, 100))
-    right.legend(fontsize=8, loc="lower right")
+    right.legend(fontsize=8, loc="lower center", ncols=4, bbox_to_anchor=(0.5, 1))
     figure.suptitle(f"Predicted: nodes of {links.GPUS_A_NODE} {gpu} over {network}, {one.images} images a GPU, bf16")
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
