@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from alexnet_ext.parallel import volume
 from benchmarks.cluster import __main__ as cluster
@@ -100,8 +102,6 @@ def test_buckets_are_exchanged_in_turn_and_each_once_ready() -> None:
 
 
 def test_buckets_are_those_of_distributed_data_parallel() -> None:
-    dist = pytest.importorskip("torch.distributed")
-    torch = pytest.importorskip("torch")
     with torch.device("meta"):
         held = {name: torch.empty(row.parameters) for name, row in model.rows().items()}
     names = list(reversed(held))
@@ -211,7 +211,7 @@ def test_bad_input_is_one_line(arguments: list[str], message: str, capsys: pytes
 
 
 def test_the_measurement_compares_every_size(capsys: pytest.CaptureFixture[str]) -> None:
-    if not gloo.dist.is_available() or not gloo.dist.is_gloo_available():
+    if not dist.is_available() or not dist.is_gloo_available():
         pytest.skip("this torch has no gloo")
     gloo.main(worlds=(2,), rounds=1)
     shown = capsys.readouterr().out
