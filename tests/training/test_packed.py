@@ -363,6 +363,18 @@ def test_a_shard_that_is_damaged_later_is_one_line(
         data.batch([(0, 3)])
 
 
+def test_a_shard_cut_short_once_it_is_mapped_is_one_line_before_the_next_epoch(tmp_path: Path, packed: Path) -> None:
+    shutil.copytree(packed, tmp_path / "out")
+    data = train_part(tmp_path / "out")
+    assert len(list(batches(data, 2, seed=0))) == 4
+    kept = train_part(tmp_path / "out")
+    kept.keep(torch.device("cpu"), "ram")
+    os.truncate(tmp_path / "out" / "train-00001.npy", 4096)
+    with pytest.raises(CommandError, match=r"train-00001\.npy: missing or cut short"):
+        batches(data, 2, seed=0, epoch=1)
+    assert len(list(batches(kept, 2, seed=0, epoch=1))) == 4, "a copy in memory needs no file"
+
+
 @pytest.mark.parametrize(
     ("damage", "told"),
     [
