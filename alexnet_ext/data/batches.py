@@ -71,6 +71,9 @@ class Gathering(Dataset, Protocol):
     @property
     def threads(self) -> bool: ...
 
+    def begin(self) -> None:
+        """An epoch begins: raise CommandError for files that have become shorter."""
+
     def batch(self, keys: Sequence[Key], pin_memory: bool = False) -> Batch:
         """The images of some keys, all of one epoch."""
 
@@ -141,6 +144,7 @@ def batches(
     keys = [some for some in parts if some]
     found = read(keys) if read is not None else (read_batch(dataset, some, pin_memory) for some in keys)
     if isinstance(dataset, Gathering):
+        dataset.begin()
         found = _announced(dataset, keys, found, max(1, AHEAD // batch_size))
     found = map(_pinned, found) if pin_memory else found
     return found if len(keys) == len(parts) else (next(found) if some else collate([]) for some in parts)

@@ -60,6 +60,9 @@ class DaliFolder(ImageFolder):
         (squares,) = made.run()
         return torch.from_dlpack(squares.as_tensor()).clone()  # the pipeline writes the next batch in the same place
 
+    def begin(self) -> None:
+        """Nothing: no file is mapped."""
+
     def batch(self, keys: Sequence[Key], pin_memory: bool = False) -> Batch:
         """The images of some keys of one epoch, (N, 3, side, side), channels-last, on the GPU."""
         indices = np.array([index for _, index in keys])

@@ -56,27 +56,28 @@ class ImageFolder:
         Raises CommandError for what ``list_images`` refuses, and for a class none of whose images can be read.
         """
         require("PIL.Image")  # a missing package is reported here, not by a worker process
-        parts = _parts(root, val, held_out)
+        parts = parts_of(root, val, held_out)
         seen: dict[tuple[int, int], str] = {}
         base = parts.train or root
-        train = list_images(base, without=parts.held_out, seen=seen)
-        check_readable(train)
-        notes = (*parts.notes, *train.notes)
+        train, notes = cls.training(root, size, seed, parts, seen)
         if parts.held_out is None:
-            samples, others = hold_out(base, train.samples, HELD_OUT if held_out is None else held_out)
-            listed = [(base, samples), (base, others)]
+            train.samples, others = hold_out(base, train.samples, HELD_OUT if held_out is None else held_out)
         else:
             evaluated = list_images(parts.held_out, train.classes, seen=seen)
-            samples, others = train.samples, evaluated.samples
-            listed = [(base, samples), (parts.held_out, others)]
-            notes += evaluated.notes
-        preprocessing = imagenet_preprocessing(size)
-        return FolderSplit(
-            cls(root, samples, train.classes, preprocessing, augment=True, seed=seed),
-            cls(root, others, train.classes, preprocessing),
-            notes,
-            digest(listed, train.classes),
-        )
+            others, notes = evaluated.samples, (*notes, *evaluated.notes)
+        listed = [(base, train.samples), (parts.held_out or base, others)]
+        found = cls(root, others, train.classes, train.preprocessing)
+        return FolderSplit(train, found, notes, digest(listed, train.classes))
+
+    @classmethod
+    def training(
+        cls, root: Path, size: int, seed: int, parts: Parts, seen: dict[tuple[int, int], str] | None = None
+    ) -> tuple[ImageFolder, tuple[str, ...]]:
+        """All images of the training part, and notes. ``seen`` is as in ``list_images``, errors are as in ``split``."""
+        found = list_images(parts.train or root, without=parts.held_out, seen=seen)
+        check_readable(found)
+        data = cls(root, found.samples, found.classes, imagenet_preprocessing(size), augment=True, seed=seed)
+        return data, (*parts.notes, *found.notes)
 
     @classmethod
     def held_out(
@@ -116,8 +117,8 @@ class ImageFolder:
         return draw(self.seed, epoch, indices, len(self), room, self.components, self.eigenvalues)
 
 
-def _parts(root: Path, val: Path | None, held_out: float | None) -> Parts:
-    """The folder of each part, by the user's options or by the names of folders."""
+def parts_of(root: Path, val: Path | None, held_out: float | None) -> Parts:
+    """The folder of each part, by the user's options or by the names of folders. CommandError if they do not fit."""
     if val is not None:
         if not val.is_dir():
             raise CommandError(f"--val {path_text(val)}: {'not a folder' if val.exists() else 'no such folder'}", 2)

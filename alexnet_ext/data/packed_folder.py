@@ -64,10 +64,10 @@ class PackedFolder:
             )
         self.shape = image_shape(self.index.side, self.index.store)
         self.starts = np.cumsum([0, *(shard.images for shard in self.shards)])
+        self.kept: Tensor | None = None  # all images, uint8 (N, *shape)
         self.targets = self._targets()
         self.components = torch.tensor(self.index.eigenvectors).T
         self.eigenvalues = torch.tensor(self.index.eigenvalues)
-        self.kept: Tensor | None = None  # all images, uint8 (N, *shape)
 
     def _targets(self) -> Tensor:
         unknown = sorted(set(self.index.classes) - set(self.classes))
@@ -75,13 +75,19 @@ class PackedFolder:
             name = path_text(unknown[0])
             raise CommandError(f"{path_text(self.root)}: {name} is not one of the {len(self.classes)} classes", 2)
         own = [self.classes.index(name) for name in self.index.classes]
+        self.begin()
         labels = [self._labels(shard) for shard in self.shards]
         return torch.tensor(own)[np.concatenate(labels) if labels else np.empty(0, np.int64)]
 
+    def begin(self) -> None:
+        """Raise CommandError for a shard that is not there in full length: beyond a mapped file's end is no memory, and
+        a process that reads there is ended by SIGBUS."""
+        for shard in self.shards if self.kept is None else ():
+            if not shard.fits(self.root):
+                name = path_text(self.root / shard.file)
+                raise CommandError(f"{name}: missing or cut short, or its labels; `alexnet prepare --verify` tells")
+
     def _labels(self, shard: Shard) -> np.ndarray:
-        if not shard.fits(self.root):
-            name = path_text(self.root / shard.file)
-            raise CommandError(f"{name}: missing or cut short, or its labels; `alexnet prepare --verify` tells")
         labels = _load(self.root / shard.labels)
         if labels.shape != (shard.images,) or labels.dtype != np.int64 or not _within(labels, len(self.index.classes)):
             raise CommandError(f"{path_text(self.root / shard.labels)}: not the {shard.images} labels of the index")

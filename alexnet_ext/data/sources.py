@@ -10,7 +10,7 @@ from typing import NamedTuple
 from .._errors import CommandError, path_text
 from .batches import Dataset
 from .digits import Digits
-from .folder import ImageFolder
+from .folder import ImageFolder, parts_of
 from .listing import digest
 from .packed import INDEX, SPLITS
 from .packed_folder import PackedFolder, packed_preprocessing
@@ -33,7 +33,7 @@ class Split(NamedTuple):
         """The same images prepared as ``given`` says. Folders take its crops and colours, packed ones keep the side of
         their squares; other data, which have one size, take its colours alone."""
         folders = [part for part in (self.train, self.held_out) if isinstance(part, (ImageFolder, PackedFolder))]
-        if isinstance(self.train, PackedFolder):
+        if any(isinstance(part, PackedFolder) for part in folders):
             given = dataclasses.replace(given, resize=self.preprocessing.resize)
         elif not folders:
             given = dataclasses.replace(self.preprocessing, mean=given.mean, std=given.std)
@@ -75,7 +75,7 @@ def open_split(data: str, size: int, seed: int, val: str | None = None, held_out
     if is_packed(root):
         return _open_packed(root, size, seed, other, held_out)
     if other is not None and is_packed(other):
-        raise CommandError(f"--val {path_text(other)}: packed images, and those of {path_text(root)} are not", 2)
+        return _open_with_packed(root, size, seed, other, held_out)
     found = ImageFolder.split(root, size, seed, other, held_out)
     return Split(found.train, found.held_out, found.train.preprocessing, found.notes, found.listing)
 
@@ -88,13 +88,25 @@ def _open_packed(root: Path, size: int, seed: int, val: Path | None, held_out: f
     if not len(train):
         raise CommandError(f"{path_text(root)}: no images to train on", 2)
     others, notes = open_held_out(val or root, preprocessing, train.classes)
-    listing = train.digest()
-    if val is not None:
-        names = others.digest() if isinstance(others, PackedFolder) else digest([(val, others.samples)], others.classes)
-        listing = hashlib.sha256(f"{listing} {names}".encode()).hexdigest()
+    listing = train.digest() if val is None else _listing(train.digest(), val, others)
     skipped = sum(train.index.skipped.values())
     left_out = [f"{path_text(root)}: {skipped:,} images could not be read when it was packed"] if skipped else []
     return Split(train, others, preprocessing, (*notes, *left_out), listing)
+
+
+def _open_with_packed(root: Path, size: int, seed: int, val: Path, held_out: float | None) -> Split:
+    """A folder that is not packed, with the held-out images of one that is."""
+    parts = parts_of(root, val, held_out)
+    train, notes = ImageFolder.training(root, size, seed, parts)
+    others, more = open_held_out(val, train.preprocessing, train.classes)
+    listing = _listing(digest([(parts.train or root, train.samples)], train.classes), val, others)
+    return Split(train, others, train.preprocessing, (*notes, *more), listing)
+
+
+def _listing(train: str, val: Path, others: ImageFolder | PackedFolder) -> str:
+    """A checksum of that of the training images, and of held-out ones from elsewhere."""
+    names = others.digest() if isinstance(others, PackedFolder) else digest([(val, others.samples)], others.classes)
+    return hashlib.sha256(f"{train} {names}".encode()).hexdigest()
 
 
 def open_held_out(

@@ -136,7 +136,8 @@ def calls_of(model: nn.Module, shape: Sequence[int], dtype: torch.dtype) -> list
             planes = meta(
                 batch, 3, height, width, dtype=torch.uint8
             )  # as decoders stack images; the other as arrays do
-            for images in (planes.permute(0, 2, 3, 1), planes.permute(0, 2, 3, 1).contiguous()):
+            subsampled = meta(batch, 3 * -(-height // 2), 2 * -(-width // 2), dtype=torch.uint8)
+            for images in (planes.permute(0, 2, 3, 1), planes.permute(0, 2, 3, 1).contiguous(), subsampled):
                 ops.augment(images, *drawn, min(height, width), mean=(0.5,) * 3, std=(0.5,) * 3, dtype=dtype)
             low, wide = ([meta(p.shape, dtype=t) for p in model.parameters()] for t in (dtype, torch.float32))
             weights = [] if dtype == torch.float32 else low

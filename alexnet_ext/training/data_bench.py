@@ -13,6 +13,8 @@ from rich.console import Console
 from .. import models
 from .._errors import CommandError
 from ..data.batches import Batch, Dataset, Drawn, batches
+from ..data.dali import DaliFolder
+from ..data.folder import ImageFolder
 from ..data.packed_folder import PackedFolder
 from ..data.readers import Readers
 from ..data.sources import Split, open_split
@@ -25,11 +27,13 @@ from .step import TrainingStep
 
 
 class Rates(NamedTuple):
-    """Images a second: of a packed folder, of a folder of images (None for what the data are not), of a step."""
+    """Images a second: of a packed folder, of a folder of images (None for what the data are not), of a step, and of
+    the same folder by DALI (None where it is not installed)."""
 
     packed: float | None
     folder: float | None
     step: float
+    dali: float | None = None
 
     @property
     def read(self) -> float:
@@ -40,9 +44,10 @@ class Rates(NamedTuple):
         """Whether data or compute limits."""
         limit = "The data limit" if self.read < self.step else "Compute limits"
         kind = "images of a folder" if self.packed is None else "packed images"
+        dali = "" if self.dali is None else f"; by --loader dali images come at {self.dali:,.0f} a second"
         return (
             f"{limit} training on {place}: {kind} come at {self.read:,.0f} a second, and steps alone take "
-            f"{self.step:,.0f} a second"
+            f"{self.step:,.0f} a second{dali}"
         )
 
 
@@ -59,6 +64,8 @@ def measure(recipe: Recipe, device: torch.device, workers: int, seconds: float, 
         raise CommandError(str(error), 2) from error
     with console.status("reading images"):
         read = data_rate(split.train, recipe.batch_size, device, workers, seconds)
+        other = by_dali(split.train, device)
+        dali = None if other is None else data_rate(other, recipe.batch_size, device, workers, seconds)
     model.to(device).to(memory_format=torch.channels_last)
     shape = (recipe.batch_size, 3, side, side)
     prove_kernels(model, shape, DTYPES[recipe.precision], device, console)
@@ -66,7 +73,17 @@ def measure(recipe: Recipe, device: torch.device, workers: int, seconds: float, 
     with console.status("training steps"):
         steps = _rate(lambda: step([batch], split.preprocessing, recipe.lr).images, device, seconds)
     packed = isinstance(split.train, PackedFolder)
-    return Rates(read if packed else None, None if packed else read, steps)
+    return Rates(read if packed else None, None if packed else read, steps, dali)
+
+
+def by_dali(data: Dataset, device: torch.device) -> DaliFolder | None:
+    """A folder of images read by DALI; None where it is not installed, there is no GPU, or the data are packed."""
+    if not isinstance(data, ImageFolder):
+        return None
+    try:
+        return DaliFolder(data, device)
+    except CommandError:
+        return None
 
 
 def data_rate(data: Dataset, batch_size: int, device: torch.device, workers: int, seconds: float) -> float:

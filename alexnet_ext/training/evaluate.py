@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._errors import BadImage, CommandError
+from .._errors import BadImage, CommandError, is_out_of_memory
 from ..data.batches import Batch, Dataset, Drawn, Key, batches
 from ..data.preprocessing import Preprocessing, bilinear
 from ..ops import augment
@@ -137,6 +137,23 @@ def _logits(
     return torch.stack(crops).logsumexp(0) - math.log(len(crops))
 
 
+def _in_pieces(
+    scores: Callable[[Tensor], Tensor], images: Tensor, size: int, note: Callable[[str], None]
+) -> tuple[Tensor, int]:
+    """``scores`` of at most ``size`` images at a time, halved until they fit into memory; and the number that did."""
+    while True:
+        largest = min(size, len(images))
+        try:
+            return torch.cat([scores(piece) for piece in images.split(largest)]), size
+        except RuntimeError as error:
+            if largest == 1 or not is_out_of_memory(error):
+                raise
+        size = -(-largest // 2)  # not above: there the error still holds the memory of what failed
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+        note(f"{largest} images at a time do not fit into memory: now {size}")
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
@@ -150,18 +167,24 @@ def evaluate(
     read: Callable[[Sequence[Sequence[Key]]], Iterator[Batch]] | None = None,
     on_batch: Callable[[int, int], None] = lambda _done, _total: None,
     stop: Callable[[], bool] = lambda: False,
+    note: Callable[[str], None] = lambda _text: None,
     ranks: Ranks = ALONE,
 ) -> Evaluation:
     """Evaluate on the first ``limit`` images; unreadable ones are left out and listed. ``read`` is as for ``batches``;
     ``on_batch(done, total)`` is called after each batch. ``ten_crop`` averages the softmax over ten crops of each image
     (section 4.1 of the paper); ``dataset`` is then one of ``with_room``. Raises Interrupted when ``stop()`` turns true.
-    ``model`` keeps its mode.
+    A batch beyond memory is halved until it fits, and ``note`` is called with a line that says so. ``model`` keeps its
+    mode.
 
     ``ranks`` take turns, each with a whole batch: the result is that of one process, on all of them."""
     was_training = model.training
     model.eval()
     start, own = time.perf_counter(), []
     total = min(len(dataset), limit or len(dataset))
+    size = BATCH  # images at a time
+
+    def scores(images: Tensor) -> Tensor:
+        return _logits(model, images, preprocessing, device, ten_crop)
 
     def turns(keys: list[list[Key]]) -> list[list[Key]]:
         missing: list[list[Key]] = [[]] * (-len(keys) % ranks.size)
@@ -174,7 +197,7 @@ def evaluate(
             measured = None
             if len(batch.targets):
                 with autocast(device, precision):
-                    logits = _logits(model, batch.images, preprocessing, device, ten_crop)
+                    logits, size = _in_pieces(scores, batch.images, size, note)
                 measured = _measured(batch, logits)
             own.append((batch.errors, measured))
             on_batch(min(done, total), total)

@@ -95,6 +95,7 @@ def evaluate_images(
             ten_crop=ten_crop,
             read=readers,
             on_batch=reporter.evaluating,
+            note=reporter.note,
         )
     if not math.isfinite(result.loss):
         raise CommandError(f"the network's outputs are no finite numbers in {precision}: the loss is {result.loss}")

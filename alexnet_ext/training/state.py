@@ -36,6 +36,7 @@ def of(trainer: Trainer) -> dict[str, Any]:
         "optimizer": take.optimizer_state(),
         "plateau": schedule.plateau.state_dict(),
         "scaler": take.scaler.state_dict(),
+        "pieces": take.pieces,
         "start": trainer.start,
         "random": random_state(),
         # With an average the file of weights has that.
@@ -68,6 +69,7 @@ def load(trainer: Trainer, path: Path, state: dict[str, Any], weights: dict[str,
         trainer.seconds = _number(state, "seconds")
         trainer.before = _number(state, "elapsed") if "elapsed" in state else trainer.seconds
         trainer.skipped = [str(name) for name in state["skipped"]]
+        trainer.take.pieces = _pieces(state)
         if "best" in state:  # earlier versions have none
             trainer.best.load(state["best"], trainer.out, trainer.step, trainer.weights())
             since = state["plateau_since"]
@@ -109,6 +111,14 @@ def _place(trainer: Trainer, state: dict[str, Any]) -> list[int]:
     if not -1 <= evaluated <= step:
         raise ValueError(f"evaluated at step {evaluated} of {step}")
     return place
+
+
+def _pieces(state: dict[str, Any]) -> int:
+    """Those of a batch; earlier versions record none. Raises ValueError for a number that no step halves a batch to."""
+    pieces = state.get("pieces", 1)
+    if type(pieces) is not int or pieces < 1:
+        raise ValueError(f"pieces is {pieces!r:.50}")
+    return pieces
 
 
 def _load_optimizer(trainer: Trainer, state: dict[str, Any]) -> None:

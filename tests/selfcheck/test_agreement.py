@@ -37,6 +37,15 @@ def test_right_kernels_agree_with_stock_in_every_dtype(dtype: torch.dtype) -> No
             assert not _race.agree_as_layers(wrong, theirs), (call.op, i)
 
 
+@pytest.mark.usefixtures("native")
+def test_images_of_both_stores_are_raced() -> None:
+    found = [call for call in calls_of(network(), (4, 3, 67, 67), torch.float32) if call.op == "augment"]
+    assert {call.shape for call in found} == {(4, 3, 67, 67), (4, 1, 102, 68)}, "RGB, and I420 of even sides"
+    for call in found:
+        arguments = call.made(CPU, torch.float32, torch.channels_last)
+        assert _race.agree_as_layers(*(call.run(name, arguments) for name in ("native", "stock")))
+
+
 def test_an_op_in_place_is_compared_with_values_of_its_own() -> None:
     (step,) = (call for call in calls_of(nn.Linear(3, 2), (1, 3, 3, 3), torch.bfloat16) if call.op == "sgd_step")
     arguments = step.made(CPU, torch.bfloat16, torch.channels_last)

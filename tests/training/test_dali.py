@@ -12,12 +12,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 from alexnet_ext.data import CommandError, ImageFolder, Readers, batches
 from alexnet_ext.data.batches import read_batch
 from alexnet_ext.data.dali import DaliFolder
 from alexnet_ext.data.images import square
+from alexnet_ext.training import data_bench
+from alexnet_ext.training.recipe import Recipe
 from tests.training.test_packed import SIDE, opened, photos
+from tests.training.test_training import SIZE
 
 __all__ = ["photos"]  # a fixture
 
@@ -131,6 +135,39 @@ def test_a_lack_of_memory_is_told(dali: None, photos: Path, monkeypatch: pytest.
     monkeypatch.setattr(Pipeline, "run", run)
     with pytest.raises(torch.OutOfMemoryError):
         read_batch(DaliFolder(plain(photos), CUDA), [(0, 0)])
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_data_bench_measures_it_where_it_is_installed(
+    dali: None, photos: Path, installed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not installed:
+        monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    read, right = [], data_bench.data_rate
+
+    def rate(data: Any, *rest: Any) -> float:
+        read.append(type(data).__name__)
+        return right(data, *rest)
+
+    class Network:
+        def to(self, *_: Any, **__: Any) -> Network:
+            return self
+
+    for name in ("prepare", "prove_kernels", "synthetic_batch"):
+        monkeypatch.setattr(data_bench, name, lambda *_: None)
+    monkeypatch.setattr(data_bench, "data_rate", rate)
+    monkeypatch.setattr(data_bench, "TrainingStep", lambda *_: lambda *_: SimpleNamespace(images=2))
+    monkeypatch.setattr("alexnet_ext.models.alexnet", lambda *_, **__: Network())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    console = Console(file=io.StringIO())
+    found = data_bench.measure(Recipe(str(photos), image_size=SIZE, batch_size=2), CUDA, 0, 0.01, console)
+    assert found.packed is None
+    assert all(value is not None and value > 0 for value in (found.folder, found.step))
+    assert read == ["ImageFolder", "DaliFolder"][: 1 + installed]
+    assert (found.dali is not None) is installed
+    assert bool(Pipeline.made) is installed
+    assert ("; by --loader dali images come at " in found.sentence("a GPU")) is installed
 
 
 def test_what_is_missing_is_one_line(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -204,11 +204,27 @@ def test_held_out_images_come_from_either_kind(photos: Path, packed: Path) -> No
         open_held_out(packed, replace(preprocessing, resize=80), ("a", "b", "c"))
 
 
+def test_a_folder_is_trained_on_with_packed_images_held_out(tmp_path: Path, photos: Path, packed: Path) -> None:
+    alone = open_split(str(photos), SIZE, 3)
+    for train in (photos, photos / "train"):
+        found = open_split(str(train), SIZE, 3, val=str(packed))
+        assert isinstance(found.train, ImageFolder)
+        assert isinstance(found.held_out, PackedFolder)
+        assert found.preprocessing == alone.preprocessing
+        for mine, its in ((found.train, alone.train), (found.held_out, alone.held_out)):
+            assert all(torch.equal(mine[1, i].image, its[1, i].image) for i in range(len(its)))
+            assert [mine[1, i].target for i in range(len(mine))] == [its[1, i].target for i in range(len(its))]
+        assert found.listing != alone.listing
+    given = replace(found.preprocessing, resize=90, std=(0.5,) * 3)
+    assert found.brought_as(given).preprocessing == replace(given, resize=SIDE), "packed squares keep their side"
+    Preparation(open_source(photos), tmp_path / "wide", 80, SHARD).run(0)
+    with pytest.raises(CommandError, match="its images have a side of 80, where 76 is needed"):
+        open_split(str(photos), SIZE, 3, val=str(tmp_path / "wide"))
+
+
 def test_what_no_packed_folder_can_do_is_refused(tmp_path: Path, photos: Path, packed: Path) -> None:
     with pytest.raises(CommandError, match=r"--held-out 0\.2: .* is packed, with the images held out already"):
         open_split(str(packed), SIZE, 0, held_out=0.2)
-    with pytest.raises(CommandError, match=r"--val .*: packed images, and those of .* are not"):
-        open_split(str(photos / "train"), SIZE, 0, val=str(packed))
     with pytest.raises(CommandError, match="side of 76, and the network takes 227; prepare them anew with --side"):
         open_split(str(packed), 227, 0)
     unfinished = tmp_path / "unfinished"
@@ -345,6 +361,18 @@ def test_a_shard_that_is_damaged_later_is_one_line(
     damage(tmp_path / "out" / "train-00001.npy")
     with pytest.raises(CommandError, match=rf"train-00001\.npy: {told}"):
         data.batch([(0, 3)])
+
+
+def test_a_shard_cut_short_once_it_is_mapped_is_one_line_before_the_next_epoch(tmp_path: Path, packed: Path) -> None:
+    shutil.copytree(packed, tmp_path / "out")
+    data = train_part(tmp_path / "out")
+    assert len(list(batches(data, 2, seed=0))) == 4
+    kept = train_part(tmp_path / "out")
+    kept.keep(torch.device("cpu"), "ram")
+    os.truncate(tmp_path / "out" / "train-00001.npy", 4096)
+    with pytest.raises(CommandError, match=r"train-00001\.npy: missing or cut short"):
+        batches(data, 2, seed=0, epoch=1)
+    assert len(list(batches(kept, 2, seed=0, epoch=1))) == 4, "a copy in memory needs no file"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from alexnet_ext import models
-from alexnet_ext.data import Synthetic
+from alexnet_ext.data import CommandError, Synthetic
 from alexnet_ext.data.batches import Batch, Drawn
 from alexnet_ext.data.preprocessing import Preprocessing
 from alexnet_ext.ops import _backend
@@ -28,6 +29,7 @@ from alexnet_ext.training.interrupt import Interrupted
 from alexnet_ext.training.losses import Losses
 from alexnet_ext.training.process import prepare
 from alexnet_ext.training.recipe import Recipe
+from alexnet_ext.training.state import load
 from alexnet_ext.training.step import Taken, TrainingStep
 from alexnet_ext.training.trainer import freeze
 from tests.training.test_readers import raising
@@ -280,6 +282,24 @@ def test_other_lack_of_memory_is_an_error(case: str, monkeypatch: pytest.MonkeyP
     with memory_for(limit, error, monkeypatch), pytest.raises(RuntimeError, match=r"out of memory|do not fit"):
         taking([batch(2)], PREPROCESSING, 0.01)
     assert taking.pieces == (2 if case == "one image" else 1)
+
+
+def test_a_resumed_run_keeps_the_pieces_that_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = trainer(tmp_path / "run")
+    with memory_for(1, OUT_OF_MEMORY[0], monkeypatch), pytest.raises(Interrupted):
+        run.run(reporter(), stop_at=1)
+    text = io.StringIO()
+    with memory_for(1, OUT_OF_MEMORY[0], monkeypatch) as seen:
+        resumed(run.out, TINY).run(reporter(text))
+    assert max(seen) == 1, "no step runs out of memory again"
+    assert "batches stay in 2 pieces: memory was too small before" in text.getvalue()
+    path = checkpoint.newest(run.out, pytest.fail)
+    state, weights = checkpoint.read_state(path / checkpoint.STATE), load_file(path / checkpoint.WEIGHTS)
+    for kept, pieces in (({}, 1), ({"pieces": 4}, 4)):  # earlier versions record none
+        load(run, path, {k: v for k, v in state.items() if k != "pieces"} | kept, weights)
+        assert run.take.pieces == pieces
+    with pytest.raises(CommandError, match="pieces is 0"):
+        load(run, path, state | {"pieces": 0}, weights)
 
 
 # Batches on their way to the device.

@@ -338,6 +338,31 @@ def test_evaluation_counts() -> None:
         evaluate(model, Valued([-1], [0], 7), Synthetic.preprocessing(8), device=torch.device("cpu"))
 
 
+class Small(Fixed):
+    """Memory for three images at a time."""
+
+    error: RuntimeError = torch.OutOfMemoryError("CUDA out of memory")
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > 3:
+            raise self.error
+        return super().forward(x)
+
+
+def test_an_evaluation_beyond_memory_goes_on_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "BATCH", 7)
+    data, cpu, notes = Valued([*range(7)] * 2, [1] * 14, 7), torch.device("cpu"), list[str]()
+    expected = evaluate(Fixed(7), data, Synthetic.preprocessing(8), device=cpu)
+    found = evaluate(Small(7), data, Synthetic.preprocessing(8), device=cpu, note=notes.append)
+    words = "images at a time do not fit into memory: now"
+    assert notes == [f"7 {words} 4", f"4 {words} 2"], "once for both batches"
+    torch.testing.assert_close(found.probabilities, expected.probabilities)
+    assert found.loss == pytest.approx(expected.loss)
+    monkeypatch.setattr(Small, "error", RuntimeError("shapes do not fit"))
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        evaluate(Small(7), data, Synthetic.preprocessing(8), device=cpu)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_schedules(schedule: str) -> None:
     recipe = replace(TINY, schedule=schedule, warmup=5, lr=0.1)
