@@ -41,9 +41,9 @@ NIC = {
 
 NICS = {"infiniband": 8, "ethernet": 1}  # of a node: one a GPU, as in a DGX; one for all
 GPUS_A_NODE = 8
-CORES_A_GPU = Fact(14, "data sheet", "a DGX H100 has 112 cores for 8 GPUs")
+CORES_A_GPU = Fact(14, "assumed", "a DGX H100 has 112 cores for 8 GPUs")
 LOADER = Fact(25_000, "measured here", "packed images a second and core from the page cache, on 2 cores (docs/data.md)")
-PCIE = Fact(55e9, "vendor", "bytes a second to a GPU over PCIe 5.0 x16; images are copied as bytes")
+PCIE = Fact(55e9, "assumed", "bytes a second to a GPU over PCIe 5.0 x16; images are copied as bytes")
 IMAGE_BYTES = 256 * 256 * 3
 
 BUCKETS = (2**20, 25 * 2**20)
