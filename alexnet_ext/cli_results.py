@@ -35,12 +35,15 @@ def evaluate(
     folder: Annotated[
         Path | None,
         typer.Argument(
-            parser=path, metavar="[DIR]", help="Images, one folder a class.", show_default="what the run held out"
+            parser=path,
+            metavar="[DIR]",
+            help="Images, packed or one folder a class.",
+            show_default="what the run held out",
         ),
     ] = None,
     last: Last = False,
     model: Model = None,
-    precision: Annotated[Precision, typer.Option()] = Precision.fp32,
+    precision: Annotated[Precision, typer.Option(help="Arithmetic.")] = Precision.fp32,
     ten_crop: Annotated[
         bool, typer.Option("--ten-crop", help="Mean softmax of corners, centre and their mirror images, as the paper.")
     ] = False,
@@ -99,11 +102,14 @@ def compare(
     folder: Annotated[
         Path | None,
         typer.Argument(
-            parser=path, metavar="[DIR]", help="Images, one folder a class.", show_default="what both held out"
+            parser=path,
+            metavar="[DIR]",
+            help="Images, packed or one folder a class.",
+            show_default="what both held out",
         ),
     ] = None,
     last: Last = False,
-    precision: Annotated[Precision, typer.Option()] = Precision.fp32,
+    precision: Annotated[Precision, typer.Option(help="Arithmetic.")] = Precision.fp32,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     stock: Stock = False,
     device: Device = "auto",

@@ -215,7 +215,7 @@ class Trainer:
         reason = self.take.eager_reason()
         if reason is not None and self.device.type == "cuda":
             reporter.note(f"the steps run one operation at a time, not as a CUDA graph: {reason}")
-        if self.take.pieces > 1:
+        if self.take.pieces > 1 and not self.ranks.many:
             reporter.note(f"batches stay in {self.take.pieces} pieces: memory was too small before")
         if self.recipe.compile and self.means.detect_nan:
             reporter.note("the network is not compiled: --detect-nan looks at each operation")
