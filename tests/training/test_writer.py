@@ -51,10 +51,11 @@ def test_what_is_written_is_of_its_step_though_training_went_on(
     run = trainer(tmp_path / "run", replace(TINY, save_every=2, evaluate_every=9))
     weights = run.model.state_dict()
 
-    def train(*given: Any) -> None:
-        Trainer._train(run, *given)
+    def train(*given: Any) -> bool:
+        done = Trainer._train(run, *given)
         if run.step == 3:
             held.set()
+        return done
 
     monkeypatch.setattr(run, "_train", train)
     with pytest.raises(Interrupted):
@@ -165,13 +166,13 @@ def test_a_write_that_fails_ends_the_run_at_the_next_step_in_one_line(
     run = trainer(tmp_path / "run", replace(TINY, save_every=2))
     taken: list[int] = []
 
-    def train(*given: Any) -> None:
+    def train(*given: Any) -> bool:
         taken.append(run.step)
         if run.step == 3:
             fill(monkeypatch)
         if run.step == 4:
             run.writer.thread.join()
-        Trainer._train(run, *given)
+        return Trainer._train(run, *given)
 
     monkeypatch.setattr(run, "_train", train)
     with pytest.raises(CommandError, match=rf"step-0000000[34]: {words}") as caught:
