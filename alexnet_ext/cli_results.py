@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .training.predict import Prediction
 
 PREDICTIONS = Path("predictions")
+IMAGES = "Images, packed or one folder a class."
 
 
 class FigureFormat(StrEnum):
@@ -34,12 +35,7 @@ def evaluate(
     weights: Weights,
     folder: Annotated[
         Path | None,
-        typer.Argument(
-            parser=path,
-            metavar="[DIR]",
-            help="Images, packed or one folder a class.",
-            show_default="what the run held out",
-        ),
+        typer.Argument(parser=path, metavar="[DIR]", help=IMAGES, show_default="what the run held out"),
     ] = None,
     last: Last = False,
     model: Model = None,
@@ -101,12 +97,7 @@ def compare(
     b: Annotated[Path, typer.Argument(parser=path, metavar="RUN", help="B: another one, of the same classes.")],
     folder: Annotated[
         Path | None,
-        typer.Argument(
-            parser=path,
-            metavar="[DIR]",
-            help="Images, packed or one folder a class.",
-            show_default="what both held out",
-        ),
+        typer.Argument(parser=path, metavar="[DIR]", help=IMAGES, show_default="what both held out"),
     ] = None,
     last: Last = False,
     precision: Annotated[Precision, typer.Option(help="Arithmetic.")] = Precision.fp32,
