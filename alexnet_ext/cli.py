@@ -168,7 +168,7 @@ def tune(
     model: Annotated[Variant | None, typer.Option(help="Variant of the network.", show_default="paper")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 128,
     image_size: Annotated[int | None, typer.Option(min=1, show_default="the variant's")] = None,
-    precision: Annotated[Precision, typer.Option()] = Precision.bf16,
+    precision: Annotated[Precision, typer.Option(help="Arithmetic.")] = Precision.bf16,
     device: Device = "auto",
     forget: Annotated[
         bool, typer.Option("--forget", help="Remove all that is known of kernels; prove nothing.")

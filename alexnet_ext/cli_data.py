@@ -31,7 +31,9 @@ from .training.recipe import PRECISION, chosen
 Given = Annotated[
     Path,
     typer.Argument(
-        parser=path, metavar="SRC", help="Folders of classes, ILSVRC's tar files or WebDataset's; DST to --verify it."
+        parser=path,
+        metavar="SRC",
+        help="Folder of images, or of ILSVRC's or WebDataset's tar files; with --verify alone, of shards.",
     ),
 ]
 Target = Annotated[Path | None, typer.Argument(parser=path, metavar="[DST]", help="Folder of shards to write.")]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .training.predict import Prediction
 
 PREDICTIONS = Path("predictions")
+IMAGES = "Images, packed or one folder a class."
 
 
 class FigureFormat(StrEnum):
@@ -34,13 +35,11 @@ def evaluate(
     weights: Weights,
     folder: Annotated[
         Path | None,
-        typer.Argument(
-            parser=path, metavar="[DIR]", help="Images, one folder a class.", show_default="what the run held out"
-        ),
+        typer.Argument(parser=path, metavar="[DIR]", help=IMAGES, show_default="what the run held out"),
     ] = None,
     last: Last = False,
     model: Model = None,
-    precision: Annotated[Precision, typer.Option()] = Precision.fp32,
+    precision: Annotated[Precision, typer.Option(help="Arithmetic.")] = Precision.fp32,
     ten_crop: Annotated[
         bool, typer.Option("--ten-crop", help="Mean softmax of corners, centre and their mirror images, as the paper.")
     ] = False,
@@ -98,12 +97,10 @@ def compare(
     b: Annotated[Path, typer.Argument(parser=path, metavar="RUN", help="B: another one, of the same classes.")],
     folder: Annotated[
         Path | None,
-        typer.Argument(
-            parser=path, metavar="[DIR]", help="Images, one folder a class.", show_default="what both held out"
-        ),
+        typer.Argument(parser=path, metavar="[DIR]", help=IMAGES, show_default="what both held out"),
     ] = None,
     last: Last = False,
-    precision: Annotated[Precision, typer.Option()] = Precision.fp32,
+    precision: Annotated[Precision, typer.Option(help="Arithmetic.")] = Precision.fp32,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     stock: Stock = False,
     device: Device = "auto",

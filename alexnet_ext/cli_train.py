@@ -48,7 +48,9 @@ BY_DATA = "by data"
 
 Folder = Annotated[
     Path | None,
-    typer.Argument(parser=path, metavar="[DIR]", help="Images, one folder a class (or train/ and val/ of such)."),
+    typer.Argument(
+        parser=path, metavar="[DIR]", help="Images, packed or one folder a class (or train/ and val/ of such)."
+    ),
 ]
 HeldOutFolder = Annotated[
     Path | None, _option("Held-out images.", NETWORK, "val/ or test/ in DIR", parser=path, metavar="DIR")
@@ -133,8 +135,7 @@ def train(
 ) -> None:
     """Train on digits (5,000 from a package, nothing to download), or on a folder of images.
 
-    Ctrl-C saves a checkpoint; --resume goes on from it. The same command with --resume auto, again and again, ends with
-    a finished run.
+    Ctrl-C saves a checkpoint; --resume goes on from it. --resume auto goes on with the newest run, or begins it.
     """
     options = locals()
     arguments = options.pop("context").obj

@@ -107,7 +107,7 @@ Lines = Sequence[dict[str, Any]]
 
 def several_curves(path: Path, runs: Sequence[tuple[str, Lines]]) -> None:
     """Training loss, training accuracy and held-out error of named runs, from the lines of their metrics.jsonl: over
-    epochs where all runs have two or more, else over steps."""
+    epochs where all runs began a second one, else over steps."""
     lengths = [_epoch_steps(lines) for _, lines in runs]
     by_epoch = None not in lengths
     with require("matplotlib").rc_context(STYLE):
