@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import uuid
 
@@ -21,7 +22,7 @@ def launch(count: int, device: torch.device, arguments: list[str]) -> None:
     """Run ``alexnet`` with these arguments in ``count`` processes of this machine, each with a GPU or a share of the
     cores. They print what there is to say.
 
-    Raises CommandError with their exit code, without text unless one was ended by a signal.
+    Raises CommandError with their exit code, without text unless a signal has ended all of them.
     """
     if device.type == "cuda" and count > torch.cuda.device_count():
         raise CommandError(f"--gpus {count}: torch sees {torch.cuda.device_count()} GPUs", 2)
@@ -44,8 +45,8 @@ def launch(count: int, device: torch.device, arguments: list[str]) -> None:
         raise CommandError("", STOPPED) from stop
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode > 0:
-            raise CommandError("", failure.exitcode) from error
+        if any(other.exitcode != -signal.SIGKILL for other in error.failures.values()):  # it has said why
+            raise CommandError("", max(1, failure.exitcode)) from error
         raise CommandError(f"rank {rank} of {count} was ended by {failure.signal_name()}") from error
 
 

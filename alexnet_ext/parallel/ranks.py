@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .._errors import CommandError, first_line
-from ..training.interrupt import STOPPED, Interrupted, ignoring
+from ..training.interrupt import STOPPED, Interrupted, ignore
 
 T = TypeVar("T")
 
@@ -174,13 +174,13 @@ def connected(device: torch.device) -> Iterator[Ranks]:
     try:
         yield ranks
     except (Exception, KeyboardInterrupt) as error:
-        with ignoring():  # torchrun ends the others by a signal once one has ended, and they have still to say why
-            found = _ending(ranks, error)
-            if found is None:
-                ranks.report(f"rank {ranks.rank} of {ranks.size}: {type(error).__name__}: {first_line(error)}", 1)
-                raise
-            text, code = found
-            raise CommandError(text if ranks.report(text, code) else "", code) from error
+        ignore()  # torchrun ends the others by a signal once one has ended, and they have still to say why
+        found = _ending(ranks, error)
+        if found is None:
+            ranks.report(f"rank {ranks.rank} of {ranks.size}: {type(error).__name__}: {first_line(error)}", 1)
+            raise
+        text, code = found
+        raise CommandError(text if ranks.report(text, code) else "", code) from error
     dist.destroy_process_group()
 
 

@@ -112,14 +112,10 @@ def stoppable() -> Iterator[None]:
         _restore(before)
 
 
-@contextlib.contextmanager
-def ignoring() -> Iterator[None]:
-    """Context manager: no signal interrupts this process, which is about to end."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        _restore(before)
+def ignore() -> None:
+    """From here on no signal interrupts this process, which is about to end."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _handle_by(handler: Callable[[int, FrameType | None], None]) -> dict[signal.Signals, Any]:
