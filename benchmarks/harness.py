@@ -130,12 +130,13 @@ def network_run(
         return infer
     sgd = ax.optim.SGD if has_masters else partial(torch.optim.SGD, fused=fused_optimizer)
     optimizer = sgd(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
+    one = torch.ones((), device=device)  # which backward() would fill at each step, as alexnet_ext.training.step says
 
     def step() -> None:
         optimizer.zero_grad()
         with lowered:
             loss = F.cross_entropy(network(images).float(), labels)
-        loss.backward()
+        loss.backward(one)
         optimizer.step()
 
     return step

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -67,6 +68,7 @@ class TrainingStep:
         # GPU, and any float on a CPU.
         wide = device.type == "cpu" and not self.has_masters
         self.rate = torch.zeros((), dtype=torch.float64 if wide else torch.float32, device=device)
+        self.one = torch.ones((), device=device)  # the gradient of a loss, which backward() would fill at each step
         compiled = recipe.compile and not detect_nan  # which looks at each operation
         network: Any = torch.compile(model, dynamic=False) if compiled else model
         self.parallel = DataParallel(network, model) if ranks.many else None
@@ -177,18 +179,21 @@ class TrainingStep:
 
     def _gradients(self, group: list[Inputs], preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:
         images = self._images(group)
-        loss, right = torch.zeros((), device=self.device), torch.zeros((), dtype=torch.int64, device=self.device)
+        losses, right = [], []
         for part in self._exchanged(group):
             if not len(part.targets):
                 assert self.parallel is not None
                 self.parallel.nothing(DTYPES[self.recipe.precision]).backward()
+                losses.append(torch.zeros_like(self.one))
+                right.append(torch.zeros_like(self.one, dtype=torch.int64))
                 continue
             logits, mean = self._loss(part, preprocessing)
-            share = mean * (len(part.targets) / images)
-            self.scaler.scale(share).backward()
-            loss += share.detach()
-            right += (logits.argmax(1) == part.targets).sum()
-        return loss, right
+            share = len(part.targets) / images
+            whole = share == 1  # as most are: then no scalar is filled, multiplied or added, by a launch each
+            self.scaler.scale(mean).backward(self.one if whole else torch.full_like(self.one, share))
+            losses.append(mean.detach() if whole else mean.detach() * share)
+            right.append((logits.argmax(1) == part.targets).sum())
+        return reduce(torch.add, losses), reduce(torch.add, right)
 
     def _exchanged(self, group: list[Inputs]) -> Iterator[Inputs]:
         """The pieces, one after another; the ranks add up their gradients during the backward of the last."""
