@@ -133,7 +133,9 @@ def _lives(process: int) -> bool:
 
 def started_by_torchrun() -> bool:
     """Whether torchrun has started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" in os.environ
+    # Batch systems set some of these names, too, for a process that is alone.
+    named = {"RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    return named and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def local() -> tuple[int, int]:
